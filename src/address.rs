@@ -1,0 +1,120 @@
+//! A TCP address that a worker binds: the key of a socket pool.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+
+/// What the kernel tells one reuseport group from another by, within a network namespace and a user:
+/// family, address, port and IPV6_V6ONLY (`inet_reuseport_add_sock`, net/ipv4/inet_hashtables.c).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Address {
+    pub socket: SocketAddr,
+    /// Always true of an IPv4 address' counterpart in spirit, so false there: it has no such option.
+    pub v6only: bool,
+}
+
+impl Address {
+    /// The address in a `struct sockaddr` as bind(2) takes it (ip(7), ipv6(7)); `None` when it isn't a
+    /// whole IPv4 or IPv6 address, which is then the kernel's to judge.
+    pub fn from_sockaddr(bytes: &[u8], v6only: bool) -> Option<Self> {
+        let family = u16::from_ne_bytes(bytes.get(0..2)?.try_into().ok()?);
+        let port = u16::from_be_bytes(bytes.get(2..4)?.try_into().ok()?);
+        let socket = match i32::from(family) {
+            libc::AF_INET => {
+                bytes.get(..16)?; // the kernel refuses a shorter struct sockaddr_in
+                let ip: [u8; 4] = bytes.get(4..8)?.try_into().ok()?;
+                SocketAddr::V4(SocketAddrV4::new(ip.into(), port))
+            }
+            libc::AF_INET6 => {
+                let ip: [u8; 16] = bytes.get(8..24)?.try_into().ok()?;
+                // A scope id may be missing (SIN6_LEN_RFC2133); a flow label plays no part in bind.
+                let scope = bytes.get(24..28).and_then(|scope| scope.try_into().ok());
+                let scope = scope.map_or(0, u32::from_ne_bytes);
+                SocketAddr::V6(SocketAddrV6::new(ip.into(), port, 0, scope))
+            }
+            _ => return None,
+        };
+        Some(Self { socket, v6only: v6only && socket.is_ipv6() })
+    }
+
+    /// Whether a connection could belong to both addresses, so that two sockets bound to them without
+    /// SO_REUSEPORT would be in each other's way.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        if self.socket.port() != other.socket.port() {
+            return false;
+        }
+        match (self.socket.ip(), other.socket.ip()) {
+            (IpAddr::V4(a), IpAddr::V4(b)) => a == b || a.is_unspecified() || b.is_unspecified(),
+            (IpAddr::V6(a), IpAddr::V6(b)) => a == b || a.is_unspecified() || b.is_unspecified(),
+            (IpAddr::V6(_), IpAddr::V4(b)) => self.takes_v4(b),
+            (IpAddr::V4(a), IpAddr::V6(_)) => other.takes_v4(a),
+        }
+    }
+
+    /// Whether this IPv6 address also gets connections to the IPv4 address `v4`.
+    fn takes_v4(&self, v4: Ipv4Addr) -> bool {
+        let IpAddr::V6(ip) = self.socket.ip() else { return false };
+        if self.v6only {
+            return false;
+        }
+        match ip.to_ipv4_mapped() {
+            Some(mapped) => mapped == v4 || mapped.is_unspecified() || v4.is_unspecified(),
+            None => ip.is_unspecified(),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        self.socket.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str, v6only: bool) -> Address {
+        Address { socket: text.parse().unwrap(), v6only }
+    }
+
+    #[test]
+    fn a_sockaddr_is_read_as_the_kernel_reads_it() {
+        let mut v4 = vec![0u8; 16];
+        v4[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
+        v4[2..4].copy_from_slice(&3000u16.to_be_bytes());
+        v4[4..8].copy_from_slice(&[127, 0, 0, 1]);
+        assert_eq!(Address::from_sockaddr(&v4, true), Some(address("127.0.0.1:3000", false)));
+        assert_eq!(Address::from_sockaddr(&v4[..15], false), None);
+
+        let mut v6 = vec![0u8; 28];
+        v6[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
+        v6[2..4].copy_from_slice(&3000u16.to_be_bytes());
+        v6[23] = 1;
+        v6[24..28].copy_from_slice(&7u32.to_ne_bytes());
+        assert_eq!(Address::from_sockaddr(&v6, true), Some(address("[::1%7]:3000", true)));
+        assert_eq!(Address::from_sockaddr(&v6[..24], false), Some(address("[::1]:3000", false)));
+        assert_eq!(Address::from_sockaddr(&v6[..23], false), None);
+        assert_eq!(Address::from_sockaddr(&[], false), None);
+    }
+
+    #[test]
+    fn addresses_overlap_when_one_connection_could_reach_both() {
+        let cases = [
+            ("0.0.0.0:1", "127.0.0.1:1", false, true),
+            ("0.0.0.0:1", "0.0.0.0:2", false, false),
+            ("127.0.0.1:1", "127.0.0.2:1", false, false),
+            ("[::]:1", "0.0.0.0:1", false, true),
+            ("[::]:1", "0.0.0.0:1", true, false),
+            ("[::]:1", "127.0.0.1:1", false, true),
+            ("[::1]:1", "127.0.0.1:1", false, false),
+            ("[::ffff:127.0.0.1]:1", "127.0.0.1:1", false, true),
+            ("[::ffff:127.0.0.1]:1", "0.0.0.0:1", false, true),
+            ("[::]:1", "[::1]:1", true, true),
+        ];
+        for (a, b, v6only, expected) in cases {
+            let (a, b) = (address(a, v6only), address(b, false));
+            assert_eq!(a.overlaps(&b), expected, "{a} and {b}");
+            assert_eq!(b.overlaps(&a), expected, "{b} and {a}");
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! The command line: from words to validated options.
+
+use std::ffi::OsString;
+use std::num::NonZero;
+use std::str::FromStr;
+use std::time::Duration;
+
+use argh::{EarlyExit, FromArgs};
+use nix::sys::signal::Signal;
+
+use crate::fleet::{Policy, Readiness};
+use crate::worker::Program;
+
+/// Run N copies of any server on one port, and replace them without losing a request.
+#[derive(FromArgs, Debug)]
+#[argh(
+    help_triggers("-h", "--help"),
+    note = "SIGUSR2 replaces the workers; SIGTERM and SIGINT stop them.\n\
+            Durations are written as 500ms, 10s, 2m.\n\
+            RUST_LOG sets what is logged on stderr: error, warn, info (default), debug.",
+    example = "reuse-run -n 4 -- node app.js",
+    example = "kill -USR2 <pid>",
+    error_code(2, "the command line is wrong"),
+    error_code(126, "the command can't be executed"),
+    error_code(127, "the command was not found")
+)]
+struct Args {
+    /// how many workers to run; max: as many as CPUs may be used (default 1)
+    #[argh(option, short = 'n', default = "Workers(1)", arg_name = "count|max")]
+    workers: Workers,
+
+    /// when a worker is ready: listen (it listens on a TCP port, default), notify (it writes to READY_FD)
+    /// or a duration (it has lived so long)
+    #[argh(option, default = "Ready(Readiness::Listen)", arg_name = "listen|notify|duration")]
+    ready: Ready,
+
+    /// how long a worker may take to get ready (default 60s)
+    #[argh(option, default = "Length(Duration::from_secs(60))", arg_name = "duration")]
+    ready_timeout: Length,
+
+    /// how long a replaced worker may take to finish what it has before it gets the stop signal (default 10s)
+    #[argh(option, default = "Length(Duration::from_secs(10))", arg_name = "duration")]
+    drain: Length,
+
+    /// how long a worker may take to end after the stop signal before it is killed (default 30s)
+    #[argh(option, default = "Length(Duration::from_secs(30))", arg_name = "duration")]
+    stop_timeout: Length,
+
+    /// the signal that tells a worker to stop (default INT)
+    #[argh(option, default = "StopSignal(Signal::SIGINT)", arg_name = "signal")]
+    stop_signal: StopSignal,
+
+    /// print the version
+    #[argh(switch, short = 'V')]
+    version: bool,
+}
+
+/// argh would leave out the command, which it isn't given: see [`split`].
+const USAGE: &str = "Usage: reuse-run [options] [--] command [arguments]";
+
+/// The options that stand alone; all others are followed by a value.
+const SWITCHES: [&str; 4] = ["-h", "--help", "-V", "--version"];
+
+#[derive(Debug)]
+struct Workers(u32);
+
+impl FromStr for Workers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "max" {
+            // Affinity and cgroup quota are looked at by std.
+            let usable = std::thread::available_parallelism().map_err(|error| error.to_string())?;
+            return Ok(Self(u32::try_from(usable.get()).unwrap_or(u32::MAX)));
+        }
+        match text.parse::<NonZero<u16>>() {
+            Ok(count) => Ok(Self(count.get().into())),
+            Err(_) => Err(format!("{text:?} is not a number of workers from 1 to 65535, nor max")),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Length(Duration);
+
+impl FromStr for Length {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match humantime::parse_duration(text) {
+            Ok(duration) => Ok(Self(duration)),
+            Err(error) => Err(format!("{text:?} is not a duration such as 500ms, 10s or 2m: {error}")),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Ready(Readiness);
+
+impl FromStr for Ready {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "listen" => Ok(Self(Readiness::Listen)),
+            "notify" => Ok(Self(Readiness::Notify)),
+            _ => match text.parse() {
+                Ok(Length(duration)) => Ok(Self(Readiness::Alive(duration))),
+                Err(_) => Err(format!("{text:?} is neither listen nor notify nor a duration such as 2s")),
+            },
+        }
+    }
+}
+
+#[derive(Debug)]
+struct StopSignal(Signal);
+
+impl FromStr for StopSignal {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let name = text.to_uppercase();
+        let name = if name.starts_with("SIG") { name } else { format!("SIG{name}") };
+        let numbered = || text.parse::<i32>().ok().and_then(|number| Signal::try_from(number).ok());
+        match Signal::from_str(&name).ok().or_else(numbered) {
+            Some(Signal::SIGSTOP | Signal::SIGCONT | Signal::SIGCHLD) | None => {
+                Err(format!("{text:?} is not a signal that stops a worker, such as INT, TERM or QUIT"))
+            }
+            Some(signal) => Ok(Self(signal)),
+        }
+    }
+}
+
+/// What was asked for.
+#[derive(Debug)]
+pub enum Invocation {
+    Run {
+        program: Program,
+        policy: Policy,
+    },
+    /// Print this to stdout and exit with 0.
+    Print(String),
+}
+
+/// Reads the command line, without the name of this program.
+///
+/// The command begins after "--", or at the first word that is neither an option nor an option's value.
+///
+/// # Errors
+/// One line that says what is wrong.
+pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, String> {
+    let (options, mut command) = split(words)?;
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let args = match Args::from_args(&["reuse-run"], &options) {
+        Ok(args) => args,
+        Err(EarlyExit { output, status: Ok(()) }) => {
+            let after_usage = output.split_once('\n').map_or("", |(_, rest)| rest);
+            return Ok(Invocation::Print(format!("{USAGE}\n{after_usage}")));
+        }
+        Err(EarlyExit { output, status: Err(()) }) => {
+            let said = output.split("Run reuse-run --help").next().unwrap_or_default();
+            let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
+            return Err(said.trim_start_matches("Error ").to_owned() + " (see --help)");
+        }
+    };
+    if args.version {
+        return Ok(Invocation::Print(concat!("reuse-run ", env!("CARGO_PKG_VERSION"), "\n").to_owned()));
+    }
+    if command.is_empty() {
+        return Err("no command to run, as in reuse-run -n 4 -- node app.js".to_owned());
+    }
+    let Args { workers, ready, ready_timeout, drain, stop_timeout, stop_signal, .. } = args;
+    let program = Program { command: command.remove(0), args: command, stop_signal: stop_signal.0 };
+    let policy = Policy {
+        workers: workers.0,
+        readiness: ready.0,
+        ready_timeout: ready_timeout.0,
+        drain: drain.0,
+        stop_timeout: stop_timeout.0,
+        stop_signal: stop_signal.0.as_str(),
+    };
+    Ok(Invocation::Run { program, policy })
+}
+
+/// Parts our own options, each as one word with its value as another, from the command.
+fn split(words: impl IntoIterator<Item = OsString>) -> Result<(Vec<String>, Vec<OsString>), String> {
+    let mut words = words.into_iter();
+    let mut options = Vec::new();
+    while let Some(word) = words.next() {
+        if word == "--" {
+            return Ok((options, words.collect()));
+        }
+        let text = word.to_string_lossy();
+        if !text.starts_with('-') || text == "-" {
+            return Ok((options, [word].into_iter().chain(words).collect()));
+        }
+        if let Some((name, value)) = text.split_once('=').filter(|_| text.starts_with("--")) {
+            options.extend([name.to_owned(), value.to_owned()]);
+        } else if text.starts_with("-n") && text.len() > 2 {
+            options.extend(["-n".to_owned(), text[2..].to_owned()]);
+        } else {
+            options.push(text.clone().into_owned());
+            if !SWITCHES.contains(&&*text) {
+                let value = words.next().filter(|value| value != "--");
+                let value = value.ok_or_else(|| format!("{text} needs a value (see --help)"))?;
+                options.push(value.to_string_lossy().into_owned());
+            }
+        }
+    }
+    Ok((options, Vec::new()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(line: &str) -> Result<(Program, Policy), String> {
+        match parse(line.split_whitespace().map(OsString::from))? {
+            Invocation::Run { program, policy } => Ok((program, policy)),
+            Invocation::Print(text) => Err(text),
+        }
+    }
+
+    #[test]
+    fn options_end_where_the_command_begins() {
+        for line in [
+            "-n 4 -- node --inspect app.js",
+            "-n4 node --inspect app.js",
+            "--workers=4 node --inspect app.js",
+        ] {
+            let (program, policy) = run(line).unwrap();
+            assert_eq!(policy.workers, 4, "{line}");
+            assert_eq!(program.command, "node", "{line}");
+            assert_eq!(program.args, ["--inspect", "app.js"], "{line}");
+        }
+    }
+
+    #[test]
+    fn every_option_is_understood() {
+        let line =
+            "-n 2 --ready notify --ready-timeout 5s --drain 250ms --stop-timeout 1m --stop-signal sigterm x";
+        let (program, policy) = run(line).unwrap();
+        assert_eq!(policy.readiness, Readiness::Notify);
+        assert_eq!(policy.ready_timeout, Duration::from_secs(5));
+        assert_eq!(policy.drain, Duration::from_millis(250));
+        assert_eq!(policy.stop_timeout, Duration::from_secs(60));
+        assert_eq!(program.stop_signal, Signal::SIGTERM);
+        assert_eq!(run("--ready 2s x").unwrap().1.readiness, Readiness::Alive(Duration::from_secs(2)));
+        assert!(run("-n max x").unwrap().1.workers >= 1);
+        assert_eq!(run("--stop-signal 3 x").unwrap().0.stop_signal, Signal::SIGQUIT);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let cases = [
+            ("", "no command"),
+            ("-n 4 --", "no command"),
+            ("-n 0 x", "\"0\""),
+            ("-n -- x", "-n needs a value"),
+            ("--drain 10 x", "\"10\" is not a duration"),
+            ("--ready soon x", "\"soon\""),
+            ("--stop-signal STOP x", "\"STOP\""),
+            ("--frobnicate 1 x", "--frobnicate"),
+        ];
+        for (line, part) in cases {
+            let error = run(line).unwrap_err();
+            assert!(error.contains(part), "{line}: {error}");
+            assert!(!error.contains('\n'), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn help_and_version_need_no_command() {
+        assert!(run("--help").unwrap_err().contains("--ready-timeout"));
+        assert!(run("--version").unwrap_err().starts_with("reuse-run "));
+    }
+}

@@ -1,0 +1,368 @@
+//! The filter that workers are started behind, and the answers to what it stops.
+//!
+//! A worker's `bind` to a TCP port puts a socket of the pool in the place of its own, and its `listen` is
+//! done by the wrapper. Everything else is answered with "continue", so that the kernel says what it would
+//! have said without us. See seccomp_unotify(2).
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use libc::sock_filter;
+use log::debug;
+use nix::unistd::Pid;
+
+use crate::address::Address;
+use crate::listeners::{Borrower, Pool, Wish};
+use crate::procfs;
+use crate::sys::{self, NotifResponse};
+
+#[cfg(target_arch = "x86_64")]
+const ARCHITECTURE: u32 = 0xC000_003E; // AUDIT_ARCH_X86_64 (linux/audit.h)
+#[cfg(target_arch = "aarch64")]
+const ARCHITECTURE: u32 = 0xC000_00B7; // AUDIT_ARCH_AARCH64
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+compile_error!("reuse-run knows the system calls of x86_64 and aarch64 only");
+
+const fn op(code: u32, jt: u8, jf: u8, k: u32) -> sock_filter {
+    sock_filter { code: code as u16, jt, jf, k }
+}
+
+/// The filter: notifies of bind, listen and the setsockopt calls that decide which sockets may be bound
+/// side by side (IPV6_V6ONLY, SO_REUSEPORT); allows all else, calls of another ABI included.
+///
+/// No memory can be read here, only the numbers in `struct seccomp_data` (linux/seccomp.h).
+pub fn filter() -> Vec<sock_filter> {
+    const NR: u32 = 0;
+    const ARCH: u32 = 4;
+    const fn arg(n: u32) -> u32 {
+        16 + 8 * n // the lower half, both architectures being little-endian
+    }
+    let load = |offset| op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset);
+    let equal = |k, jt, jf| op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, jt, jf, k);
+    let ret = |k| op(libc::BPF_RET | libc::BPF_K, 0, 0, k);
+    // The x32 ABI shares AUDIT_ARCH_X86_64 but sets bit 30 of the number, so none of these matches.
+    vec![
+        load(ARCH),
+        equal(ARCHITECTURE, 0, 11),
+        load(NR),
+        equal(libc::SYS_bind as u32, 10, 0),
+        equal(libc::SYS_listen as u32, 9, 0),
+        equal(libc::SYS_setsockopt as u32, 0, 7),
+        load(arg(1)),
+        equal(libc::IPPROTO_IPV6 as u32, 0, 2),
+        load(arg(2)),
+        equal(libc::IPV6_V6ONLY as u32, 4, 3),
+        equal(libc::SOL_SOCKET as u32, 0, 2),
+        load(arg(2)),
+        equal(libc::SO_REUSEPORT as u32, 1, 0),
+        ret(libc::SECCOMP_RET_ALLOW),
+        ret(libc::SECCOMP_RET_USER_NOTIF),
+    ]
+}
+
+/// Installs the filter on the calling thread, for it and all that it starts, and returns the fd that
+/// tells of what it stops. Sets no_new_privs where the process has no right to do without.
+///
+/// # Errors
+/// EBUSY when the process already is under such a filter; ENOSYS and EINVAL on kernels without.
+pub fn install() -> io::Result<OwnedFd> {
+    let install = || {
+        let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
+        let killable = flags | libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV; // Linux 5.19
+        match sys::seccomp_set_mode_filter(killable, &filter()) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                sys::seccomp_set_mode_filter(flags, &filter())
+            }
+            result => result,
+        }
+    };
+    match install() {
+        Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
+            nix::sys::prctl::set_no_new_privs()?;
+            install()
+        }
+        result => result,
+    }
+}
+
+/// A system call that waits for its answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Call {
+    Bind { fd: u32, address: u64, len: u64 },
+    Listen { fd: u32, backlog: i32 },
+    SetOption { fd: u32, option: SocketOption, value: u64, len: u64 },
+    Other,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SocketOption {
+    V6Only,
+    ReusePort,
+}
+
+fn decode(data: &libc::seccomp_data) -> Call {
+    // The kernel takes fds, levels and options as int: the upper halves of the registers mean nothing.
+    let fd = data.args[0] as u32;
+    match i64::from(data.nr) {
+        libc::SYS_bind => Call::Bind { fd, address: data.args[1], len: u64::from(data.args[2] as u32) },
+        libc::SYS_listen => Call::Listen { fd, backlog: data.args[1] as i32 },
+        libc::SYS_setsockopt => {
+            let option = match (data.args[1] as i32, data.args[2] as i32) {
+                (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY) => SocketOption::V6Only,
+                (libc::SOL_SOCKET, libc::SO_REUSEPORT) => SocketOption::ReusePort,
+                _ => return Call::Other,
+            };
+            Call::SetOption { fd, option, value: data.args[3], len: u64::from(data.args[4] as u32) }
+        }
+        _ => Call::Other,
+    }
+}
+
+/// What a worker has set on a socket that it hasn't bound yet.
+#[derive(Debug, Clone, Copy, Default)]
+struct Options {
+    v6only: Option<bool>,
+    shares: bool,
+}
+
+/// The wrapper's end of one worker's filter.
+#[derive(Debug)]
+pub struct Interception {
+    listener: OwnedFd,
+    borrower: Borrower,
+    pid: Pid,
+    /// By inode number.
+    options: HashMap<u64, Options>,
+    /// The socket that the bind being answered has put into the place of the worker's own.
+    placed: Option<u64>,
+    /// The same of a bind that was interrupted before its answer came: it will be repeated, and has
+    /// succeeded already. Happens only without SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV.
+    untold: Option<u64>,
+}
+
+/// Past this many sockets with options that were never bound, all are forgotten: they are a worker's
+/// outgoing connections.
+const MOST_OPTIONS: usize = 1024;
+
+impl Interception {
+    pub fn new(listener: OwnedFd, borrower: Borrower, pid: Pid) -> Self {
+        Self { listener, borrower, pid, options: HashMap::new(), placed: None, untold: None }
+    }
+
+    /// Answers one system call, after [`Interception::as_fd`] became readable. Returns the address on
+    /// which the worker has begun to listen by it, if any.
+    pub fn answer(&mut self, pool: &mut Pool) -> Option<Address> {
+        let notif = match sys::seccomp_notif_recv(self.listener.as_fd()) {
+            Ok(notif) => notif,
+            Err(error) => {
+                debug!("worker {}: a system call went before its answer: {error}", self.borrower.slot);
+                return None;
+            }
+        };
+        let tid = Pid::from_raw(notif.pid as i32);
+        let (response, listens) = match decode(&notif.data) {
+            Call::Bind { fd, address, len } => (self.bind(pool, notif.id, tid, fd, address, len), None),
+            Call::Listen { fd, backlog } => self.listen(pool, notif.id, tid, fd, backlog),
+            Call::SetOption { fd, option, value, len } => {
+                self.note_option(tid, fd, option, value, len);
+                (NotifResponse::Continue, None)
+            }
+            Call::Other => (NotifResponse::Continue, None),
+        };
+        if let Err(error) = sys::seccomp_notif_send(self.listener.as_fd(), notif.id, response) {
+            debug!("worker {}: an answer came too late: {error}", self.borrower.slot);
+            self.untold = self.placed;
+        }
+        self.placed = None;
+        listens
+    }
+
+    fn bind(&mut self, pool: &mut Pool, id: u64, tid: Pid, fd: u32, address: u64, len: u64) -> NotifResponse {
+        let Some(bind) = self.understand_bind(tid, fd, address, len) else { return NotifResponse::Continue };
+        // Only now is it sure that all that was read is of the thread that waits.
+        if !sys::seccomp_notif_id_valid(self.listener.as_fd(), id) {
+            return NotifResponse::Continue;
+        }
+        if self.untold.take_if(|inode| *inode == bind.inode).is_some() {
+            return NotifResponse::Success;
+        }
+        if pool.lent(self.borrower.worker, bind.inode).is_some() {
+            return NotifResponse::Continue; // bound already, which the kernel refuses
+        }
+        let worker = self.pid;
+        let is_open =
+            |inode| procfs::tree(worker).iter().any(|pid| procfs::socket_inodes(*pid).contains(&inode));
+        let lent = pool.lend(self.borrower, bind.wish, is_open);
+        let inode = match lent {
+            Ok(inode) => inode,
+            Err(error) => {
+                debug!("worker {} can't bind {}: {error}", self.borrower.slot, bind.wish.address);
+                return NotifResponse::Errno(error.raw_os_error().unwrap_or(libc::EADDRINUSE));
+            }
+        };
+        let placed = match pool.lent(self.borrower.worker, inode) {
+            Some(socket) => {
+                sys::seccomp_notif_addfd(self.listener.as_fd(), id, socket, fd, bind.close_on_exec)
+            }
+            None => Err(io::ErrorKind::NotFound.into()),
+        };
+        match placed {
+            Ok(()) => {
+                debug!("worker {} (pid {tid}) binds {}", self.borrower.slot, bind.wish.address);
+                self.options.remove(&bind.inode);
+                self.placed = Some(inode);
+                NotifResponse::Success
+            }
+            Err(error) => {
+                debug!("worker {} did not get its socket: {error}", self.borrower.slot);
+                pool.give_back(inode);
+                NotifResponse::Continue
+            }
+        }
+    }
+
+    /// What is asked for, if it is ours to give: a TCP port that this process itself could bind.
+    fn understand_bind(&self, tid: Pid, fd: u32, address: u64, len: u64) -> Option<Bind> {
+        const LONGEST: u64 = size_of::<libc::sockaddr_storage>() as u64;
+        if len > LONGEST {
+            return None;
+        }
+        let inode = procfs::socket_inode(tid, fd)?;
+        let options = self.options.get(&inode).copied().unwrap_or_default();
+        let v6only = options.v6only.unwrap_or_else(procfs::v6only_by_default);
+        let address = Address::from_sockaddr(&procfs::memory(tid, address, len as usize).ok()?, v6only)?;
+        let family_fits = match procfs::socket_protocol(tid, fd).ok()?.as_str() {
+            "TCP" | "MPTCP" => address.socket.is_ipv4(),
+            "TCPv6" | "MPTCPv6" => address.socket.is_ipv6(),
+            _ => false,
+        };
+        if !family_fits || address.socket.port() == 0 || !may_bind(tid) {
+            return None;
+        }
+        let flags = procfs::fd_flags(tid, fd).ok()?;
+        Some(Bind {
+            inode,
+            close_on_exec: flags & libc::O_CLOEXEC != 0,
+            wish: Wish { address, nonblocking: flags & libc::O_NONBLOCK != 0, shares: options.shares },
+        })
+    }
+
+    fn listen(
+        &mut self,
+        pool: &mut Pool,
+        id: u64,
+        tid: Pid,
+        fd: u32,
+        backlog: i32,
+    ) -> (NotifResponse, Option<Address>) {
+        let ours = procfs::socket_inode(tid, fd)
+            .filter(|inode| pool.lent(self.borrower.worker, *inode).is_some())
+            .filter(|_| sys::seccomp_notif_id_valid(self.listener.as_fd(), id));
+        let Some(inode) = ours else { return (NotifResponse::Continue, None) };
+        match pool.listen(inode, backlog) {
+            Ok(address) => {
+                debug!("worker {} (pid {tid}) listens on {address}", self.borrower.slot);
+                (NotifResponse::Success, Some(address))
+            }
+            Err(error) => (NotifResponse::Errno(error.raw_os_error().unwrap_or(libc::EINVAL)), None),
+        }
+    }
+
+    /// Remembers an option of a socket that may be bound later. The kernel sets it; should it refuse,
+    /// what was noted is wrong, but such a call is refused for what it is and not repeated.
+    fn note_option(&mut self, tid: Pid, fd: u32, option: SocketOption, value: u64, len: u64) {
+        if len < size_of::<i32>() as u64 {
+            return;
+        }
+        let Some(inode) = procfs::socket_inode(tid, fd) else { return };
+        let Ok(bytes) = procfs::memory(tid, value, size_of::<i32>()) else { return };
+        let Ok(bytes) = bytes.try_into() else { return };
+        let on = i32::from_ne_bytes(bytes) != 0;
+        if self.options.len() >= MOST_OPTIONS {
+            self.options.clear();
+        }
+        let options = self.options.entry(inode).or_default();
+        match option {
+            SocketOption::V6Only => options.v6only = Some(on),
+            SocketOption::ReusePort => options.shares = on,
+        }
+    }
+}
+
+impl AsFd for Interception {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+struct Bind {
+    /// Of the socket that the worker made.
+    inode: u64,
+    close_on_exec: bool,
+    wish: Wish,
+}
+
+/// Whether a thread could do itself what the wrapper would do for it: it is the same user, in the same
+/// network namespace, and hasn't given up the right to privileged ports. Otherwise the kernel decides.
+fn may_bind(tid: Pid) -> bool {
+    const NET_BIND_SERVICE: u64 = 1 << 10; // capabilities(7)
+    let (Ok(its), Ok(ours)) = (procfs::credentials(tid), procfs::credentials(Pid::this())) else {
+        return false;
+    };
+    let same_rights =
+        its.uids == ours.uids && its.effective & NET_BIND_SERVICE == ours.effective & NET_BIND_SERVICE;
+    let namespaces = (procfs::network_namespace(tid), procfs::network_namespace(Pid::this()));
+    same_rights && matches!(namespaces, (Ok(its), Ok(ours)) if its == ours)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs the filter as the kernel would.
+    fn verdict(nr: i64, arch: u32, args: [u64; 6]) -> u32 {
+        let mut data = Vec::new();
+        data.extend((nr as u32).to_le_bytes());
+        data.extend(arch.to_le_bytes());
+        data.extend(0u64.to_le_bytes());
+        args.iter().for_each(|arg| data.extend(arg.to_le_bytes()));
+        let (filter, mut a, mut pc) = (filter(), 0u32, 0);
+        loop {
+            let op = filter[pc];
+            pc += 1;
+            match u32::from(op.code) {
+                code if code == libc::BPF_LD | libc::BPF_W | libc::BPF_ABS => {
+                    let at = op.k as usize;
+                    a = u32::from_le_bytes(data[at..at + 4].try_into().unwrap());
+                }
+                code if code == libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K => {
+                    pc += usize::from(if a == op.k { op.jt } else { op.jf })
+                }
+                code if code == libc::BPF_RET | libc::BPF_K => return op.k,
+                code => panic!("unexpected instruction {code:#x}"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_filter_stops_bind_listen_and_two_socket_options_and_nothing_else() {
+        let option = |level: i32, name: i32| {
+            verdict(libc::SYS_setsockopt, ARCHITECTURE, [3, level as u64, name as u64, 0, 4, 0])
+        };
+        let (allow, notify) = (libc::SECCOMP_RET_ALLOW, libc::SECCOMP_RET_USER_NOTIF);
+        assert_eq!(verdict(libc::SYS_bind, ARCHITECTURE, [3, 0, 16, 0, 0, 0]), notify);
+        assert_eq!(verdict(libc::SYS_listen, ARCHITECTURE, [3, 128, 0, 0, 0, 0]), notify);
+        assert_eq!(option(libc::IPPROTO_IPV6, libc::IPV6_V6ONLY), notify);
+        assert_eq!(option(libc::SOL_SOCKET, libc::SO_REUSEPORT), notify);
+        assert_eq!(option(libc::SOL_SOCKET, libc::SO_REUSEADDR), allow);
+        assert_eq!(option(libc::SOL_SOCKET, libc::IPV6_V6ONLY), allow);
+        assert_eq!(option(libc::IPPROTO_TCP, libc::TCP_NODELAY), allow);
+        assert_eq!(option(libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS), allow);
+        for nr in [libc::SYS_accept4, libc::SYS_read, libc::SYS_connect, libc::SYS_getsockopt] {
+            assert_eq!(verdict(nr, ARCHITECTURE, [3, 0, 0, 0, 0, 0]), allow);
+        }
+        assert_eq!(verdict(libc::SYS_bind, 0x4000_0003, [3, 0, 16, 0, 0, 0]), allow); // i386
+        assert_eq!(verdict(libc::SYS_bind | 0x4000_0000, ARCHITECTURE, [3, 0, 16, 0, 0, 0]), allow); // x32
+    }
+}

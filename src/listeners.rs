@@ -1,0 +1,484 @@
+//! The pool: the listening sockets, which belong to the wrapper and are lent to workers.
+//!
+//! All sockets of one [`Address`] form one reuseport group of the kernel. A socket stays in its group
+//! when its borrower dies, steered around, and is lent again; so nothing that is queued on it is lost,
+//! and the group's array, into which the steering program points, keeps its order. When nobody borrows a
+//! socket of an address any more and no replacement is awaited, the whole group is closed, and the
+//! address refuses connections as it would without us.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io;
+use std::mem;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
+
+use log::{debug, warn};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use socket2::{Domain, Protocol, SockFilter, Socket, Type};
+
+use crate::address::Address;
+use crate::fleet::WorkerId;
+use crate::steering::{self, MemberId, Order, Standing, Steer};
+use crate::sys;
+
+/// Who wants to borrow a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Borrower {
+    pub worker: WorkerId,
+    pub slot: u32,
+    pub generation: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Holder {
+    Free,
+    /// The borrower died; the next worker of the same slot and generation inherits the socket.
+    Reserved {
+        slot: u32,
+        generation: u32,
+    },
+    Lent(Borrower),
+}
+
+#[derive(Debug)]
+struct Member {
+    address: Address,
+    socket: Socket,
+    inode: u64,
+    holder: Holder,
+    /// In the group's array, which is: listening.
+    listening: bool,
+    /// Whether the hold filter is attached.
+    held: bool,
+    /// Whether the borrower had asked for SO_REUSEPORT itself.
+    shares: bool,
+}
+
+#[derive(Debug, Default)]
+struct Group {
+    members: BTreeSet<MemberId>,
+    order: Order,
+    /// The indices that the attached program chooses from.
+    named: Option<Vec<u32>>,
+}
+
+/// What a worker's own socket was like, to be carried over to the one that takes its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wish {
+    pub address: Address,
+    pub nonblocking: bool,
+    /// Whether SO_REUSEPORT was set, so that the worker may bind the address several times.
+    pub shares: bool,
+}
+
+/// Something that happened to the pool's sockets by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// A worker shut its listener down.
+    StoppedListening { worker: WorkerId, address: Address },
+    /// Connections that waited where no worker will ever take them up were reset.
+    Reset { address: Address, connections: usize },
+}
+
+#[derive(Debug)]
+pub struct Pool {
+    members: BTreeMap<MemberId, Member>,
+    groups: BTreeMap<Address, Group>,
+    inodes: HashMap<u64, MemberId>,
+    next: MemberId,
+    /// Tells which listeners were shut down (EPOLLHUP) and which free ones have connections (EPOLLIN).
+    epoll: Epoll,
+    events: Vec<Event>,
+}
+
+impl Pool {
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            members: BTreeMap::new(),
+            groups: BTreeMap::new(),
+            inodes: HashMap::new(),
+            next: MemberId(0),
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            events: Vec::new(),
+        })
+    }
+
+    /// Lends a socket bound to `wish.address`, listening already if it had a borrower before, and returns
+    /// its inode number. `is_open` tells whether the borrower still has a socket, given its inode number:
+    /// a worker isn't heard when it closes one.
+    ///
+    /// # Errors
+    /// What bind(2) would have said to the worker.
+    pub fn lend(&mut self, borrower: Borrower, wish: Wish, is_open: impl Fn(u64) -> bool) -> io::Result<u64> {
+        let id = match self.own_socket_again(borrower.worker, wish, is_open)? {
+            Some(id) => id,
+            None => match self.spare(borrower, wish.address) {
+                Some(id) => id,
+                None => self.add(wish.address)?,
+            },
+        };
+        let Some(member) = self.members.get_mut(&id) else { return Err(io::ErrorKind::NotFound.into()) };
+        member.socket.set_nonblocking(wish.nonblocking)?;
+        member.holder = Holder::Lent(borrower);
+        member.shares = wish.shares;
+        let inode = member.inode;
+        self.watch(id);
+        Ok(inode)
+    }
+
+    /// The socket of this address that the worker borrowed earlier and has closed since.
+    ///
+    /// # Errors
+    /// EADDRINUSE when the worker has an overlapping socket open and didn't ask to share both.
+    fn own_socket_again(
+        &self,
+        worker: WorkerId,
+        wish: Wish,
+        is_open: impl Fn(u64) -> bool,
+    ) -> io::Result<Option<MemberId>> {
+        let mut again = None;
+        for (id, member) in self.lent_to(worker) {
+            if !member.address.overlaps(&wish.address) {
+                continue;
+            }
+            if !is_open(member.inode) {
+                if member.address == wish.address {
+                    again = Some(id);
+                }
+            } else if !(member.shares && wish.shares) {
+                return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
+            }
+        }
+        Ok(again)
+    }
+
+    /// A socket of the pool that the borrower may have: the one that its predecessor in slot and
+    /// generation died with, or else one that is nobody's.
+    fn spare(&self, borrower: Borrower, address: Address) -> Option<MemberId> {
+        let group = self.groups.get(&address)?;
+        let reserved = Holder::Reserved { slot: borrower.slot, generation: borrower.generation };
+        let held_by = |holder| {
+            let mut members = group.members.iter();
+            members.find(|id| self.members.get(id).is_some_and(|member| member.holder == holder)).copied()
+        };
+        held_by(reserved).or_else(|| held_by(Holder::Free))
+    }
+
+    /// Makes a new socket and binds it.
+    fn add(&mut self, address: Address) -> io::Result<MemberId> {
+        let domain = if address.socket.is_ipv6() { Domain::IPV6 } else { Domain::IPV4 };
+        let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(true)?;
+        if address.socket.is_ipv6() {
+            socket.set_only_v6(address.v6only)?;
+        }
+        socket.bind(&address.socket.into())?;
+        let inode = inode(socket.as_fd())?;
+        let id = self.next;
+        self.next = MemberId(id.0 + 1);
+        let (holder, listening, held, shares) = (Holder::Free, false, false, false);
+        self.members.insert(id, Member { address, socket, inode, holder, listening, held, shares });
+        self.inodes.insert(inode, id);
+        self.groups.entry(address).or_default().members.insert(id);
+        Ok(id)
+    }
+
+    /// Takes a socket back that was lent but never reached the worker.
+    pub fn give_back(&mut self, inode: u64) {
+        if let Some(id) = self.inodes.get(&inode).copied() {
+            self.vacate(id, None);
+        }
+    }
+
+    /// The socket with this inode number, if it is lent to `worker`.
+    pub fn lent(&self, worker: WorkerId, inode: u64) -> Option<BorrowedFd<'_>> {
+        let member = self.members.get(self.inodes.get(&inode)?)?;
+        matches!(member.holder, Holder::Lent(b) if b.worker == worker).then(|| member.socket.as_fd())
+    }
+
+    /// Does listen(2) for the worker that borrowed the socket. It gets no connection before
+    /// [`Pool::steer`] says so.
+    ///
+    /// # Errors
+    /// What listen(2) would have said to the worker.
+    pub fn listen(&mut self, inode: u64, backlog: i32) -> io::Result<Address> {
+        let id = *self.inodes.get(&inode).ok_or(io::ErrorKind::NotFound)?;
+        self.note_departures(None);
+        if self.members.get(&id).is_some_and(|member| !member.listening) {
+            self.begin_to_listen(id, backlog)?;
+        }
+        let member = self.members.get(&id).ok_or(io::ErrorKind::NotFound)?;
+        member.socket.listen(backlog)?; // of one that listens already it sets the backlog
+        Ok(member.address)
+    }
+
+    fn begin_to_listen(&mut self, id: MemberId, backlog: i32) -> io::Result<()> {
+        // The array's order is that of the calls: what was known to have left before comes first, and
+        // what is found to have left after may have done so on either side of this call.
+        let member = self.members.get_mut(&id).ok_or(io::ErrorKind::NotFound)?;
+        member.hold()?;
+        member.socket.listen(backlog)?;
+        member.listening = true;
+        self.note_departures(Some(id));
+        self.watch(id);
+        Ok(())
+    }
+
+    /// Takes from the model of each group what has left its array, and adds `newcomer`, which began to
+    /// listen since the last call.
+    fn note_departures(&mut self, newcomer: Option<MemberId>) {
+        let mut departed: BTreeMap<Address, BTreeSet<MemberId>> = BTreeMap::new();
+        let mut ready = [EpollEvent::empty(); 64];
+        loop {
+            let count = self.epoll.wait(&mut ready, EpollTimeout::ZERO).unwrap_or(0);
+            for event in &ready[..count] {
+                let id = MemberId(event.data() as u32);
+                let Some(member) = self.members.get_mut(&id) else { continue };
+                if event.events().intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
+                    let _ = self.epoll.delete(&member.socket);
+                    member.listening = false;
+                    departed.entry(member.address).or_default().insert(id);
+                } else {
+                    let (address, connections) = (member.address, member.reset_queue());
+                    self.events.push(Event::Reset { address, connections });
+                }
+            }
+            if count < ready.len() {
+                break;
+            }
+        }
+        if let Some(id) = newcomer {
+            let address = self.members[&id].address;
+            let others = departed.remove(&address).unwrap_or_default();
+            self.groups.entry(address).or_default().order.push_while_leaving(id, &others);
+            self.forget_departed(&others);
+        }
+        for (address, ids) in departed {
+            self.groups.entry(address).or_default().order.leave(&ids);
+            self.forget_departed(&ids);
+        }
+    }
+
+    /// Tells of workers that shut their listeners down, and drops such sockets that nobody has.
+    fn forget_departed(&mut self, ids: &BTreeSet<MemberId>) {
+        for id in ids {
+            let Some(member) = self.members.get(id) else { continue };
+            match member.holder {
+                Holder::Lent(Borrower { worker, .. }) => {
+                    self.events.push(Event::StoppedListening { worker, address: member.address });
+                }
+                Holder::Free | Holder::Reserved { .. } => self.remove(*id),
+            }
+        }
+    }
+
+    fn remove(&mut self, id: MemberId) {
+        if let Some(member) = self.members.remove(&id) {
+            self.inodes.remove(&member.inode);
+            if let Some(group) = self.groups.get_mut(&member.address) {
+                group.members.remove(&id);
+            }
+        }
+    }
+
+    /// Has epoll tell what matters of a listening socket: of one that is lent only that it was shut down,
+    /// of a free one also that a connection came to it after all.
+    fn watch(&mut self, id: MemberId) {
+        let Some(member) = self.members.get(&id).filter(|member| member.listening) else { return };
+        let flags = match member.holder {
+            Holder::Free => EpollFlags::EPOLLIN,
+            Holder::Lent(_) | Holder::Reserved { .. } => EpollFlags::empty(),
+        };
+        let mut event = EpollEvent::new(flags, u64::from(id.0));
+        let watched = self.epoll.modify(&member.socket, &mut event).or_else(|_| {
+            let event = EpollEvent::new(flags, u64::from(id.0));
+            self.epoll.add(&member.socket, event)
+        });
+        if let Err(error) = watched {
+            warn!("can't watch a listener of {}: {error}", member.address);
+        }
+    }
+
+    /// A worker has died: its sockets are kept for its successor, the next worker of its slot and
+    /// generation, or else become nobody's and what is queued on them is reset.
+    pub fn release(&mut self, worker: WorkerId, successor: bool) {
+        self.note_departures(None);
+        let lent: Vec<MemberId> = self.lent_to(worker).map(|(id, _)| id).collect();
+        for id in lent {
+            let reserve = match self.members[&id].holder {
+                Holder::Lent(b) if successor => {
+                    Some(Holder::Reserved { slot: b.slot, generation: b.generation })
+                }
+                _ => None,
+            };
+            self.vacate(id, reserve);
+        }
+    }
+
+    /// No successor will come for what was kept for this slot and generation.
+    pub fn unreserve(&mut self, slot: u32, generation: u32) {
+        let reserved = Holder::Reserved { slot, generation };
+        let kept = self.members.iter().filter(|(_, member)| member.holder == reserved);
+        for id in kept.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.vacate(id, None);
+        }
+    }
+
+    fn vacate(&mut self, id: MemberId, reserve: Option<Holder>) {
+        let Some(member) = self.members.get_mut(&id) else { return };
+        let address = member.address;
+        if !member.listening {
+            self.remove(id);
+        } else if let Some(reserved) = reserve {
+            member.holder = reserved;
+            self.watch(id);
+        } else {
+            member.holder = Holder::Free;
+            match member.socket.set_nonblocking(true) {
+                Ok(()) => {
+                    let connections = member.reset_queue();
+                    self.events.push(Event::Reset { address, connections });
+                }
+                Err(error) => warn!("can't look at what waits on {address}: {error}"),
+            }
+            self.watch(id);
+        }
+        self.close_if_unserved(address);
+    }
+
+    /// Closes an address when no worker borrows a socket of it and no replacement is awaited.
+    fn close_if_unserved(&mut self, address: Address) {
+        let Some(group) = self.groups.get(&address) else { return };
+        let unserved = group.members.iter().all(|id| self.members[id].holder == Holder::Free);
+        if unserved {
+            debug!("{address} is closed: no worker has it any more");
+            for id in self.groups.remove(&address).unwrap_or_default().members {
+                self.remove(id);
+            }
+        }
+    }
+
+    /// Has the kernel send new connections where [`steering::decide`] wants them, given each worker's
+    /// standing. All new connections of an address change over in one system call.
+    pub fn steer(&mut self, standing: impl Fn(WorkerId) -> Standing) {
+        self.note_departures(None);
+        for (address, group) in &mut self.groups {
+            let listening = |id: &MemberId| self.members[id].listening;
+            let ids: Vec<MemberId> = group.members.iter().copied().filter(listening).collect();
+            let standings: Vec<Standing> = ids
+                .iter()
+                .map(|id| match self.members[id].holder {
+                    Holder::Free => Standing::Free,
+                    Holder::Reserved { .. } => Standing::Reserved,
+                    Holder::Lent(borrower) => standing(borrower.worker),
+                })
+                .collect();
+            let decided = steering::decide(&standings);
+            if let Err(error) = group.apply(&ids, &decided, &mut self.members) {
+                warn!("can't steer {address}: {error}");
+            }
+        }
+    }
+
+    /// What happened since the last call. Look after [`Pool::as_fd`] became readable.
+    pub fn events(&mut self) -> Vec<Event> {
+        self.note_departures(None);
+        let happened = |event: &Event| !matches!(event, Event::Reset { connections: 0, .. });
+        mem::take(&mut self.events).into_iter().filter(happened).collect()
+    }
+
+    /// The addresses on which a worker listens.
+    pub fn addresses(&self, worker: WorkerId) -> BTreeSet<Address> {
+        self.lent_to(worker)
+            .filter(|(_, member)| member.listening)
+            .map(|(_, member)| member.address)
+            .collect()
+    }
+
+    /// Whether no connection waits to be accepted by the worker.
+    pub fn accept_queues_are_empty(&self, worker: WorkerId) -> bool {
+        self.lent_to(worker).all(|(_, member)| {
+            sys::tcp_info(member.socket.as_fd())
+                .map_or(true, |info| info.accept_queue == 0 || !info.listening)
+        })
+    }
+
+    fn lent_to(&self, worker: WorkerId) -> impl Iterator<Item = (MemberId, &Member)> {
+        let lent = move |member: &Member| matches!(member.holder, Holder::Lent(b) if b.worker == worker);
+        self.members.iter().filter(move |(_, member)| lent(member)).map(|(id, member)| (*id, member))
+    }
+}
+
+impl AsFd for Pool {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
+    }
+}
+
+impl Group {
+    fn apply(
+        &mut self,
+        ids: &[MemberId],
+        decided: &[Steer],
+        members: &mut BTreeMap<MemberId, Member>,
+    ) -> io::Result<()> {
+        let are = |steer| ids.iter().zip(decided).filter(move |(_, s)| **s == steer).map(|(id, _)| *id);
+        let named: BTreeSet<MemberId> = are(Steer::Named).collect();
+        for id in named.iter().copied().chain(are(Steer::Open)) {
+            members.get_mut(&id).map_or(Ok(()), Member::let_go)?;
+        }
+        // Without anyone to name the program may stay: all are held.
+        if let Some(any) = named.first() {
+            let indices = self.order.indices(&named);
+            if self.named.as_ref() != Some(&indices) {
+                let program = steering::program(&indices);
+                sys::attach_reuseport_cbpf(members[any].socket.as_fd(), &program)?;
+                self.named = Some(indices);
+            }
+        }
+        for id in are(Steer::Held) {
+            members.get_mut(&id).map_or(Ok(()), Member::hold)?;
+        }
+        Ok(())
+    }
+}
+
+impl Member {
+    fn hold(&mut self) -> io::Result<()> {
+        if !self.held {
+            let filter = steering::hold_filter();
+            let filter: Vec<SockFilter> =
+                filter.iter().map(|op| SockFilter::new(op.code, op.jt, op.jf, op.k)).collect();
+            self.socket.attach_filter(&filter)?;
+            self.held = true;
+        }
+        Ok(())
+    }
+
+    fn let_go(&mut self) -> io::Result<()> {
+        if self.held {
+            self.socket.detach_filter()?;
+            self.held = false;
+        }
+        Ok(())
+    }
+
+    /// Accepts what waits on a free socket and closes it with a reset, so that the client learns at once
+    /// that it has to try again. Returns how many there were.
+    fn reset_queue(&mut self) -> usize {
+        let mut connections = 0;
+        while let Ok((connection, _)) = self.socket.accept() {
+            // A linger time of zero makes close(2) send a reset (socket(7)).
+            let _ = connection.set_linger(Some(Duration::ZERO));
+            connections += 1;
+        }
+        connections
+    }
+}
+
+/// The inode number of a socket, as /proc/PID/fd shows it.
+fn inode(fd: BorrowedFd) -> io::Result<u64> {
+    Ok(std::fs::File::from(fd.try_clone_to_owned()?).metadata()?.ino())
+}

@@ -1,0 +1,62 @@
+//! reuse-run: runs N copies of any unmodified server on one port and replaces them without losing a
+//! request. See the README for what it promises, and each module's comment for what it owns.
+#![deny(unsafe_code)]
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("reuse-run needs Linux: it stands on seccomp user notification and SO_REUSEPORT programs");
+
+mod address;
+mod cli;
+mod drain;
+mod fleet;
+mod intercept;
+mod listeners;
+mod procfs;
+mod ready;
+mod signals;
+mod sockdiag;
+mod steering;
+mod supervisor;
+mod sys;
+mod worker;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use cli::Invocation;
+use log::error;
+
+/// The exit status when the command line is wrong.
+const MISUSE: u8 = 2;
+
+fn main() -> ExitCode {
+    start_logging();
+    match cli::parse(std::env::args_os().skip(1)) {
+        Ok(Invocation::Print(text)) => {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }
+        Ok(Invocation::Run { program, policy }) => match supervisor::run(program, policy) {
+            Ok(status) => status.into(),
+            Err(error) => {
+                error!("can't start: {error}");
+                ExitCode::FAILURE
+            }
+        },
+        Err(wrong) => {
+            error!("{wrong}");
+            MISUSE.into()
+        }
+    }
+}
+
+/// Logs to stderr what RUST_LOG asks for, `info` and above without it.
+fn start_logging() {
+    let pid = std::process::id();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
+        .format(move |out, record| match record.level() {
+            log::Level::Info => writeln!(out, "reuse-run[{pid}]: {}", record.args()),
+            level => writeln!(out, "reuse-run[{pid}]: {}: {}", level.as_str().to_lowercase(), record.args()),
+        })
+        .init();
+}

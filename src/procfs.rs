@@ -1,0 +1,157 @@
+//! What /proc tells of a worker's threads and processes (proc(5)).
+//!
+//! A thread that is gone, a text that isn't what proc(5) says and a lack of permission all come out as an
+//! error or as nothing; no caller may trust what it reads here beyond that.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
+
+use nix::unistd::Pid;
+
+use crate::sys;
+
+fn path(pid: Pid, rest: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/{rest}"))
+}
+
+/// Reads up to `len` bytes of the memory of thread `tid` at `address`. May return fewer.
+pub fn memory(tid: Pid, address: u64, len: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    let read = File::open(path(tid, "mem"))?.read_at(&mut bytes, address)?;
+    bytes.truncate(read);
+    Ok(bytes)
+}
+
+/// The inode number of the socket that fd number `fd` of thread `tid` is, if it is one.
+pub fn socket_inode(tid: Pid, fd: u32) -> Option<u64> {
+    let link = fs::read_link(path(tid, &format!("fd/{fd}"))).ok()?;
+    parse_socket_link(link.as_os_str())
+}
+
+fn parse_socket_link(link: &OsStr) -> Option<u64> {
+    link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+}
+
+/// The kernel's name for the protocol of a socket: "TCP", "TCPv6", "UDP", "MPTCP", "NETLINK" and so on
+/// (`sockfs_xattr_get`, net/socket.c).
+pub fn socket_protocol(tid: Pid, fd: u32) -> io::Result<String> {
+    const LONGEST: usize = 64;
+    let name = OsStr::new("system.sockprotoname");
+    let value = sys::getxattr(&path(tid, &format!("fd/{fd}")), name, LONGEST)?;
+    Ok(String::from_utf8_lossy(&value).trim_end_matches('\0').to_owned())
+}
+
+/// The flags of an open fd as fcntl(2) has them: O_NONBLOCK, O_CLOEXEC.
+pub fn fd_flags(tid: Pid, fd: u32) -> io::Result<i32> {
+    let text = fs::read_to_string(path(tid, &format!("fdinfo/{fd}")))?;
+    parse_fd_flags(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+fn parse_fd_flags(fdinfo: &str) -> Option<i32> {
+    let flags = fdinfo.lines().find_map(|line| line.strip_prefix("flags:"))?;
+    i32::from_str_radix(flags.trim(), 8).ok()
+}
+
+/// Whose rights a thread acts with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Credentials {
+    /// Real, effective, saved and filesystem uid.
+    pub uids: [u32; 4],
+    /// The effective capabilities, a bit each (capabilities(7)).
+    pub effective: u64,
+}
+
+pub fn credentials(tid: Pid) -> io::Result<Credentials> {
+    let text = fs::read_to_string(path(tid, "status"))?;
+    parse_credentials(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+fn parse_credentials(status: &str) -> Option<Credentials> {
+    let field = |name| status.lines().find_map(|line| line.strip_prefix(name));
+    let mut uids = [0; 4];
+    let mut words = field("Uid:")?.split_whitespace();
+    for uid in &mut uids {
+        *uid = words.next()?.parse().ok()?;
+    }
+    Some(Credentials { uids, effective: u64::from_str_radix(field("CapEff:")?.trim(), 16).ok()? })
+}
+
+/// What tells the network namespace of a thread from others (namespaces(7)).
+pub fn network_namespace(tid: Pid) -> io::Result<(u64, u64)> {
+    let metadata = fs::metadata(path(tid, "ns/net"))?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// A process and all that descend from it without a break in between.
+pub fn tree(root: Pid) -> Vec<Pid> {
+    let mut tree = vec![root];
+    let mut next = 0;
+    while let Some(pid) = tree.get(next).copied() {
+        next += 1;
+        tree.extend(children(pid).into_iter().filter(|child| !tree.contains(child)).collect::<Vec<_>>());
+    }
+    tree
+}
+
+/// The children of all threads of a process.
+fn children(pid: Pid) -> Vec<Pid> {
+    let Ok(threads) = fs::read_dir(path(pid, "task")) else { return Vec::new() };
+    let of_thread = |thread: fs::DirEntry| {
+        let mut text = String::new();
+        let read = File::open(thread.path().join("children")).and_then(|mut f| f.read_to_string(&mut text));
+        read.map_or(Vec::new(), |_| parse_children(&text))
+    };
+    threads.flatten().flat_map(of_thread).collect()
+}
+
+fn parse_children(text: &str) -> Vec<Pid> {
+    text.split_whitespace().filter_map(|word| word.parse().ok()).map(Pid::from_raw).collect()
+}
+
+/// The inode numbers of all sockets that a process has open.
+pub fn socket_inodes(pid: Pid) -> Vec<u64> {
+    let Ok(fds) = fs::read_dir(path(pid, "fd")) else { return Vec::new() };
+    let links = fds.flatten().filter_map(|fd| fs::read_link(fd.path()).ok());
+    links.filter_map(|link| parse_socket_link(link.as_os_str())).collect()
+}
+
+/// Whether IPv6 sockets are IPv6-only unless they say otherwise (net.ipv6.bindv6only, ipv6(7)).
+pub fn v6only_by_default() -> bool {
+    fs::read_to_string("/proc/sys/net/ipv6/bindv6only").is_ok_and(|text| text.trim() == "1")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_and_tables_are_read_as_proc_writes_them() {
+        assert_eq!(parse_socket_link(OsStr::new("socket:[4242]")), Some(4242));
+        assert_eq!(parse_socket_link(OsStr::new("pipe:[4242]")), None);
+        assert_eq!(parse_socket_link(OsStr::new("/tmp/socket:[1]")), None);
+        assert_eq!(parse_fd_flags("pos:\t0\nflags:\t02004002\nmnt_id:\t9\n"), Some(0o2004002));
+        assert_eq!(parse_fd_flags("pos:\t0\n"), None);
+        let status = "Name:\tx\nUid:\t1\t2\t3\t4\nCapEff:\t0000000000000400\n";
+        assert_eq!(parse_credentials(status), Some(Credentials { uids: [1, 2, 3, 4], effective: 0x400 }));
+        assert_eq!(parse_credentials("Uid:\t1\t2\t3\nCapEff:\t0\n"), None);
+        assert_eq!(parse_children("12 34 "), [Pid::from_raw(12), Pid::from_raw(34)]);
+    }
+
+    #[test]
+    fn a_process_finds_its_own_memory_sockets_and_rights() {
+        let me = Pid::this();
+        let secret = *b"reuse-run";
+        assert_eq!(memory(me, secret.as_ptr() as u64, secret.len()).unwrap(), secret);
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&listener) as u32;
+        let inode = socket_inode(me, fd).unwrap();
+        assert!(socket_inodes(me).contains(&inode));
+        assert_eq!(socket_protocol(me, fd).unwrap(), "TCP");
+        assert_ne!(fd_flags(me, fd).unwrap() & libc::O_CLOEXEC, 0);
+        assert_eq!(credentials(me).unwrap().uids[1], nix::unistd::geteuid().as_raw());
+        assert_eq!(tree(me)[0], me);
+    }
+}

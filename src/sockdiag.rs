@@ -1,0 +1,175 @@
+//! What the kernel tells of TCP sockets through sock_diag(7), in the wrapper's network namespace.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_sock_diag::SockDiagMessage;
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, TCP_SYN_RECV};
+use netlink_packet_sock_diag::inet::nlas::Nla;
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags};
+use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
+
+/// A TCP connection, seen from the side that accepts it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Connection {
+    pub peer: SocketAddr,
+    /// The handshake is under way.
+    pub opening: bool,
+    /// 0 while nobody has accepted it, and when it is closed.
+    pub inode: u32,
+    /// Bytes that have not been read.
+    pub unread: u32,
+    /// Bytes that the peer has not acknowledged.
+    pub unacknowledged: u32,
+    pub traffic: Traffic,
+}
+
+/// What has come and gone on a connection; ages are those of the moment of the look.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Since data was sent, or since the connection was made.
+    pub sent_ago: Duration,
+    /// Since data was received, or since the connection was made.
+    pub received_ago: Duration,
+    pub has_sent: bool,
+    pub has_received: bool,
+}
+
+impl Traffic {
+    /// Reads a `struct tcp_info` (linux/tcp.h); what the kernel is too old to tell is taken as zero.
+    fn parse(info: &[u8]) -> Self {
+        const LAST_DATA_SENT: usize = 44;
+        const LAST_DATA_RECV: usize = 52;
+        const BYTES_RECEIVED: usize = 128;
+        const DATA_SEGS_OUT: usize = 156;
+        let field = |at: usize| {
+            let bytes = info.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+            bytes.map_or(0, u32::from_ne_bytes)
+        };
+        Self {
+            sent_ago: Duration::from_millis(field(LAST_DATA_SENT).into()),
+            received_ago: Duration::from_millis(field(LAST_DATA_RECV).into()),
+            has_sent: field(DATA_SEGS_OUT) != 0,
+            has_received: field(BYTES_RECEIVED) != 0 || field(BYTES_RECEIVED + 4) != 0,
+        }
+    }
+}
+
+/// A socket to ask on.
+pub struct SockDiag {
+    socket: Socket,
+    buffer: Vec<u8>,
+}
+
+impl SockDiag {
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { socket: Socket::new(NETLINK_SOCK_DIAG)?, buffer: Vec::with_capacity(64 * 1024) })
+    }
+
+    /// The connections to `local`'s port, of its family, that are being opened, open or half closed.
+    /// Connections over IPv4 to an IPv6 socket are of the family of IPv6.
+    pub fn connections(&mut self, local: SocketAddr) -> io::Result<Vec<Connection>> {
+        let states = StateFlags::SYN_RECV
+            | StateFlags::ESTABLISHED
+            | StateFlags::CLOSE_WAIT
+            | StateFlags::FIN_WAIT1
+            | StateFlags::FIN_WAIT2
+            | StateFlags::LAST_ACK
+            | StateFlags::CLOSING;
+        let (family, mut socket_id) = match local {
+            SocketAddr::V4(_) => (AF_INET, SocketId::new_v4()),
+            SocketAddr::V6(_) => (AF_INET6, SocketId::new_v6()),
+        };
+        socket_id.source_port = local.port();
+        let extensions = ExtensionFlags::INFO;
+        let request = InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id };
+        let mut connections = Vec::new();
+        self.dump(request, |response| connections.push(connection(response)))?;
+        Ok(connections)
+    }
+
+    fn dump(&mut self, request: InetRequest, mut each: impl FnMut(&InetResponse)) -> io::Result<()> {
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+        let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        self.socket.send(&bytes, 0)?;
+        loop {
+            self.buffer.clear();
+            self.socket.recv(&mut self.buffer, 0)?; // the kernel answers without waiting for anyone
+            let mut rest = self.buffer.as_slice();
+            while !rest.is_empty() {
+                let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
+                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+                match message.payload {
+                    NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => each(&response),
+                    NetlinkPayload::Done(_) => return Ok(()),
+                    NetlinkPayload::Error(error) => return Err(error.to_io()),
+                    _ => {}
+                }
+                let length = message.header.length as usize;
+                // Messages are aligned to four bytes (netlink(7)).
+                rest = rest.get(length.next_multiple_of(4).max(16)..).unwrap_or_default();
+            }
+        }
+    }
+}
+
+fn connection(response: &InetResponse) -> Connection {
+    let header = &response.header;
+    let info = response.nlas.iter().find_map(|nla| match nla {
+        Nla::TcpInfo(info) => Some(Traffic::parse(info)),
+        _ => None,
+    });
+    let id = &header.socket_id;
+    Connection {
+        peer: SocketAddr::new(id.destination_address, id.destination_port),
+        opening: header.state == TCP_SYN_RECV,
+        inode: header.inode,
+        unread: header.recv_queue,
+        unacknowledged: header.send_queue,
+        traffic: info.unwrap_or_default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn a_connection_is_told_of_with_its_queues_and_traffic() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut client = TcpStream::connect(address).unwrap();
+        let mut diag = SockDiag::new().unwrap();
+        let look = |diag: &mut SockDiag| diag.connections(address).unwrap();
+
+        let connections = look(&mut diag);
+        assert_eq!(connections.len(), 1, "{connections:?}");
+        assert_eq!(connections[0].peer, client.local_addr().unwrap());
+        assert_eq!(connections[0].inode, 0, "nobody has accepted it");
+        assert!(!connections[0].opening && !connections[0].traffic.has_received);
+
+        client.write_all(b"request").unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        let connection = look(&mut diag)[0];
+        assert_ne!(connection.inode, 0);
+        assert_eq!(connection.unread, 7);
+        assert!(connection.traffic.has_received && !connection.traffic.has_sent);
+
+        server.read_exact(&mut [0; 7]).unwrap();
+        server.write_all(b"answer").unwrap();
+        client.read_exact(&mut [0; 6]).unwrap();
+        let connection = look(&mut diag)[0];
+        assert_eq!(connection.unread, 0);
+        assert!(connection.traffic.has_sent);
+        assert!(connection.traffic.sent_ago <= connection.traffic.received_ago);
+    }
+}

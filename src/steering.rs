@@ -1,0 +1,361 @@
+//! Who gets new connections, as pure computation: what the kernel's array of a reuseport group looks
+//! like, and the program that names members in it.
+//!
+//! The kernel keeps the members of a group in an array in the order of their listen(2) calls. A socket
+//! that leaves is replaced by the last one (`__reuseport_detach_sock`, net/core/sock_reuseport.c). The
+//! program that SO_ATTACH_REUSEPORT_CBPF attaches returns an index into that array.
+
+use std::collections::BTreeSet;
+use std::rc::Rc;
+
+use libc::sock_filter;
+
+/// A socket of the pool, for as long as the pool lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MemberId(pub u32);
+
+/// What the kernel is to do with new connections for a member of a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Steer {
+    /// The program names it.
+    Named,
+    /// The program doesn't name it, but a handshake that was sent to it a moment ago may go on.
+    Open,
+    /// The program doesn't name it, and a handshake that reaches it all the same is dropped, so that the
+    /// client's next attempt goes where the program then says.
+    Held,
+}
+
+/// What a member is to the pool, as far as steering is concerned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// Borrowed by a ready worker that is to get connections.
+    Ready,
+    /// Borrowed by a worker that doesn't count yet, or no more.
+    NotReady,
+    /// Borrowed by a worker that finishes what it has.
+    Draining,
+    /// Its worker died and will be replaced by one that inherits what is queued here.
+    Reserved,
+    /// Nobody's.
+    Free,
+}
+
+/// Decides for each member of a group, given what each of them is.
+///
+/// Ready workers get everything. When there is none, connections wait where a replacement will take
+/// them up; when there is no such place, they are held off.
+pub fn decide(standings: &[Standing]) -> Vec<Steer> {
+    let any = |standing| standings.contains(&standing);
+    let served = any(Standing::Ready);
+    let awaited = any(Standing::Reserved);
+    let decide = |standing: &Standing| match standing {
+        Standing::Ready => Steer::Named,
+        Standing::Reserved if !served => Steer::Named,
+        Standing::Reserved => Steer::Open,
+        Standing::Draining if served || awaited => Steer::Open,
+        Standing::Draining | Standing::NotReady | Standing::Free => Steer::Held,
+    };
+    standings.iter().map(decide).collect()
+}
+
+/// The kernel's array of a group's members, as far as it can be known.
+///
+/// Usually each index is known to hold one member. When several were found to have left at once, nobody
+/// can say in which order, and what moved where depends on it; then an index has several candidates, and
+/// counts as named only when all of them are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Order {
+    candidates: Vec<Rc<BTreeSet<MemberId>>>,
+}
+
+impl Order {
+    /// `member` has begun to listen.
+    pub fn push(&mut self, member: MemberId) {
+        self.candidates.push(Rc::new(BTreeSet::from([member])));
+    }
+
+    /// All of `members` have left, in an unknown order.
+    ///
+    /// Of n members k leave: the array is then n-k long, and a member below n-k that stays never moves,
+    /// since it is never the last. A place below n-k that becomes free goes to one of those that stood
+    /// at n-k or above.
+    pub fn leave(&mut self, members: &BTreeSet<MemberId>) {
+        let may_leave = |place: &BTreeSet<MemberId>| !place.is_disjoint(members);
+        let left = self.candidates.len().saturating_sub(members.len());
+        let moving: BTreeSet<MemberId> = (0..)
+            .zip(&self.candidates)
+            .filter(|(i, place)| *i >= left || may_leave(place))
+            .flat_map(|(_, place)| place.iter().copied())
+            .filter(|member| !members.contains(member))
+            .collect();
+        let moving = Rc::new(moving);
+        self.candidates.truncate(left);
+        for place in self.candidates.iter_mut().filter(|place| may_leave(place)) {
+            *place = Rc::clone(&moving);
+        }
+    }
+
+    /// `member` began to listen and `others` left, and which came first can't be known.
+    pub fn push_while_leaving(&mut self, member: MemberId, others: &BTreeSet<MemberId>) {
+        let mut left_first = self.clone();
+        left_first.leave(others);
+        left_first.push(member);
+        self.push(member);
+        self.leave(others);
+        for (place, other) in self.candidates.iter_mut().zip(left_first.candidates) {
+            if *place != other {
+                *place = Rc::new(place.union(&other).copied().collect());
+            }
+        }
+    }
+
+    /// The indices, ascending, that surely hold one of `named`.
+    pub fn indices(&self, named: &BTreeSet<MemberId>) -> Vec<u32> {
+        let places = (0..).zip(&self.candidates);
+        places.filter(|(_, place)| place.is_subset(named)).map(|(i, _)| i).collect()
+    }
+}
+
+const fn op(code: u32, jt: u8, jf: u8, k: u32) -> sock_filter {
+    sock_filter { code: code as u16, jt, jf, k }
+}
+
+/// The longest program that the kernel takes (linux/bpf_common.h).
+const BPF_MAXINSNS: usize = 4096;
+
+/// A program that chooses one of `indices` (ascending) at random, each with the same chance, within
+/// O(log n) instructions. For no index at all, one that leaves the choice to the kernel: a result out of
+/// range makes it choose among all members by the connection's hash.
+///
+/// Random and not by the connection's hash: either balances, and a retransmitted SYN finds its request
+/// socket by its addresses, before any listener is looked for. When the indices are so scattered that
+/// the program would be too long for the kernel, those that fit are chosen from.
+pub fn program(indices: &[u32]) -> Vec<sock_filter> {
+    if indices.is_empty() {
+        return vec![op(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX)];
+    }
+    let mut runs = runs(indices);
+    // Each run takes two instructions, each inner node of the tree above them at most two.
+    runs.truncate((BPF_MAXINSNS - 2) / 4);
+    let total: u32 = runs.iter().map(|run| run.len).sum();
+    let random = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
+    let mut program = vec![
+        op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, random),
+        op(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, 0, 0, total),
+    ];
+    choose(&runs, &mut program);
+    program
+}
+
+/// Successive indices, and how many of the chosen ones come before them.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    start: u32,
+    len: u32,
+    before: u32,
+}
+
+fn runs(indices: &[u32]) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for (before, &index) in (0..).zip(indices) {
+        match runs.last_mut() {
+            Some(run) if run.start + run.len == index => run.len += 1,
+            _ => runs.push(Run { start: index, len: 1, before }),
+        }
+    }
+    runs
+}
+
+/// Appends a search tree: the accumulator holds which of the chosen indices it is to be, counted from
+/// 0, and the program returns that index.
+fn choose(runs: &[Run], program: &mut Vec<sock_filter>) {
+    let Some((&first, rest)) = runs.split_first() else { return };
+    if rest.is_empty() {
+        // start >= before, since the indices ascend.
+        program.push(op(libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K, 0, 0, first.start - first.before));
+        program.push(op(libc::BPF_RET | libc::BPF_A, 0, 0, 0));
+        return;
+    }
+    let (low, high) = runs.split_at(runs.len() / 2);
+    let mut lower = Vec::new();
+    choose(low, &mut lower);
+    let jump_if_high = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
+    // A conditional jump reaches 255 instructions, an unconditional one any.
+    match u8::try_from(lower.len()) {
+        Ok(len) => program.push(op(jump_if_high, len, 0, high[0].before)),
+        Err(_) => {
+            program.push(op(jump_if_high, 0, 1, high[0].before));
+            program.push(op(libc::BPF_JMP | libc::BPF_JA, 0, 0, lower.len() as u32));
+        }
+    }
+    program.append(&mut lower);
+    choose(high, program);
+}
+
+/// A socket filter (socket(7), SO_ATTACH_FILTER) that drops what begins a connection, a segment with SYN
+/// and without ACK, and lets all else pass: handshakes that are under way complete.
+///
+/// On a TCP socket a filter sees the TCP header first (`tcp_filter`, net/ipv4/tcp_ipv4.c); its byte 13
+/// holds the flags (RFC 9293, 3.1). A client whose SYN is dropped sends it again after a second.
+pub fn hold_filter() -> Vec<sock_filter> {
+    const FLAGS: u32 = 13;
+    const SYN: u32 = 0x02;
+    const ACK: u32 = 0x10;
+    vec![
+        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, FLAGS),
+        op(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, SYN | ACK),
+        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, SYN),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn ids(numbers: &[u32]) -> BTreeSet<MemberId> {
+        numbers.iter().map(|n| MemberId(*n)).collect()
+    }
+
+    fn order(numbers: &[u32]) -> Order {
+        let mut order = Order::default();
+        numbers.iter().for_each(|n| order.push(MemberId(*n)));
+        order
+    }
+
+    /// Runs a steering program as the kernel would, with `random` for its random number.
+    fn run(program: &[sock_filter], random: u32) -> (u32, usize) {
+        let (mut a, mut pc, mut steps) = (0u32, 0usize, 0usize);
+        loop {
+            let op = program[pc];
+            steps += 1;
+            pc += 1;
+            match u32::from(op.code) {
+                code if code == libc::BPF_LD | libc::BPF_W | libc::BPF_ABS => a = random,
+                code if code == libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K => a %= op.k,
+                code if code == libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K => a += op.k,
+                code if code == libc::BPF_JMP | libc::BPF_JA => pc += op.k as usize,
+                code if code == libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K => {
+                    pc += usize::from(if a >= op.k { op.jt } else { op.jf })
+                }
+                code if code == libc::BPF_RET | libc::BPF_A => return (a, steps),
+                code => panic!("unexpected instruction {code:#x}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_program_chooses_each_index_equally_often_and_no_other() {
+        let scattered: Vec<u32> = (0..1000).map(|i| i * 2 + 1).collect();
+        let sets: [&[u32]; 6] = [&[0], &[7], &[0, 1, 2, 3], &[4, 5, 6, 7], &[0, 3, 4, 9], &scattered];
+        for indices in sets {
+            let program = program(indices);
+            let chosen: Vec<u32> = (0..indices.len() as u32).map(|n| run(&program, n).0).collect();
+            assert_eq!(chosen, indices);
+            assert_eq!(run(&program, indices.len() as u32).0, indices[0]);
+        }
+    }
+
+    #[test]
+    fn a_program_for_a_thousand_scattered_members_is_short_enough_and_takes_few_steps() {
+        let scattered: Vec<u32> = (0..1000).map(|i| i * 2).collect();
+        let program = program(&scattered);
+        assert!(program.len() <= BPF_MAXINSNS, "{}", program.len());
+        let most = (0..1000).map(|n| run(&program, n).1).max().unwrap();
+        assert!(most <= 4 + 2 * 10, "{most} steps");
+    }
+
+    #[test]
+    fn a_program_that_would_be_too_long_names_the_members_that_fit() {
+        let scattered: Vec<u32> = (0..3000).map(|i| i * 2).collect();
+        let program = program(&scattered);
+        assert!(program.len() <= BPF_MAXINSNS);
+        assert!((0..5000).all(|n| scattered.contains(&run(&program, n).0)));
+    }
+
+    #[test]
+    fn the_last_member_moves_to_the_place_of_one_that_leaves() {
+        let mut order = order(&[0, 1, 2, 3]);
+        order.leave(&ids(&[1]));
+        assert_eq!(order.indices(&ids(&[2, 3])), [1, 2]);
+        assert_eq!(order.indices(&ids(&[3])), [1]);
+    }
+
+    #[test]
+    fn what_is_named_holds_in_every_order_in_which_several_may_have_left() {
+        let mut order = order(&[0, 1, 2, 3, 4]);
+        order.leave(&ids(&[0, 1]));
+        // Either 4, 3, 2 or 3, 4, 2.
+        assert_eq!(order.indices(&ids(&[2, 3, 4])), [0, 1, 2]);
+        assert_eq!(order.indices(&ids(&[3, 4])), [0, 1]);
+        assert_eq!(order.indices(&ids(&[2, 3])), [2]);
+    }
+
+    #[test]
+    fn a_member_that_joined_while_another_left_is_named_only_where_it_surely_is() {
+        let mut order = order(&[0, 1]);
+        order.push_while_leaving(MemberId(2), &ids(&[0]));
+        // Either 1, 2 (left first) or 2, 1 (joined first).
+        assert_eq!(order.indices(&ids(&[1])), [0u32; 0]);
+        assert_eq!(order.indices(&ids(&[1, 2])), [0, 1]);
+    }
+
+    proptest! {
+        /// The kernel's array, simulated, always agrees with what is said to be known of it.
+        #[test]
+        fn an_index_never_holds_a_member_that_is_no_candidate(
+            batches in vec((0usize..4, 0usize..4, any::<bool>(), any::<u64>()), 1..12)
+        ) {
+            let mut array: Vec<MemberId> = Vec::new();
+            let mut order = Order::default();
+            let mut next = 0;
+            for (joins, leaves, at_once, seed) in batches {
+                for _ in 0..joins {
+                    array.push(MemberId(next));
+                    order.push(MemberId(next));
+                    next += 1;
+                }
+                let mut gone = BTreeSet::new();
+                let joined_first = seed % 2 == 0;
+                if at_once && joined_first {
+                    array.push(MemberId(next));
+                }
+                let mut random = seed;
+                for _ in 0..leaves.min(array.len()) {
+                    random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    let at = (random >> 33) as usize % array.len();
+                    if array[at] != MemberId(next) {
+                        gone.insert(array.swap_remove(at));
+                    }
+                }
+                if at_once {
+                    if !joined_first {
+                        array.push(MemberId(next));
+                    }
+                    order.push_while_leaving(MemberId(next), &gone);
+                    next += 1;
+                } else {
+                    order.leave(&gone);
+                }
+                prop_assert_eq!(order.candidates.len(), array.len());
+                for (place, member) in order.candidates.iter().zip(&array) {
+                    prop_assert!(place.contains(member), "{:?} not in {:?}", member, place);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ready_workers_get_everything_and_without_one_connections_wait_for_a_replacement() {
+        use Standing::*;
+        use Steer::*;
+        assert_eq!(decide(&[Ready, Reserved, Draining, NotReady]), [Named, Open, Open, Held]);
+        assert_eq!(decide(&[NotReady, Reserved, Draining, Free]), [Held, Named, Open, Held]);
+        assert_eq!(decide(&[NotReady, Draining, Free]), [Held, Held, Held]);
+    }
+}

@@ -1,0 +1,274 @@
+//! The poll loop: gathers events, asks the fleet what follows from them, and does that.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::io;
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use log::{debug, info, log, warn};
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
+use crate::drain::Drain;
+use crate::fleet::{Action, Event, Fleet, Policy, WorkerId, count};
+use crate::intercept::Interception;
+use crate::listeners::{self, Borrower, Pool};
+use crate::ready::{ReadyPipe, Said};
+use crate::signals::{Asked, Signals};
+use crate::worker::{self, Program, StartError, Starter};
+
+/// What an event of the poll loop comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Signals,
+    Pool,
+    Filter(WorkerId),
+    Ready(WorkerId),
+}
+
+impl Source {
+    fn to_token(self) -> u64 {
+        let token = |kind: u64, id: u32| kind << 32 | u64::from(id);
+        match self {
+            Self::Signals => token(0, 0),
+            Self::Pool => token(1, 0),
+            Self::Filter(WorkerId(id)) => token(2, id),
+            Self::Ready(WorkerId(id)) => token(3, id),
+        }
+    }
+
+    fn from_token(token: u64) -> Self {
+        let id = WorkerId(token as u32);
+        match token >> 32 {
+            0 => Self::Signals,
+            1 => Self::Pool,
+            2 => Self::Filter(id),
+            _ => Self::Ready(id),
+        }
+    }
+}
+
+/// The kernel's side of a worker.
+struct Worker {
+    pid: Pid,
+    /// `None` when no process is behind the filter any more.
+    interception: Option<Interception>,
+    /// `None` when it has said what it has to say.
+    ready: Option<ReadyPipe>,
+}
+
+pub struct Supervisor {
+    fleet: Fleet,
+    pool: Pool,
+    drain: Drain,
+    signals: Signals,
+    starter: Starter,
+    stop_signal: Signal,
+    workers: BTreeMap<WorkerId, Worker>,
+    pids: HashMap<Pid, WorkerId>,
+    epoll: Epoll,
+    actions: VecDeque<Action>,
+    /// Set when it is over: what to exit with.
+    exit: Option<u8>,
+}
+
+/// Runs the workers until the end, and returns the status to exit with.
+///
+/// # Errors
+/// What keeps the wrapper from starting at all; from then on it goes on whatever happens.
+pub fn run(program: Program, policy: Policy) -> io::Result<u8> {
+    let stop_signal = program.stop_signal;
+    let starter = Starter::new(program)?;
+    let signals = Signals::new()?;
+    let pool = Pool::new()?;
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    watch(&epoll, &signals, Source::Signals)?;
+    watch(&epoll, &pool, Source::Pool)?;
+    let (fleet, actions) = Fleet::new(policy, Instant::now());
+    let mut supervisor = Supervisor {
+        fleet,
+        pool,
+        drain: Drain::default(),
+        signals,
+        starter,
+        stop_signal,
+        workers: BTreeMap::new(),
+        pids: HashMap::new(),
+        epoll,
+        actions: actions.into(),
+        exit: None,
+    };
+    supervisor.act();
+    let status = loop {
+        if let Some(status) = supervisor.exit {
+            break status;
+        }
+        supervisor.wait_and_handle();
+    };
+    Ok(status)
+}
+
+fn watch(epoll: &Epoll, what: &impl AsFd, source: Source) -> io::Result<()> {
+    Ok(epoll.add(what.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, source.to_token()))?)
+}
+
+impl Supervisor {
+    fn wait_and_handle(&mut self) {
+        let mut events = [EpollEvent::empty(); 256];
+        let count = match self.epoll.wait(&mut events, self.timeout()) {
+            Ok(count) => count,
+            Err(Errno::EINTR) => 0,
+            Err(error) => {
+                warn!("can't wait for events: {error}");
+                0
+            }
+        };
+        for event in &events[..count] {
+            match Source::from_token(event.data()) {
+                Source::Signals => self.take_signals(),
+                Source::Pool => self.take_pool_events(),
+                Source::Filter(worker) => self.answer(worker, event.events()),
+                Source::Ready(worker) => self.hear(worker),
+            }
+        }
+        for worker in self.drain.look(&self.pool, Instant::now()) {
+            self.handle(Event::Drained { worker });
+        }
+        self.handle(Event::Tick);
+    }
+
+    fn timeout(&self) -> EpollTimeout {
+        let Some(deadline) = self.fleet.deadline().into_iter().chain(self.drain.deadline()).min() else {
+            return EpollTimeout::NONE;
+        };
+        // Rounded up, lest it wake up a moment too early over and over.
+        let left = deadline.saturating_duration_since(Instant::now()).as_micros().div_ceil(1000);
+        EpollTimeout::try_from(left.min(60_000) as i32).unwrap_or(EpollTimeout::ZERO)
+    }
+
+    fn handle(&mut self, event: Event) {
+        self.actions.extend(self.fleet.handle(event, Instant::now()));
+        self.act();
+    }
+
+    /// Carries out actions until none is left; some make events at once.
+    fn act(&mut self) {
+        while let Some(action) = self.actions.pop_front() {
+            match action {
+                Action::Start { worker, slot, generation } => self.start(worker, slot, generation),
+                Action::Steer => self.pool.steer(|worker| self.fleet.standing(worker)),
+                Action::Drain { worker } => {
+                    if let Some(Worker { pid, .. }) = self.workers.get(&worker) {
+                        self.drain.watch(worker, *pid, self.pool.addresses(worker), Instant::now());
+                    }
+                }
+                Action::Signal { worker } => {
+                    self.drain.forget(worker);
+                    if let Some(Worker { pid, .. }) = self.workers.get(&worker) {
+                        worker::signal(*pid, self.stop_signal);
+                    }
+                }
+                Action::Kill { worker } => {
+                    if let Some(Worker { pid, .. }) = self.workers.get(&worker) {
+                        worker::kill_group(*pid);
+                    }
+                }
+                Action::Release { worker, successor } => self.pool.release(worker, successor),
+                Action::Unreserve { slot, generation } => self.pool.unreserve(slot, generation),
+                Action::Log { level, line } => log!(level, "{line}"),
+                Action::Exit { status } => self.exit = Some(status),
+            }
+        }
+    }
+
+    fn start(&mut self, worker: WorkerId, slot: u32, generation: u32) {
+        if !self.fleet.wants(worker) {
+            return;
+        }
+        let event = match self.start_watched(worker, slot, generation) {
+            Ok(pid) => Event::Started { worker, pid: pid.as_raw() },
+            Err(StartError { why, status }) => Event::StartFailed { worker, why, status },
+        };
+        self.actions.extend(self.fleet.handle(event, Instant::now()));
+    }
+
+    fn start_watched(&mut self, worker: WorkerId, slot: u32, generation: u32) -> Result<Pid, StartError> {
+        let started = self.starter.start(slot, generation)?;
+        let pid = started.pid;
+        let interception = Interception::new(started.listener, Borrower { worker, slot, generation }, pid);
+        let watched = watch(&self.epoll, &interception, Source::Filter(worker))
+            .and_then(|()| watch(&self.epoll, &started.ready, Source::Ready(worker)));
+        if let Err(error) = watched {
+            worker::kill_group(pid);
+            return Err(StartError { why: format!("can't watch it: {error}"), status: 1 });
+        }
+        debug!("worker {slot} (pid {pid}, generation {generation}) started");
+        let (interception, ready) = (Some(interception), Some(started.ready));
+        self.workers.insert(worker, Worker { pid, interception, ready });
+        self.pids.insert(pid, worker);
+        Ok(pid)
+    }
+
+    fn take_signals(&mut self) {
+        for asked in self.signals.pending() {
+            match asked {
+                Asked::Reap => self.reap(),
+                Asked::Reload => self.handle(Event::Reload),
+                Asked::Stop { signal } => self.handle(Event::Stop { signal }),
+            }
+        }
+    }
+
+    fn reap(&mut self) {
+        while let Some(reaped) = worker::reap(|pid| self.pids.contains_key(&pid)) {
+            let Some(worker) = self.pids.remove(&reaped.pid) else {
+                debug!("reaped orphan {}", reaped.pid);
+                continue;
+            };
+            self.workers.remove(&worker); // closing its fds takes them out of epoll
+            self.drain.forget(worker);
+            self.handle(Event::Ended { worker, end: reaped.end });
+        }
+    }
+
+    fn take_pool_events(&mut self) {
+        for event in self.pool.events() {
+            match event {
+                listeners::Event::StoppedListening { worker, address } => {
+                    self.handle(Event::StoppedListening { worker, address });
+                }
+                listeners::Event::Reset { address, connections } => {
+                    let connections = count(connections, "connection");
+                    info!("{connections} to {address} reset: no worker will take what came so late");
+                }
+            }
+        }
+    }
+
+    fn answer(&mut self, worker: WorkerId, flags: EpollFlags) {
+        let Some(Worker { interception: slot @ Some(_), .. }) = self.workers.get_mut(&worker) else { return };
+        if !flags.contains(EpollFlags::EPOLLIN) {
+            *slot = None; // no process is behind the filter any more
+            return;
+        }
+        let Some(interception) = slot else { return };
+        if let Some(address) = interception.answer(&mut self.pool) {
+            self.handle(Event::Listens { worker, address });
+        }
+    }
+
+    fn hear(&mut self, worker: WorkerId) {
+        let Some(Worker { ready: slot @ Some(_), .. }) = self.workers.get_mut(&worker) else { return };
+        let Some(pipe) = slot else { return };
+        match pipe.read() {
+            Said::Nothing => {}
+            Said::Closed => *slot = None,
+            Said::Ready => {
+                *slot = None;
+                self.handle(Event::SaysReady { worker });
+            }
+        }
+    }
+}

@@ -1,0 +1,290 @@
+//! Starts a worker, signals it, and finds out how it ended.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
+use nix::sys::signal::Signal;
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
+    socketpair,
+};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::unistd::{Pid, getppid};
+
+use crate::fleet::End;
+use crate::intercept;
+use crate::ready::ReadyPipe;
+use crate::sys;
+
+/// The number of the readiness pipe in every worker. One digit, since that is all that `>&$READY_FD`
+/// takes in dash.
+const READY_FD: RawFd = 3;
+
+/// What every worker is.
+#[derive(Debug, Clone)]
+pub struct Program {
+    pub command: OsString,
+    pub args: Vec<OsString>,
+    pub stop_signal: Signal,
+}
+
+/// A worker that runs, or is about to.
+#[derive(Debug)]
+pub struct Started {
+    pub pid: Pid,
+    /// The wrapper's end of its filter.
+    pub listener: OwnedFd,
+    pub ready: ReadyPipe,
+}
+
+/// Why a worker could not be started, and the status that a shell would exit with.
+#[derive(Debug)]
+pub struct StartError {
+    pub why: String,
+    pub status: u8,
+}
+
+impl StartError {
+    fn new(what: &str, error: &io::Error) -> Self {
+        Self { why: format!("{what}: {error}"), status: 1 }
+    }
+}
+
+/// Starts workers, with all that has to be known for it from before the first.
+#[derive(Debug)]
+pub struct Starter {
+    program: Program,
+    /// The wrapper's own soft limit of open files before it was raised.
+    open_files: (rlim_t, rlim_t),
+    /// Keep the low fd numbers from being used: in the child they are the worker's.
+    _placeholders: Vec<File>,
+}
+
+impl Starter {
+    /// Prepares this process to have workers: its own fds stay its own, and it may have as many as the
+    /// hard limit allows. Call it before anything is opened that is to live on.
+    pub fn new(program: Program) -> io::Result<Self> {
+        close_inherited_fds_on_exec()?;
+        let open_files = getrlimit(Resource::RLIMIT_NOFILE)?;
+        setrlimit(Resource::RLIMIT_NOFILE, open_files.1, open_files.1)?;
+        Ok(Self { program, open_files, _placeholders: occupy_fds_up_to(READY_FD)? })
+    }
+
+    /// Starts one worker in a process group of its own, behind the filter.
+    ///
+    /// # Errors
+    /// Status 127 when the command isn't found, 126 when it can't be executed, 1 for all else.
+    pub fn start(&self, slot: u32, generation: u32) -> Result<Started, StartError> {
+        let (ready, ready_end) = ReadyPipe::new().map_err(|e| StartError::new("no pipe for READY_FD", &e))?;
+        let (ours, its) = socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)
+            .map_err(|e| StartError::new("no socket to prepare it through", &e.into()))?;
+        let mut command = Command::new(&self.program.command);
+        command
+            .args(&self.program.args)
+            .env("READY_FD", READY_FD.to_string())
+            .env("REUSE_RUN_SLOT", slot.to_string())
+            .env("REUSE_RUN_GENERATION", generation.to_string())
+            .env("NODE_APP_INSTANCE", slot.to_string())
+            .stdin(Stdio::null())
+            .process_group(0);
+        let preparation = Preparation {
+            wrapper: Pid::this(),
+            ready: ready_end,
+            report: its,
+            stop_signal: self.program.stop_signal,
+            open_files: self.open_files,
+        };
+        sys::before_exec(&mut command, move || preparation.run());
+        // std reports a failure of the preparation and one of execve alike; but only after a preparation
+        // that succeeded has the filter's fd arrived.
+        let spawned = command.spawn();
+        drop(command); // closes the worker's ends
+        match (spawned, receive_listener(&ours)) {
+            (Ok(child), Ok(listener)) => {
+                // Reaped by waitpid with all others; a `Child` does nothing when it is dropped.
+                Ok(Started { pid: Pid::from_raw(child.id() as i32), listener, ready })
+            }
+            (Err(error), Ok(_)) => Err(self.not_executed(&error)),
+            (Err(error), Err(NotPrepared::Failed(step))) => Err(StartError::new(step.describe(), &error)),
+            (Err(error), Err(NotPrepared::Silent)) => Err(StartError::new("can't start a process", &error)),
+            (Ok(child), Err(_)) => {
+                let _ = nix::sys::signal::kill(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
+                let why = "its filter did not reach the wrapper".to_owned();
+                Err(StartError { why, status: 1 })
+            }
+        }
+    }
+
+    fn not_executed(&self, error: &io::Error) -> StartError {
+        let command = self.program.command.to_string_lossy();
+        if error.kind() == io::ErrorKind::NotFound {
+            let why = format!("{command}: command not found, or the interpreter that it names");
+            StartError { why, status: 127 }
+        } else {
+            StartError { why: format!("can't execute {command}: {error}"), status: 126 }
+        }
+    }
+}
+
+/// What is done in the child before it becomes the worker.
+struct Preparation {
+    wrapper: Pid,
+    ready: OwnedFd,
+    report: OwnedFd,
+    stop_signal: Signal,
+    open_files: (rlim_t, rlim_t),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Limits,
+    Signals,
+    ParentDeath,
+    ReadyFd,
+    Filter,
+}
+
+impl Step {
+    const ALL: [Self; 5] = [Self::Limits, Self::Signals, Self::ParentDeath, Self::ReadyFd, Self::Filter];
+
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Limits => "can't set its limit of open files",
+            Self::Signals => "can't reset its signals",
+            Self::ParentDeath => "can't tie its life to the wrapper's",
+            Self::ReadyFd => "can't give it READY_FD",
+            Self::Filter => "can't intercept its bind and listen (see \"Limits\" in the README)",
+        }
+    }
+}
+
+impl Preparation {
+    /// Sends the filter's fd, or the number of the step that failed, and returns that error.
+    fn run(&self) -> io::Result<()> {
+        let mut step = Step::Limits;
+        let listener = self.take_steps(&mut step).inspect_err(|_| {
+            let _ = sendmsg::<()>(
+                self.report.as_raw_fd(),
+                &[IoSlice::new(&[step as u8])],
+                &[],
+                MsgFlags::empty(),
+                None,
+            );
+        })?;
+        let fds = [listener.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let byte = [IoSlice::new(&[u8::MAX])];
+        sendmsg::<()>(self.report.as_raw_fd(), &byte, &rights, MsgFlags::empty(), None)?;
+        Ok(())
+    }
+
+    fn take_steps(&self, step: &mut Step) -> io::Result<OwnedFd> {
+        let (soft, hard) = self.open_files;
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
+        // A shell without job control starts what it puts into the background with SIGINT and SIGQUIT
+        // ignored. Go and Python keep that and would never see the stop signal. std has emptied the mask.
+        *step = Step::Signals;
+        for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, self.stop_signal] {
+            sys::signal_default(signal)?;
+        }
+        // The signal comes when the parent dies; the parent that died before this call is not noticed by
+        // it (PR_SET_PDEATHSIG(2const)).
+        *step = Step::ParentDeath;
+        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+        if getppid() != self.wrapper {
+            return Err(Errno::ESRCH.into());
+        }
+        *step = Step::ReadyFd;
+        sys::dup2_for_exec(self.ready.as_fd(), READY_FD)?;
+        *step = Step::Filter;
+        intercept::install()
+    }
+}
+
+enum NotPrepared {
+    Failed(Step),
+    Silent,
+}
+
+/// What the child has sent; it has done so before it became the worker, or never will.
+fn receive_listener(report: &OwnedFd) -> Result<OwnedFd, NotPrepared> {
+    let mut byte = [0];
+    let mut space = nix::cmsg_space!(RawFd);
+    let mut buffers = [IoSliceMut::new(&mut byte)];
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let received = recvmsg::<()>(report.as_raw_fd(), &mut buffers, Some(&mut space), flags);
+    let received = received.map_err(|_| NotPrepared::Silent)?;
+    let rights = received.cmsgs().map_err(|_| NotPrepared::Silent)?.find_map(|message| match message {
+        ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
+        _ => None,
+    });
+    match rights {
+        Some(fd) => Ok(sys::owned_fd(fd)),
+        None => {
+            Err(Step::ALL.get(usize::from(byte[0])).map_or(NotPrepared::Silent, |s| NotPrepared::Failed(*s)))
+        }
+    }
+}
+
+/// A process that has ended and been reaped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reaped {
+    pub pid: Pid,
+    pub end: End,
+}
+
+/// Reaps one process that has ended, whether it was a worker or an orphan that this process inherited.
+/// `None` when there is no more. What is left of its process group is killed if `leads_group` says so.
+pub fn reap(leads_group: impl Fn(Pid) -> bool) -> Option<Reaped> {
+    // While the dead leader isn't reaped, its pid can't name another group than its own.
+    let peek = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    let pid = waitid(Id::All, peek).ok()?.pid()?;
+    if leads_group(pid) {
+        kill_group(pid);
+    }
+    match waitpid(pid, Some(WaitPidFlag::WNOHANG)).ok()? {
+        WaitStatus::Exited(pid, status) => Some(Reaped { pid, end: End::Exited(status) }),
+        WaitStatus::Signaled(pid, signal, _) => {
+            Some(Reaped { pid, end: End::Killed { signal: signal as i32, name: signal.as_str() } })
+        }
+        _ => None,
+    }
+}
+
+/// Sends a signal to the worker alone: npm and shells forward it, and many programs quit hard at a second.
+pub fn signal(pid: Pid, signal: Signal) {
+    // It may be dead and not yet reaped, which is no error.
+    let _ = nix::sys::signal::kill(pid, signal);
+}
+
+/// Sends SIGKILL to the worker and all that it started and that stayed in its process group.
+pub fn kill_group(pid: Pid) {
+    let _ = nix::sys::signal::killpg(pid, Signal::SIGKILL);
+}
+
+/// fds that this process was started with are not meant for its workers, the standard ones apart.
+fn close_inherited_fds_on_exec() -> io::Result<()> {
+    let open = std::fs::read_dir("/proc/self/fd")?;
+    let numbers: Vec<RawFd> = open.flatten().filter_map(|fd| fd.file_name().to_str()?.parse().ok()).collect();
+    numbers.into_iter().filter(|fd| *fd > 2).for_each(sys::set_close_on_exec);
+    Ok(())
+}
+
+/// Fills every free fd number up to and including `last` with /dev/null, close-on-exec, so that no fd
+/// that this process or std opens later is one of them.
+fn occupy_fds_up_to(last: RawFd) -> io::Result<Vec<File>> {
+    let mut placeholders = Vec::new();
+    loop {
+        let file = File::open("/dev/null")?;
+        if file.as_raw_fd() > last {
+            return Ok(placeholders);
+        }
+        placeholders.push(file);
+    }
+}
