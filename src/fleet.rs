@@ -309,14 +309,20 @@ impl Fleet {
         workers.chain(self.slots.iter().filter_map(|slot| slot.restart_at)).min()
     }
 
-    /// What a worker is to the steering of new connections.
-    pub fn standing(&self, worker: WorkerId) -> Standing {
-        match self.workers.get(&worker) {
-            Some(worker) if worker.generation == self.generation && worker.state == State::Ready => {
-                Standing::Ready
-            }
-            Some(Worker { state: State::Draining { .. }, .. }) => Standing::Draining,
-            _ => Standing::NotReady,
+    /// Tells what each worker is to the steering of new connections.
+    pub fn standing(&self) -> impl Fn(WorkerId) -> Standing {
+        // Once one of those that drain is told to stop, a good while has passed since the switch, and
+        // whatever still comes to the others comes by mistake.
+        let retired = |worker: &Worker| worker.generation != self.generation;
+        let late = self.workers.values().any(|w| retired(w) && matches!(w.state, State::Stopping { .. }));
+        move |id| match self.workers.get(&id) {
+            Some(worker) => match worker.state {
+                State::Ready if worker.generation == self.generation => Standing::Ready,
+                State::Ready | State::Starting { .. } => Standing::Starting,
+                State::Draining { .. } if !late => Standing::Draining,
+                State::Draining { .. } | State::Stopping { .. } | State::Killed => Standing::Leaving,
+            },
+            None => Standing::Leaving,
         }
     }
 

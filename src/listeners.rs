@@ -81,6 +81,9 @@ pub enum Event {
     Reset { address: Address, connections: usize },
 }
 
+/// Nobody is ever queued on a free socket; a borrower sets its own backlog.
+const SPARE_BACKLOG: i32 = 1;
+
 #[derive(Debug)]
 pub struct Pool {
     members: BTreeMap<MemberId, Member>,
@@ -364,22 +367,42 @@ impl Pool {
     /// standing. All new connections of an address change over in one system call.
     pub fn steer(&mut self, standing: impl Fn(WorkerId) -> Standing) {
         self.note_departures(None);
-        for (address, group) in &mut self.groups {
-            let listening = |id: &MemberId| self.members[id].listening;
-            let ids: Vec<MemberId> = group.members.iter().copied().filter(listening).collect();
-            let standings: Vec<Standing> = ids
-                .iter()
-                .map(|id| match self.members[id].holder {
-                    Holder::Free => Standing::Free,
-                    Holder::Reserved { .. } => Standing::Reserved,
-                    Holder::Lent(borrower) => standing(borrower.worker),
-                })
-                .collect();
-            let decided = steering::decide(&standings);
-            if let Err(error) = group.apply(&ids, &decided, &mut self.members) {
+        for address in self.groups.keys().copied().collect::<Vec<_>>() {
+            let steered = self
+                .steer_group(address, &standing)
+                .and_then(|lacking| (0..lacking).try_for_each(|_| self.add_spare(address)));
+            if let Err(error) = steered {
                 warn!("can't steer {address}: {error}");
             }
         }
+    }
+
+    /// Returns how many spare members the group lacks: see [`steering::spares_lacking`].
+    fn steer_group(
+        &mut self,
+        address: Address,
+        standing: impl Fn(WorkerId) -> Standing,
+    ) -> io::Result<usize> {
+        let Some(group) = self.groups.get_mut(&address) else { return Ok(0) };
+        let listening = |id: &MemberId| self.members[id].listening;
+        let ids: Vec<MemberId> = group.members.iter().copied().filter(listening).collect();
+        let standing = |id: &MemberId| match self.members[id].holder {
+            Holder::Free => Standing::Free,
+            Holder::Reserved { .. } => Standing::Reserved,
+            Holder::Lent(borrower) => standing(borrower.worker),
+        };
+        let standings: Vec<Standing> = ids.iter().map(standing).collect();
+        group.apply(&ids, &steering::decide(&standings), &mut self.members)?;
+        let leaving =
+            standings.iter().filter(|s| matches!(s, Standing::Draining | Standing::Leaving)).count();
+        Ok(steering::spares_lacking(group.order.len(), group.named.as_deref().unwrap_or_default(), leaving))
+    }
+
+    /// Adds a member that is nobody's, at the end of the array.
+    fn add_spare(&mut self, address: Address) -> io::Result<()> {
+        let id = self.add(address)?;
+        self.begin_to_listen(id, SPARE_BACKLOG)?;
+        self.members[&id].socket.set_nonblocking(true)
     }
 
     /// What happened since the last call. Look after [`Pool::as_fd`] became readable.
@@ -435,6 +458,7 @@ impl Group {
             if self.named.as_ref() != Some(&indices) {
                 let program = steering::program(&indices);
                 sys::attach_reuseport_cbpf(members[any].socket.as_fd(), &program)?;
+                debug!("{}: new connections go to {indices:?} of {}", members[any].address, self.order.len());
                 self.named = Some(indices);
             }
         }

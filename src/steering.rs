@@ -29,12 +29,14 @@ pub enum Steer {
 /// What a member is to the pool, as far as steering is concerned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
+    /// Borrowed by a worker that has yet to become ready.
+    Starting,
     /// Borrowed by a ready worker that is to get connections.
     Ready,
-    /// Borrowed by a worker that doesn't count yet, or no more.
-    NotReady,
-    /// Borrowed by a worker that finishes what it has.
+    /// Borrowed by a worker that was replaced a moment ago: what was sent to it before may still arrive.
     Draining,
+    /// Borrowed by a worker that gets no more and may leave the group at any time.
+    Leaving,
     /// Its worker died and will be replaced by one that inherits what is queued here.
     Reserved,
     /// Nobody's.
@@ -54,9 +56,19 @@ pub fn decide(standings: &[Standing]) -> Vec<Steer> {
         Standing::Reserved if !served => Steer::Named,
         Standing::Reserved => Steer::Open,
         Standing::Draining if served || awaited => Steer::Open,
-        Standing::Draining | Standing::NotReady | Standing::Free => Steer::Held,
+        Standing::Draining | Standing::Starting | Standing::Leaving | Standing::Free => Steer::Held,
     };
     standings.iter().map(decide).collect()
+}
+
+/// How many free members a group lacks at the end of its array, where `named` are the indices that the
+/// program chooses from and `leaving` of the others may leave by themselves at any time.
+///
+/// Whoever leaves is replaced by the last member. With as many members behind the last named one as may
+/// leave, none that is named ever moves, and the program stays right whenever they do.
+pub fn spares_lacking(len: usize, named: &[u32], leaving: usize) -> usize {
+    let behind = named.last().map_or(len, |last| len.saturating_sub(*last as usize + 1));
+    leaving.saturating_sub(behind)
 }
 
 /// The kernel's array of a group's members, as far as it can be known.
@@ -70,6 +82,11 @@ pub struct Order {
 }
 
 impl Order {
+    /// How many members there are.
+    pub fn len(&self) -> usize {
+        self.candidates.len()
+    }
+
     /// `member` has begun to listen.
     pub fn push(&mut self, member: MemberId) {
         self.candidates.push(Rc::new(BTreeSet::from([member])));
@@ -354,8 +371,33 @@ mod tests {
     fn ready_workers_get_everything_and_without_one_connections_wait_for_a_replacement() {
         use Standing::*;
         use Steer::*;
-        assert_eq!(decide(&[Ready, Reserved, Draining, NotReady]), [Named, Open, Open, Held]);
-        assert_eq!(decide(&[NotReady, Reserved, Draining, Free]), [Held, Named, Open, Held]);
-        assert_eq!(decide(&[NotReady, Draining, Free]), [Held, Held, Held]);
+        assert_eq!(decide(&[Ready, Reserved, Draining, Starting, Leaving]), [Named, Open, Open, Held, Held]);
+        assert_eq!(decide(&[Starting, Reserved, Draining, Free]), [Held, Named, Open, Held]);
+        assert_eq!(decide(&[Starting, Draining, Free]), [Held, Held, Held]);
+    }
+
+    proptest! {
+        /// In whatever order members leave that were counted as leaving, those that are named stay put.
+        #[test]
+        fn with_enough_spares_no_named_member_ever_moves(
+            kinds in vec(0u8..3, 1..20), turns in vec(any::<prop::sample::Index>(), 20)
+        ) {
+            // 0: named, 1: leaving, 2: free
+            let of_kind = |kind| (0u32..).zip(&kinds).filter(move |(_, k)| **k == kind).map(|(i, _)| i);
+            let named: Vec<u32> = of_kind(0).collect();
+            let mut leaving: Vec<u32> = of_kind(1).collect();
+            let mut array: Vec<u32> = (0..kinds.len() as u32).collect();
+            let lacking = spares_lacking(array.len(), &named, leaving.len());
+            array.extend((0..lacking as u32).map(|spare| 1000 + spare));
+            for turn in turns {
+                if leaving.is_empty() {
+                    break;
+                }
+                let gone = leaving.swap_remove(turn.index(leaving.len()));
+                let at = array.iter().position(|member| *member == gone).unwrap();
+                array.swap_remove(at);
+                prop_assert!(named.iter().all(|index| array[*index as usize] == *index));
+            }
+        }
     }
 }

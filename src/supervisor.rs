@@ -158,7 +158,7 @@ impl Supervisor {
         while let Some(action) = self.actions.pop_front() {
             match action {
                 Action::Start { worker, slot, generation } => self.start(worker, slot, generation),
-                Action::Steer => self.pool.steer(|worker| self.fleet.standing(worker)),
+                Action::Steer => self.pool.steer(self.fleet.standing()),
                 Action::Drain { worker } => {
                     if let Some(Worker { pid, .. }) = self.workers.get(&worker) {
                         self.drain.watch(worker, *pid, self.pool.addresses(worker), Instant::now());
