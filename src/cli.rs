@@ -50,6 +50,11 @@ struct Args {
     #[argh(option, default = "StopSignal(Signal::SIGINT)", arg_name = "signal")]
     stop_signal: StopSignal,
 
+    /// end everything, with the last worker's status, after so many failed starts in a row while no worker
+    /// is ready; 0: never (default 10)
+    #[argh(option, default = "10", arg_name = "count")]
+    max_failures: u32,
+
     /// print the version
     #[argh(switch, short = 'V')]
     version: bool,
@@ -169,7 +174,7 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
     if command.is_empty() {
         return Err("no command to run, as in reuse-run -n 4 -- node app.js".to_owned());
     }
-    let Args { workers, ready, ready_timeout, drain, stop_timeout, stop_signal, .. } = args;
+    let Args { workers, ready, ready_timeout, drain, stop_timeout, stop_signal, max_failures, .. } = args;
     let program = Program { command: command.remove(0), args: command, stop_signal: stop_signal.0 };
     let policy = Policy {
         workers: workers.0,
@@ -178,6 +183,7 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
         drain: drain.0,
         stop_timeout: stop_timeout.0,
         stop_signal: stop_signal.0.as_str(),
+        max_failures,
     };
     Ok(Invocation::Run { program, policy })
 }

@@ -40,6 +40,8 @@ pub struct Policy {
     pub stop_timeout: Duration,
     /// The name of the stop signal.
     pub stop_signal: &'static str,
+    /// After so many failed starts in a row, with no worker ready, everything ends. 0: never.
+    pub max_failures: u32,
 }
 
 /// How a process ended.
@@ -136,6 +138,13 @@ pub enum Action {
         worker: WorkerId,
         successor: bool,
     },
+    /// The successor of a worker of this slot and generation is long in coming: reset what waits for it.
+    ResetQueue {
+        slot: u32,
+        generation: u32,
+    },
+    /// Look for programs that have come to share our addresses.
+    LookForStrangers,
     /// The successor that was promised to a worker of this slot and generation won't come.
     Unreserve {
         slot: u32,
@@ -165,7 +174,9 @@ enum State {
         kill_at: Instant,
     },
     /// SIGKILL was sent.
-    Killed,
+    Killed {
+        lost_at: Instant,
+    },
 }
 
 #[derive(Debug)]
@@ -185,6 +196,8 @@ struct Worker {
 struct Slot {
     /// Set while no worker is there: when to start the next.
     restart_at: Option<Instant>,
+    /// Set from the end of a worker until the next is ready: when to stop having clients wait for it.
+    reset_at: Option<Instant>,
     /// How long the next restart waits.
     delay: Duration,
     /// Where its last ready worker listened: what a replacement has to do as well.
@@ -227,6 +240,10 @@ pub struct Fleet {
     begun: Instant,
     /// Whether to reload when the phase allows.
     reload_wanted: bool,
+    /// Starts of the generation that serves which failed since the last that didn't.
+    failures: u32,
+    /// The status of the last of these.
+    last_status: u8,
     actions: Vec<Action>,
 }
 
@@ -237,6 +254,10 @@ const LONGEST_DELAY: Duration = Duration::from_secs(5);
 const PROVEN: Duration = Duration::from_secs(10);
 /// A replacement that listens on some addresses only is given so long before the log says what it lacks.
 const HINT_AFTER: Duration = Duration::from_secs(1);
+/// Clients wait so long for the next worker of a slot; from then on they had better try again.
+const LONGEST_WAIT: Duration = Duration::from_secs(2);
+/// A process that has not ended so long after SIGKILL is stuck in the kernel, and is waited for no more.
+const LOST_AFTER: Duration = Duration::from_secs(10);
 
 impl Fleet {
     /// A fleet that has yet to start, and the actions that do so.
@@ -250,6 +271,8 @@ impl Fleet {
             next: WorkerId(0),
             begun: now,
             reload_wanted: false,
+            failures: 0,
+            last_status: 0,
             actions: Vec::new(),
             policy,
         };
@@ -303,10 +326,12 @@ impl Fleet {
             }
             State::Draining { until } => Some(until),
             State::Stopping { kill_at } => Some(kill_at),
-            State::Ready | State::Killed => None,
+            State::Killed { lost_at } => Some(lost_at),
+            State::Ready => None,
         };
         let workers = self.workers.values().filter_map(of_worker);
-        workers.chain(self.slots.iter().filter_map(|slot| slot.restart_at)).min()
+        let slots = self.slots.iter().flat_map(|slot| [slot.restart_at, slot.reset_at]).flatten();
+        workers.chain(slots).min()
     }
 
     /// Tells what each worker is to the steering of new connections.
@@ -320,7 +345,7 @@ impl Fleet {
                 State::Ready if worker.generation == self.generation => Standing::Ready,
                 State::Ready | State::Starting { .. } => Standing::Starting,
                 State::Draining { .. } if !late => Standing::Draining,
-                State::Draining { .. } | State::Stopping { .. } | State::Killed => Standing::Leaving,
+                State::Draining { .. } | State::Stopping { .. } | State::Killed { .. } => Standing::Leaving,
             },
             None => Standing::Leaving,
         }
@@ -420,9 +445,11 @@ impl Fleet {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.state = State::Ready;
         worker.ready_at = Some(now);
-        let (generation, took) = (worker.generation, now - worker.started);
+        let (slot, generation, took) = (worker.slot as usize, worker.generation, now - worker.started);
         self.log(log::Level::Debug, format!("{name} is ready after {}", millis(took)));
         if generation == self.generation {
+            self.failures = 0;
+            self.slots[slot].reset_at = None;
             self.remember_addresses(id);
             self.actions.push(Action::Steer);
             if self.phase != Phase::Starting {
@@ -472,8 +499,10 @@ impl Fleet {
             if self.slots[slot].restart_at.take().is_some() {
                 self.actions.push(Action::Unreserve { slot: slot as u32, generation: last });
             }
+            self.slots[slot].reset_at = None;
             self.slots[slot].delay = Duration::ZERO;
         }
+        self.failures = 0;
         for id in self.of_generation(self.generation) {
             self.remember_addresses(id);
         }
@@ -511,13 +540,13 @@ impl Fleet {
                 self.actions.push(Action::Steer); // before the signal: it may shut its listener down
                 self.actions.push(Action::Signal { worker: id });
             }
-            State::Stopping { .. } | State::Killed => {}
+            State::Stopping { .. } | State::Killed { .. } => {}
         }
     }
 
-    fn kill(&mut self, id: WorkerId) {
+    fn kill(&mut self, id: WorkerId, now: Instant) {
         if let Some(worker) = self.workers.get_mut(&id) {
-            worker.state = State::Killed;
+            worker.state = State::Killed { lost_at: now + LOST_AFTER };
             self.actions.push(Action::Kill { worker: id });
             if let Phase::Stopping { status: status @ 0 } = &mut self.phase {
                 *status = 1;
@@ -528,7 +557,7 @@ impl Fleet {
     fn start_failed(&mut self, id: WorkerId, why: &str, status: u8, now: Instant) {
         let name = self.name(id);
         let Some(worker) = self.workers.remove(&id) else { return };
-        let (slot, generation) = (worker.slot, worker.generation);
+        let generation = worker.generation;
         match self.phase {
             Phase::Starting => self.give_up(&format!("{name} can't be started: {why}"), status, now),
             Phase::Replacing { .. } if generation == self.newest => {
@@ -537,7 +566,7 @@ impl Fleet {
             Phase::Stopping { .. } => {}
             _ if generation == self.generation => {
                 self.warn(format!("{name} can't be started: {why}"));
-                self.restart_later(slot, &worker, now);
+                self.restart_later(&worker, status, now);
             }
             _ => {}
         }
@@ -546,7 +575,7 @@ impl Fleet {
     fn ended(&mut self, id: WorkerId, end: End, now: Instant) {
         let name = self.name(id);
         let Some(worker) = self.workers.remove(&id) else { return };
-        let expected = matches!(worker.state, State::Stopping { .. } | State::Killed);
+        let expected = matches!(worker.state, State::Stopping { .. } | State::Killed { .. });
         let was_ready = worker.ready_at.is_some();
         let before = if was_ready { "" } else { " before it was ready" };
         let ended = format!("{name} {end}{before}");
@@ -569,7 +598,7 @@ impl Fleet {
             {
                 self.actions.push(Action::Release { worker: id, successor: true });
                 self.warn(ended);
-                self.restart_later(worker.slot, &worker, now);
+                self.restart_later(&worker, end.status(), now);
                 self.actions.push(Action::Steer);
             }
             _ => {
@@ -583,13 +612,25 @@ impl Fleet {
         }
     }
 
-    fn restart_later(&mut self, slot: u32, worker: &Worker, now: Instant) {
-        let slot = &mut self.slots[slot as usize];
-        if worker.ready_at.is_some_and(|ready_at| now - ready_at >= PROVEN) {
-            slot.delay = Duration::ZERO;
+    fn restart_later(&mut self, worker: &Worker, status: u8, now: Instant) {
+        let slot = &mut self.slots[worker.slot as usize];
+        match worker.ready_at {
+            Some(ready_at) if now - ready_at >= PROVEN => slot.delay = Duration::ZERO,
+            Some(_) => {}
+            None => {
+                self.failures += 1;
+                self.last_status = status;
+            }
         }
         slot.restart_at = Some(now + slot.delay);
         slot.delay = (slot.delay * 2).clamp(FIRST_DELAY, LONGEST_DELAY);
+        slot.reset_at.get_or_insert(now + LONGEST_WAIT);
+    }
+
+    /// Whether there is nothing that works and no prospect of it.
+    fn is_hopeless(&self) -> bool {
+        let ready = || self.workers.values().any(|worker| worker.state == State::Ready);
+        self.policy.max_failures > 0 && self.failures >= self.policy.max_failures && !ready()
     }
 
     fn reload_asked(&mut self) {
@@ -629,9 +670,18 @@ impl Fleet {
             self.phase = Phase::Replacing { since: now };
             let (generation, workers) = (self.newest, count(self.slots.len(), "worker"));
             self.info(format!("reload: starting generation {generation}, {workers}"));
+            self.actions.push(Action::LookForStrangers);
             for slot in 0..self.slots.len() as u32 {
                 self.start(slot, generation, now);
             }
+        } else if self.phase == Phase::Serving && self.is_hopeless() {
+            let (failures, status) = (count(self.failures as usize, "start"), self.last_status);
+            self.give_up(
+                &format!("no worker is ready and the last {failures} failed (see --max-failures)"),
+                status,
+                now,
+            );
+            self.settle(now);
         }
     }
 
@@ -653,6 +703,7 @@ impl Fleet {
     fn stop_all(&mut self, status: u8, now: Instant) {
         self.phase = Phase::Stopping { status };
         for slot in 0..self.slots.len() {
+            self.slots[slot].reset_at = None;
             if self.slots[slot].restart_at.take().is_some() {
                 self.actions.push(Action::Unreserve { slot: slot as u32, generation: self.generation });
             }
@@ -666,7 +717,7 @@ impl Fleet {
         if matches!(self.phase, Phase::Stopping { .. }) {
             self.warn(format!("{signal} again: killing {}", count(self.workers.len(), "worker")));
             for id in self.workers.keys().copied().collect::<Vec<_>>() {
-                self.kill(id);
+                self.kill(id, now);
             }
         } else {
             let (workers, how) = (count(self.workers.len(), "worker"), self.policy.stop_signal);
@@ -681,6 +732,10 @@ impl Fleet {
             if self.slots[slot].restart_at.is_some_and(|at| at <= now) {
                 self.slots[slot].restart_at = None;
                 self.start(slot as u32, self.generation, now);
+            }
+            if self.slots[slot].reset_at.is_some_and(|at| at <= now) {
+                self.slots[slot].reset_at = None;
+                self.actions.push(Action::ResetQueue { slot: slot as u32, generation: self.generation });
             }
         }
         for id in self.workers.keys().copied().collect::<Vec<_>>() {
@@ -717,9 +772,14 @@ impl Fleet {
                 self.warn(format!(
                     "{name} did not end within {timeout} of {signal} (see --stop-timeout); killing it"
                 ));
-                self.kill(id);
+                self.kill(id, now);
             }
-            State::Draining { .. } | State::Stopping { .. } | State::Ready | State::Killed => {}
+            State::Killed { lost_at } if lost_at <= now => {
+                let (name, waited) = (self.name(id), humantime::format_duration(LOST_AFTER));
+                self.warn(format!("{name} has not ended {waited} after SIGKILL; it is waited for no more"));
+                self.ended(id, End::Killed { signal: 9, name: "SIGKILL" }, now);
+            }
+            State::Draining { .. } | State::Stopping { .. } | State::Ready | State::Killed { .. } => {}
         }
     }
 
@@ -761,5 +821,546 @@ fn millis(duration: Duration) -> String {
     match duration.as_millis() {
         ms @ 0..10_000 => format!("{ms} ms"),
         ms => format!("{}.{} s", ms / 1000, ms % 1000 / 100),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const WORKERS: u32 = 3;
+
+    fn policy(readiness: Readiness) -> Policy {
+        Policy {
+            workers: WORKERS,
+            readiness,
+            ready_timeout: Duration::from_secs(60),
+            drain: Duration::from_secs(10),
+            stop_timeout: Duration::from_secs(30),
+            stop_signal: "SIGINT",
+            max_failures: 10,
+        }
+    }
+
+    /// What the kernel would make of the fleet's actions, with a made-up clock.
+    struct World {
+        fleet: Fleet,
+        now: Instant,
+        /// The living, and what they were told.
+        alive: BTreeMap<WorkerId, Told>,
+        draining: BTreeSet<WorkerId>,
+        log: Vec<String>,
+        exit: Option<u8>,
+        reset: Vec<u32>,
+        next_pid: i32,
+        /// Whether starts fail from now on.
+        starts_fail: bool,
+        most_alive: usize,
+    }
+
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Told {
+        Nothing,
+        Stop,
+        Kill,
+    }
+
+    impl World {
+        fn new(policy: Policy) -> Self {
+            let now = Instant::now();
+            let (fleet, actions) = Fleet::new(policy, now);
+            let mut world = Self {
+                fleet,
+                now,
+                alive: BTreeMap::new(),
+                draining: BTreeSet::new(),
+                log: Vec::new(),
+                exit: None,
+                reset: Vec::new(),
+                next_pid: 100,
+                starts_fail: false,
+                most_alive: 0,
+            };
+            world.carry_out(actions);
+            world
+        }
+
+        fn carry_out(&mut self, actions: Vec<Action>) {
+            let mut actions = std::collections::VecDeque::from(actions);
+            while let Some(action) = actions.pop_front() {
+                assert_eq!(self.exit, None, "{action:?} after the exit");
+                match action {
+                    Action::Start { worker, .. } if !self.fleet.wants(worker) => {}
+                    Action::Start { worker, .. } if self.starts_fail => {
+                        let why = "no memory".to_owned();
+                        actions.extend(
+                            self.fleet.handle(Event::StartFailed { worker, why, status: 1 }, self.now),
+                        );
+                    }
+                    Action::Start { worker, .. } => {
+                        self.alive.insert(worker, Told::Nothing);
+                        self.most_alive = self.most_alive.max(self.alive.len());
+                        self.next_pid += 1;
+                        let started = Event::Started { worker, pid: self.next_pid };
+                        actions.extend(self.fleet.handle(started, self.now));
+                    }
+                    Action::Drain { worker } => {
+                        assert!(self.alive.contains_key(&worker), "{worker:?} is dead and to be drained");
+                        self.draining.insert(worker);
+                    }
+                    Action::Signal { worker } => {
+                        let told = self.alive.insert(worker, Told::Stop);
+                        assert_eq!(told, Some(Told::Nothing), "{worker:?} is to be told to stop");
+                    }
+                    Action::Kill { worker } => {
+                        let told = self.alive.insert(worker, Told::Kill);
+                        assert!(told.is_some(), "{worker:?} is dead and to be killed");
+                    }
+                    Action::Release { worker, .. } => {
+                        // It has ended, or is stuck in the kernel and given up.
+                        let told = self.alive.remove(&worker);
+                        assert!(matches!(told, None | Some(Told::Kill)), "{worker:?} lives and loses its sockets");
+                    }
+                    Action::ResetQueue { slot, .. } => self.reset.push(slot),
+                    Action::Log { line, .. } => self.log.push(line),
+                    Action::Exit { status } => self.exit = Some(status),
+                    Action::Steer | Action::Unreserve { .. } | Action::LookForStrangers => {}
+                }
+            }
+        }
+
+        fn event(&mut self, event: Event) {
+            if self.exit.is_none() {
+                let actions = self.fleet.handle(event, self.now);
+                self.carry_out(actions);
+            }
+        }
+
+        /// Lets time pass, waking the fleet when it wants to be.
+        fn pass(&mut self, duration: Duration) {
+            let end = self.now + duration;
+            while let Some(deadline) = self.fleet.deadline().filter(|at| *at <= end && self.exit.is_none()) {
+                self.now = self.now.max(deadline);
+                self.event(Event::Tick);
+            }
+            self.now = end;
+            self.event(Event::Tick);
+        }
+
+        fn end(&mut self, worker: WorkerId, end: End) {
+            self.alive.remove(&worker);
+            self.draining.remove(&worker);
+            self.event(Event::Ended { worker, end });
+        }
+
+        /// Those that were told to stop or killed do end.
+        fn obey(&mut self) {
+            let told = |told: &Told| *told != Told::Nothing;
+            for worker in self.alive.iter().filter(|(_, t)| told(t)).map(|(id, _)| *id).collect::<Vec<_>>() {
+                self.end(worker, End::Exited(0));
+            }
+        }
+
+        fn ready_all(&mut self) {
+            for worker in self.alive.keys().copied().collect::<Vec<_>>() {
+                self.event(Event::SaysReady { worker });
+            }
+        }
+
+        fn drain_all(&mut self) {
+            for worker in std::mem::take(&mut self.draining) {
+                self.event(Event::Drained { worker });
+            }
+        }
+
+        fn ids(&self) -> Vec<WorkerId> {
+            self.alive.keys().copied().collect()
+        }
+
+        /// Slot and generation of those that get connections.
+        fn steered_to(&self) -> Vec<(u32, u32)> {
+            let standing = self.fleet.standing();
+            let ready = self.alive.keys().filter(|id| standing(**id) == Standing::Ready);
+            ready.map(|id| (self.fleet.workers[id].slot, self.fleet.workers[id].generation)).collect()
+        }
+
+        fn said(&self, part: &str) -> bool {
+            self.log.iter().any(|line| line.contains(part))
+        }
+    }
+
+    fn serving() -> World {
+        let mut world = World::new(policy(Readiness::Notify));
+        world.ready_all();
+        assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+        world
+    }
+
+    fn address(port: u16) -> Address {
+        Address { socket: ([127, 0, 0, 1], port).into(), v6only: false }
+    }
+
+    #[test]
+    fn a_reload_switches_when_all_are_ready_and_stops_each_old_worker_when_it_is_drained() {
+        let mut world = serving();
+        world.event(Event::Reload);
+        let [a, b, c] = world.ids()[3..] else { panic!("{:?}", world.ids()) };
+        world.event(Event::SaysReady { worker: a });
+        world.event(Event::SaysReady { worker: b });
+        assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+        world.event(Event::SaysReady { worker: c });
+        assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
+        assert!(
+            world.alive.values().all(|told| *told == Told::Nothing),
+            "nobody is told before it is drained"
+        );
+        world.drain_all();
+        world.obey();
+        assert!(world.said("reload done"));
+        assert_eq!(world.ids(), [a, b, c]);
+    }
+
+    #[test]
+    fn a_replacement_that_ends_or_is_late_ends_the_reload_and_the_old_never_notice() {
+        for late in [false, true] {
+            let mut world = serving();
+            world.event(Event::Reload);
+            let first = world.ids()[3];
+            if late {
+                world.pass(Duration::from_secs(61));
+                assert!(world.said("was not ready within 1m"), "{:?}", world.log);
+            } else {
+                world.end(first, End::Killed { signal: 11, name: "SIGSEGV" });
+                assert!(world.said("was killed by SIGSEGV before it was ready; reload abandoned"));
+            }
+            world.obey();
+            assert_eq!(world.ids().len(), 3);
+            assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+            world.event(Event::Reload);
+            world.ready_all();
+            assert_eq!(world.steered_to(), [(0, 3), (1, 3), (2, 3)], "the next one may succeed");
+        }
+    }
+
+    #[test]
+    fn reloads_asked_for_during_a_reload_are_one_more() {
+        let mut world = serving();
+        for _ in 0..5 {
+            world.event(Event::Reload);
+        }
+        for _ in 0..3 {
+            world.ready_all();
+            world.drain_all();
+            world.obey();
+        }
+        assert_eq!(world.steered_to(), [(0, 3), (1, 3), (2, 3)]);
+        assert_eq!(world.log.iter().filter(|line| line.contains("reload done")).count(), 2);
+    }
+
+    #[test]
+    fn a_reload_asked_for_before_the_first_generation_is_ready_comes_after_it() {
+        let mut world = World::new(policy(Readiness::Notify));
+        world.event(Event::Reload);
+        assert_eq!(world.ids().len(), 3);
+        world.ready_all();
+        assert_eq!(world.ids().len(), 6);
+    }
+
+    #[test]
+    fn a_worker_that_dies_is_restarted_at_once_then_ever_later_and_at_once_again_when_it_was_proven() {
+        let mut world = serving();
+        let mut waits = Vec::new();
+        for _ in 0..9 {
+            let worker = *world.ids().last().unwrap();
+            world.end(worker, End::Exited(1));
+            let died = world.now;
+            while world.ids().len() < 3 {
+                world.pass(Duration::from_millis(10));
+            }
+            waits.push((world.now - died).as_millis());
+            world.ready_all();
+        }
+        assert_eq!(waits, [0, 100, 200, 400, 800, 1600, 3200, 5000, 5000]);
+        world.pass(PROVEN);
+        let worker = *world.ids().last().unwrap();
+        world.end(worker, End::Exited(1));
+        assert_eq!(world.ids().len(), 3, "restarted at once");
+    }
+
+    #[test]
+    fn clients_of_a_slot_that_is_down_for_two_seconds_are_reset() {
+        let mut world = serving();
+        world.starts_fail = true;
+        let worker = world.ids()[1];
+        world.end(worker, End::Exited(1));
+        world.pass(Duration::from_millis(1999));
+        assert_eq!(world.reset, [0u32; 0]);
+        world.pass(Duration::from_millis(1));
+        assert_eq!(world.reset, [1]);
+    }
+
+    #[test]
+    fn when_no_worker_is_ready_and_ten_starts_failed_it_exits_with_the_last_status() {
+        let mut world = serving();
+        let ids = world.ids();
+        ids.into_iter().for_each(|worker| world.end(worker, End::Exited(7)));
+        for failures in 1..=10 {
+            while world.ids().is_empty() {
+                world.pass(Duration::from_millis(50));
+            }
+            assert_eq!(world.exit, None, "after {failures} failures");
+            let worker = world.ids()[0];
+            world.end(worker, End::Exited(40 + failures));
+        }
+        world.obey();
+        assert_eq!(world.exit, Some(50), "{:?}", world.log);
+    }
+
+    #[test]
+    fn with_max_failures_0_it_never_gives_up() {
+        let mut world = World::new(Policy { max_failures: 0, ..policy(Readiness::Notify) });
+        world.ready_all();
+        let ids = world.ids();
+        ids.into_iter().for_each(|worker| world.end(worker, End::Exited(7)));
+        world.starts_fail = true;
+        world.pass(Duration::from_secs(600));
+        assert_eq!(world.exit, None);
+    }
+
+    #[test]
+    fn a_first_worker_that_ends_before_it_is_ready_ends_everything_with_its_status() {
+        let mut world = World::new(policy(Readiness::Notify));
+        let first = world.ids()[0];
+        world.end(first, End::Exited(3));
+        assert_eq!(world.exit, None, "the others are stopped first");
+        world.obey();
+        assert_eq!(world.exit, Some(3));
+    }
+
+    #[test]
+    fn a_stop_exits_with_0_and_with_1_when_somebody_had_to_be_killed() {
+        let mut world = serving();
+        world.event(Event::Stop { signal: "SIGTERM" });
+        world.obey();
+        assert_eq!(world.exit, Some(0));
+
+        let mut world = serving();
+        world.event(Event::Stop { signal: "SIGTERM" });
+        world.pass(Duration::from_secs(30));
+        assert!(world.alive.values().all(|told| *told == Told::Kill));
+        world.obey();
+        assert_eq!(world.exit, Some(1));
+
+        let mut world = serving();
+        world.event(Event::Stop { signal: "SIGTERM" });
+        world.event(Event::Stop { signal: "SIGTERM" });
+        assert!(world.alive.values().all(|told| *told == Told::Kill), "a second one kills at once");
+        world.obey();
+        assert_eq!(world.exit, Some(1));
+    }
+
+    #[test]
+    fn a_stop_in_the_middle_of_a_reload_stops_both_generations() {
+        let mut world = serving();
+        world.event(Event::Reload);
+        world.event(Event::Stop { signal: "SIGTERM" });
+        assert!(world.alive.values().all(|told| *told == Told::Stop));
+        world.event(Event::Reload);
+        world.obey();
+        assert_eq!(world.exit, Some(0));
+    }
+
+    #[test]
+    fn a_process_that_outlives_sigkill_holds_nothing_up() {
+        let mut world = serving();
+        world.event(Event::Reload);
+        world.ready_all();
+        world.pass(Duration::from_secs(10 + 30 + 10));
+        assert!(world.said("reload done"), "{:?}", world.log);
+    }
+
+    #[test]
+    fn a_replacement_has_to_listen_where_the_worker_before_it_does() {
+        let mut world = World::new(policy(Readiness::Listen));
+        for worker in world.ids() {
+            world.event(Event::Listens { worker, address: address(1) });
+            world.event(Event::Listens { worker, address: address(2) });
+        }
+        world.event(Event::Reload);
+        for worker in world.ids().split_off(3) {
+            world.event(Event::Listens { worker, address: address(1) });
+        }
+        assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+        world.pass(Duration::from_secs(1));
+        assert!(world.said("does not listen on 127.0.0.1:2"), "{:?}", world.log);
+        for worker in world.ids().split_off(3) {
+            world.event(Event::Listens { worker, address: address(2) });
+        }
+        assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
+    }
+
+    #[test]
+    fn a_restarted_worker_has_to_listen_where_the_dead_one_did() {
+        let mut world = World::new(policy(Readiness::Listen));
+        for worker in world.ids() {
+            world.event(Event::Listens { worker, address: address(1) });
+            world.event(Event::Listens { worker, address: address(2) });
+        }
+        let worker = world.ids()[0];
+        world.end(worker, End::Exited(0));
+        let worker = *world.ids().last().unwrap();
+        world.event(Event::Listens { worker, address: address(2) });
+        assert_eq!(world.steered_to().len(), 2);
+        world.event(Event::Listens { worker, address: address(1) });
+        assert_eq!(world.steered_to().len(), 3);
+    }
+
+    #[test]
+    fn ready_after_a_duration_means_alive_that_long_even_past_the_ready_timeout() {
+        let mut world = World::new(policy(Readiness::Alive(Duration::from_secs(90))));
+        world.pass(Duration::from_millis(89_999));
+        assert_eq!(world.steered_to().len(), 0);
+        world.pass(Duration::from_millis(1));
+        assert_eq!(world.steered_to().len(), 3);
+    }
+
+    /// Something that the world does to the fleet; indices choose among those alive.
+    #[derive(Debug, Clone)]
+    enum Step {
+        Ready(prop::sample::Index),
+        Listens(prop::sample::Index, u16),
+        Unlistens(prop::sample::Index, u16),
+        Ends(prop::sample::Index),
+        Drained(prop::sample::Index),
+        Pass(u64),
+        StartsFail(bool),
+        Reload,
+        Stop,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let who = any::<prop::sample::Index>;
+        prop_oneof![
+            8 => who().prop_map(Step::Ready),
+            2 => (who(), 1u16..3).prop_map(|(who, port)| Step::Listens(who, port)),
+            1 => (who(), 1u16..3).prop_map(|(who, port)| Step::Unlistens(who, port)),
+            4 => who().prop_map(Step::Ends),
+            4 => who().prop_map(Step::Drained),
+            4 => (1u64..40_000).prop_map(Step::Pass),
+            1 => any::<bool>().prop_map(Step::StartsFail),
+            4 => Just(Step::Reload),
+            1 => Just(Step::Stop),
+        ]
+    }
+
+    impl World {
+        /// Takes a step. With `gentle`, no worker that serves ends unless it was told to.
+        fn take(&mut self, step: Step, gentle: bool) {
+            let choose = |who: prop::sample::Index, of: Vec<WorkerId>| {
+                (!of.is_empty()).then(|| of[who.index(of.len())])
+            };
+            match step {
+                Step::Ready(who) => {
+                    if let Some(worker) = choose(who, self.ids()) {
+                        self.event(Event::SaysReady { worker });
+                    }
+                }
+                Step::Listens(who, port) => {
+                    if let Some(worker) = choose(who, self.ids()) {
+                        self.event(Event::Listens { worker, address: address(port) });
+                    }
+                }
+                Step::Unlistens(who, port) => {
+                    if let Some(worker) = choose(who, self.ids()) {
+                        self.event(Event::StoppedListening { worker, address: address(port) });
+                    }
+                }
+                Step::Ends(who) => {
+                    let standing = self.fleet.standing();
+                    let may = |id: &WorkerId| !gentle || standing(*id) != Standing::Ready;
+                    let candidates = self.ids().into_iter().filter(may).collect();
+                    drop(standing);
+                    if let Some(worker) = choose(who, candidates) {
+                        self.end(worker, End::Exited(1));
+                    }
+                }
+                Step::Drained(who) => {
+                    if let Some(worker) = choose(who, self.draining.iter().copied().collect()) {
+                        self.draining.remove(&worker);
+                        self.event(Event::Drained { worker });
+                    }
+                }
+                Step::Pass(ms) => self.pass(Duration::from_millis(ms)),
+                Step::StartsFail(fail) => self.starts_fail = fail,
+                Step::Reload => self.event(Event::Reload),
+                Step::Stop => self.event(Event::Stop { signal: "SIGTERM" }),
+            }
+        }
+
+        fn stopping(&self) -> bool {
+            self.exit.is_some() || matches!(self.fleet.phase, Phase::Stopping { .. })
+        }
+    }
+
+    fn readiness() -> impl Strategy<Value = Readiness> {
+        prop_oneof![
+            Just(Readiness::Listen),
+            Just(Readiness::Notify),
+            Just(Readiness::Alive(Duration::from_secs(2)))
+        ]
+    }
+
+    proptest! {
+        /// Whatever happens, a worker is never named after its end, there are never more than two
+        /// generations, everything ends when it is told to, and then nobody lives. (The world itself
+        /// checks that no action names a dead worker.)
+        #[test]
+        fn whatever_happens_a_reload_and_a_stop_come_to_an_end(
+            readiness in readiness(), steps in vec(step(), 0..60)
+        ) {
+            let mut world = World::new(policy(readiness));
+            for step in steps {
+                world.take(step, false);
+                prop_assert!(world.most_alive <= 2 * WORKERS as usize, "{} alive", world.most_alive);
+            }
+            // Nobody does anything any more but end when killed: the longest way through two reloads.
+            for _ in 0..400 {
+                world.pass(Duration::from_secs(1));
+                let killed = |(id, told): (&WorkerId, &Told)| (*told == Told::Kill).then_some(*id);
+                for worker in world.alive.iter().filter_map(killed).collect::<Vec<_>>() {
+                    world.end(worker, End::Killed { signal: 9, name: "SIGKILL" });
+                }
+            }
+            let phase = world.fleet.phase;
+            prop_assert!(world.exit.is_some() || matches!(phase, Phase::Starting | Phase::Serving), "{phase:?}");
+            world.event(Event::Stop { signal: "SIGTERM" });
+            world.obey();
+            prop_assert!(world.exit.is_some());
+            prop_assert!(world.alive.is_empty());
+        }
+
+        /// From the moment that a worker is ready there always is one that gets connections, through all
+        /// reloads, unless those that serve end by themselves or everything is stopped.
+        #[test]
+        fn at_every_moment_of_a_reload_somebody_gets_connections(
+            readiness in readiness(), steps in vec(step(), 0..60)
+        ) {
+            let mut world = World::new(policy(readiness));
+            let mut begun = false;
+            for step in steps {
+                world.take(step.clone(), true);
+                begun |= !world.steered_to().is_empty();
+                if world.stopping() {
+                    break;
+                }
+                prop_assert!(!begun || !world.steered_to().is_empty(), "nobody after {step:?}");
+                let mut generations: Vec<u32> = world.steered_to().iter().map(|(_, g)| *g).collect();
+                generations.dedup();
+                prop_assert!(generations.len() <= 1, "two generations get connections: {generations:?}");
+            }
+        }
     }
 }

@@ -6,6 +6,7 @@
 //! socket of an address any more and no replacement is awaited, the whole group is closed, and the
 //! address refuses connections as it would without us.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::mem;
@@ -19,6 +20,8 @@ use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
 use crate::address::Address;
 use crate::fleet::WorkerId;
+use crate::procfs;
+use crate::sockdiag::{Listener, SockDiag};
 use crate::steering::{self, MemberId, Order, Standing, Steer};
 use crate::sys;
 
@@ -37,8 +40,16 @@ enum Holder {
     Reserved {
         slot: u32,
         generation: u32,
+        /// Whether that takes so long that connections had better not wait for it.
+        overdue: bool,
     },
     Lent(Borrower),
+}
+
+impl Holder {
+    fn is_reserved_for(&self, slot: u32, generation: u32) -> bool {
+        matches!(self, Self::Reserved { slot: s, generation: g, .. } if (*s, *g) == (slot, generation))
+    }
 }
 
 #[derive(Debug)]
@@ -61,6 +72,8 @@ struct Group {
     order: Order,
     /// The indices that the attached program chooses from.
     named: Option<Vec<u32>>,
+    /// Members that belong to other programs, by inode number.
+    strangers: BTreeMap<u32, MemberId>,
 }
 
 /// What a worker's own socket was like, to be carried over to the one that takes its place.
@@ -118,7 +131,10 @@ impl Pool {
             Some(id) => id,
             None => match self.spare(borrower, wish.address) {
                 Some(id) => id,
-                None => self.add(wish.address)?,
+                None => {
+                    self.refuse_stranger(wish.address)?;
+                    self.add(wish.address)?
+                }
             },
         };
         let Some(member) = self.members.get_mut(&id) else { return Err(io::ErrorKind::NotFound.into()) };
@@ -160,12 +176,76 @@ impl Pool {
     /// generation died with, or else one that is nobody's.
     fn spare(&self, borrower: Borrower, address: Address) -> Option<MemberId> {
         let group = self.groups.get(&address)?;
-        let reserved = Holder::Reserved { slot: borrower.slot, generation: borrower.generation };
-        let held_by = |holder| {
-            let mut members = group.members.iter();
-            members.find(|id| self.members.get(id).is_some_and(|member| member.holder == holder)).copied()
+        let find = |wanted: &dyn Fn(&Holder) -> bool| {
+            group.members.iter().copied().find(|id| wanted(&self.members[id].holder))
         };
-        held_by(reserved).or_else(|| held_by(Holder::Free))
+        find(&|holder| holder.is_reserved_for(borrower.slot, borrower.generation))
+            .or_else(|| find(&|holder| *holder == Holder::Free))
+    }
+
+    /// Checks, before the first bind of an address, that no other process listens where it would be in
+    /// the way. The kernel would let a program of the same user that asks for SO_REUSEPORT share the port
+    /// in silence. (To bind and see is no check: connections in TIME_WAIT are in its way as well.)
+    ///
+    /// # Errors
+    /// EADDRINUSE.
+    fn refuse_stranger(&self, address: Address) -> io::Result<()> {
+        if self.groups.contains_key(&address) {
+            return Ok(());
+        }
+        match self.strangers(address) {
+            Ok(strangers) => match strangers.first() {
+                Some(stranger) => {
+                    warn!("{address} is in use: {}", describe(stranger));
+                    Err(io::Error::from_raw_os_error(libc::EADDRINUSE))
+                }
+                None => Ok(()),
+            },
+            Err(error) => {
+                debug!("can't look who else listens on {address}: {error}");
+                Ok(())
+            }
+        }
+    }
+
+    /// The listeners that overlap with an address and are not of this pool.
+    fn strangers(&self, address: Address) -> io::Result<Vec<Listener>> {
+        let mut listeners = SockDiag::new()?.listeners(address.socket.port())?;
+        let ours = |listener: &Listener| self.inodes.contains_key(&listener.inode.into());
+        listeners.retain(|listener| listener.address.overlaps(&address) && !ours(listener));
+        Ok(listeners)
+    }
+
+    /// Looks for programs that have come to share an address since it was first bound. They are told of
+    /// once, and get no connection, since the program doesn't name them.
+    pub fn look_for_strangers(&mut self) {
+        let uid = nix::unistd::geteuid().as_raw();
+        for address in self.groups.keys().copied().collect::<Vec<_>>() {
+            let Ok(strangers) = self.strangers(address) else { continue };
+            let Some(group) = self.groups.get_mut(&address) else { continue };
+            // Of those, only the ones in the same group take a place in its array.
+            let inodes: BTreeSet<u32> = strangers
+                .iter()
+                .filter(|stranger| stranger.address == address && stranger.uid == uid)
+                .map(|stranger| stranger.inode)
+                .collect();
+            let gone: BTreeSet<MemberId> = group
+                .strangers
+                .extract_if(.., |inode, _| !inodes.contains(inode))
+                .map(|(_, id)| id)
+                .collect();
+            group.order.leave(&gone);
+            for stranger in strangers.iter().filter(|stranger| inodes.contains(&stranger.inode)) {
+                if let Entry::Vacant(entry) = group.strangers.entry(stranger.inode) {
+                    warn!(
+                        "{address} is shared by another program, which gets nothing: {}",
+                        describe(stranger)
+                    );
+                    group.order.push(*entry.insert(self.next));
+                    self.next = MemberId(self.next.0 + 1);
+                }
+            }
+        }
     }
 
     /// Makes a new socket and binds it.
@@ -291,8 +371,8 @@ impl Pool {
     fn watch(&mut self, id: MemberId) {
         let Some(member) = self.members.get(&id).filter(|member| member.listening) else { return };
         let flags = match member.holder {
-            Holder::Free => EpollFlags::EPOLLIN,
-            Holder::Lent(_) | Holder::Reserved { .. } => EpollFlags::empty(),
+            Holder::Free | Holder::Reserved { overdue: true, .. } => EpollFlags::EPOLLIN,
+            Holder::Lent(_) | Holder::Reserved { overdue: false, .. } => EpollFlags::empty(),
         };
         let mut event = EpollEvent::new(flags, u64::from(id.0));
         let watched = self.epoll.modify(&member.socket, &mut event).or_else(|_| {
@@ -311,8 +391,8 @@ impl Pool {
         let lent: Vec<MemberId> = self.lent_to(worker).map(|(id, _)| id).collect();
         for id in lent {
             let reserve = match self.members[&id].holder {
-                Holder::Lent(b) if successor => {
-                    Some(Holder::Reserved { slot: b.slot, generation: b.generation })
+                Holder::Lent(Borrower { slot, generation, .. }) if successor => {
+                    Some(Holder::Reserved { slot, generation, overdue: false })
                 }
                 _ => None,
             };
@@ -322,11 +402,27 @@ impl Pool {
 
     /// No successor will come for what was kept for this slot and generation.
     pub fn unreserve(&mut self, slot: u32, generation: u32) {
-        let reserved = Holder::Reserved { slot, generation };
-        let kept = self.members.iter().filter(|(_, member)| member.holder == reserved);
-        for id in kept.map(|(id, _)| *id).collect::<Vec<_>>() {
+        for id in self.reserved_for(slot, generation) {
             self.vacate(id, None);
         }
+    }
+
+    /// The successor for this slot and generation is long in coming: what waits for it is reset, and what
+    /// comes meanwhile as well.
+    pub fn reset_reserved(&mut self, slot: u32, generation: u32) {
+        for id in self.reserved_for(slot, generation) {
+            if let Some(member) = self.members.get_mut(&id) {
+                member.holder = Holder::Reserved { slot, generation, overdue: true };
+                let (address, connections) = (member.address, member.reset_queue());
+                self.events.push(Event::Reset { address, connections });
+            }
+            self.watch(id);
+        }
+    }
+
+    fn reserved_for(&self, slot: u32, generation: u32) -> Vec<MemberId> {
+        let reserved = |member: &Member| member.holder.is_reserved_for(slot, generation);
+        self.members.iter().filter(|(_, member)| reserved(member)).map(|(id, _)| *id).collect()
     }
 
     fn vacate(&mut self, id: MemberId, reserve: Option<Holder>) {
@@ -339,13 +435,8 @@ impl Pool {
             self.watch(id);
         } else {
             member.holder = Holder::Free;
-            match member.socket.set_nonblocking(true) {
-                Ok(()) => {
-                    let connections = member.reset_queue();
-                    self.events.push(Event::Reset { address, connections });
-                }
-                Err(error) => warn!("can't look at what waits on {address}: {error}"),
-            }
+            let connections = member.reset_queue();
+            self.events.push(Event::Reset { address, connections });
             self.watch(id);
         }
         self.close_if_unserved(address);
@@ -401,8 +492,7 @@ impl Pool {
     /// Adds a member that is nobody's, at the end of the array.
     fn add_spare(&mut self, address: Address) -> io::Result<()> {
         let id = self.add(address)?;
-        self.begin_to_listen(id, SPARE_BACKLOG)?;
-        self.members[&id].socket.set_nonblocking(true)
+        self.begin_to_listen(id, SPARE_BACKLOG)
     }
 
     /// What happened since the last call. Look after [`Pool::as_fd`] became readable.
@@ -489,16 +579,27 @@ impl Member {
         Ok(())
     }
 
-    /// Accepts what waits on a free socket and closes it with a reset, so that the client learns at once
+    /// Accepts what waits on a socket that nobody borrows and closes it with a reset, so that the client learns at once
     /// that it has to try again. Returns how many there were.
     fn reset_queue(&mut self) -> usize {
         let mut connections = 0;
+        if let Err(error) = self.socket.set_nonblocking(true) {
+            warn!("can't look at what waits on {}: {error}", self.address);
+            return 0;
+        }
         while let Ok((connection, _)) = self.socket.accept() {
             // A linger time of zero makes close(2) send a reset (socket(7)).
             let _ = connection.set_linger(Some(Duration::ZERO));
             connections += 1;
         }
         connections
+    }
+}
+
+fn describe(stranger: &Listener) -> String {
+    match procfs::socket_owner(stranger.inode.into()) {
+        Some((pid, command)) => format!("{command} (pid {pid}) listens on {}", stranger.address),
+        None => format!("a process of user {} listens on {}", stranger.uid, stranger.address),
     }
 }
 

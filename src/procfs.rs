@@ -118,6 +118,15 @@ pub fn socket_inodes(pid: Pid) -> Vec<u64> {
     links.filter_map(|link| parse_socket_link(link.as_os_str())).collect()
 }
 
+/// A process that has the socket open, and its command line, as far as this process may look.
+pub fn socket_owner(inode: u64) -> Option<(Pid, String)> {
+    let processes = fs::read_dir("/proc").ok()?;
+    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let pid = pids.map(Pid::from_raw).find(|pid| socket_inodes(*pid).contains(&inode))?;
+    let command = fs::read(path(pid, "cmdline")).unwrap_or_default();
+    Some((pid, String::from_utf8_lossy(&command).replace('\0', " ").trim_end().to_owned()))
+}
+
 /// Whether IPv6 sockets are IPv6-only unless they say otherwise (net.ipv6.bindv6only, ipv6(7)).
 pub fn v6only_by_default() -> bool {
     fs::read_to_string("/proc/sys/net/ipv6/bindv6only").is_ok_and(|text| text.trim() == "1")

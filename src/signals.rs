@@ -28,7 +28,7 @@ impl Signals {
     pub fn new() -> io::Result<Self> {
         let (read, write) = UnixStream::pair()?;
         let signals = [SIGCHLD, SIGINT, SIGTERM, SIGUSR2];
-        Ok(Self(SignalDelivery::with_pipe(read, write, SignalOnly::default(), signals)?))
+        Ok(Self(SignalDelivery::with_pipe(read, write, SignalOnly, signals)?))
     }
 
     /// What was asked for since the last call. Never blocks. The pipe is emptied before the signals are

@@ -11,6 +11,8 @@ use netlink_packet_sock_diag::inet::nlas::Nla;
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags};
 use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
 
+use crate::address::Address;
+
 /// A TCP connection, seen from the side that accepts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Connection {
@@ -57,6 +59,14 @@ impl Traffic {
     }
 }
 
+/// A listening TCP socket of any process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Listener {
+    pub address: Address,
+    pub inode: u32,
+    pub uid: u32,
+}
+
 /// A socket to ask on.
 pub struct SockDiag {
     socket: Socket,
@@ -90,6 +100,18 @@ impl SockDiag {
         Ok(connections)
     }
 
+    /// All sockets that listen on `port`, of either family.
+    pub fn listeners(&mut self, port: u16) -> io::Result<Vec<Listener>> {
+        let mut listeners = Vec::new();
+        for (family, mut socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
+            socket_id.source_port = port;
+            let (extensions, states) = (ExtensionFlags::empty(), StateFlags::LISTEN);
+            let request = InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id };
+            self.dump(request, |response| listeners.push(listener(response)))?;
+        }
+        Ok(listeners)
+    }
+
     fn dump(&mut self, request: InetRequest, mut each: impl FnMut(&InetResponse)) -> io::Result<()> {
         let mut header = NetlinkHeader::default();
         header.flags = NLM_F_REQUEST | NLM_F_DUMP;
@@ -119,6 +141,14 @@ impl SockDiag {
     }
 }
 
+fn listener(response: &InetResponse) -> Listener {
+    let header = &response.header;
+    let id = &header.socket_id;
+    let v6only = response.nlas.iter().any(|nla| matches!(nla, Nla::SkV6Only(true)));
+    let socket = SocketAddr::new(id.source_address, id.source_port);
+    Listener { address: Address { socket, v6only }, inode: header.inode, uid: header.uid }
+}
+
 fn connection(response: &InetResponse) -> Connection {
     let header = &response.header;
     let info = response.nlas.iter().find_map(|nla| match nla {
@@ -142,6 +172,27 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
 
     use super::*;
+
+    #[test]
+    fn listeners_of_a_port_are_told_of_with_what_sets_their_groups_apart() {
+        let any = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None).unwrap();
+        any.set_only_v6(true).unwrap();
+        any.bind(&"[::]:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+        any.listen(1).unwrap();
+        let port = any.local_addr().unwrap().as_socket().unwrap().port();
+        let _v4 = TcpListener::bind(("127.0.0.1", port)).unwrap();
+        let mut addresses: Vec<Address> = SockDiag::new()
+            .unwrap()
+            .listeners(port)
+            .unwrap()
+            .iter()
+            .map(|listener| listener.address)
+            .collect();
+        addresses.sort();
+        let address =
+            |text: &str, v6only| Address { socket: format!("{text}:{port}").parse().unwrap(), v6only };
+        assert_eq!(addresses, [address("127.0.0.1", false), address("[::]", true)]);
+    }
 
     #[test]
     fn a_connection_is_told_of_with_its_queues_and_traffic() {

@@ -176,6 +176,8 @@ impl Supervisor {
                     }
                 }
                 Action::Release { worker, successor } => self.pool.release(worker, successor),
+                Action::ResetQueue { slot, generation } => self.pool.reset_reserved(slot, generation),
+                Action::LookForStrangers => self.pool.look_for_strangers(),
                 Action::Unreserve { slot, generation } => self.pool.unreserve(slot, generation),
                 Action::Log { level, line } => log!(level, "{line}"),
                 Action::Exit { status } => self.exit = Some(status),
