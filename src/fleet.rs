@@ -922,7 +922,10 @@ mod tests {
                     Action::Release { worker, .. } => {
                         // It has ended, or is stuck in the kernel and given up.
                         let told = self.alive.remove(&worker);
-                        assert!(matches!(told, None | Some(Told::Kill)), "{worker:?} lives and loses its sockets");
+                        assert!(
+                            matches!(told, None | Some(Told::Kill)),
+                            "{worker:?} lives and loses its sockets"
+                        );
                     }
                     Action::ResetQueue { slot, .. } => self.reset.push(slot),
                     Action::Log { line, .. } => self.log.push(line),

@@ -131,7 +131,6 @@ struct Options {
 pub struct Interception {
     listener: OwnedFd,
     borrower: Borrower,
-    pid: Pid,
     /// By inode number.
     options: HashMap<u64, Options>,
     /// The socket that the bind being answered has put into the place of the worker's own.
@@ -146,8 +145,8 @@ pub struct Interception {
 const MOST_OPTIONS: usize = 1024;
 
 impl Interception {
-    pub fn new(listener: OwnedFd, borrower: Borrower, pid: Pid) -> Self {
-        Self { listener, borrower, pid, options: HashMap::new(), placed: None, untold: None }
+    pub fn new(listener: OwnedFd, borrower: Borrower) -> Self {
+        Self { listener, borrower, options: HashMap::new(), placed: None, untold: None }
     }
 
     /// Answers one system call, after [`Interception::as_fd`] became readable. Returns the address on
@@ -190,11 +189,7 @@ impl Interception {
         if pool.lent(self.borrower.worker, bind.inode).is_some() {
             return NotifResponse::Continue; // bound already, which the kernel refuses
         }
-        let worker = self.pid;
-        let is_open =
-            |inode| procfs::tree(worker).iter().any(|pid| procfs::socket_inodes(*pid).contains(&inode));
-        let lent = pool.lend(self.borrower, bind.wish, is_open);
-        let inode = match lent {
+        let inode = match pool.lend(self.borrower, bind.wish) {
             Ok(inode) => inode,
             Err(error) => {
                 debug!("worker {} can't bind {}: {error}", self.borrower.slot, bind.wish.address);
@@ -216,7 +211,7 @@ impl Interception {
             }
             Err(error) => {
                 debug!("worker {} did not get its socket: {error}", self.borrower.slot);
-                pool.give_back(inode);
+                pool.take_back(inode);
                 NotifResponse::Continue
             }
         }

@@ -7,15 +7,16 @@
 //! address refuses connections as it would without us.
 
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::unistd::Pid;
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
 use crate::address::Address;
@@ -29,6 +30,7 @@ use crate::sys;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Borrower {
     pub worker: WorkerId,
+    pub pid: Pid,
     pub slot: u32,
     pub generation: u32,
 }
@@ -94,6 +96,10 @@ pub enum Event {
     Reset { address: Address, connections: usize },
 }
 
+/// How many sockets a worker borrows before it is looked which of them it has closed again.
+const MANY: usize = 64;
+/// How long a connection waits to be accepted before it is looked whether anyone is there to accept it.
+const QUEUE_STANDS: Duration = Duration::from_secs(1);
 /// Nobody is ever queued on a free socket; a borrower sets its own backlog.
 const SPARE_BACKLOG: i32 = 1;
 
@@ -103,8 +109,11 @@ pub struct Pool {
     groups: BTreeMap<Address, Group>,
     inodes: HashMap<u64, MemberId>,
     next: MemberId,
-    /// Tells which listeners were shut down (EPOLLHUP) and which free ones have connections (EPOLLIN).
+    /// Tells which listeners were shut down (EPOLLHUP) and on which a connection waits (EPOLLIN).
     epoll: Epoll,
+    /// Lent sockets on which a connection waited: when to look whether one still does. They are not
+    /// watched for connections until then, so that traffic wakes the wrapper once in that time.
+    queued: BTreeMap<MemberId, Instant>,
     events: Vec<Event>,
 }
 
@@ -116,18 +125,19 @@ impl Pool {
             inodes: HashMap::new(),
             next: MemberId(0),
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            queued: BTreeMap::new(),
             events: Vec::new(),
         })
     }
 
     /// Lends a socket bound to `wish.address`, listening already if it had a borrower before, and returns
-    /// its inode number. `is_open` tells whether the borrower still has a socket, given its inode number:
-    /// a worker isn't heard when it closes one.
+    /// its inode number.
     ///
     /// # Errors
     /// What bind(2) would have said to the worker.
-    pub fn lend(&mut self, borrower: Borrower, wish: Wish, is_open: impl Fn(u64) -> bool) -> io::Result<u64> {
-        let id = match self.own_socket_again(borrower.worker, wish, is_open)? {
+    pub fn lend(&mut self, borrower: Borrower, wish: Wish) -> io::Result<u64> {
+        self.take_back_closed(borrower.worker);
+        let id = match self.own_socket_again(borrower, wish)? {
             Some(id) => id,
             None => match self.spare(borrower, wish.address) {
                 Some(id) => id,
@@ -146,30 +156,33 @@ impl Pool {
         Ok(inode)
     }
 
-    /// The socket of this address that the worker borrowed earlier and has closed since.
+    /// The socket of this address that the worker borrowed earlier and has closed since, unheard.
     ///
     /// # Errors
     /// EADDRINUSE when the worker has an overlapping socket open and didn't ask to share both.
-    fn own_socket_again(
-        &self,
-        worker: WorkerId,
-        wish: Wish,
-        is_open: impl Fn(u64) -> bool,
-    ) -> io::Result<Option<MemberId>> {
+    fn own_socket_again(&self, borrower: Borrower, wish: Wish) -> io::Result<Option<MemberId>> {
         let mut again = None;
-        for (id, member) in self.lent_to(worker) {
-            if !member.address.overlaps(&wish.address) {
+        for (id, member) in self.lent_to(borrower.worker) {
+            if !member.address.overlaps(&wish.address) || member.shares && wish.shares {
                 continue;
             }
-            if !is_open(member.inode) {
-                if member.address == wish.address {
-                    again = Some(id);
-                }
-            } else if !(member.shares && wish.shares) {
+            if procfs::is_open_elsewhere(borrower.pid, member.inode) {
                 return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
+            }
+            if member.address == wish.address {
+                again = Some(id);
             }
         }
         Ok(again)
+    }
+
+    /// A worker that has borrowed very many sockets, to find a free port say, has closed most of them.
+    fn take_back_closed(&mut self, worker: WorkerId) {
+        let inodes: HashSet<u64> = self.lent_to(worker).map(|(_, member)| member.inode).collect();
+        if inodes.len() % MANY == MANY - 1 {
+            let open = procfs::open_elsewhere(&inodes);
+            inodes.difference(&open).for_each(|inode| self.take_back(*inode));
+        }
     }
 
     /// A socket of the pool that the borrower may have: the one that its predecessor in slot and
@@ -268,11 +281,17 @@ impl Pool {
         Ok(id)
     }
 
-    /// Takes a socket back that was lent but never reached the worker.
-    pub fn give_back(&mut self, inode: u64) {
-        if let Some(id) = self.inodes.get(&inode).copied() {
-            self.vacate(id, None);
+    /// Takes a socket back that never reached its borrower, or that the borrower has closed.
+    pub fn take_back(&mut self, inode: u64) {
+        let Some(id) = self.inodes.get(&inode).copied() else { return };
+        let Some(Member { address, holder: Holder::Lent(borrower), listening, .. }) = self.members.get(&id)
+        else {
+            return;
+        };
+        if *listening {
+            self.events.push(Event::StoppedListening { worker: borrower.worker, address: *address });
         }
+        self.vacate(id, None);
     }
 
     /// The socket with this inode number, if it is lent to `worker`.
@@ -323,6 +342,9 @@ impl Pool {
                     let _ = self.epoll.delete(&member.socket);
                     member.listening = false;
                     departed.entry(member.address).or_default().insert(id);
+                } else if matches!(member.holder, Holder::Lent(_)) {
+                    self.queued.insert(id, Instant::now() + QUEUE_STANDS);
+                    self.watch(id);
                 } else {
                     let (address, connections) = (member.address, member.reset_queue());
                     self.events.push(Event::Reset { address, connections });
@@ -358,6 +380,7 @@ impl Pool {
     }
 
     fn remove(&mut self, id: MemberId) {
+        self.queued.remove(&id);
         if let Some(member) = self.members.remove(&id) {
             self.inodes.remove(&member.inode);
             if let Some(group) = self.groups.get_mut(&member.address) {
@@ -366,13 +389,41 @@ impl Pool {
         }
     }
 
-    /// Has epoll tell what matters of a listening socket: of one that is lent only that it was shut down,
-    /// of a free one also that a connection came to it after all.
+    /// When to call [`Pool::look_at_queues`] at the latest.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.queued.values().min().copied()
+    }
+
+    /// Finds out which workers have closed a listener and live on. The wrapper's duplicate keeps it open,
+    /// so that only a connection which nobody accepts shows it, and /proc proves it. Such a socket becomes
+    /// nobody's.
+    pub fn look_at_queues(&mut self, now: Instant) {
+        let due: Vec<MemberId> =
+            self.queued.iter().filter(|(_, at)| **at <= now).map(|(id, _)| *id).collect();
+        for id in due {
+            self.queued.remove(&id);
+            let Some(member) = self.members.get(&id) else { continue };
+            let Holder::Lent(Borrower { pid, .. }) = member.holder else { continue };
+            let waits = sys::tcp_info(member.socket.as_fd()).is_ok_and(|info| info.accept_queue > 0);
+            if waits && !procfs::is_open_elsewhere(pid, member.inode) {
+                self.take_back(member.inode);
+            } else {
+                if waits {
+                    self.queued.insert(id, now + QUEUE_STANDS);
+                }
+                self.watch(id);
+            }
+        }
+    }
+
+    /// Has epoll tell what matters of a listening socket: that it was shut down, and that a connection
+    /// waits on it.
     fn watch(&mut self, id: MemberId) {
         let Some(member) = self.members.get(&id).filter(|member| member.listening) else { return };
         let flags = match member.holder {
-            Holder::Free | Holder::Reserved { overdue: true, .. } => EpollFlags::EPOLLIN,
-            Holder::Lent(_) | Holder::Reserved { overdue: false, .. } => EpollFlags::empty(),
+            Holder::Lent(_) if self.queued.contains_key(&id) => EpollFlags::empty(),
+            Holder::Reserved { overdue: false, .. } => EpollFlags::empty(),
+            Holder::Free | Holder::Reserved { overdue: true, .. } | Holder::Lent(_) => EpollFlags::EPOLLIN,
         };
         let mut event = EpollEvent::new(flags, u64::from(id.0));
         let watched = self.epoll.modify(&member.socket, &mut event).or_else(|_| {

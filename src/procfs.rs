@@ -3,12 +3,14 @@
 //! A thread that is gone, a text that isn't what proc(5) says and a lack of permission all come out as an
 //! error or as nothing; no caller may trust what it reads here beyond that.
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use crate::sys;
@@ -79,6 +81,17 @@ fn parse_credentials(status: &str) -> Option<Credentials> {
     Some(Credentials { uids, effective: u64::from_str_radix(field("CapEff:")?.trim(), 16).ok()? })
 }
 
+/// Whether this process ignores a signal.
+pub fn ignores(signal: Signal) -> bool {
+    fs::read_to_string("/proc/self/status").is_ok_and(|text| parse_ignored(&text, signal as u32))
+}
+
+fn parse_ignored(status: &str, signal: u32) -> bool {
+    let set = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let set = set.and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
+    set.is_some_and(|set| set & 1 << (signal - 1) != 0)
+}
+
 /// What tells the network namespace of a thread from others (namespaces(7)).
 pub fn network_namespace(tid: Pid) -> io::Result<(u64, u64)> {
     let metadata = fs::metadata(path(tid, "ns/net"))?;
@@ -118,11 +131,27 @@ pub fn socket_inodes(pid: Pid) -> Vec<u64> {
     links.filter_map(|link| parse_socket_link(link.as_os_str())).collect()
 }
 
+/// All processes but this one.
+fn others() -> impl Iterator<Item = Pid> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw);
+    pids.filter(|pid| *pid != Pid::this())
+}
+
+/// Which of these sockets another process has open, going by their inode numbers.
+pub fn open_elsewhere(inodes: &HashSet<u64>) -> HashSet<u64> {
+    others().flat_map(socket_inodes).filter(|inode| inodes.contains(inode)).collect()
+}
+
+/// Whether another process has the socket open. `likely` and its descendants are looked at first.
+pub fn is_open_elsewhere(likely: Pid, inode: u64) -> bool {
+    let has = |pid: Pid| socket_inodes(pid).contains(&inode);
+    tree(likely).into_iter().any(has) || others().any(has)
+}
+
 /// A process that has the socket open, and its command line, as far as this process may look.
 pub fn socket_owner(inode: u64) -> Option<(Pid, String)> {
-    let processes = fs::read_dir("/proc").ok()?;
-    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let pid = pids.map(Pid::from_raw).find(|pid| socket_inodes(*pid).contains(&inode))?;
+    let pid = others().find(|pid| socket_inodes(*pid).contains(&inode))?;
     let command = fs::read(path(pid, "cmdline")).unwrap_or_default();
     Some((pid, String::from_utf8_lossy(&command).replace('\0', " ").trim_end().to_owned()))
 }
@@ -146,6 +175,8 @@ mod tests {
         let status = "Name:\tx\nUid:\t1\t2\t3\t4\nCapEff:\t0000000000000400\n";
         assert_eq!(parse_credentials(status), Some(Credentials { uids: [1, 2, 3, 4], effective: 0x400 }));
         assert_eq!(parse_credentials("Uid:\t1\t2\t3\nCapEff:\t0\n"), None);
+        assert!(parse_ignored("SigIgn:\t0000000000000003\n", 1));
+        assert!(!parse_ignored("SigIgn:\t0000000000000002\n", 1));
         assert_eq!(parse_children("12 34 "), [Pid::from_raw(12), Pid::from_raw(34)]);
     }
 

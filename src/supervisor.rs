@@ -128,7 +128,7 @@ impl Supervisor {
         for event in &events[..count] {
             match Source::from_token(event.data()) {
                 Source::Signals => self.take_signals(),
-                Source::Pool => self.take_pool_events(),
+                Source::Pool => {} // looked at below, whatever has happened
                 Source::Filter(worker) => self.answer(worker, event.events()),
                 Source::Ready(worker) => self.hear(worker),
             }
@@ -136,13 +136,14 @@ impl Supervisor {
         for worker in self.drain.look(&self.pool, Instant::now()) {
             self.handle(Event::Drained { worker });
         }
+        self.pool.look_at_queues(Instant::now());
+        self.take_pool_events();
         self.handle(Event::Tick);
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let Some(deadline) = self.fleet.deadline().into_iter().chain(self.drain.deadline()).min() else {
-            return EpollTimeout::NONE;
-        };
+        let deadlines = [self.fleet.deadline(), self.drain.deadline(), self.pool.deadline()];
+        let Some(deadline) = deadlines.into_iter().flatten().min() else { return EpollTimeout::NONE };
         // Rounded up, lest it wake up a moment too early over and over.
         let left = deadline.saturating_duration_since(Instant::now()).as_micros().div_ceil(1000);
         EpollTimeout::try_from(left.min(60_000) as i32).unwrap_or(EpollTimeout::ZERO)
@@ -199,7 +200,7 @@ impl Supervisor {
     fn start_watched(&mut self, worker: WorkerId, slot: u32, generation: u32) -> Result<Pid, StartError> {
         let started = self.starter.start(slot, generation)?;
         let pid = started.pid;
-        let interception = Interception::new(started.listener, Borrower { worker, slot, generation }, pid);
+        let interception = Interception::new(started.listener, Borrower { worker, pid, slot, generation });
         let watched = watch(&self.epoll, &interception, Source::Filter(worker))
             .and_then(|()| watch(&self.epoll, &started.ready, Source::Ready(worker)));
         if let Err(error) = watched {
@@ -218,9 +219,15 @@ impl Supervisor {
             match asked {
                 Asked::Reap => self.reap(),
                 Asked::Reload => self.handle(Event::Reload),
-                Asked::Stop { signal } => self.handle(Event::Stop { signal }),
+                Asked::Stop(signal) => self.handle(Event::Stop { signal: signal.as_str() }),
+                Asked::Forward(signal) => self.forward(signal),
             }
         }
+    }
+
+    fn forward(&self, signal: Signal) {
+        debug!("{signal} is passed on to {}", count(self.workers.len(), "worker"));
+        self.workers.values().for_each(|worker| worker::signal(worker.pid, signal));
     }
 
     fn reap(&mut self) {

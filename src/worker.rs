@@ -71,6 +71,8 @@ impl Starter {
     /// hard limit allows. Call it before anything is opened that is to live on.
     pub fn new(program: Program) -> io::Result<Self> {
         close_inherited_fds_on_exec()?;
+        // Orphans of the workers come to this process, which reaps them, also when it isn't PID 1.
+        nix::sys::prctl::set_child_subreaper(true)?;
         let open_files = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, open_files.1, open_files.1)?;
         Ok(Self { program, open_files, _placeholders: occupy_fds_up_to(READY_FD)? })
@@ -270,7 +272,8 @@ pub fn kill_group(pid: Pid) {
 
 /// fds that this process was started with are not meant for its workers, the standard ones apart.
 fn close_inherited_fds_on_exec() -> io::Result<()> {
-    let open = std::fs::read_dir("/proc/self/fd")?;
+    let missing = |error: io::Error| io::Error::new(error.kind(), format!("/proc is needed: {error}"));
+    let open = std::fs::read_dir("/proc/self/fd").map_err(missing)?;
     let numbers: Vec<RawFd> = open.flatten().filter_map(|fd| fd.file_name().to_str()?.parse().ok()).collect();
     numbers.into_iter().filter(|fd| *fd > 2).for_each(sys::set_close_on_exec);
     Ok(())
