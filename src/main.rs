@@ -11,6 +11,7 @@ mod drain;
 mod fleet;
 mod intercept;
 mod listeners;
+mod logging;
 mod procfs;
 mod ready;
 mod signals;
@@ -20,7 +21,6 @@ mod supervisor;
 mod sys;
 mod worker;
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use cli::Invocation;
@@ -30,7 +30,7 @@ use log::error;
 const MISUSE: u8 = 2;
 
 fn main() -> ExitCode {
-    start_logging();
+    logging::start();
     match cli::parse(std::env::args_os().skip(1)) {
         Ok(Invocation::Print(text)) => {
             print!("{text}");
@@ -48,15 +48,4 @@ fn main() -> ExitCode {
             MISUSE.into()
         }
     }
-}
-
-/// Logs to stderr what RUST_LOG asks for, `info` and above without it.
-fn start_logging() {
-    let pid = std::process::id();
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
-        .format(move |out, record| match record.level() {
-            log::Level::Info => writeln!(out, "reuse-run[{pid}]: {}", record.args()),
-            level => writeln!(out, "reuse-run[{pid}]: {}: {}", level.as_str().to_lowercase(), record.args()),
-        })
-        .init();
 }
