@@ -33,9 +33,6 @@ struct Retired {
     addresses: BTreeSet<Address>,
     /// Clients whose handshake was under way at the first look; `None` before it.
     handshakes: Option<HashSet<SocketAddr>>,
-    /// Whether the accept queues were empty at the last look. What was accepted just then may not be among
-    /// the worker's fds yet, so that is believed at the second look.
-    was_empty: bool,
 }
 
 /// Watches the workers that are retired.
@@ -49,7 +46,7 @@ pub struct Drain {
 impl Drain {
     /// Begins to watch a worker; call it after the switch.
     pub fn watch(&mut self, worker: WorkerId, pid: Pid, addresses: BTreeSet<Address>, now: Instant) {
-        let retired = Retired { pid, since: now, addresses, handshakes: None, was_empty: false };
+        let retired = Retired { pid, since: now, addresses, handshakes: None };
         self.retired.insert(worker, retired);
         self.next_look.get_or_insert(now);
     }
@@ -73,6 +70,9 @@ impl Drain {
         if self.next_look.is_none_or(|at| at > now) {
             return Vec::new();
         }
+        // The queues first: what leaves them later is among the connections as somebody's.
+        let empty: BTreeSet<WorkerId> =
+            self.retired.keys().copied().filter(|worker| pool.accept_queues_are_empty(*worker)).collect();
         let connections = match self.connections() {
             Ok(connections) => connections,
             Err(error) => {
@@ -82,15 +82,34 @@ impl Drain {
             }
         };
         let of = |address: &Address| connections.get(&key(address)).map_or(&[][..], Vec::as_slice);
-        let mut done = Vec::new();
+        let mut arrived = Vec::new();
         for (worker, retired) in &mut self.retired {
             let rows: Vec<&Connection> = retired.addresses.iter().flat_map(of).collect();
-            if retired.look(&rows, pool.accept_queues_are_empty(*worker), now) {
-                done.push(*worker);
+            if retired.has_arrived(&rows, empty.contains(worker), now) {
+                arrived.push((*worker, retired.pid));
             }
         }
+        let busy =
+            connections.values().flatten().filter(|row| !row.opening && row.inode != 0 && !is_quiet(row));
+        let busy: HashSet<u64> = busy.map(|row| row.inode.into()).collect();
+        let done = if arrived.is_empty() { Vec::new() } else { self.idle(&arrived, &busy) };
         self.next_look = Some(now + INTERVAL.max(now.elapsed() * SHARE));
         done
+    }
+
+    /// Those of `workers` which have none of the busy connections, given by their inode numbers.
+    fn idle(&mut self, workers: &[(WorkerId, Pid)], busy: &HashSet<u64>) -> Vec<WorkerId> {
+        let owned = Owned::look(busy);
+        let mut nobodys = busy.iter().filter(|inode| !owned.contains(**inode)).peekable();
+        if nobodys.peek().is_some() {
+            // It has ended since, or was accepted just now by a thread that has yet to get its number.
+            let Ok(connections) = self.connections() else { return Vec::new() };
+            let exists: HashSet<u64> = connections.values().flatten().map(|row| row.inode.into()).collect();
+            if nobodys.any(|inode| exists.contains(inode)) {
+                return Vec::new();
+            }
+        }
+        workers.iter().filter(|(_, pid)| owned.has_none(*pid)).map(|(worker, _)| *worker).collect()
     }
 
     /// The connections of all addresses that retired workers listen on, by family and port.
@@ -113,25 +132,38 @@ fn key(address: &Address) -> (bool, u16) {
     (address.socket.is_ipv6(), address.socket.port())
 }
 
+/// Which process below this one has which of some sockets open.
+struct Owned(HashMap<Pid, HashSet<u64>>);
+
+impl Owned {
+    fn look(inodes: &HashSet<u64>) -> Self {
+        let open =
+            |pid| procfs::socket_inodes(pid).into_iter().filter(|inode| inodes.contains(inode)).collect();
+        Self(procfs::tree(Pid::this()).into_iter().map(|pid| (pid, open(pid))).collect())
+    }
+
+    fn contains(&self, inode: u64) -> bool {
+        self.0.values().any(|open| open.contains(&inode))
+    }
+
+    /// Whether neither this process nor one of its descendants has any of them.
+    fn has_none(&self, pid: Pid) -> bool {
+        procfs::tree(pid).iter().all(|pid| self.0.get(pid).is_some_and(HashSet::is_empty))
+    }
+}
+
 impl Retired {
-    /// Whether the worker is done, given the connections to its ports.
-    fn look(&mut self, rows: &[&Connection], queues_are_empty: bool, now: Instant) -> bool {
+    /// Whether all that was sent to the worker before the switch has reached it, given the connections to
+    /// its ports.
+    fn has_arrived(&mut self, rows: &[&Connection], queues_are_empty: bool, now: Instant) -> bool {
         let opening: HashSet<SocketAddr> =
             rows.iter().filter(|row| row.opening).map(|row| row.peer).collect();
-        let was_empty = std::mem::replace(&mut self.was_empty, queues_are_empty);
         let Some(handshakes) = &mut self.handshakes else {
             self.handshakes = Some(opening);
             return false;
         };
         handshakes.retain(|peer| opening.contains(peer));
-        let arrived = handshakes.is_empty() || now - self.since > LONGEST_HANDSHAKE;
-        if !(arrived && was_empty && queues_are_empty) {
-            return false;
-        }
-        let busy: HashSet<u64> =
-            rows.iter().filter(|row| !row.opening && !is_quiet(row)).map(|row| row.inode.into()).collect();
-        busy.is_empty()
-            || !procfs::tree(self.pid).into_iter().flat_map(procfs::socket_inodes).any(|i| busy.contains(&i))
+        queues_are_empty && (handshakes.is_empty() || now - self.since > LONGEST_HANDSHAKE)
     }
 }
 
@@ -182,35 +214,47 @@ mod tests {
         assert!(!is_quiet(&Connection { unacknowledged: 1, ..answered }));
     }
 
+    fn retired(since: Instant) -> Retired {
+        Retired { pid: Pid::from_raw(i32::MAX), since, addresses: BTreeSet::new(), handshakes: None }
+    }
+
     #[test]
-    fn a_worker_is_done_when_handshakes_have_arrived_and_the_queue_was_empty_twice() {
+    fn all_has_arrived_when_the_handshakes_of_the_first_look_are_over_and_the_queues_empty() {
         let start = Instant::now();
-        let mut retired = Retired {
-            pid: Pid::from_raw(i32::MAX),
-            since: start,
-            addresses: BTreeSet::new(),
-            handshakes: None,
-            was_empty: false,
-        };
+        let mut retired = retired(start);
         let opening = Connection { opening: true, inode: 0, ..connection(0, 0, false, false) };
         let other = Connection { peer: "127.0.0.1:2".parse().unwrap(), ..opening };
         let at = |ms| start + Duration::from_millis(ms);
-        assert!(!retired.look(&[&opening], true, at(0)), "the first look only takes note");
-        assert!(!retired.look(&[&opening], true, at(20)), "the handshake goes on");
-        assert!(!retired.look(&[&other], false, at(40)), "it has arrived and waits");
-        assert!(!retired.look(&[&other], true, at(60)), "it was accepted just now");
-        assert!(retired.look(&[&other], true, at(80)), "a later handshake is not its own");
+        assert!(!retired.has_arrived(&[&opening], true, at(0)), "the first look only takes note");
+        assert!(!retired.has_arrived(&[&opening], true, at(20)), "the handshake goes on");
+        assert!(!retired.has_arrived(&[&other], false, at(40)), "it has arrived and waits");
+        assert!(retired.has_arrived(&[&other], true, at(60)), "a later handshake is not its own");
     }
 
     #[test]
     fn a_handshake_that_takes_too_long_is_not_waited_for() {
         let start = Instant::now();
-        let (handshakes, addresses) = (None, BTreeSet::new());
-        let mut retired =
-            Retired { pid: Pid::from_raw(i32::MAX), since: start, addresses, handshakes, was_empty: false };
+        let mut retired = retired(start);
         let opening = Connection { opening: true, inode: 0, ..connection(0, 0, false, false) };
-        assert!(!retired.look(&[&opening], true, start));
-        assert!(!retired.look(&[&opening], true, start + LONGEST_HANDSHAKE));
-        assert!(retired.look(&[&opening], true, start + LONGEST_HANDSHAKE + INTERVAL));
+        assert!(!retired.has_arrived(&[&opening], true, start));
+        assert!(!retired.has_arrived(&[&opening], true, start + LONGEST_HANDSHAKE));
+        assert!(retired.has_arrived(&[&opening], true, start + LONGEST_HANDSHAKE + INTERVAL));
+    }
+
+    #[test]
+    fn a_busy_connection_keeps_the_worker_that_has_it_and_one_that_nobody_has_keeps_all() {
+        let me = (WorkerId(1), Pid::this());
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = Address { socket: listener.local_addr().unwrap(), v6only: false };
+        let _client = std::net::TcpStream::connect(address.socket).unwrap();
+        let (server, _) = listener.accept().unwrap();
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&server) as u32;
+        let inode = procfs::socket_inode(Pid::this(), fd).unwrap();
+
+        let mut drain = Drain::default();
+        drain.watch(WorkerId(1), Pid::this(), BTreeSet::from([address]), Instant::now());
+        assert_eq!(drain.idle(&[me], &HashSet::new()), [WorkerId(1)]);
+        assert!(drain.idle(&[me], &HashSet::from([inode])).is_empty(), "it is its own");
+        assert_eq!(drain.idle(&[me], &HashSet::from([u64::MAX])), [WorkerId(1)], "it exists no more");
     }
 }
