@@ -1,0 +1,69 @@
+"""Binds what the first argument asks for, says how that went, and serves the TCP port of the second.
+
+others:    a UDP socket on the same number, a Unix socket, and a TCP socket on port 0
+wildcards: the port on 0.0.0.0 and on [::], two listeners
+"""
+import os
+import socket
+import sys
+import tempfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = 'pid={} generation={} slot={}\n'.format(
+            os.getpid(), os.environ.get('REUSE_RUN_GENERATION'), os.environ.get('REUSE_RUN_SLOT')).encode()
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+class Server6(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+    def server_bind(self):
+        self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        super().server_bind()
+
+
+def say(line):
+    sys.stdout.write(line + '\n')
+    sys.stdout.flush()
+
+
+what, port = sys.argv[1], int(sys.argv[2])
+kept = []
+servers = []
+if what == 'others':
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        udp.bind(('127.0.0.1', port))
+        say('udp: bound')
+    except OSError:
+        say('udp: in use')
+
+    unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with tempfile.TemporaryDirectory() as folder:
+        unix.bind(os.path.join(folder, 'socket'))
+        unix.listen()
+        say('unix: bound')
+
+    any_port = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    any_port.bind(('127.0.0.1', 0))
+    any_port.listen()
+    say('port 0: {}'.format(any_port.getsockname()[1]))
+
+    kept = [udp, unix, any_port]
+    servers = [ThreadingHTTPServer(('127.0.0.1', port), Handler)]
+elif what == 'wildcards':
+    servers = [Server6(('::', port), Handler), ThreadingHTTPServer(('0.0.0.0', port), Handler)]
+
+for server in servers[1:]:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+servers[0].serve_forever()

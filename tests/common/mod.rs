@@ -1,0 +1,486 @@
+//! The black-box harness: starts the real binary, reads what it says, sends it signals, and leaves
+//! nothing behind, whatever becomes of the test.
+#![allow(dead_code)]
+
+#[path = "../tools/load.rs"]
+pub mod load;
+#[path = "../tools/netns.rs"]
+mod netns;
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// For whatever must happen at all. Much more than it takes, as the machine may be busy.
+pub const DEADLINE: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(5);
+/// The environment variable by which a service's processes are known, wherever they went.
+const MARK: &str = "REUSE_RUN_TEST_MARK";
+
+/// Waits until `condition` holds; panics with `what` when it doesn't in time.
+#[track_caller]
+pub fn wait_until(what: &str, deadline: Duration, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + deadline;
+    while !condition() {
+        assert!(Instant::now() < end, "not within {deadline:?}: {what}");
+        thread::sleep(POLL);
+    }
+}
+
+/// Watches that `condition` holds for as long as `period`; panics with `what` at once when it doesn't.
+/// Only for what can't be shown by a later event.
+#[track_caller]
+pub fn holds_for(what: &str, period: Duration, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + period;
+    while Instant::now() < end {
+        assert!(condition(), "did not hold for {period:?}: {what}");
+        thread::sleep(POLL);
+    }
+}
+
+/// A network namespace of its own for this test's thread and everything that it starts from now on,
+/// so that no port can be taken and fixed ports disturb nobody.
+#[track_caller]
+pub fn own_network() {
+    netns::enter().expect("a network namespace of its own: the tests need root (CAP_SYS_ADMIN)");
+}
+
+/// The turn of a test that keeps every processor busy; the next one starts when it is dropped.
+pub fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A port that nothing on IPv4 or IPv6 has. It is not an ephemeral one, so no client gets it either.
+pub fn free_port() -> u16 {
+    // Where namespaces can be had nobody else is near; without them the search below must do.
+    let _ = netns::enter();
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let start = std::process::id() as usize * 97;
+    for _ in 0..20_000 {
+        let port = 10_000 + ((start + NEXT.fetch_add(1, Ordering::Relaxed)) % 20_000) as u16;
+        let free_on_ipv6 = match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)) {
+            Ok(_) => true,
+            Err(error) => error.kind() != std::io::ErrorKind::AddrInUse,
+        };
+        if free_on_ipv6 && TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok() {
+            return port;
+        }
+    }
+    panic!("no free port");
+}
+
+/// A free port on the loopback address.
+pub fn free_address() -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()))
+}
+
+/// The path of an example of this package, built beside the running test.
+pub fn example(name: &str) -> String {
+    let test = std::env::current_exe().expect("the path of the test");
+    let built = test.parent().and_then(|deps| deps.parent()).expect("target/PROFILE/deps/TEST");
+    let path = built.join("examples").join(name);
+    assert!(path.exists(), "{} is missing: run `cargo build --examples` first", path.display());
+    path.into_os_string().into_string().expect("a path in UTF-8")
+}
+
+/// The naive test server.
+pub fn server() -> String {
+    example("server")
+}
+
+/// The path of an app under tests/apps.
+pub fn app(name: &str) -> String {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/apps").join(name);
+    assert!(path.exists(), "{} is missing", path.display());
+    path.into_os_string().into_string().expect("a path in UTF-8")
+}
+
+/// The path of an app that needs the packages of tests/apps/package-lock.json.
+pub fn node_app(name: &str) -> String {
+    let modules = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/apps/node_modules");
+    assert!(
+        modules.exists(),
+        "{} is missing: run scripts/test, or `npm ci` in tests/apps",
+        modules.display()
+    );
+    app(name)
+}
+
+/// A program that may change from one start to the next, as a deployment does: what runs is the test
+/// server with the arguments that the file holds when a worker starts.
+pub struct Deployment {
+    file: PathBuf,
+}
+
+impl Deployment {
+    pub fn new(arguments: &str) -> Deployment {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("reuse-run-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let deployment = Deployment { file: std::env::temp_dir().join(name) };
+        deployment.replace(arguments);
+        deployment
+    }
+
+    /// Installs a new version; whatever runs goes on as it is.
+    pub fn replace(&self, arguments: &str) {
+        fs::write(&self.file, arguments).expect("write the server's arguments");
+    }
+
+    /// The command to run it with.
+    pub fn command(&self) -> Vec<String> {
+        let file = self.file.display().to_string();
+        ["sh", "-c", r#"exec "$0" $(cat "$1")"#, &server(), &file].map(str::to_owned).to_vec()
+    }
+}
+
+impl Drop for Deployment {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.file);
+    }
+}
+
+/// A line that was printed, and when it was read.
+#[derive(Clone, Debug)]
+pub struct Line {
+    pub text: String,
+    pub at: Instant,
+}
+
+/// The lines of a stream, as they come.
+#[derive(Clone, Default)]
+pub struct Lines {
+    state: Arc<(Mutex<Vec<Line>>, Condvar)>,
+}
+
+impl Lines {
+    fn read(&self, stream: impl Read + Send + 'static) -> JoinHandle<()> {
+        let lines = self.clone();
+        thread::spawn(move || {
+            let mut stream = BufReader::new(stream);
+            let mut bytes = Vec::new();
+            while let Ok(count) = stream.read_until(b'\n', &mut bytes) {
+                if count == 0 {
+                    break;
+                }
+                let text = String::from_utf8_lossy(&bytes).trim_end_matches('\n').to_owned();
+                lines.lock().push(Line { text, at: Instant::now() });
+                lines.state.1.notify_all();
+                bytes.clear();
+            }
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Line>> {
+        self.state.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many there are: a position to wait from.
+    pub fn count(&self) -> usize {
+        self.lock().len()
+    }
+
+    pub fn all(&self) -> Vec<Line> {
+        self.lock().clone()
+    }
+
+    /// The first line from position `from` on that contains `part`.
+    pub fn find(&self, from: usize, part: &str) -> Option<Line> {
+        self.lock().iter().skip(from).find(|line| line.text.contains(part)).cloned()
+    }
+
+    /// How many lines contain `part`.
+    pub fn count_of(&self, part: &str) -> usize {
+        self.lock().iter().filter(|line| line.text.contains(part)).count()
+    }
+
+    pub fn text(&self) -> String {
+        let texts: Vec<String> = self.lock().iter().map(|line| line.text.clone()).collect();
+        texts.join("\n")
+    }
+
+    /// Waits for a line from position `from` on that satisfies `wanted`.
+    fn wait_for(&self, from: usize, deadline: Duration, wanted: impl Fn(&str) -> bool) -> Option<Line> {
+        let end = Instant::now() + deadline;
+        let mut next = from;
+        let mut lines = self.lock();
+        loop {
+            if let Some(line) = lines.iter().skip(next).find(|line| wanted(&line.text)) {
+                return Some(line.clone());
+            }
+            next = lines.len().max(from);
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            lines = self.state.1.wait_timeout(lines, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// A running `reuse-run` and all that it started.
+pub struct Service {
+    child: Child,
+    status: Option<ExitStatus>,
+    mark: String,
+    /// The log of reuse-run, and what its workers print to stderr.
+    pub log: Lines,
+    /// What the workers print to stdout.
+    pub out: Lines,
+    readers: Vec<JoinHandle<()>>,
+}
+
+impl Service {
+    /// `reuse-run` with these arguments.
+    pub fn start<I, S>(args: I) -> Service
+    where
+        I: IntoIterator<Item = S>,
+        S: AsRef<OsStr>,
+    {
+        let mut command = reuse_run();
+        command.args(args);
+        Service::spawn(command)
+    }
+
+    /// `reuse-run OPTIONS -- COMMAND`, options separated by spaces.
+    pub fn run<S: AsRef<str>>(options: &str, command: &[S]) -> Service {
+        Service::start(arguments(options, command))
+    }
+
+    /// Like [`Service::run`], and waits until the first generation is ready.
+    #[track_caller]
+    pub fn run_ready<S: AsRef<str>>(options: &str, command: &[S]) -> Service {
+        let service = Service::run(options, command);
+        service.wait_for_line("generation 1 is ready");
+        service
+    }
+
+    /// A command that is or becomes `reuse-run`.
+    pub fn spawn(mut command: Command) -> Service {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let mark = format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        command.env(MARK, &mark).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("start reuse-run");
+        let (log, out) = (Lines::default(), Lines::default());
+        let readers = vec![
+            log.read(child.stderr.take().expect("stderr is a pipe")),
+            out.read(child.stdout.take().expect("stdout is a pipe")),
+        ];
+        Service { child, status: None, mark, log, out, readers }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for a line of the log.
+    #[track_caller]
+    pub fn wait_for_line(&self, part: &str) -> Line {
+        self.wait_for_line_after(0, part)
+    }
+
+    /// Waits for a line of the log from position `from` on.
+    #[track_caller]
+    pub fn wait_for_line_after(&self, from: usize, part: &str) -> Line {
+        match self.log.wait_for(from, DEADLINE, |line| line.contains(part)) {
+            Some(line) => line,
+            None => panic!("no line {part:?} within {DEADLINE:?} in the log:\n{}", self.log.text()),
+        }
+    }
+
+    /// Waits for a line of the log from position `from` on that satisfies `wanted`.
+    #[track_caller]
+    pub fn wait_for_line_where(&self, from: usize, what: &str, wanted: impl Fn(&str) -> bool) -> Line {
+        match self.log.wait_for(from, DEADLINE, wanted) {
+            Some(line) => line,
+            None => panic!("no line that {what} within {DEADLINE:?} in the log:\n{}", self.log.text()),
+        }
+    }
+
+    /// Waits for a line that a worker prints.
+    #[track_caller]
+    pub fn wait_for_output(&self, part: &str) -> Line {
+        match self.out.wait_for(0, DEADLINE, |line| line.contains(part)) {
+            Some(line) => line,
+            None => panic!(
+                "no line {part:?} within {DEADLINE:?} in the output:\n{}\nlog:\n{}",
+                self.out.text(),
+                self.log.text()
+            ),
+        }
+    }
+
+    #[track_caller]
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid() as i32), signal).expect("signal reuse-run");
+    }
+
+    /// Reloads and waits until the old generation has ended; returns how long that took.
+    #[track_caller]
+    pub fn reload(&self) -> Duration {
+        let (begun, from) = (Instant::now(), self.log.count());
+        self.signal(Signal::SIGUSR2);
+        let ended = |line: &str| line.contains("reload done") || line.contains("reload abandoned");
+        match self.log.wait_for(from, DEADLINE, ended) {
+            Some(line) if line.text.contains("reload done") => line.at - begun,
+            Some(_) => panic!("the reload was abandoned:\n{}", self.log.text()),
+            None => panic!("the reload did not end within {DEADLINE:?}:\n{}", self.log.text()),
+        }
+    }
+
+    /// Reloads, which must fail and be given up; returns the log of it.
+    #[track_caller]
+    pub fn failing_reload(&self) -> String {
+        let from = self.log.count();
+        self.signal(Signal::SIGUSR2);
+        self.wait_for_line_after(from, "reload abandoned");
+        let lines: Vec<String> = self.log.all().into_iter().skip(from).map(|line| line.text).collect();
+        assert!(!lines.iter().any(|line| line.contains("reload done")), "{}", lines.join("\n"));
+        lines.join("\n")
+    }
+
+    /// Waits until reuse-run has exited.
+    #[track_caller]
+    pub fn wait_exit(&mut self) -> ExitStatus {
+        let end = Instant::now() + DEADLINE;
+        loop {
+            if let Some(status) = self.exited() {
+                return status;
+            }
+            assert!(Instant::now() < end, "reuse-run did not exit within {DEADLINE:?}:\n{}", self.log.text());
+            thread::sleep(POLL);
+        }
+    }
+
+    /// Waits until reuse-run has exited, nobody holds its stdout and stderr any more, and every line
+    /// is read; returns its status.
+    #[track_caller]
+    pub fn wait_end(&mut self) -> ExitStatus {
+        let status = self.wait_exit();
+        wait_until("the ends of stdout and stderr", DEADLINE, || {
+            self.readers.iter().all(JoinHandle::is_finished)
+        });
+        status
+    }
+
+    /// Stops reuse-run by SIGTERM, which must end in order and leave nothing; every line is read then.
+    #[track_caller]
+    pub fn stop(&mut self) {
+        self.signal(Signal::SIGTERM);
+        let status = self.wait_end();
+        assert_eq!(status.code(), Some(0), "status of reuse-run after SIGTERM; log:\n{}", self.log.text());
+        assert_eq!(self.descendants(), [0u32; 0], "left behind; log:\n{}", self.log.text());
+    }
+
+    fn exited(&mut self) -> Option<ExitStatus> {
+        if self.status.is_none() {
+            self.status = self.child.try_wait().expect("wait for reuse-run");
+        }
+        self.status
+    }
+
+    /// The children of reuse-run, zombies included.
+    pub fn workers(&self) -> Vec<u32> {
+        let pid = self.pid();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+    }
+
+    /// The children of reuse-run that are dead and not reaped.
+    pub fn zombies(&self) -> Vec<u32> {
+        let state = |pid: &u32| Process::read(*pid).map(|process| process.state);
+        self.workers().into_iter().filter(|pid| state(pid) == Some('Z')).collect()
+    }
+
+    /// Every living process that reuse-run or its workers started, wherever it is now.
+    pub fn descendants(&self) -> Vec<u32> {
+        let mark = format!("{MARK}={}", self.mark);
+        let is_ours = |pid: &u32| {
+            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            environment.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes())
+        };
+        pids().into_iter().filter(|pid| *pid != self.pid()).filter(is_ours).collect()
+    }
+
+    /// How many file descriptors reuse-run has open.
+    pub fn fds(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).map_or(0, Iterator::count)
+    }
+
+    /// The resident memory of reuse-run that is its own (no mapped file), in KiB.
+    pub fn memory_kib(&self) -> u64 {
+        let status =
+            fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the status of reuse-run");
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("RssAnon");
+        line.trim().trim_end_matches(" kB").parse().expect("a number of kB")
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("--- log of reuse-run ---\n{}\n---", self.log.text());
+        }
+        if self.exited().is_none() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        // A process can start another between the look and the blow; look until nobody is left.
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            let left = self.descendants();
+            if left.is_empty() || Instant::now() > end {
+                break;
+            }
+            for pid in left {
+                let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
+            }
+            thread::sleep(POLL);
+        }
+    }
+}
+
+/// The binary under test, with the log level that it has by default.
+pub fn reuse_run() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_reuse-run"));
+    command.env_remove("RUST_LOG");
+    command
+}
+
+/// `OPTIONS -- COMMAND` as arguments.
+pub fn arguments<S: AsRef<str>>(options: &str, command: &[S]) -> Vec<String> {
+    let options = options.split_whitespace();
+    options.chain(["--"]).chain(command.iter().map(AsRef::as_ref)).map(str::to_owned).collect()
+}
+
+fn pids() -> BTreeSet<u32> {
+    let entries = fs::read_dir("/proc").expect("read /proc").flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// A line of /proc/PID/stat.
+pub struct Process {
+    pub state: char,
+    pub group: u32,
+}
+
+impl Process {
+    pub fn read(pid: u32) -> Option<Process> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // After the name, which may contain anything: state, parent, group.
+        let mut fields = stat[stat.rfind(')')? + 1..].split_whitespace();
+        let state = fields.next()?.chars().next()?;
+        Some(Process { state, group: fields.nth(1)?.parse().ok()? })
+    }
+}

@@ -1,0 +1,377 @@
+//! The handoff from one generation to the next, under load, with real programs: not one request fails.
+
+mod common;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::load::{self, Kind, Load, LoadOptions, Mode};
+use common::{
+    DEADLINE, Deployment, Service, app, free_address, node_app, own_network, server, turn, wait_until,
+};
+use nix::sys::signal::Signal;
+
+/// A naive server as a command.
+fn naive(addr: SocketAddr) -> Vec<String> {
+    vec![server(), "--listen".to_owned(), addr.to_string()]
+}
+
+fn get(addr: SocketAddr, path: &str) -> load::Answer {
+    match load::get(addr, path, Duration::from_secs(15)) {
+        Ok(answer) => answer,
+        Err(failure) => panic!("GET {path} from {addr}: {failure:?}"),
+    }
+}
+
+/// Reloads `times` times while the load gets answers between any two reloads.
+fn reload_under(load: &Load, service: &Service, times: usize) {
+    let answered = |more_than: u64| {
+        wait_until("answers between two reloads", DEADLINE, || load.snapshot().answered > more_than);
+    };
+    answered(0);
+    for _ in 0..times {
+        service.reload();
+        answered(load.snapshot().answered);
+    }
+}
+
+#[test]
+fn the_express_app_of_the_seed_loses_no_request_in_10_reloads_of_4_workers() {
+    let _turn = turn();
+    own_network();
+    let mut service = Service::run_ready("-n 4", &["node", &node_app("express/app.js")]);
+    let load = Load::start(LoadOptions::new(([127, 0, 0, 1], 3000).into(), 32));
+    reload_under(&load, &service, 10);
+    let report = load.stop();
+    println!("{report}");
+    report.assert_nothing_failed();
+    assert!(report.counts.pids.len() >= 11, "every generation answered: {:?}", report.counts.pids);
+    service.stop();
+}
+
+#[test]
+fn an_express_app_that_says_ready_loses_no_request_in_5_reloads() {
+    let _turn = turn();
+    own_network();
+    let mut service = Service::run_ready("-n 2 --ready notify", &["node", &node_app("express-ready/app.js")]);
+    let load = Load::start(LoadOptions::new(([127, 0, 0, 1], 3000).into(), 16));
+    reload_under(&load, &service, 5);
+    let report = load.stop();
+    println!("{report}");
+    report.assert_nothing_failed();
+    service.stop();
+}
+
+#[test]
+fn a_naive_server_loses_no_request_in_50_reloads_at_full_speed() {
+    let _turn = turn();
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 2", &naive(addr));
+    let load = Load::start(LoadOptions::new(addr, 16));
+    reload_under(&load, &service, 50);
+    let report = load.stop();
+    println!("{report}");
+    report.assert_nothing_failed();
+    assert_eq!(report.counts.generations.keys().copied().collect::<Vec<_>>(), (1..=51).collect::<Vec<_>>());
+    assert_eq!(report.counts.slots.keys().copied().collect::<Vec<_>>(), [0, 1]);
+    service.stop();
+}
+
+#[test]
+fn pythons_threading_http_server_loses_no_request_in_10_reloads() {
+    let _turn = turn();
+    let addr = free_address();
+    let port = addr.port().to_string();
+    let mut service = Service::run_ready("-n 2", &["python3", &app("python/naive.py"), &port]);
+    let load = Load::start(LoadOptions::new(addr, 8));
+    reload_under(&load, &service, 10);
+    let report = load.stop();
+    println!("{report}");
+    report.assert_nothing_failed();
+    assert_eq!(report.counts.generations.len(), 11, "{:?}", report.counts.generations);
+    service.stop();
+}
+
+#[test]
+fn a_polite_python_server_loses_no_request_in_10_reloads() {
+    let _turn = turn();
+    let addr = free_address();
+    let port = addr.port().to_string();
+    let mut service = Service::run_ready("-n 2", &["python3", &app("python/polite.py"), &port]);
+    let load = Load::start(LoadOptions::new(addr, 8));
+    reload_under(&load, &service, 10);
+    let report = load.stop();
+    println!("{report}");
+    report.assert_nothing_failed();
+    service.stop();
+}
+
+#[test]
+fn a_polite_node_server_loses_no_keep_alive_request_at_full_speed() {
+    let _turn = turn();
+    let addr = free_address();
+    let port = addr.port().to_string();
+    let mut service = Service::run_ready("-n 2", &["node", &app("node/polite.js"), &port]);
+    let load = Load::start(LoadOptions::new(addr, 16).mode(Mode::KeepAlive { think: Duration::ZERO }));
+    reload_under(&load, &service, 10);
+    let report = load.stop();
+    println!("{report}");
+    report.assert_nothing_failed();
+    assert_eq!(report.counts.generations.len(), 11, "{:?}", report.counts.generations);
+    service.stop();
+}
+
+#[test]
+fn the_switch_is_atomic_no_later_connection_sees_the_older_generation() {
+    let _turn = turn();
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 4", &naive(addr));
+    let load = Load::start(LoadOptions::new(addr, 16).record());
+    reload_under(&load, &service, 20);
+    let report = load.stop();
+    println!("{report}");
+    report.assert_nothing_failed();
+    assert_eq!(report.counts.generations.len(), 21, "{:?}", report.counts.generations);
+    report.assert_nothing_stale();
+    service.stop();
+}
+
+#[test]
+fn a_replacement_that_listens_but_never_says_ready_gets_no_connection() {
+    let addr = free_address();
+    let deployment = Deployment::new(&format!("--listen {addr} --ready-after 0"));
+    let mut service = Service::run_ready("-n 2 --ready notify --ready-timeout 2s", &deployment.command());
+    let load = Load::start(LoadOptions::new(addr, 8).path("/?id={id}"));
+    wait_until("answers before the reload", DEADLINE, || load.snapshot().answered > 0);
+
+    deployment.replace(&format!("--listen {addr}"));
+    let log = service.failing_reload();
+    assert!(log.contains("not ready within 2s"), "{log}");
+    assert_eq!(service.out.count_of("listening "), 4, "both replacements listened:\n{}", service.out.text());
+
+    let answered = load.snapshot().answered;
+    wait_until("answers after the reload", DEADLINE, || load.snapshot().answered > answered);
+    let report = load.stop();
+    println!("{report}");
+    report.assert_nothing_failed();
+    assert_eq!(report.counts.generations.keys().copied().collect::<Vec<_>>(), [1]);
+    service.stop();
+}
+
+#[test]
+fn a_first_generation_that_listens_but_has_not_said_ready_gets_no_connection_yet() {
+    let addr = free_address();
+    let deployment = Deployment::new(&format!("--listen {addr} --ready-after 2000"));
+    let mut service = Service::run("-n 2 --ready notify", &deployment.command());
+    wait_until("both workers listen", DEADLINE, || service.out.count_of("listening ") == 2);
+    // Asked for before anybody is ready, and answered only then: the kernel drops the SYN in silence
+    // and the client sends it again. The servers accept at once, so the order of what they print tells.
+    let answer = load::get(addr, "/?id=early", Duration::from_secs(60)).expect("an answer once ready");
+    assert!(answer.body.contains("work=early"), "{}", answer.body);
+    service.stop();
+    let lines: Vec<String> = service.out.all().into_iter().map(|line| line.text).collect();
+    let position = |text: &str| lines.iter().position(|line| line == text).unwrap_or(usize::MAX);
+    assert!(position("ready") < position("begun early"), "{lines:#?}");
+}
+
+#[test]
+fn a_worker_that_shuts_its_own_listener_down_does_not_disturb_the_steering() {
+    let _turn = turn();
+    let addr = free_address();
+    let mut command = naive(addr);
+    command.push("--shutdown-on-int".to_owned());
+    let mut service = Service::run_ready("-n 2", &command);
+    let load = Load::start(LoadOptions::new(addr, 16).record());
+    reload_under(&load, &service, 20);
+    let report = load.stop();
+    println!("{report}");
+    report.assert_nothing_failed();
+    assert_eq!(report.counts.generations.len(), 21, "{:?}", report.counts.generations);
+    report.assert_nothing_stale();
+    service.stop();
+}
+
+#[test]
+fn idle_keep_alive_connections_count_as_quiet_and_no_request_being_worked_on_is_cut() {
+    // A request that arrives between the last look at a connection and the signal is read by a server
+    // that dies a moment later. Nobody outside the server can rule that out, so what was read that
+    // recently is counted apart from what was being worked on.
+    const JUST_ARRIVED: Duration = Duration::from_millis(100);
+
+    let addr = free_address();
+    let mut command = naive(addr);
+    command.push("--keep-alive".to_owned());
+    let mut service = Service::run_ready("-n 2 --drain 10s", &command);
+    let think = Duration::from_secs(1);
+    let load =
+        Load::start(LoadOptions::new(addr, 8).mode(Mode::KeepAlive { think }).path("/sleep/200?id={id}"));
+    wait_until("every client has an answer", DEADLINE, || load.snapshot().answered >= 8);
+    for _ in 0..5 {
+        let took = service.reload();
+        assert!(took < Duration::from_secs(6), "the old workers were stopped well before 10 s: {took:?}");
+        let answered = load.snapshot().answered;
+        wait_until("answers between two reloads", DEADLINE, || load.snapshot().answered >= answered + 8);
+    }
+    let report = load.stop();
+    service.stop();
+
+    let mut begun: HashMap<String, Instant> = HashMap::new();
+    for line in service.out.all() {
+        if let Some(id) = line.text.strip_prefix("begun ") {
+            begun.insert(id.to_owned(), line.at);
+        }
+    }
+    let (mut cut, mut just_arrived, mut never_read) = (Vec::new(), 0, 0);
+    for failure in &report.failures {
+        assert!(failure.on_reused_connection, "a request on a new connection failed: {failure:?}");
+        assert!(matches!(failure.kind, Kind::EndOfFile | Kind::Reset), "{failure:?}");
+        match begun.get(failure.id.as_deref().expect("every request has an id")) {
+            None => never_read += 1,
+            Some(at) if failure.at.saturating_duration_since(*at) < JUST_ARRIVED => just_arrived += 1,
+            Some(_) => cut.push(failure),
+        }
+    }
+    println!("{report}\nnever read: {never_read}, just arrived: {just_arrived}");
+    assert!(cut.is_empty(), "cut while being worked on: {cut:#?}");
+    assert!(never_read + just_arrived <= 4, "more than a rare race: {report}");
+}
+
+#[test]
+fn a_request_of_3_s_that_began_before_the_reload_is_answered_in_full_by_the_old_worker() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 2", &naive(addr));
+    let slow = thread::spawn(move || get(addr, "/sleep/3000?id=slow"));
+    service.wait_for_output("begun slow");
+    service.signal(Signal::SIGUSR2);
+    let switched = service.wait_for_line("generation 2 serves");
+    assert_eq!(get(addr, "/").origin.generation, Some(2));
+
+    let answer = slow.join().expect("the slow request");
+    assert_eq!(answer.origin.generation, Some(1));
+    assert!(answer.end > switched.at, "it was under way during the switch");
+    let done = service.wait_for_line("reload done");
+    assert!(done.at >= answer.end, "the old worker was waited for");
+    service.stop();
+}
+
+#[test]
+fn a_new_version_on_another_port_leaves_the_old_port_refused() {
+    let (old, new) = (free_address(), free_address());
+    let deployment = Deployment::new(&format!("--listen {old} --ready-after 0"));
+    let mut service = Service::run_ready("-n 2 --ready notify", &deployment.command());
+    assert_eq!(get(old, "/").origin.generation, Some(1));
+
+    deployment.replace(&format!("--listen {new} --ready-after 0"));
+    service.reload();
+    for _ in 0..10 {
+        assert_eq!(get(new, "/").origin.generation, Some(2));
+    }
+    wait_until(
+        "the old port is refused",
+        DEADLINE,
+        || matches!(load::get(old, "/", Duration::from_secs(2)), Err(failure) if failure.kind == Kind::Refused),
+    );
+
+    // And back, so that a closed address can be opened again.
+    deployment.replace(&format!("--listen {old} --ready-after 0"));
+    service.reload();
+    for _ in 0..10 {
+        assert_eq!(get(old, "/").origin.generation, Some(3));
+    }
+    service.stop();
+}
+
+#[test]
+fn after_200_reloads_nothing_has_piled_up() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 2", &naive(addr));
+    let mut fds_after_2 = 0;
+    let mut memory_after_20 = 0;
+    for reload in 1..=200 {
+        service.reload();
+        match reload {
+            2 => fds_after_2 = service.fds(),
+            20 => memory_after_20 = service.memory_kib(),
+            _ => {}
+        }
+    }
+    assert_eq!(get(addr, "/").origin.generation, Some(201));
+    assert!(fds_after_2 > 0);
+    assert_eq!(service.fds(), fds_after_2, "file descriptors after 200 reloads and after 2");
+    // Less than a KiB a reload: an allocator's page or two, but nothing that is kept each time.
+    let memory = service.memory_kib();
+    assert!(memory <= memory_after_20 + 128, "KiB after 20 reloads: {memory_after_20}, after 200: {memory}");
+    assert_eq!(service.zombies(), [0u32; 0], "zombies");
+    let mut workers = service.workers();
+    workers.sort_unstable();
+    assert_eq!(workers.len(), 2, "workers: {workers:?}");
+    assert_eq!(service.descendants(), workers, "orphans");
+    service.stop();
+}
+
+#[test]
+fn a_worker_that_dies_is_replaced_in_its_slot_and_no_connection_is_refused() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 2", &naive(addr));
+    let load = Load::start(LoadOptions::new(addr, 8));
+    for _ in 0..5 {
+        let answered = load.snapshot().answered;
+        wait_until("answers", DEADLINE, || load.snapshot().answered > answered);
+        let before = service.workers();
+        let from = service.log.count();
+        let victim = get(addr, "/").origin;
+        let pid = victim.pid.expect("a pid");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), Signal::SIGKILL)
+            .expect("kill a worker");
+        service.wait_for_line_after(from, "SIGKILL");
+        wait_until("a replacement in the same slot answers", DEADLINE, || {
+            let origin = get_or_none(addr);
+            origin.is_some_and(|origin| {
+                origin.slot == victim.slot && origin.pid.is_some_and(|pid| !before.contains(&pid))
+            })
+        });
+    }
+    let report = load.stop();
+    println!("{report}");
+    assert!(report.counts.answered > 0);
+    assert_eq!(report.count(Kind::Refused), 0, "{report}");
+    assert_eq!(report.count(Kind::TimeOut), 0, "what was queued is inherited: {report}");
+    assert_eq!(report.counts.generations.keys().copied().collect::<Vec<_>>(), [1], "{report}");
+    // The sockets are in order after all that.
+    service.reload();
+    assert_eq!(get(addr, "/").origin.generation, Some(2));
+    service.stop();
+}
+
+#[test]
+fn the_only_worker_dies_and_no_connection_is_refused() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 1", &naive(addr));
+    let load = Load::start(LoadOptions::new(addr, 4));
+    for _ in 0..3 {
+        wait_until("an answer", DEADLINE, || get_or_none(addr).is_some());
+        let victim = service.workers();
+        assert_eq!(victim.len(), 1);
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(victim[0] as i32), Signal::SIGKILL)
+            .expect("kill it");
+        wait_until("its replacement answers", DEADLINE, || {
+            get_or_none(addr).is_some_and(|origin| origin.pid.is_some_and(|pid| pid != victim[0]))
+        });
+    }
+    let report = load.stop();
+    println!("{report}");
+    assert_eq!(report.count(Kind::Refused), 0, "{report}");
+    assert_eq!(report.count(Kind::TimeOut), 0, "{report}");
+    service.stop();
+}
+
+/// Who answers, if anybody does: near a death a connection may be cut.
+fn get_or_none(addr: SocketAddr) -> Option<load::Origin> {
+    match load::get(addr, "/", Duration::from_secs(15)) {
+        Ok(answer) => Some(answer.origin),
+        Err(failure) if failure.kind == Kind::Refused => panic!("refused: {failure:?}"),
+        Err(_) => None,
+    }
+}

@@ -1,0 +1,448 @@
+//! The demo: copies of an unmodified Express app behind reuse-run, clients that never pause, and a
+//! reload every second or so. What counts is on the screen: how many requests failed.
+
+#[path = "load.rs"]
+mod load;
+#[path = "netns.rs"]
+mod netns;
+
+use std::collections::VecDeque;
+use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStderr, Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use load::{Load, LoadOptions, Snapshot};
+
+/// The app has it hard-coded.
+const PORT: u16 = 3000;
+const WORKERS: usize = 4;
+const CLIENTS: usize = 32;
+/// Below what two processors can do, so that there is something left to start new workers with.
+const REQUESTS_PER_SECOND: f64 = 1000.0;
+/// From the start of a reload to the start of the next, if it takes no longer itself.
+const RELOAD_EVERY: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(300);
+const REDRAW: Duration = Duration::from_millis(100);
+const PLAIN_LINE: Duration = Duration::from_secs(1);
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+const RELOAD_TIMEOUT: Duration = Duration::from_secs(120);
+
+const USAGE: &str = "usage: demo [SECONDS]
+
+Starts 4 copies of an unmodified Express app with reuse-run, has 32 clients ask them without a pause,
+a new connection for each request, and replaces all 4 every second or so. Ends after SECONDS (15) or
+at Ctrl-C; exits 0 only if every request was answered.";
+
+fn main() -> ExitCode {
+    let seconds = match std::env::args().nth(1).as_deref() {
+        None => 15,
+        Some("--help" | "-h") => {
+            println!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Some(text) => match text.parse() {
+            Ok(seconds) if seconds > 0 => seconds,
+            _ => {
+                eprintln!("demo: not a number of seconds: {text}\n{USAGE}");
+                return ExitCode::from(2);
+            }
+        },
+    };
+    match run(Duration::from_secs(seconds)) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(message) => {
+            eprintln!("demo: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs the demo; true if every request was answered.
+fn run(length: Duration) -> Result<bool, String> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted)).map_err(|error| error.to_string())?;
+    }
+    network()?;
+
+    let mut service = Service::start()?;
+    let started = Instant::now();
+    while service.generation == 0 {
+        service.follow()?;
+        if interrupted.load(Ordering::Relaxed) {
+            return Err("interrupted before the app was up".to_owned());
+        }
+        if started.elapsed() > START_TIMEOUT {
+            return Err(format!("the app was not up within {} s", START_TIMEOUT.as_secs()));
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+
+    let addr = (Ipv4Addr::LOCALHOST, PORT).into();
+    let load = Load::start(LoadOptions::new(addr, CLIENTS).rate(REQUESTS_PER_SECOND));
+    let begun = Instant::now();
+    let mut screen = Screen::new();
+    let mut next_reload = begun + RELOAD_EVERY;
+    loop {
+        service.follow()?;
+        let now = Instant::now();
+        if let Some(begun) = service.reload_begun.filter(|begun| begun.elapsed() > RELOAD_TIMEOUT) {
+            return Err(format!("a reload has not ended within {} s", begun.elapsed().as_secs()));
+        }
+        // The last reload is seen to its end.
+        let over = begun.elapsed() >= length && service.reload_begun.is_none();
+        if over || interrupted.load(Ordering::Relaxed) {
+            break;
+        }
+        if service.reload_begun.is_some() {
+            next_reload = next_reload.max(now + PAUSE);
+        } else if now >= next_reload && begun.elapsed() < length {
+            service.reload();
+            next_reload = now + RELOAD_EVERY;
+        }
+        if screen.show(&service, &load.snapshot(), begun.elapsed()).is_err() {
+            break; // Nobody is watching any more.
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    let _ = screen.last(&service, &load.snapshot(), begun.elapsed());
+    let report = load.stop();
+    service.stop();
+
+    let counts = &report.counts;
+    let perfect = counts.failed == 0 && counts.answered > 0 && service.abandoned == 0;
+    let mut summary = format!(
+        "{} requests in {:.1} s, {} failed, {} reloads of {WORKERS} workers",
+        grouped(counts.requests),
+        report.elapsed.as_secs_f64(),
+        grouped(counts.failed),
+        service.reloads.len(),
+    );
+    if let Some(longest) = service.reloads.iter().max() {
+        let mean = service.reloads.iter().sum::<Duration>() / service.reloads.len() as u32;
+        summary += &format!(" ({} each, the longest {})", seconds(mean), seconds(*longest));
+    }
+    summary += &format!(
+        "; an answer took {} in the middle and {} at most",
+        milliseconds(report.percentile(50.0)),
+        milliseconds(report.longest())
+    );
+    if !perfect {
+        summary += &format!("\n{report}");
+    }
+    let _ = writeln!(io::stdout(), "{summary}");
+    Ok(perfect)
+}
+
+/// A network of the demo's own, or at least the app's port.
+fn network() -> Result<(), String> {
+    if netns::enter().is_ok() {
+        return Ok(());
+    }
+    let free = TcpListener::bind((Ipv6Addr::UNSPECIFIED, PORT)).is_ok()
+        || TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)).is_ok();
+    if free {
+        return Ok(());
+    }
+    Err(format!(
+        "port {PORT}, which the app has hard-coded, is taken; free it, or run the demo as root, \
+         where it gets a network of its own"
+    ))
+}
+
+/// reuse-run with the app, and what its log has told so far.
+struct Service {
+    child: Child,
+    log: mpsc::Receiver<String>,
+    last_lines: VecDeque<String>,
+    /// Of the workers that serve; 0 before the first are ready.
+    generation: u32,
+    reload_begun: Option<Instant>,
+    switched: bool,
+    reloads: Vec<Duration>,
+    abandoned: u32,
+}
+
+/// The command as a person would type it in this repository.
+fn command_line() -> String {
+    format!("reuse-run -n {WORKERS} -- node tests/apps/express/app.js")
+}
+
+impl Service {
+    fn start() -> Result<Service, String> {
+        // target/PROFILE/examples/demo runs target/PROFILE/reuse-run.
+        let demo = std::env::current_exe().map_err(|error| format!("own path: {error}"))?;
+        let built: PathBuf = demo.ancestors().nth(2).unwrap_or(Path::new(".")).join("reuse-run");
+        let mut command = Command::new(&built);
+        command
+            .args(["-n", &WORKERS.to_string(), "--", "node", "tests/apps/express/app.js"])
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            // Ctrl-C is for the demo, which then stops it in order.
+            .process_group(0);
+        // SAFETY: prctl alone, which is safe between fork and exec.
+        unsafe {
+            command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?));
+        }
+        let mut child = command.spawn().map_err(|error| format!("start {}: {error}", built.display()))?;
+        let log = follow(child.stderr.take().expect("stderr is a pipe"));
+        Ok(Service {
+            child,
+            log,
+            last_lines: VecDeque::new(),
+            generation: 0,
+            reload_begun: None,
+            switched: false,
+            reloads: Vec::new(),
+            abandoned: 0,
+        })
+    }
+
+    /// Takes in what the log says; an error if reuse-run has ended.
+    fn follow(&mut self) -> Result<(), String> {
+        while let Ok(line) = self.log.try_recv() {
+            if line.starts_with("reuse-run[") {
+                if line.contains("reload done") {
+                    self.reloads.extend(self.reload_begun.take().map(|begun| begun.elapsed()));
+                } else if line.contains("reload abandoned") {
+                    self.reload_begun = None;
+                    self.abandoned += 1;
+                } else if let Some(generation) = generation(&line, " serves") {
+                    self.generation = generation;
+                    self.switched = true;
+                } else if let Some(generation) = generation(&line, " is ready") {
+                    // The first serve as soon as they are ready, later ones after the switch.
+                    if self.generation == 0 {
+                        self.generation = generation;
+                    }
+                }
+            }
+            self.last_lines.push_back(line);
+            if self.last_lines.len() > 10 {
+                self.last_lines.pop_front();
+            }
+        }
+        match self.child.try_wait() {
+            Ok(None) => Ok(()),
+            Ok(Some(status)) => {
+                // What it said last may still be on its way through the pipe.
+                while let Ok(line) = self.log.recv_timeout(Duration::from_millis(200)) {
+                    self.last_lines.push_back(line);
+                }
+                let lines: Vec<String> = self.last_lines.drain(..).collect();
+                Err(format!("reuse-run ended ({status}); it said last:\n{}", lines.join("\n")))
+            }
+            Err(error) => Err(format!("wait for reuse-run: {error}")),
+        }
+    }
+
+    fn reload(&mut self) {
+        self.reload_begun = Some(Instant::now());
+        self.switched = false;
+        self.signal(Signal::SIGUSR2);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let _ = kill(Pid::from_raw(self.child.id() as i32), signal);
+    }
+
+    fn stop(&mut self) {
+        self.signal(Signal::SIGTERM);
+        let _ = self.child.wait();
+    }
+
+    /// The worker processes now.
+    fn workers(&self) -> Vec<String> {
+        let pid = self.child.id();
+        let children =
+            std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        children.split_whitespace().map(str::to_owned).collect()
+    }
+
+    fn doing(&self) -> String {
+        let generation = self.generation;
+        match self.reload_begun {
+            None => "serving".to_owned(),
+            Some(_) if !self.switched => {
+                format!("reload: {WORKERS} new workers start beside generation {generation}, which serves on")
+            }
+            Some(_) => {
+                format!("reload: generation {generation} serves, the old workers finish what they have")
+            }
+        }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            self.stop();
+        }
+    }
+}
+
+/// The lines of the log as they come.
+fn follow(stderr: ChildStderr) -> mpsc::Receiver<String> {
+    let (send, receive) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(stderr).lines() {
+            let Ok(line) = line else { return };
+            if send.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    receive
+}
+
+/// K of `generation K` followed by `what`.
+fn generation(line: &str, what: &str) -> Option<u32> {
+    let end = line.find(what)?;
+    line[..end].rsplit(' ').next()?.parse().ok()
+}
+
+/// What a person watches: a few lines drawn over and over on a terminal, else a line a second.
+struct Screen {
+    terminal: bool,
+    drawn: usize,
+    next: Instant,
+    reloads_told: usize,
+    /// The counters of about a second ago and later, for the rate.
+    recent: VecDeque<(Instant, u64)>,
+}
+
+impl Screen {
+    fn new() -> Screen {
+        Screen {
+            terminal: io::stdout().is_terminal(),
+            drawn: 0,
+            next: Instant::now(),
+            reloads_told: 0,
+            recent: VecDeque::new(),
+        }
+    }
+
+    fn show(&mut self, service: &Service, counts: &Snapshot, elapsed: Duration) -> io::Result<()> {
+        let now = Instant::now();
+        if now < self.next {
+            return Ok(());
+        }
+        self.next = now + if self.terminal { REDRAW } else { PLAIN_LINE };
+        self.last(service, counts, elapsed)
+    }
+
+    /// Shows it without regard to when it was shown last.
+    fn last(&mut self, service: &Service, counts: &Snapshot, elapsed: Duration) -> io::Result<()> {
+        let rate = self.rate(counts.requests);
+        if self.terminal {
+            self.draw(service, counts, elapsed, rate)
+        } else {
+            self.tell(service, counts, elapsed, rate)
+        }
+    }
+
+    fn rate(&mut self, requests: u64) -> u64 {
+        let now = Instant::now();
+        self.recent.push_back((now, requests));
+        while self.recent.len() > 2 && now - self.recent[1].0 >= Duration::from_secs(1) {
+            self.recent.pop_front();
+        }
+        let (then, before) = self.recent[0];
+        let period = (now - then).as_secs_f64();
+        if period < 0.05 { 0 } else { ((requests - before) as f64 / period).round() as u64 }
+    }
+
+    fn draw(&mut self, service: &Service, counts: &Snapshot, elapsed: Duration, rate: u64) -> io::Result<()> {
+        let (green, red, bold, plain) = ("\x1b[32;1m", "\x1b[31;1m", "\x1b[1m", "\x1b[0m");
+        let colour = if counts.failed == 0 { green } else { red };
+        let times: Vec<String> =
+            service.reloads.iter().rev().take(8).rev().map(|time| seconds(*time)).collect();
+        let lines = [
+            format!("{bold}{}{plain}    an unmodified Express app", command_line()),
+            format!("{CLIENTS} clients, a new connection for each request, {:.0} s", elapsed.as_secs_f64()),
+            String::new(),
+            format!("  requests   {bold}{:>9}{plain}   {} a second", grouped(counts.requests), grouped(rate)),
+            format!("  failed     {colour}{:>9}{plain}", grouped(counts.failed)),
+            format!(
+                "  generation {bold}{:>9}{plain}   pids {}",
+                service.generation,
+                service.workers().join(" ")
+            ),
+            format!("  reloads    {bold}{:>9}{plain}   {}", service.reloads.len(), times.join("  ")),
+            String::new(),
+            format!("  {}", service.doing()),
+        ];
+        let mut frame = String::new();
+        if self.drawn > 0 {
+            frame += &format!("\x1b[{}A\r", self.drawn);
+        }
+        // Not wrapped at the edge of a narrow terminal, or going up again would miss the first line.
+        frame += "\x1b[?7l";
+        for line in &lines {
+            frame += &format!("{line}\x1b[K\n");
+        }
+        frame += "\x1b[?7h";
+        self.drawn = lines.len();
+        let mut out = io::stdout().lock();
+        out.write_all(frame.as_bytes())?;
+        out.flush()
+    }
+
+    fn tell(&mut self, service: &Service, counts: &Snapshot, elapsed: Duration, rate: u64) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        if self.drawn == 0 {
+            writeln!(out, "{}    an unmodified Express app", command_line())?;
+            writeln!(out, "{CLIENTS} clients, a new connection for each request")?;
+            self.drawn = 1;
+        }
+        let new = &service.reloads[self.reloads_told..];
+        let times: Vec<String> = new.iter().map(|time| format!("reloaded in {}", seconds(*time))).collect();
+        self.reloads_told = service.reloads.len();
+        writeln!(
+            out,
+            "{:4.0} s  {:>9} requests  {:>6}/s  {} failed  generation {:<3} {}",
+            elapsed.as_secs_f64(),
+            grouped(counts.requests),
+            grouped(rate),
+            grouped(counts.failed),
+            service.generation,
+            times.join(", "),
+        )?;
+        out.flush()
+    }
+}
+
+fn seconds(duration: Duration) -> String {
+    format!("{:.2} s", duration.as_secs_f64())
+}
+
+fn milliseconds(duration: Duration) -> String {
+    format!("{:.1} ms", duration.as_secs_f64() * 1e3)
+}
+
+/// 1234567 as 1,234,567.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}

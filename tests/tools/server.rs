@@ -1,0 +1,248 @@
+//! A naive HTTP server for the tests: std alone, a thread for each connection, no signal handler
+//! unless it is asked for, and no idea that anybody might want to replace it.
+//!
+//! It answers `pid=… generation=… slot=… port=… work=…`. `/sleep/MS` takes that long; a request with
+//! `?id=X` has the server print `begun X` when it was read and `done X` when its answer was written.
+
+use std::env;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::process::exit;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use signal_hook::consts::SIGINT;
+use signal_hook::iterator::Signals;
+
+const USAGE: &str = "usage: server [--listen HOST:PORT]... [--listen-after MS] [--ready-after MS] \
+    [--exit-after MS] [--exit-status N] [--shutdown-on-int] [--ignore-int] [--hang] [--keep-alive]";
+
+#[derive(Default)]
+struct Options {
+    listen: Vec<String>,
+    listen_after: Duration,
+    ready_after: Option<Duration>,
+    exit_after: Option<Duration>,
+    exit_status: i32,
+    shutdown_on_int: bool,
+    ignore_int: bool,
+    hang: bool,
+    keep_alive: bool,
+}
+
+fn parse() -> Options {
+    let mut options = Options::default();
+    let mut args = env::args().skip(1);
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().unwrap_or_else(|| wrong(&format!("{arg} needs a value")));
+        match arg.as_str() {
+            "--listen" => options.listen.push(value()),
+            "--listen-after" => options.listen_after = milliseconds(&value()),
+            "--ready-after" => options.ready_after = Some(milliseconds(&value())),
+            "--exit-after" => options.exit_after = Some(milliseconds(&value())),
+            "--exit-status" => {
+                options.exit_status = value().parse().unwrap_or_else(|_| wrong("--exit-status"))
+            }
+            "--shutdown-on-int" => options.shutdown_on_int = true,
+            "--ignore-int" => options.ignore_int = true,
+            "--hang" => options.hang = true,
+            "--keep-alive" => options.keep_alive = true,
+            _ => wrong(&format!("unknown argument {arg}")),
+        }
+    }
+    options
+}
+
+fn wrong(what: &str) -> ! {
+    eprintln!("server: {what}\n{USAGE}");
+    exit(64)
+}
+
+fn milliseconds(text: &str) -> Duration {
+    Duration::from_millis(
+        text.parse().unwrap_or_else(|_| wrong(&format!("not a number of milliseconds: {text}"))),
+    )
+}
+
+/// What every connection needs to know.
+struct Server {
+    keep_alive: bool,
+    generation: String,
+    slot: String,
+    /// Connections that were accepted and have not had their answer; with keep-alive, those whose
+    /// request was begun and is not answered yet.
+    in_hand: AtomicUsize,
+}
+
+fn main() {
+    let options = parse();
+    let server = Arc::new(Server {
+        keep_alive: options.keep_alive,
+        generation: env::var("REUSE_RUN_GENERATION").unwrap_or_default(),
+        slot: env::var("REUSE_RUN_SLOT").unwrap_or_default(),
+        in_hand: AtomicUsize::new(0),
+    });
+
+    if options.ignore_int {
+        let mut signals = Signals::new([SIGINT]).expect("catch SIGINT");
+        thread::spawn(move || signals.forever().for_each(|_| say("ignored SIGINT")));
+    }
+    if let Some(after) = options.exit_after {
+        let status = options.exit_status;
+        thread::spawn(move || {
+            thread::sleep(after);
+            exit(status)
+        });
+    }
+
+    thread::sleep(options.listen_after);
+    let mut listeners = Vec::new();
+    if !options.hang {
+        for addr in &options.listen {
+            match TcpListener::bind(addr) {
+                Ok(listener) => listeners.push(listener),
+                Err(error) => {
+                    eprintln!("server: bind {addr}: {error}");
+                    exit(error.raw_os_error().unwrap_or(1))
+                }
+            }
+        }
+        say(&format!(
+            "listening pid={} generation={} slot={}",
+            std::process::id(),
+            server.generation,
+            server.slot
+        ));
+    }
+
+    // Before the announcement, so that its order among the printed lines tells what came first.
+    if let Some(after) = options.ready_after {
+        thread::spawn(move || {
+            thread::sleep(after);
+            say("ready");
+            let number = env::var("READY_FD").expect("READY_FD").parse().expect("READY_FD is a number");
+            // SAFETY: the pipe was left open for us under this number and nobody else here uses it.
+            let mut pipe = unsafe { File::from_raw_fd(number) };
+            pipe.write_all(b"\n").expect("write to READY_FD");
+        });
+    }
+
+    let mut own = Vec::new();
+    let mut accepting = Vec::new();
+    for listener in listeners {
+        own.push(listener.try_clone().expect("duplicate a listener"));
+        let server = Arc::clone(&server);
+        accepting.push(thread::spawn(move || accept(&server, &listener)));
+    }
+    if options.shutdown_on_int {
+        let mut signals = Signals::new([SIGINT]).expect("catch SIGINT");
+        signals.forever().next();
+        for listener in &own {
+            let _ = nix::sys::socket::shutdown(listener.as_raw_fd(), nix::sys::socket::Shutdown::Read);
+        }
+        // Once they have ended, all that was accepted is counted.
+        accepting.into_iter().for_each(|thread| thread.join().expect("accept"));
+        while server.in_hand.load(Ordering::SeqCst) > 0 {
+            thread::sleep(Duration::from_millis(5));
+        }
+        exit(0)
+    }
+    loop {
+        thread::park();
+    }
+}
+
+fn accept(server: &Arc<Server>, listener: &TcpListener) {
+    let port = listener.local_addr().map_or(0, |addr| addr.port());
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                let server = Arc::clone(server);
+                if !server.keep_alive {
+                    server.in_hand.fetch_add(1, Ordering::SeqCst);
+                }
+                thread::spawn(move || {
+                    let _ = serve(&server, stream, port);
+                    if !server.keep_alive {
+                        server.in_hand.fetch_sub(1, Ordering::SeqCst);
+                    }
+                });
+            }
+            // A listener that was shut down: what is in hand goes on.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return,
+            Err(error) => eprintln!("server: accept: {error}"),
+        }
+    }
+}
+
+/// Serves a connection; it is closed before it counts as out of hand.
+fn serve(server: &Server, mut stream: TcpStream, port: u16) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut bytes = Vec::new();
+    loop {
+        let Some(target) = read_head(&mut stream, &mut bytes)? else { return Ok(()) };
+        if !server.keep_alive {
+            return answer(server, &mut stream, port, &target);
+        }
+        server.in_hand.fetch_add(1, Ordering::SeqCst);
+        let answered = answer(server, &mut stream, port, &target);
+        server.in_hand.fetch_sub(1, Ordering::SeqCst);
+        answered?;
+    }
+}
+
+/// Reads one request's head and returns its target; `None` at the end of the connection.
+fn read_head(stream: &mut TcpStream, bytes: &mut Vec<u8>) -> io::Result<Option<String>> {
+    let mut chunk = [0; 4096];
+    loop {
+        if let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n") {
+            let head: Vec<u8> = bytes.drain(..end + 4).collect();
+            let head = String::from_utf8_lossy(&head).into_owned();
+            return Ok(Some(head.split(' ').nth(1).unwrap_or("/").to_owned()));
+        }
+        match stream.read(&mut chunk)? {
+            0 => return Ok(None),
+            count => bytes.extend_from_slice(&chunk[..count]),
+        }
+    }
+}
+
+fn answer(server: &Server, stream: &mut TcpStream, port: u16, target: &str) -> io::Result<()> {
+    let begun = Instant::now();
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let id = query.split('&').find_map(|pair| pair.strip_prefix("id="));
+    if let Some(id) = id {
+        say(&format!("begun {id}"));
+    }
+    if let Some(text) = path.strip_prefix("/sleep/") {
+        thread::sleep(milliseconds(text).saturating_sub(begun.elapsed()));
+    }
+    let body = format!(
+        "pid={} generation={} slot={} port={port} work={}\n",
+        std::process::id(),
+        server.generation,
+        server.slot,
+        id.unwrap_or("-"),
+    );
+    let connection = if server.keep_alive { "keep-alive" } else { "close" };
+    let response = format!(
+        "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: {connection}\r\n\r\n{body}",
+        body.len(),
+    );
+    stream.write_all(response.as_bytes())?;
+    if let Some(id) = id {
+        say(&format!("done {id}"));
+    }
+    Ok(())
+}
+
+/// Prints a line in one write, so that a killed server leaves no half of one.
+fn say(line: &str) {
+    let mut out = io::stdout().lock();
+    let _ = out.write_all(format!("{line}\n").as_bytes());
+    let _ = out.flush();
+}
