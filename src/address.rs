@@ -71,6 +71,9 @@ impl fmt::Display for Address {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
 
     fn address(text: &str, v6only: bool) -> Address {
@@ -115,6 +118,45 @@ mod tests {
             let (a, b) = (address(a, v6only), address(b, false));
             assert_eq!(a.overlaps(&b), expected, "{a} and {b}");
             assert_eq!(b.overlaps(&a), expected, "{b} and {a}");
+        }
+    }
+
+    proptest! {
+        /// The bytes come from a worker's memory: they may be anything.
+        #[test]
+        fn whatever_the_bytes_only_a_whole_sockaddr_is_read(bytes in vec(any::<u8>(), 0..=128), v6only: bool) {
+            let family = bytes.get(..2).map_or(0, |family| u16::from_ne_bytes([family[0], family[1]]));
+            let whole = match i32::from(family) {
+                libc::AF_INET => bytes.len() >= 16,
+                libc::AF_INET6 => bytes.len() >= 24,
+                _ => false,
+            };
+            prop_assert_eq!(Address::from_sockaddr(&bytes, v6only).is_some(), whole);
+        }
+
+        #[test]
+        fn a_sockaddr_as_libraries_write_it_is_read_back(ip: IpAddr, port: u16, scope: u32, v6only: bool) {
+            let mut socket = SocketAddr::new(ip, port);
+            if let SocketAddr::V6(v6) = &mut socket {
+                v6.set_scope_id(scope);
+            }
+            let mut bytes = vec![0; if ip.is_ipv4() { 16 } else { 28 }];
+            match socket {
+                SocketAddr::V4(v4) => {
+                    bytes[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
+                    bytes[2..4].copy_from_slice(&v4.port().to_be_bytes());
+                    bytes[4..8].copy_from_slice(&v4.ip().octets());
+                }
+                SocketAddr::V6(v6) => {
+                    bytes[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
+                    bytes[2..4].copy_from_slice(&v6.port().to_be_bytes());
+                    bytes[8..24].copy_from_slice(&v6.ip().octets());
+                    bytes[24..28].copy_from_slice(&v6.scope_id().to_ne_bytes());
+                }
+            }
+            let read = Address::from_sockaddr(&bytes, v6only).unwrap();
+            prop_assert_eq!(read.socket, socket);
+            prop_assert_eq!(read.v6only, v6only && socket.is_ipv6());
         }
     }
 }

@@ -313,6 +313,8 @@ fn may_bind(tid: Pid) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     /// Runs the filter as the kernel would.
@@ -359,5 +361,37 @@ mod tests {
         }
         assert_eq!(verdict(libc::SYS_bind, 0x4000_0003, [3, 0, 16, 0, 0, 0]), allow); // i386
         assert_eq!(verdict(libc::SYS_bind | 0x4000_0000, ARCHITECTURE, [3, 0, 16, 0, 0, 0]), allow); // x32
+    }
+
+    proptest! {
+        /// What the filter stops is understood as what it is, whatever else is in the registers.
+        #[test]
+        fn a_call_is_understood_by_the_halves_of_registers_that_the_kernel_looks_at(
+            nr in prop::sample::select(vec![libc::SYS_bind, libc::SYS_listen, libc::SYS_setsockopt, libc::SYS_read]),
+            args: [u64; 6],
+        ) {
+            let data = libc::seccomp_data { nr: nr as i32, arch: ARCHITECTURE, instruction_pointer: 0, args };
+            let call = decode(&data);
+            let stopped = verdict(nr, ARCHITECTURE, args) == libc::SECCOMP_RET_USER_NOTIF;
+            prop_assert_eq!(stopped, call != Call::Other);
+            if let Call::Bind { fd, len, .. } = call {
+                prop_assert_eq!((u64::from(fd), len), (args[0] & 0xffff_ffff, args[2] & 0xffff_ffff));
+            }
+        }
+
+        #[test]
+        fn socket_options_are_told_apart_as_the_filter_tells_them(
+            level in prop::sample::select(vec![libc::IPPROTO_IPV6, libc::SOL_SOCKET, libc::IPPROTO_TCP]),
+            name in prop::sample::select(vec![libc::IPV6_V6ONLY, libc::SO_REUSEPORT, libc::SO_REUSEADDR]),
+            upper: u32,
+        ) {
+            let upper = u64::from(upper) << 32;
+            let args = [3, upper | level as u64, upper | name as u64, 0, 4, 0];
+            let data = libc::seccomp_data {
+                nr: libc::SYS_setsockopt as i32, arch: ARCHITECTURE, instruction_pointer: 0, args,
+            };
+            let stopped = verdict(libc::SYS_setsockopt, ARCHITECTURE, args) == libc::SECCOMP_RET_USER_NOTIF;
+            prop_assert_eq!(stopped, decode(&data) != Call::Other);
+        }
     }
 }

@@ -163,6 +163,8 @@ pub fn v6only_by_default() -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -193,5 +195,38 @@ mod tests {
         assert_ne!(fd_flags(me, fd).unwrap() & libc::O_CLOEXEC, 0);
         assert_eq!(credentials(me).unwrap().uids[1], nix::unistd::geteuid().as_raw());
         assert_eq!(tree(me)[0], me);
+    }
+
+    proptest! {
+        /// A process chooses its name, and with it some of what its status says.
+        #[test]
+        fn a_name_cannot_pass_for_what_the_kernel_says(name in "[^\n\\\\]{0,15}", uid: u32, effective: u64) {
+            let status = format!(
+                "Name:\t{name}\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\nSigIgn:\t{:016x}\nCapEff:\t{effective:016x}\n", 1 << 9
+            );
+            prop_assert_eq!(parse_credentials(&status), Some(Credentials { uids: [uid; 4], effective }));
+            prop_assert!(parse_ignored(&status, 10));
+        }
+
+        #[test]
+        fn any_text_is_read_without_harm(text: String, signal in 1u32..=64) {
+            let _ = parse_credentials(&text);
+            let _ = parse_credentials(&format!("Uid:{text}\nCapEff:{text}"));
+            let _ = parse_ignored(&format!("SigIgn:{text}"), signal);
+            let _ = parse_fd_flags(&format!("flags:{text}"));
+            prop_assert!(parse_children(&text).iter().all(|pid| text.contains(&pid.to_string()) || pid.as_raw() >= 0));
+            let link = parse_socket_link(OsStr::new(&text));
+            prop_assert!(link.is_none() || text.starts_with("socket:["));
+        }
+
+        #[test]
+        fn numbers_are_read_as_they_were_written(inode: u64, flags in 0i32..i32::MAX, pids: Vec<u16>) {
+            let link = format!("socket:[{inode}]");
+            prop_assert_eq!(parse_socket_link(OsStr::new(&link)), Some(inode));
+            prop_assert_eq!(parse_fd_flags(&format!("pos:\t0\nflags:\t0{flags:o}\n")), Some(flags));
+            let text: String = pids.iter().map(|pid| format!("{pid} ")).collect();
+            let read: Vec<i32> = parse_children(&text).into_iter().map(Pid::as_raw).collect();
+            prop_assert_eq!(read, pids.into_iter().map(i32::from).collect::<Vec<_>>());
+        }
     }
 }

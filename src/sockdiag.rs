@@ -171,7 +171,18 @@ mod tests {
     use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream};
 
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn a_tcp_info_of_any_length_is_read(info: Vec<u8>) {
+            let traffic = Traffic::parse(&info);
+            prop_assert!(info.len() >= 160 || !traffic.has_sent);
+            prop_assert!(info.len() >= 132 || !traffic.has_received);
+        }
+    }
 
     #[test]
     fn listeners_of_a_port_are_told_of_with_what_sets_their_groups_apart() {
