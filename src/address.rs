@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Address {
     pub socket: SocketAddr,
-    /// Always true of an IPv4 address' counterpart in spirit, so false there: it has no such option.
+    /// False for IPv4, which has no such option.
     pub v6only: bool,
 }
 

@@ -85,6 +85,8 @@ impl FromStr for Workers {
     }
 }
 
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
 #[derive(Debug)]
 struct Length(Duration);
 
@@ -93,6 +95,8 @@ impl FromStr for Length {
 
     fn from_str(text: &str) -> Result<Self, String> {
         match humantime::parse_duration(text) {
+            // Far more than anyone waits, and far less than would overflow a clock.
+            Ok(duration) if duration > LONGEST => Err(format!("{text:?} is longer than a year")),
             Ok(duration) => Ok(Self(duration)),
             Err(error) => Err(format!("{text:?} is not a duration such as 500ms, 10s or 2m: {error}")),
         }
@@ -264,6 +268,7 @@ mod tests {
             ("-n 0 x", "\"0\""),
             ("-n -- x", "-n needs a value"),
             ("--drain 10 x", "\"10\" is not a duration"),
+            ("--drain 2years x", "longer than a year"),
             ("--ready soon x", "\"soon\""),
             ("--stop-signal STOP x", "\"STOP\""),
             ("--frobnicate 1 x", "--frobnicate"),

@@ -92,14 +92,14 @@ impl Drain {
         let busy =
             connections.values().flatten().filter(|row| !row.opening && row.inode != 0 && !is_quiet(row));
         let busy: HashSet<u64> = busy.map(|row| row.inode.into()).collect();
-        let done = if arrived.is_empty() { Vec::new() } else { self.idle(&arrived, &busy) };
+        let done =
+            if arrived.is_empty() { Vec::new() } else { self.idle(&arrived, &busy, Owned::look(&busy)) };
         self.next_look = Some(now + INTERVAL.max(now.elapsed() * SHARE));
         done
     }
 
     /// Those of `workers` which have none of the busy connections, given by their inode numbers.
-    fn idle(&mut self, workers: &[(WorkerId, Pid)], busy: &HashSet<u64>) -> Vec<WorkerId> {
-        let owned = Owned::look(busy);
+    fn idle(&mut self, workers: &[(WorkerId, Pid)], busy: &HashSet<u64>, owned: Owned) -> Vec<WorkerId> {
         let mut nobodys = busy.iter().filter(|inode| !owned.contains(**inode)).peekable();
         if nobodys.peek().is_some() {
             // It has ended since, or was accepted just now by a thread that has yet to get its number.
@@ -114,6 +114,10 @@ impl Drain {
 
     /// The connections of all addresses that retired workers listen on, by family and port.
     fn connections(&mut self) -> io::Result<HashMap<(bool, u16), Vec<Connection>>> {
+        self.ask().inspect_err(|_| self.diag = None) // there may be answers left in it
+    }
+
+    fn ask(&mut self) -> io::Result<HashMap<(bool, u16), Vec<Connection>>> {
         let diag = match &mut self.diag {
             Some(diag) => diag,
             none => none.insert(SockDiag::new()?),
@@ -137,8 +141,9 @@ struct Owned(HashMap<Pid, HashSet<u64>>);
 
 impl Owned {
     fn look(inodes: &HashSet<u64>) -> Self {
-        let open =
-            |pid| procfs::socket_inodes(pid).into_iter().filter(|inode| inodes.contains(inode)).collect();
+        // A process that may not be looked into owns nothing here, so that what it owns is nobody's.
+        let all = |pid| procfs::socket_inodes(pid).unwrap_or_default();
+        let open = |pid| all(pid).into_iter().filter(|inode| inodes.contains(inode)).collect();
         Self(procfs::tree(Pid::this()).into_iter().map(|pid| (pid, open(pid))).collect())
     }
 
@@ -249,12 +254,16 @@ mod tests {
         let _client = std::net::TcpStream::connect(address.socket).unwrap();
         let (server, _) = listener.accept().unwrap();
         let fd = std::os::fd::AsRawFd::as_raw_fd(&server) as u32;
-        let inode = procfs::socket_inode(Pid::this(), fd).unwrap();
+        let inode = procfs::socket_inode(Pid::this(), fd).unwrap().unwrap();
 
         let mut drain = Drain::default();
         drain.watch(WorkerId(1), Pid::this(), BTreeSet::from([address]), Instant::now());
-        assert_eq!(drain.idle(&[me], &HashSet::new()), [WorkerId(1)]);
-        assert!(drain.idle(&[me], &HashSet::from([inode])).is_empty(), "it is its own");
-        assert_eq!(drain.idle(&[me], &HashSet::from([u64::MAX])), [WorkerId(1)], "it exists no more");
+        let mut idle = |busy: &[u64], owned: Owned| drain.idle(&[me], &busy.iter().copied().collect(), owned);
+        let look = |busy: &[u64]| Owned::look(&busy.iter().copied().collect());
+        let nobodys = || Owned(HashMap::from([(Pid::this(), HashSet::new())]));
+        assert_eq!(idle(&[], look(&[])), [WorkerId(1)]);
+        assert!(idle(&[inode], look(&[inode])).is_empty(), "it is its own");
+        assert!(idle(&[inode], nobodys()).is_empty(), "it exists, and is in nobody's hands");
+        assert_eq!(idle(&[u64::MAX], nobodys()), [WorkerId(1)], "it exists no more");
     }
 }

@@ -11,6 +11,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
+
 use crate::address::Address;
 use crate::steering::Standing;
 
@@ -48,7 +50,8 @@ pub struct Policy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
     Exited(i32),
-    Killed { signal: i32, name: &'static str },
+    /// By the signal of this number.
+    Killed(i32),
 }
 
 impl End {
@@ -56,7 +59,7 @@ impl End {
     fn status(self) -> u8 {
         match self {
             Self::Exited(status) => status as u8,
-            Self::Killed { signal, .. } => (128 + signal) as u8,
+            Self::Killed(signal) => (128 + signal) as u8,
         }
     }
 }
@@ -65,7 +68,10 @@ impl fmt::Display for End {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
             Self::Exited(status) => write!(f, "exited with status {status}"),
-            Self::Killed { name, .. } => write!(f, "was killed by {name}"),
+            Self::Killed(signal) => match Signal::try_from(*signal) {
+                Ok(signal) => write!(f, "was killed by {signal}"),
+                Err(_) => write!(f, "was killed by signal {signal}"),
+            },
         }
     }
 }
@@ -286,14 +292,10 @@ impl Fleet {
     /// What follows from `event`.
     pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Action> {
         match event {
-            Event::Started { worker, pid } => {
-                if let Some(worker) = self.workers.get_mut(&worker) {
-                    worker.pid = Some(pid);
-                }
-            }
+            Event::Started { worker, pid } => self.started(worker, pid, now),
             Event::StartFailed { worker, why, status } => self.start_failed(worker, &why, status, now),
             Event::Listens { worker, address } => self.listens(worker, address, now),
-            Event::StoppedListening { worker, address } => self.stopped_listening(worker, address),
+            Event::StoppedListening { worker, address } => self.stopped_listening(worker, address, now),
             Event::SaysReady { worker } => self.says_ready(worker, now),
             Event::Drained { worker } => self.drained(worker, now),
             Event::Ended { worker, end } => self.ended(worker, end, now),
@@ -379,15 +381,23 @@ impl Fleet {
     fn start(&mut self, slot: u32, generation: u32, now: Instant) {
         let id = self.next;
         self.next = WorkerId(id.0 + 1);
-        let patience = match self.policy.readiness {
-            Readiness::Alive(needed) => self.policy.ready_timeout.max(needed),
-            Readiness::Listen | Readiness::Notify => self.policy.ready_timeout,
-        };
-        let state = State::Starting { ready_by: now + patience, hint_at: None };
+        let state = State::Starting { ready_by: now + self.policy.ready_timeout, hint_at: None };
         let (pid, ready_at, addresses) = (None, None, BTreeSet::new());
         let worker = Worker { slot, generation, pid, started: now, ready_at, state, addresses };
         self.workers.insert(id, worker);
         self.actions.push(Action::Start { worker: id, slot, generation });
+    }
+
+    fn started(&mut self, id: WorkerId, pid: i32, now: Instant) {
+        let patience = match self.policy.readiness {
+            Readiness::Alive(needed) => self.policy.ready_timeout.max(needed),
+            Readiness::Listen | Readiness::Notify => self.policy.ready_timeout,
+        };
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.pid = Some(pid);
+            worker.started = now;
+            worker.state = State::Starting { ready_by: now + patience, hint_at: None };
+        }
     }
 
     fn listens(&mut self, id: WorkerId, address: Address, now: Instant) {
@@ -408,15 +418,29 @@ impl Fleet {
         }
     }
 
-    fn stopped_listening(&mut self, id: WorkerId, address: Address) {
+    fn stopped_listening(&mut self, id: WorkerId, address: Address, now: Instant) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.addresses.remove(&address);
         if worker.state == State::Ready {
+            let slot = worker.slot;
             let name = self.name(id);
             self.warn(format!("{name} has stopped listening on {address}"));
             self.remember_addresses(id);
+            self.look_again(slot, now);
         }
         self.actions.push(Action::Steer);
+    }
+
+    /// Less is asked of the replacements in a slot than before: one may have what it takes.
+    fn look_again(&mut self, slot: u32, now: Instant) {
+        let listens = |worker: &Worker| worker.slot == slot && !worker.addresses.is_empty();
+        let starting = |worker: &Worker| matches!(worker.state, State::Starting { .. }) && listens(worker);
+        let candidates = self.workers.iter().filter(|(_, worker)| starting(worker)).map(|(id, _)| *id);
+        for id in candidates.collect::<Vec<_>>() {
+            if self.policy.readiness == Readiness::Listen && self.missing(id).is_empty() {
+                self.ready(id, now);
+            }
+        }
     }
 
     fn says_ready(&mut self, id: WorkerId, now: Instant) {
@@ -454,6 +478,8 @@ impl Fleet {
             self.actions.push(Action::Steer);
             if self.phase != Phase::Starting {
                 self.info(format!("{name} is ready, a replacement, after {}", millis(took)));
+                // What it has not taken up of its predecessor's it never will.
+                self.actions.push(Action::Unreserve { slot: slot as u32, generation });
             }
         }
         match self.phase {
@@ -496,11 +522,10 @@ impl Fleet {
         }
         self.actions.push(Action::Steer);
         for slot in 0..self.slots.len() {
-            if self.slots[slot].restart_at.take().is_some() {
-                self.actions.push(Action::Unreserve { slot: slot as u32, generation: last });
-            }
+            self.slots[slot].restart_at = None;
             self.slots[slot].reset_at = None;
             self.slots[slot].delay = Duration::ZERO;
+            self.actions.push(Action::Unreserve { slot: slot as u32, generation: last });
         }
         self.failures = 0;
         for id in self.of_generation(self.generation) {
@@ -703,10 +728,9 @@ impl Fleet {
     fn stop_all(&mut self, status: u8, now: Instant) {
         self.phase = Phase::Stopping { status };
         for slot in 0..self.slots.len() {
+            self.slots[slot].restart_at = None;
             self.slots[slot].reset_at = None;
-            if self.slots[slot].restart_at.take().is_some() {
-                self.actions.push(Action::Unreserve { slot: slot as u32, generation: self.generation });
-            }
+            self.actions.push(Action::Unreserve { slot: slot as u32, generation: self.generation });
         }
         for id in self.workers.keys().copied().collect::<Vec<_>>() {
             self.stop(id, now);
@@ -744,7 +768,7 @@ impl Fleet {
     }
 
     fn tick_worker(&mut self, id: WorkerId, now: Instant) {
-        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let Some(worker) = self.workers.get_mut(&id).filter(|worker| worker.pid.is_some()) else { return };
         match worker.state {
             State::Starting { ready_by, hint_at } => {
                 let lived = now - worker.started;
@@ -763,7 +787,7 @@ impl Fleet {
             State::Draining { until } if until <= now => {
                 let (name, drain) = (self.name(id), self.policy.drain);
                 let drain = humantime::format_duration(drain);
-                self.info(format!("{name} still had connections after {drain} (see --drain)"));
+                self.info(format!("{name} was not seen idle within {drain} (see --drain)"));
                 self.stop(id, now);
             }
             State::Stopping { kill_at } if kill_at <= now => {
@@ -777,7 +801,7 @@ impl Fleet {
             State::Killed { lost_at } if lost_at <= now => {
                 let (name, waited) = (self.name(id), humantime::format_duration(LOST_AFTER));
                 self.warn(format!("{name} has not ended {waited} after SIGKILL; it is waited for no more"));
-                self.ended(id, End::Killed { signal: 9, name: "SIGKILL" }, now);
+                self.ended(id, End::Killed(libc::SIGKILL), now);
             }
             State::Draining { .. } | State::Stopping { .. } | State::Ready | State::Killed { .. } => {}
         }
@@ -788,7 +812,9 @@ impl Fleet {
         let Some(worker) = self.workers.get(&id) else { return };
         let lacks = match self.policy.readiness {
             Readiness::Notify => "it said nothing on READY_FD".to_owned(),
-            _ if worker.addresses.is_empty() => "it listens on no TCP port (see --ready)".to_owned(),
+            _ if worker.addresses.is_empty() => {
+                "it listens on no TCP port that can be shared (see --ready)".to_owned()
+            }
             _ => format!(
                 "it does not listen on {}, as the worker it replaces does (see --ready notify)",
                 list(&self.missing(id))
@@ -851,10 +877,16 @@ mod tests {
         now: Instant,
         /// The living, and what they were told.
         alive: BTreeMap<WorkerId, Told>,
+        /// The slot and the generation of everyone that ever lived.
+        places: BTreeMap<WorkerId, (u32, u32)>,
         draining: BTreeSet<WorkerId>,
         log: Vec<String>,
         exit: Option<u8>,
         reset: Vec<u32>,
+        /// Slot and generation of those that got connections when it was last said who gets them.
+        steered_to: Vec<(u32, u32)>,
+        /// Slot and generation of those whose sockets are kept for a successor.
+        reserved: BTreeSet<(u32, u32)>,
         next_pid: i32,
         /// Whether starts fail from now on.
         starts_fail: bool,
@@ -876,10 +908,13 @@ mod tests {
                 fleet,
                 now,
                 alive: BTreeMap::new(),
+                places: BTreeMap::new(),
                 draining: BTreeSet::new(),
                 log: Vec::new(),
                 exit: None,
                 reset: Vec::new(),
+                steered_to: Vec::new(),
+                reserved: BTreeSet::new(),
                 next_pid: 100,
                 starts_fail: false,
                 most_alive: 0,
@@ -900,7 +935,8 @@ mod tests {
                             self.fleet.handle(Event::StartFailed { worker, why, status: 1 }, self.now),
                         );
                     }
-                    Action::Start { worker, .. } => {
+                    Action::Start { worker, slot, generation } => {
+                        self.places.insert(worker, (slot, generation));
                         self.alive.insert(worker, Told::Nothing);
                         self.most_alive = self.most_alive.max(self.alive.len());
                         self.next_pid += 1;
@@ -919,7 +955,8 @@ mod tests {
                         let told = self.alive.insert(worker, Told::Kill);
                         assert!(told.is_some(), "{worker:?} is dead and to be killed");
                     }
-                    Action::Release { worker, .. } => {
+                    Action::Release { worker, successor } => {
+                        self.reserved.extend(successor.then(|| self.places[&worker]));
                         // It has ended, or is stuck in the kernel and given up.
                         let told = self.alive.remove(&worker);
                         assert!(
@@ -930,7 +967,16 @@ mod tests {
                     Action::ResetQueue { slot, .. } => self.reset.push(slot),
                     Action::Log { line, .. } => self.log.push(line),
                     Action::Exit { status } => self.exit = Some(status),
-                    Action::Steer | Action::Unreserve { .. } | Action::LookForStrangers => {}
+                    Action::Steer => {
+                        let standing = self.fleet.standing();
+                        let ready = self.places.iter().filter(|(id, _)| standing(**id) == Standing::Ready);
+                        self.steered_to = ready.map(|(_, place)| *place).collect();
+                        self.steered_to.sort_unstable();
+                    }
+                    Action::Unreserve { slot, generation } => {
+                        self.reserved.remove(&(slot, generation));
+                    }
+                    Action::LookForStrangers => {}
                 }
             }
         }
@@ -983,11 +1029,8 @@ mod tests {
             self.alive.keys().copied().collect()
         }
 
-        /// Slot and generation of those that get connections.
         fn steered_to(&self) -> Vec<(u32, u32)> {
-            let standing = self.fleet.standing();
-            let ready = self.alive.keys().filter(|id| standing(**id) == Standing::Ready);
-            ready.map(|id| (self.fleet.workers[id].slot, self.fleet.workers[id].generation)).collect()
+            self.steered_to.clone()
         }
 
         fn said(&self, part: &str) -> bool {
@@ -1036,7 +1079,7 @@ mod tests {
                 world.pass(Duration::from_secs(61));
                 assert!(world.said("was not ready within 1m"), "{:?}", world.log);
             } else {
-                world.end(first, End::Killed { signal: 11, name: "SIGSEGV" });
+                world.end(first, End::Killed(libc::SIGSEGV));
                 assert!(world.said("was killed by SIGSEGV before it was ready; reload abandoned"));
             }
             world.obey();
@@ -1328,13 +1371,19 @@ mod tests {
             for step in steps {
                 world.take(step, false);
                 prop_assert!(world.most_alive <= 2 * WORKERS as usize, "{} alive", world.most_alive);
+                let kept = world.reserved.iter().all(|(_, generation)| *generation == world.fleet.generation);
+                prop_assert!(kept, "kept for no successor: {:?}", world.reserved);
+                let ready = world.fleet.standing();
+                let ready = world.places.iter().filter(|(id, _)| ready(**id) == Standing::Ready);
+                let ready: BTreeSet<_> = ready.map(|(_, place)| *place).collect();
+                prop_assert_eq!(&world.steered_to.iter().copied().collect::<BTreeSet<_>>(), &ready);
             }
             // Nobody does anything any more but end when killed: the longest way through two reloads.
             for _ in 0..400 {
                 world.pass(Duration::from_secs(1));
                 let killed = |(id, told): (&WorkerId, &Told)| (*told == Told::Kill).then_some(*id);
                 for worker in world.alive.iter().filter_map(killed).collect::<Vec<_>>() {
-                    world.end(worker, End::Killed { signal: 9, name: "SIGKILL" });
+                    world.end(worker, End::Killed(libc::SIGKILL));
                 }
             }
             let phase = world.fleet.phase;
@@ -1343,6 +1392,7 @@ mod tests {
             world.obey();
             prop_assert!(world.exit.is_some());
             prop_assert!(world.alive.is_empty());
+            prop_assert!(world.reserved.is_empty());
         }
 
         /// From the moment that a worker is ready there always is one that gets connections, through all

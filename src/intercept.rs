@@ -9,10 +9,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use libc::sock_filter;
-use log::debug;
+use log::{debug, warn};
 use nix::unistd::Pid;
 
 use crate::address::Address;
+use crate::bpf::op;
 use crate::listeners::{Borrower, Pool, Wish};
 use crate::procfs;
 use crate::sys::{self, NotifResponse};
@@ -23,10 +24,6 @@ const ARCHITECTURE: u32 = 0xC000_003E; // AUDIT_ARCH_X86_64 (linux/audit.h)
 const ARCHITECTURE: u32 = 0xC000_00B7; // AUDIT_ARCH_AARCH64
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 compile_error!("reuse-run knows the system calls of x86_64 and aarch64 only");
-
-const fn op(code: u32, jt: u8, jf: u8, k: u32) -> sock_filter {
-    sock_filter { code: code as u16, jt, jf, k }
-}
 
 /// The filter: notifies of bind, listen and the setsockopt calls that decide which sockets may be bound
 /// side by side (IPV6_V6ONLY, SO_REUSEPORT); allows all else, calls of another ABI included.
@@ -129,7 +126,7 @@ struct Options {
 /// The wrapper's end of one worker's filter.
 #[derive(Debug)]
 pub struct Interception {
-    listener: OwnedFd,
+    notify_fd: OwnedFd,
     borrower: Borrower,
     /// By inode number.
     options: HashMap<u64, Options>,
@@ -138,6 +135,10 @@ pub struct Interception {
     /// The same of a bind that was interrupted before its answer came: it will be repeated, and has
     /// succeeded already. Happens only without SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV.
     untold: Option<u64>,
+    /// Whether the worker has ended: what is behind the filter still is left to the kernel.
+    retired: bool,
+    /// Whether the log says already that the worker has rights of its own.
+    warned: bool,
 }
 
 /// Past this many sockets with options that were never bound, all are forgotten: they are a worker's
@@ -145,14 +146,28 @@ pub struct Interception {
 const MOST_OPTIONS: usize = 1024;
 
 impl Interception {
-    pub fn new(listener: OwnedFd, borrower: Borrower) -> Self {
-        Self { listener, borrower, options: HashMap::new(), placed: None, untold: None }
+    pub fn new(notify_fd: OwnedFd, borrower: Borrower) -> Self {
+        Self {
+            notify_fd,
+            borrower,
+            options: HashMap::new(),
+            placed: None,
+            untold: None,
+            retired: false,
+            warned: false,
+        }
+    }
+
+    /// The worker has ended. Without an answer its children's calls would fail (ENOSYS), so there goes on
+    /// to be one: "continue".
+    pub fn retire(&mut self) {
+        self.retired = true;
     }
 
     /// Answers one system call, after [`Interception::as_fd`] became readable. Returns the address on
     /// which the worker has begun to listen by it, if any.
     pub fn answer(&mut self, pool: &mut Pool) -> Option<Address> {
-        let notif = match sys::seccomp_notif_recv(self.listener.as_fd()) {
+        let notif = match sys::seccomp_notif_recv(self.notify_fd.as_fd()) {
             Ok(notif) => notif,
             Err(error) => {
                 debug!("worker {}: a system call went before its answer: {error}", self.borrower.slot);
@@ -161,6 +176,7 @@ impl Interception {
         };
         let tid = Pid::from_raw(notif.pid as i32);
         let (response, listens) = match decode(&notif.data) {
+            _ if self.retired => (NotifResponse::Continue, None),
             Call::Bind { fd, address, len } => (self.bind(pool, notif.id, tid, fd, address, len), None),
             Call::Listen { fd, backlog } => self.listen(pool, notif.id, tid, fd, backlog),
             Call::SetOption { fd, option, value, len } => {
@@ -169,7 +185,7 @@ impl Interception {
             }
             Call::Other => (NotifResponse::Continue, None),
         };
-        if let Err(error) = sys::seccomp_notif_send(self.listener.as_fd(), notif.id, response) {
+        if let Err(error) = sys::seccomp_notif_send(self.notify_fd.as_fd(), notif.id, response) {
             debug!("worker {}: an answer came too late: {error}", self.borrower.slot);
             self.untold = self.placed;
         }
@@ -180,7 +196,7 @@ impl Interception {
     fn bind(&mut self, pool: &mut Pool, id: u64, tid: Pid, fd: u32, address: u64, len: u64) -> NotifResponse {
         let Some(bind) = self.understand_bind(tid, fd, address, len) else { return NotifResponse::Continue };
         // Only now is it sure that all that was read is of the thread that waits.
-        if !sys::seccomp_notif_id_valid(self.listener.as_fd(), id) {
+        if !sys::seccomp_notif_id_valid(self.notify_fd.as_fd(), id) {
             return NotifResponse::Continue;
         }
         if self.untold.take_if(|inode| *inode == bind.inode).is_some() {
@@ -198,7 +214,7 @@ impl Interception {
         };
         let placed = match pool.lent(self.borrower.worker, inode) {
             Some(socket) => {
-                sys::seccomp_notif_addfd(self.listener.as_fd(), id, socket, fd, bind.close_on_exec)
+                sys::seccomp_notif_addfd(self.notify_fd.as_fd(), id, socket, fd, bind.close_on_exec)
             }
             None => Err(io::ErrorKind::NotFound.into()),
         };
@@ -218,21 +234,23 @@ impl Interception {
     }
 
     /// What is asked for, if it is ours to give: a TCP port that this process itself could bind.
-    fn understand_bind(&self, tid: Pid, fd: u32, address: u64, len: u64) -> Option<Bind> {
+    fn understand_bind(&mut self, tid: Pid, fd: u32, address: u64, len: u64) -> Option<Bind> {
         const LONGEST: u64 = size_of::<libc::sockaddr_storage>() as u64;
         if len > LONGEST {
             return None;
         }
-        let inode = procfs::socket_inode(tid, fd)?;
+        let inode = procfs::socket_inode(tid, fd).inspect_err(|error| self.warn_of_rights(error)).ok()??;
         let options = self.options.get(&inode).copied().unwrap_or_default();
         let v6only = options.v6only.unwrap_or_else(procfs::v6only_by_default);
-        let address = Address::from_sockaddr(&procfs::memory(tid, address, len as usize).ok()?, v6only)?;
+        let bytes =
+            procfs::memory(tid, address, len as usize).inspect_err(|e| self.warn_of_rights(e)).ok()?;
+        let address = Address::from_sockaddr(&bytes, v6only)?;
         let family_fits = match procfs::socket_protocol(tid, fd).ok()?.as_str() {
             "TCP" | "MPTCP" => address.socket.is_ipv4(),
             "TCPv6" | "MPTCPv6" => address.socket.is_ipv6(),
             _ => false,
         };
-        if !family_fits || address.socket.port() == 0 || !may_bind(tid) {
+        if !family_fits || address.socket.port() == 0 || !may_bind(tid, address.socket.port()) {
             return None;
         }
         let flags = procfs::fd_flags(tid, fd).ok()?;
@@ -241,6 +259,19 @@ impl Interception {
             close_on_exec: flags & libc::O_CLOEXEC != 0,
             wish: Wish { address, nonblocking: flags & libc::O_NONBLOCK != 0, shares: options.shares },
         })
+    }
+
+    /// A worker that has changed its user can't be looked into without CAP_SYS_PTRACE. What it binds is
+    /// its own then.
+    fn warn_of_rights(&mut self, error: &io::Error) {
+        if error.kind() == io::ErrorKind::PermissionDenied && !self.warned {
+            self.warned = true;
+            let slot = self.borrower.slot;
+            warn!(
+                "worker {slot} acts as another user and can't be looked into, so its sockets can't be shared \
+                 (start reuse-run as that user)"
+            );
+        }
     }
 
     fn listen(
@@ -252,8 +283,10 @@ impl Interception {
         backlog: i32,
     ) -> (NotifResponse, Option<Address>) {
         let ours = procfs::socket_inode(tid, fd)
+            .ok()
+            .flatten()
             .filter(|inode| pool.lent(self.borrower.worker, *inode).is_some())
-            .filter(|_| sys::seccomp_notif_id_valid(self.listener.as_fd(), id));
+            .filter(|_| sys::seccomp_notif_id_valid(self.notify_fd.as_fd(), id));
         let Some(inode) = ours else { return (NotifResponse::Continue, None) };
         match pool.listen(inode, backlog) {
             Ok(address) => {
@@ -270,7 +303,7 @@ impl Interception {
         if len < size_of::<i32>() as u64 {
             return;
         }
-        let Some(inode) = procfs::socket_inode(tid, fd) else { return };
+        let Ok(Some(inode)) = procfs::socket_inode(tid, fd) else { return };
         let Ok(bytes) = procfs::memory(tid, value, size_of::<i32>()) else { return };
         let Ok(bytes) = bytes.try_into() else { return };
         let on = i32::from_ne_bytes(bytes) != 0;
@@ -287,7 +320,7 @@ impl Interception {
 
 impl AsFd for Interception {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.listener.as_fd()
+        self.notify_fd.as_fd()
     }
 }
 
@@ -298,17 +331,21 @@ struct Bind {
     wish: Wish,
 }
 
-/// Whether a thread could do itself what the wrapper would do for it: it is the same user, in the same
-/// network namespace, and hasn't given up the right to privileged ports. Otherwise the kernel decides.
-fn may_bind(tid: Pid) -> bool {
+/// Whether a thread could do itself what the wrapper would do for it: it is in the same network namespace,
+/// and hasn't given up a right that the port takes. Otherwise the kernel decides.
+fn may_bind(tid: Pid, port: u16) -> bool {
     const NET_BIND_SERVICE: u64 = 1 << 10; // capabilities(7)
-    let (Ok(its), Ok(ours)) = (procfs::credentials(tid), procfs::credentials(Pid::this())) else {
+    let me = Pid::this();
+    let namespaces = (procfs::network_namespace(tid), procfs::network_namespace(me));
+    if !matches!(namespaces, (Ok(its), Ok(ours)) if its == ours) {
         return false;
-    };
-    let same_rights =
-        its.uids == ours.uids && its.effective & NET_BIND_SERVICE == ours.effective & NET_BIND_SERVICE;
-    let namespaces = (procfs::network_namespace(tid), procfs::network_namespace(Pid::this()));
-    same_rights && matches!(namespaces, (Ok(its), Ok(ours)) if its == ours)
+    }
+    port >= procfs::first_unprivileged_port()
+        || matches!(
+            (procfs::credentials(tid), procfs::credentials(me)),
+            (Ok(its), Ok(ours)) if its.uids == ours.uids
+                && its.effective & NET_BIND_SERVICE == ours.effective & NET_BIND_SERVICE
+        )
 }
 
 #[cfg(test)]

@@ -76,6 +76,8 @@ struct Group {
     named: Option<Vec<u32>>,
     /// Members that belong to other programs, by inode number.
     strangers: BTreeMap<u32, MemberId>,
+    /// When these were last looked for.
+    looked_at: Option<Instant>,
 }
 
 /// What a worker's own socket was like, to be carried over to the one that takes its place.
@@ -98,6 +100,8 @@ pub enum Event {
 
 /// How many sockets a worker borrows before it is looked which of them it has closed again.
 const MANY: usize = 64;
+/// How long a look for strangers is good for while workers begin to listen.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// How long a connection waits to be accepted before it is looked whether anyone is there to accept it.
 const QUEUE_STANDS: Duration = Duration::from_secs(1);
 /// Nobody is ever queued on a free socket; a borrower sets its own backlog.
@@ -136,7 +140,7 @@ impl Pool {
     /// # Errors
     /// What bind(2) would have said to the worker.
     pub fn lend(&mut self, borrower: Borrower, wish: Wish) -> io::Result<u64> {
-        self.take_back_closed(borrower.worker);
+        self.take_back_closed(borrower);
         let id = match self.own_socket_again(borrower, wish)? {
             Some(id) => id,
             None => match self.spare(borrower, wish.address) {
@@ -177,10 +181,10 @@ impl Pool {
     }
 
     /// A worker that has borrowed very many sockets, to find a free port say, has closed most of them.
-    fn take_back_closed(&mut self, worker: WorkerId) {
-        let inodes: HashSet<u64> = self.lent_to(worker).map(|(_, member)| member.inode).collect();
+    fn take_back_closed(&mut self, borrower: Borrower) {
+        let inodes: HashSet<u64> = self.lent_to(borrower.worker).map(|(_, member)| member.inode).collect();
         if inodes.len() % MANY == MANY - 1 {
-            let open = procfs::open_elsewhere(&inodes);
+            let open = procfs::open_elsewhere(borrower.pid, &inodes);
             inodes.difference(&open).for_each(|inode| self.take_back(*inode));
         }
     }
@@ -232,31 +236,29 @@ impl Pool {
     /// Looks for programs that have come to share an address since it was first bound. They are told of
     /// once, and get no connection, since the program doesn't name them.
     pub fn look_for_strangers(&mut self) {
-        let uid = nix::unistd::geteuid().as_raw();
         for address in self.groups.keys().copied().collect::<Vec<_>>() {
-            let Ok(strangers) = self.strangers(address) else { continue };
-            let Some(group) = self.groups.get_mut(&address) else { continue };
-            // Of those, only the ones in the same group take a place in its array.
-            let inodes: BTreeSet<u32> = strangers
-                .iter()
-                .filter(|stranger| stranger.address == address && stranger.uid == uid)
-                .map(|stranger| stranger.inode)
-                .collect();
-            let gone: BTreeSet<MemberId> = group
-                .strangers
-                .extract_if(.., |inode, _| !inodes.contains(inode))
-                .map(|(_, id)| id)
-                .collect();
-            group.order.leave(&gone);
-            for stranger in strangers.iter().filter(|stranger| inodes.contains(&stranger.inode)) {
-                if let Entry::Vacant(entry) = group.strangers.entry(stranger.inode) {
-                    warn!(
-                        "{address} is shared by another program, which gets nothing: {}",
-                        describe(stranger)
-                    );
-                    group.order.push(*entry.insert(self.next));
-                    self.next = MemberId(self.next.0 + 1);
-                }
+            self.note_strangers(address);
+        }
+    }
+
+    /// Brings the model of a group's array up to date with the members that aren't ours.
+    fn note_strangers(&mut self, address: Address) {
+        let uid = nix::unistd::geteuid().as_raw();
+        let Ok(strangers) = self.strangers(address) else { return };
+        let Some(group) = self.groups.get_mut(&address) else { return };
+        group.looked_at = Some(Instant::now());
+        // Of those, only the ones in the same group take a place in its array.
+        let in_group = |stranger: &Listener| stranger.address == address && stranger.uid == uid;
+        let strangers: BTreeMap<u32, Listener> =
+            strangers.into_iter().filter(in_group).map(|stranger| (stranger.inode, stranger)).collect();
+        let gone = group.strangers.extract_if(.., |inode, _| !strangers.contains_key(inode));
+        let gone: BTreeSet<MemberId> = gone.map(|(_, id)| id).collect();
+        group.order.leave(&gone);
+        for (inode, stranger) in strangers {
+            if let Entry::Vacant(entry) = group.strangers.entry(inode) {
+                warn!("{address} is shared by another program, which gets nothing: {}", describe(&stranger));
+                group.order.push(*entry.insert(self.next));
+                self.next = MemberId(self.next.0 + 1);
             }
         }
     }
@@ -319,6 +321,17 @@ impl Pool {
     fn begin_to_listen(&mut self, id: MemberId, backlog: i32) -> io::Result<()> {
         // The array's order is that of the calls: what was known to have left before comes first, and
         // what is found to have left after may have done so on either side of this call.
+        // A stranger that joined before has its place before; but a thousand workers that start at once
+        // are not each worth a look.
+        let address = self.members.get(&id).ok_or(io::ErrorKind::NotFound)?.address;
+        if self
+            .groups
+            .get(&address)
+            .and_then(|group| group.looked_at)
+            .is_none_or(|at| at.elapsed() > LOOK_EVERY)
+        {
+            self.note_strangers(address);
+        }
         let member = self.members.get_mut(&id).ok_or(io::ErrorKind::NotFound)?;
         member.hold()?;
         member.socket.listen(backlog)?;
@@ -338,7 +351,16 @@ impl Pool {
             for event in &ready[..count] {
                 let id = MemberId(event.data() as u32);
                 let Some(member) = self.members.get_mut(&id) else { continue };
-                if event.events().intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
+                if !member.listening {
+                    // A worker may bind a socket to connect from it. With a duplicate here its close would
+                    // end nothing, so the socket is let go as soon as it is, or becomes, a connection.
+                    if sys::tcp_info(member.socket.as_fd()).is_ok_and(|info| !info.closed && !info.listening)
+                    {
+                        let address = member.address;
+                        self.remove(id);
+                        self.close_if_unserved(address);
+                    }
+                } else if event.events().intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
                     let _ = self.epoll.delete(&member.socket);
                     member.listening = false;
                     departed.entry(member.address).or_default().insert(id);
@@ -346,8 +368,7 @@ impl Pool {
                     self.queued.insert(id, Instant::now() + QUEUE_STANDS);
                     self.watch(id);
                 } else {
-                    let (address, connections) = (member.address, member.reset_queue());
-                    self.events.push(Event::Reset { address, connections });
+                    self.reset_queue(id);
                 }
             }
             if count < ready.len() {
@@ -357,13 +378,23 @@ impl Pool {
         if let Some(id) = newcomer {
             let address = self.members[&id].address;
             let others = departed.remove(&address).unwrap_or_default();
-            self.groups.entry(address).or_default().order.push_while_leaving(id, &others);
+            self.group(address, &others).order.push_while_leaving(id, &others);
             self.forget_departed(&others);
         }
         for (address, ids) in departed {
-            self.groups.entry(address).or_default().order.leave(&ids);
+            self.group(address, &ids).order.leave(&ids);
             self.forget_departed(&ids);
         }
+    }
+
+    /// The group of an address, to be told of those that left it: with the last of them the kernel drops
+    /// the program, so that it has to be attached anew.
+    fn group(&mut self, address: Address, left: &BTreeSet<MemberId>) -> &mut Group {
+        let group = self.groups.entry(address).or_default();
+        if !left.is_empty() {
+            group.named = None;
+        }
+        group
     }
 
     /// Tells of workers that shut their listeners down, and drops such sockets that nobody has.
@@ -403,7 +434,10 @@ impl Pool {
         for id in due {
             self.queued.remove(&id);
             let Some(member) = self.members.get(&id) else { continue };
-            let Holder::Lent(Borrower { pid, .. }) = member.holder else { continue };
+            let Holder::Lent(Borrower { pid, .. }) = member.holder else {
+                self.watch(id); // it tells at once if connections wait still
+                continue;
+            };
             let waits = sys::tcp_info(member.socket.as_fd()).is_ok_and(|info| info.accept_queue > 0);
             if waits && !procfs::is_open_elsewhere(pid, member.inode) {
                 self.take_back(member.inode);
@@ -418,10 +452,14 @@ impl Pool {
 
     /// Has epoll tell what matters of a listening socket: that it was shut down, and that a connection
     /// waits on it.
+    ///
+    /// Of a socket that is bound only, each change of state. (Level-triggered, it would tell without end
+    /// that it is closed.)
     fn watch(&mut self, id: MemberId) {
-        let Some(member) = self.members.get(&id).filter(|member| member.listening) else { return };
+        let Some(member) = self.members.get(&id) else { return };
         let flags = match member.holder {
-            Holder::Lent(_) if self.queued.contains_key(&id) => EpollFlags::empty(),
+            _ if !member.listening => EpollFlags::EPOLLOUT | EpollFlags::EPOLLET,
+            _ if self.queued.contains_key(&id) => EpollFlags::empty(),
             Holder::Reserved { overdue: false, .. } => EpollFlags::empty(),
             Holder::Free | Holder::Reserved { overdue: true, .. } | Holder::Lent(_) => EpollFlags::EPOLLIN,
         };
@@ -464,10 +502,8 @@ impl Pool {
         for id in self.reserved_for(slot, generation) {
             if let Some(member) = self.members.get_mut(&id) {
                 member.holder = Holder::Reserved { slot, generation, overdue: true };
-                let (address, connections) = (member.address, member.reset_queue());
-                self.events.push(Event::Reset { address, connections });
             }
-            self.watch(id);
+            self.reset_queue(id);
         }
     }
 
@@ -486,11 +522,23 @@ impl Pool {
             self.watch(id);
         } else {
             member.holder = Holder::Free;
-            let connections = member.reset_queue();
-            self.events.push(Event::Reset { address, connections });
-            self.watch(id);
+            self.reset_queue(id);
         }
         self.close_if_unserved(address);
+    }
+
+    /// Accepts what waits on a socket that nobody borrows and closes it with a reset, so that the client
+    /// learns at once that it has to try again.
+    fn reset_queue(&mut self, id: MemberId) {
+        let Some(member) = self.members.get(&id) else { return };
+        let (connections, result) = member.reset_queue();
+        self.events.push(Event::Reset { address: member.address, connections });
+        if let Err(error) = result {
+            // Without a free fd, say, they stay in the queue, and to look again at once would be in vain.
+            warn!("can't reset what waits on {}: {error}", member.address);
+            self.queued.insert(id, Instant::now() + QUEUE_STANDS);
+        }
+        self.watch(id);
     }
 
     /// Closes an address when no worker borrows a socket of it and no replacement is awaited.
@@ -630,20 +678,25 @@ impl Member {
         Ok(())
     }
 
-    /// Accepts what waits on a socket that nobody borrows and closes it with a reset, so that the client learns at once
-    /// that it has to try again. Returns how many there were.
-    fn reset_queue(&mut self) -> usize {
-        let mut connections = 0;
+    /// Accepts what waits and closes it with a reset. Returns how many there were, and what kept it from
+    /// going on until none was left.
+    fn reset_queue(&self) -> (usize, io::Result<()>) {
         if let Err(error) = self.socket.set_nonblocking(true) {
-            warn!("can't look at what waits on {}: {error}", self.address);
-            return 0;
+            return (0, Err(error));
         }
-        while let Ok((connection, _)) = self.socket.accept() {
-            // A linger time of zero makes close(2) send a reset (socket(7)).
-            let _ = connection.set_linger(Some(Duration::ZERO));
-            connections += 1;
+        let mut connections = 0;
+        loop {
+            match self.socket.accept() {
+                Ok((connection, _)) => {
+                    // A linger time of zero makes close(2) send a reset (socket(7)).
+                    let _ = connection.set_linger(Some(Duration::ZERO));
+                    connections += 1;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return (connections, Ok(())),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => return (connections, Err(error)),
+            }
         }
-        connections
     }
 }
 

@@ -6,6 +6,7 @@
 compile_error!("reuse-run needs Linux: it stands on seccomp user notification and SO_REUSEPORT programs");
 
 mod address;
+mod bpf;
 mod cli;
 mod drain;
 mod fleet;
@@ -21,6 +22,7 @@ mod supervisor;
 mod sys;
 mod worker;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use cli::Invocation;
@@ -33,7 +35,7 @@ fn main() -> ExitCode {
     logging::start();
     match cli::parse(std::env::args_os().skip(1)) {
         Ok(Invocation::Print(text)) => {
-            print!("{text}");
+            let _ = std::io::stdout().write_all(text.as_bytes()); // the reader may have seen enough
             ExitCode::SUCCESS
         }
         Ok(Invocation::Run { program, policy }) => match supervisor::run(program, policy) {

@@ -28,9 +28,9 @@ pub fn memory(tid: Pid, address: u64, len: usize) -> io::Result<Vec<u8>> {
 }
 
 /// The inode number of the socket that fd number `fd` of thread `tid` is, if it is one.
-pub fn socket_inode(tid: Pid, fd: u32) -> Option<u64> {
-    let link = fs::read_link(path(tid, &format!("fd/{fd}"))).ok()?;
-    parse_socket_link(link.as_os_str())
+pub fn socket_inode(tid: Pid, fd: u32) -> io::Result<Option<u64>> {
+    let link = fs::read_link(path(tid, &format!("fd/{fd}")))?;
+    Ok(parse_socket_link(link.as_os_str()))
 }
 
 fn parse_socket_link(link: &OsStr) -> Option<u64> {
@@ -124,11 +124,20 @@ fn parse_children(text: &str) -> Vec<Pid> {
     text.split_whitespace().filter_map(|word| word.parse().ok()).map(Pid::from_raw).collect()
 }
 
-/// The inode numbers of all sockets that a process has open.
-pub fn socket_inodes(pid: Pid) -> Vec<u64> {
-    let Ok(fds) = fs::read_dir(path(pid, "fd")) else { return Vec::new() };
+/// The inode numbers of all sockets that a process has open; none if it has ended.
+///
+/// # Errors
+/// When this process may not look (ptrace(2), "Ptrace access mode checking").
+pub fn socket_inodes(pid: Pid) -> io::Result<Vec<u64>> {
+    let fds = match fs::read_dir(path(pid, "fd")) {
+        Ok(fds) => fds,
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {
+            return Ok(Vec::new());
+        }
+        Err(error) => return Err(error),
+    };
     let links = fds.flatten().filter_map(|fd| fs::read_link(fd.path()).ok());
-    links.filter_map(|link| parse_socket_link(link.as_os_str())).collect()
+    Ok(links.filter_map(|link| parse_socket_link(link.as_os_str())).collect())
 }
 
 /// All processes but this one.
@@ -138,22 +147,34 @@ fn others() -> impl Iterator<Item = Pid> {
     pids.filter(|pid| *pid != Pid::this())
 }
 
-/// Which of these sockets another process has open, going by their inode numbers.
-pub fn open_elsewhere(inodes: &HashSet<u64>) -> HashSet<u64> {
-    others().flat_map(socket_inodes).filter(|inode| inodes.contains(inode)).collect()
+/// Which of these sockets other processes may have open, going by their inode numbers: all, if a
+/// descendant of `suspect` can't be looked into.
+pub fn open_elsewhere(suspect: Pid, inodes: &HashSet<u64>) -> HashSet<u64> {
+    if tree(suspect).into_iter().any(|pid| socket_inodes(pid).is_err()) {
+        return inodes.clone();
+    }
+    let open = others().flat_map(|pid| socket_inodes(pid).unwrap_or_default());
+    open.filter(|inode| inodes.contains(inode)).collect()
 }
 
-/// Whether another process has the socket open. `likely` and its descendants are looked at first.
-pub fn is_open_elsewhere(likely: Pid, inode: u64) -> bool {
-    let has = |pid: Pid| socket_inodes(pid).contains(&inode);
-    tree(likely).into_iter().any(has) || others().any(has)
+/// Whether another process may have the socket open; `suspect` and its descendants are looked at first.
+pub fn is_open_elsewhere(suspect: Pid, inode: u64) -> bool {
+    let may_have = |pid: Pid| socket_inodes(pid).map_or(true, |open| open.contains(&inode));
+    let has = |pid: Pid| socket_inodes(pid).is_ok_and(|open| open.contains(&inode));
+    tree(suspect).into_iter().any(may_have) || others().any(has)
 }
 
 /// A process that has the socket open, and its command line, as far as this process may look.
 pub fn socket_owner(inode: u64) -> Option<(Pid, String)> {
-    let pid = others().find(|pid| socket_inodes(*pid).contains(&inode))?;
+    let pid = others().find(|pid| socket_inodes(*pid).is_ok_and(|open| open.contains(&inode)))?;
     let command = fs::read(path(pid, "cmdline")).unwrap_or_default();
     Some((pid, String::from_utf8_lossy(&command).replace('\0', " ").trim_end().to_owned()))
+}
+
+/// The first port that needs no right to be bound (net.ipv4.ip_unprivileged_port_start, ip(7)).
+pub fn first_unprivileged_port() -> u16 {
+    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap_or_default();
+    text.trim().parse().unwrap_or(1024)
 }
 
 /// Whether IPv6 sockets are IPv6-only unless they say otherwise (net.ipv6.bindv6only, ipv6(7)).
@@ -189,8 +210,8 @@ mod tests {
         assert_eq!(memory(me, secret.as_ptr() as u64, secret.len()).unwrap(), secret);
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let fd = std::os::fd::AsRawFd::as_raw_fd(&listener) as u32;
-        let inode = socket_inode(me, fd).unwrap();
-        assert!(socket_inodes(me).contains(&inode));
+        let inode = socket_inode(me, fd).unwrap().unwrap();
+        assert!(socket_inodes(me).unwrap().contains(&inode));
         assert_eq!(socket_protocol(me, fd).unwrap(), "TCP");
         assert_ne!(fd_flags(me, fd).unwrap() & libc::O_CLOEXEC, 0);
         assert_eq!(credentials(me).unwrap().uids[1], nix::unistd::geteuid().as_raw());

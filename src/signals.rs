@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
 
@@ -46,6 +46,8 @@ impl Signals {
     /// too, since shells without job control set it on what they start in the background; but not that of
     /// SIGHUP, with which nohup(1) says that the end of the terminal is not meant.
     pub fn new() -> io::Result<Self> {
+        // Who started this process may have left some blocked.
+        SigSet::empty().thread_set_mask()?;
         let (read, write) = UnixStream::pair()?;
         let wanted = |signal: &Signal| *signal != Signal::SIGHUP || !procfs::ignores(Signal::SIGHUP);
         let signals = MEANINGS.iter().map(|(signal, _)| *signal).filter(wanted).map(|signal| signal as i32);

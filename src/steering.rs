@@ -10,6 +10,8 @@ use std::rc::Rc;
 
 use libc::sock_filter;
 
+use crate::bpf::op;
+
 /// A socket of the pool, for as long as the pool lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MemberId(pub u32);
@@ -132,10 +134,6 @@ impl Order {
         let places = (0..).zip(&self.candidates);
         places.filter(|(_, place)| place.is_subset(named)).map(|(i, _)| i).collect()
     }
-}
-
-const fn op(code: u32, jt: u8, jf: u8, k: u32) -> sock_filter {
-    sock_filter { code: code as u16, jt, jf, k }
 }
 
 /// The longest program that the kernel takes (linux/bpf_common.h).

@@ -53,9 +53,7 @@ impl Source {
 /// The kernel's side of a worker.
 struct Worker {
     pid: Pid,
-    /// `None` when no process is behind the filter any more.
-    interception: Option<Interception>,
-    /// `None` when it has said what it has to say.
+    /// `None` when it has closed its end.
     ready: Option<ReadyPipe>,
 }
 
@@ -67,6 +65,8 @@ pub struct Supervisor {
     starter: Starter,
     stop_signal: Signal,
     workers: BTreeMap<WorkerId, Worker>,
+    /// One for each worker, and for each that has ended as long as a process that it started lives on.
+    interceptions: BTreeMap<WorkerId, Interception>,
     pids: HashMap<Pid, WorkerId>,
     epoll: Epoll,
     actions: VecDeque<Action>,
@@ -95,6 +95,7 @@ pub fn run(program: Program, policy: Policy) -> io::Result<u8> {
         starter,
         stop_signal,
         workers: BTreeMap::new(),
+        interceptions: BTreeMap::new(),
         pids: HashMap::new(),
         epoll,
         actions: actions.into(),
@@ -200,7 +201,7 @@ impl Supervisor {
     fn start_watched(&mut self, worker: WorkerId, slot: u32, generation: u32) -> Result<Pid, StartError> {
         let started = self.starter.start(slot, generation)?;
         let pid = started.pid;
-        let interception = Interception::new(started.listener, Borrower { worker, pid, slot, generation });
+        let interception = Interception::new(started.notify_fd, Borrower { worker, pid, slot, generation });
         let watched = watch(&self.epoll, &interception, Source::Filter(worker))
             .and_then(|()| watch(&self.epoll, &started.ready, Source::Ready(worker)));
         if let Err(error) = watched {
@@ -208,8 +209,8 @@ impl Supervisor {
             return Err(StartError { why: format!("can't watch it: {error}"), status: 1 });
         }
         debug!("worker {slot} (pid {pid}, generation {generation}) started");
-        let (interception, ready) = (Some(interception), Some(started.ready));
-        self.workers.insert(worker, Worker { pid, interception, ready });
+        self.workers.insert(worker, Worker { pid, ready: Some(started.ready) });
+        self.interceptions.insert(worker, interception);
         self.pids.insert(pid, worker);
         Ok(pid)
     }
@@ -236,7 +237,10 @@ impl Supervisor {
                 debug!("reaped orphan {}", reaped.pid);
                 continue;
             };
-            self.workers.remove(&worker); // closing its fds takes them out of epoll
+            self.workers.remove(&worker); // closing its fd takes it out of epoll
+            if let Some(interception) = self.interceptions.get_mut(&worker) {
+                interception.retire();
+            }
             self.drain.forget(worker);
             self.handle(Event::Ended { worker, end: reaped.end });
         }
@@ -257,27 +261,23 @@ impl Supervisor {
     }
 
     fn answer(&mut self, worker: WorkerId, flags: EpollFlags) {
-        let Some(Worker { interception: slot @ Some(_), .. }) = self.workers.get_mut(&worker) else { return };
         if !flags.contains(EpollFlags::EPOLLIN) {
-            *slot = None; // no process is behind the filter any more
+            self.interceptions.remove(&worker); // no process is behind the filter any more
             return;
         }
-        let Some(interception) = slot else { return };
+        let Some(interception) = self.interceptions.get_mut(&worker) else { return };
         if let Some(address) = interception.answer(&mut self.pool) {
             self.handle(Event::Listens { worker, address });
         }
     }
 
-    fn hear(&mut self, worker: WorkerId) {
-        let Some(Worker { ready: slot @ Some(_), .. }) = self.workers.get_mut(&worker) else { return };
-        let Some(pipe) = slot else { return };
-        match pipe.read() {
-            Said::Nothing => {}
-            Said::Closed => *slot = None,
-            Said::Ready => {
-                *slot = None;
-                self.handle(Event::SaysReady { worker });
-            }
+    fn hear(&mut self, id: WorkerId) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        match worker.ready.as_ref().map(ReadyPipe::read) {
+            // The pipe stays open: a worker that says it twice is not to die of SIGPIPE.
+            Some(Said::Ready) => self.handle(Event::SaysReady { worker: id }),
+            Some(Said::Closed) => worker.ready = None,
+            Some(Said::Nothing) | None => {}
         }
     }
 }

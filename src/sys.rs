@@ -42,27 +42,27 @@ pub fn seccomp_set_mode_filter(flags: libc::c_ulong, program: &[sock_filter]) ->
 ///
 /// # Errors
 /// ENOENT when the caller died before its notification was fetched.
-pub fn seccomp_notif_recv(listener: BorrowedFd) -> io::Result<libc::seccomp_notif> {
+pub fn seccomp_notif_recv(notify_fd: BorrowedFd) -> io::Result<libc::seccomp_notif> {
     // SAFETY: all-zero is a valid value of this plain struct, and what the kernel demands.
     let mut notif: libc::seccomp_notif = unsafe { zeroed() };
     // SAFETY: the ioctl writes one struct seccomp_notif through the pointer.
-    check(unsafe { libc::ioctl(listener.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_RECV, &raw mut notif) })?;
+    check(unsafe { libc::ioctl(notify_fd.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_RECV, &raw mut notif) })?;
     Ok(notif)
 }
 
 /// seccomp_unotify(2), SECCOMP_IOCTL_NOTIF_ID_VALID: whether the caller still waits for the answer,
 /// that is, whether what was read under its thread id was really its own.
-pub fn seccomp_notif_id_valid(listener: BorrowedFd, id: u64) -> bool {
+pub fn seccomp_notif_id_valid(notify_fd: BorrowedFd, id: u64) -> bool {
     // SAFETY: the ioctl reads one u64 through the pointer.
     let result =
-        unsafe { libc::ioctl(listener.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_ID_VALID, &raw const id) };
+        unsafe { libc::ioctl(notify_fd.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_ID_VALID, &raw const id) };
     result == 0
 }
 
 /// seccomp_unotify(2), SECCOMP_IOCTL_NOTIF_ADDFD with SECCOMP_ADDFD_FLAG_SETFD: puts `fd` in place of
 /// the caller's `target`, as dup3(2) would.
 pub fn seccomp_notif_addfd(
-    listener: BorrowedFd,
+    notify_fd: BorrowedFd,
     id: u64,
     fd: BorrowedFd,
     target: u32,
@@ -76,8 +76,32 @@ pub fn seccomp_notif_addfd(
         newfd_flags: if close_on_exec { libc::O_CLOEXEC as u32 } else { 0 },
     };
     // SAFETY: the ioctl reads one struct seccomp_notif_addfd through the pointer.
-    check(unsafe { libc::ioctl(listener.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_ADDFD, &raw const request) })?;
+    check(unsafe {
+        libc::ioctl(notify_fd.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_ADDFD, &raw const request)
+    })?;
     Ok(())
+}
+
+/// A child that has ended: `si_pid`, `si_code` and `si_status` of waitid(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended {
+    pub pid: c_int,
+    pub code: c_int,
+    pub status: c_int,
+}
+
+/// waitid(2) of any child that has ended, or of the one with this pid, without waiting. With WNOWAIT in
+/// `options` it stays a zombie. (nix's waitid takes the real-time signals for an error.)
+pub fn waitid_ended(pid: Option<c_int>, options: c_int) -> io::Result<Option<Ended>> {
+    let (kind, id) = pid.map_or((libc::P_ALL, 0), |pid| (libc::P_PID, pid as libc::id_t));
+    // SAFETY: all-zero is a valid value of this plain struct; si_pid stays 0 if nobody has ended.
+    let mut info: libc::siginfo_t = unsafe { zeroed() };
+    let options = options | libc::WEXITED | libc::WNOHANG;
+    // SAFETY: the kernel writes one siginfo_t through the pointer.
+    check(unsafe { libc::waitid(kind, id, &raw mut info, options) })?;
+    // SAFETY: waitid fills in the fields of SIGCHLD, and all of them are zero if it has nothing to tell.
+    let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    Ok((pid != 0).then_some(Ended { pid, code: info.si_code, status }))
 }
 
 /// What a trapped system call gets to hear.
@@ -95,7 +119,7 @@ pub enum NotifResponse {
 ///
 /// # Errors
 /// ENOENT when the caller was interrupted or killed meanwhile.
-pub fn seccomp_notif_send(listener: BorrowedFd, id: u64, response: NotifResponse) -> io::Result<()> {
+pub fn seccomp_notif_send(notify_fd: BorrowedFd, id: u64, response: NotifResponse) -> io::Result<()> {
     let (error, flags) = match response {
         NotifResponse::Continue => (0, libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32),
         NotifResponse::Success => (0, 0),
@@ -103,7 +127,7 @@ pub fn seccomp_notif_send(listener: BorrowedFd, id: u64, response: NotifResponse
     };
     let mut response = libc::seccomp_notif_resp { id, val: 0, error, flags };
     // SAFETY: the ioctl reads one struct seccomp_notif_resp through the pointer.
-    check(unsafe { libc::ioctl(listener.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_SEND, &raw mut response) })?;
+    check(unsafe { libc::ioctl(notify_fd.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_SEND, &raw mut response) })?;
     Ok(())
 }
 
@@ -129,12 +153,15 @@ pub fn attach_reuseport_cbpf(socket: BorrowedFd, program: &[sock_filter]) -> io:
 pub struct ListenInfo {
     /// Whether the socket is in the LISTEN state.
     pub listening: bool,
+    /// Whether it neither listens nor is or becomes a connection.
+    pub closed: bool,
     /// Connections that wait to be accepted (`tcpi_unacked` of a listener, net/ipv4/tcp.c).
     pub accept_queue: u32,
 }
 
 /// getsockopt(2), TCP_INFO.
 pub fn tcp_info(socket: BorrowedFd) -> io::Result<ListenInfo> {
+    const TCP_CLOSE: u8 = 7;
     const TCP_LISTEN: u8 = 10;
     // SAFETY: all-zero is a valid value of this plain struct.
     let mut info: libc::tcp_info = unsafe { zeroed() };
@@ -149,7 +176,8 @@ pub fn tcp_info(socket: BorrowedFd) -> io::Result<ListenInfo> {
             &raw mut len,
         )
     })?;
-    Ok(ListenInfo { listening: info.tcpi_state == TCP_LISTEN, accept_queue: info.tcpi_unacked })
+    let (listening, closed) = (info.tcpi_state == TCP_LISTEN, info.tcpi_state == TCP_CLOSE);
+    Ok(ListenInfo { listening, closed, accept_queue: info.tcpi_unacked })
 }
 
 /// getxattr(2): the value of `name` at `path`, following links.

@@ -14,7 +14,6 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
     socketpair,
 };
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{Pid, getppid};
 
 use crate::fleet::End;
@@ -38,8 +37,8 @@ pub struct Program {
 #[derive(Debug)]
 pub struct Started {
     pub pid: Pid,
-    /// The wrapper's end of its filter.
-    pub listener: OwnedFd,
+    /// Tells of what its filter stops.
+    pub notify_fd: OwnedFd,
     pub ready: ReadyPipe,
 }
 
@@ -107,10 +106,10 @@ impl Starter {
         // that succeeded has the filter's fd arrived.
         let spawned = command.spawn();
         drop(command); // closes the worker's ends
-        match (spawned, receive_listener(&ours)) {
-            (Ok(child), Ok(listener)) => {
+        match (spawned, receive_notify_fd(&ours)) {
+            (Ok(child), Ok(notify_fd)) => {
                 // Reaped by waitpid with all others; a `Child` does nothing when it is dropped.
-                Ok(Started { pid: Pid::from_raw(child.id() as i32), listener, ready })
+                Ok(Started { pid: Pid::from_raw(child.id() as i32), notify_fd, ready })
             }
             (Err(error), Ok(_)) => Err(self.not_executed(&error)),
             (Err(error), Err(NotPrepared::Failed(step))) => Err(StartError::new(step.describe(), &error)),
@@ -170,7 +169,7 @@ impl Preparation {
     /// Sends the filter's fd, or the number of the step that failed, and returns that error.
     fn run(&self) -> io::Result<()> {
         let mut step = Step::Limits;
-        let listener = self.take_steps(&mut step).inspect_err(|_| {
+        let notify_fd = self.take_steps(&mut step).inspect_err(|_| {
             let _ = sendmsg::<()>(
                 self.report.as_raw_fd(),
                 &[IoSlice::new(&[step as u8])],
@@ -179,7 +178,7 @@ impl Preparation {
                 None,
             );
         })?;
-        let fds = [listener.as_raw_fd()];
+        let fds = [notify_fd.as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&fds)];
         let byte = [IoSlice::new(&[u8::MAX])];
         sendmsg::<()>(self.report.as_raw_fd(), &byte, &rights, MsgFlags::empty(), None)?;
@@ -215,7 +214,7 @@ enum NotPrepared {
 }
 
 /// What the child has sent; it has done so before it became the worker, or never will.
-fn receive_listener(report: &OwnedFd) -> Result<OwnedFd, NotPrepared> {
+fn receive_notify_fd(report: &OwnedFd) -> Result<OwnedFd, NotPrepared> {
     let mut byte = [0];
     let mut space = nix::cmsg_space!(RawFd);
     let mut buffers = [IoSliceMut::new(&mut byte)];
@@ -244,19 +243,18 @@ pub struct Reaped {
 /// Reaps one process that has ended, whether it was a worker or an orphan that this process inherited.
 /// `None` when there is no more. What is left of its process group is killed if `leads_group` says so.
 pub fn reap(leads_group: impl Fn(Pid) -> bool) -> Option<Reaped> {
+    let ended = sys::waitid_ended(None, libc::WNOWAIT).ok()??;
+    let pid = Pid::from_raw(ended.pid);
     // While the dead leader isn't reaped, its pid can't name another group than its own.
-    let peek = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-    let pid = waitid(Id::All, peek).ok()?.pid()?;
     if leads_group(pid) {
         kill_group(pid);
     }
-    match waitpid(pid, Some(WaitPidFlag::WNOHANG)).ok()? {
-        WaitStatus::Exited(pid, status) => Some(Reaped { pid, end: End::Exited(status) }),
-        WaitStatus::Signaled(pid, signal, _) => {
-            Some(Reaped { pid, end: End::Killed { signal: signal as i32, name: signal.as_str() } })
-        }
-        _ => None,
-    }
+    sys::waitid_ended(Some(ended.pid), 0).ok()??;
+    let end = match ended.code {
+        libc::CLD_EXITED => End::Exited(ended.status),
+        _ => End::Killed(ended.status), // CLD_KILLED or CLD_DUMPED
+    };
+    Some(Reaped { pid, end })
 }
 
 /// Sends a signal to the worker alone: npm and shells forward it, and many programs quit hard at a second.
