@@ -10,8 +10,8 @@ mod netns;
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -483,4 +483,113 @@ impl Process {
         let state = fields.next()?.chars().next()?;
         Some(Process { state, group: fields.nth(1)?.parse().ok()? })
     }
+}
+
+/// The naive server as a command.
+pub fn naive(addr: SocketAddr) -> Vec<String> {
+    vec![server(), "--listen".to_owned(), addr.to_string()]
+}
+
+/// Who answers a request on a connection of its own, which must succeed.
+#[track_caller]
+pub fn get(addr: SocketAddr) -> load::Origin {
+    match load::get(addr, "/", Duration::from_secs(15)) {
+        Ok(answer) => answer.origin,
+        Err(failure) => panic!("GET / from {addr}: {failure:?}"),
+    }
+}
+
+/// Sends a signal to a process, which must exist.
+#[track_caller]
+pub fn send(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(pid as i32), signal).unwrap_or_else(|error| panic!("{signal} to {pid}: {error}"));
+}
+
+/// A folder for a test's files, many of which are mere flags.
+pub struct Folder(pub PathBuf);
+
+impl Folder {
+    pub fn new() -> Folder {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let name =
+            format!("reuse-run-folder-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        fs::create_dir(&path).expect("make a folder");
+        Folder(path)
+    }
+
+    pub fn path(&self, name: &str) -> String {
+        self.0.join(name).into_os_string().into_string().expect("a path in UTF-8")
+    }
+
+    pub fn raise(&self, flag: &str) {
+        fs::write(self.path(flag), "").expect("raise a flag");
+    }
+
+    pub fn lower(&self, flag: &str) {
+        fs::remove_file(self.path(flag)).expect("lower a flag");
+    }
+
+    /// The naive server behind a script that heeds flags. `hold-G-S` keeps the worker of generation G and
+    /// slot S from going on; with `broken-G-S` it then prints `broken G-S NANOSECONDS` and exits with 3.
+    pub fn server(&self, addr: SocketAddr, more: &[&str]) -> Vec<String> {
+        let text = r#"me=$REUSE_RUN_GENERATION-$REUSE_RUN_SLOT; folder=$1; shift
+            while [ -e "$folder/hold-$me" ]; do sleep 0.02; done
+            if [ -e "$folder/broken-$me" ]; then echo "broken $me $(date +%s%N)"; exit 3; fi
+            exec "$0" "$@""#;
+        let addr = addr.to_string();
+        let command = ["sh", "-c", text, &server(), &self.path(""), "--listen", &addr];
+        command.iter().chain(more).map(|word| (*word).to_owned()).collect()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A client that has sent its request and waits.
+pub struct Waiting(TcpStream);
+
+impl Waiting {
+    /// Connects, which takes no more than a listener with room in its queue, and asks.
+    #[track_caller]
+    pub fn new(addr: SocketAddr) -> Waiting {
+        let mut stream = TcpStream::connect(addr).expect("connect");
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").expect("ask");
+        stream.set_nonblocking(true).expect("set non-blocking");
+        Waiting(stream)
+    }
+
+    /// Whether neither an answer nor an end has come.
+    pub fn waits(&self) -> bool {
+        matches!(self.0.peek(&mut [0]), Err(error) if error.kind() == ErrorKind::WouldBlock)
+    }
+
+    /// Waits for what becomes of it.
+    pub fn outcome(mut self) -> std::io::Result<load::Origin> {
+        let mut text = String::new();
+        self.0.set_nonblocking(false)?;
+        self.0.set_read_timeout(Some(DEADLINE))?;
+        self.0.read_to_string(&mut text)?;
+        if text.is_empty() { Err(ErrorKind::UnexpectedEof.into()) } else { Ok(load::Origin::of(&text)) }
+    }
+
+    /// Waits for the reset that it must get.
+    #[track_caller]
+    pub fn assert_reset(self) {
+        match self.outcome() {
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+            other => panic!("not reset but {other:?}"),
+        }
+    }
+}
+
+/// The names of the signals in a line of /proc/PID/status such as "SigBlk:".
+pub fn signals_in(pid: u32, line: &str) -> Vec<Signal> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the status of a process");
+    let mask = status.lines().find_map(|text| text.strip_prefix(line)).expect("a line of the status");
+    let mask = u64::from_str_radix(mask.trim(), 16).expect("a mask");
+    Signal::iterator().filter(|signal| mask & (1 << (*signal as u64 - 1)) != 0).collect()
 }

@@ -3,12 +3,14 @@
 //!
 //! It answers `pid=… generation=… slot=… port=… work=…`. `/sleep/MS` takes that long; a request with
 //! `?id=X` has the server print `begun X` when it was read and `done X` when its answer was written.
+//! With `--announce` it prints `accepted pid=…` and `closed pid=…` for every connection.
 
 use std::env;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::path::PathBuf;
 use std::process::exit;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,7 +21,8 @@ use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
 
 const USAGE: &str = "usage: server [--listen HOST:PORT]... [--listen-after MS] [--ready-after MS] \
-    [--exit-after MS] [--exit-status N] [--shutdown-on-int] [--ignore-int] [--hang] [--keep-alive]";
+    [--exit-after MS] [--exit-status N] [--shutdown-on-int] [--ignore-int] [--hang] [--keep-alive] \
+    [--announce] [--deaf-while FILE]";
 
 #[derive(Default)]
 struct Options {
@@ -32,6 +35,8 @@ struct Options {
     ignore_int: bool,
     hang: bool,
     keep_alive: bool,
+    announce: bool,
+    deaf_while: Option<PathBuf>,
 }
 
 fn parse() -> Options {
@@ -51,6 +56,8 @@ fn parse() -> Options {
             "--ignore-int" => options.ignore_int = true,
             "--hang" => options.hang = true,
             "--keep-alive" => options.keep_alive = true,
+            "--announce" => options.announce = true,
+            "--deaf-while" => options.deaf_while = Some(value().into()),
             _ => wrong(&format!("unknown argument {arg}")),
         }
     }
@@ -71,6 +78,9 @@ fn milliseconds(text: &str) -> Duration {
 /// What every connection needs to know.
 struct Server {
     keep_alive: bool,
+    announce: bool,
+    /// Nothing is accepted while this file exists.
+    deaf_while: Option<PathBuf>,
     generation: String,
     slot: String,
     /// Connections that were accepted and have not had their answer; with keep-alive, those whose
@@ -82,6 +92,8 @@ fn main() {
     let options = parse();
     let server = Arc::new(Server {
         keep_alive: options.keep_alive,
+        announce: options.announce,
+        deaf_while: options.deaf_while,
         generation: env::var("REUSE_RUN_GENERATION").unwrap_or_default(),
         slot: env::var("REUSE_RUN_SLOT").unwrap_or_default(),
         in_hand: AtomicUsize::new(0),
@@ -158,15 +170,24 @@ fn main() {
 
 fn accept(server: &Arc<Server>, listener: &TcpListener) {
     let port = listener.local_addr().map_or(0, |addr| addr.port());
+    while server.deaf_while.as_ref().is_some_and(|file| file.exists()) {
+        thread::sleep(Duration::from_millis(10));
+    }
     loop {
         match listener.accept() {
             Ok((stream, _)) => {
+                if server.announce {
+                    say(&format!("accepted pid={}", std::process::id()));
+                }
                 let server = Arc::clone(server);
                 if !server.keep_alive {
                     server.in_hand.fetch_add(1, Ordering::SeqCst);
                 }
                 thread::spawn(move || {
                     let _ = serve(&server, stream, port);
+                    if server.announce {
+                        say(&format!("closed pid={}", std::process::id()));
+                    }
                     if !server.keep_alive {
                         server.in_hand.fetch_sub(1, Ordering::SeqCst);
                     }

@@ -1,0 +1,51 @@
+"""Serves a port, but for the time that there is a file close-SLOT in the folder of the second argument:
+then it closes its listener and lives on."""
+import os
+import select
+import socket
+import sys
+import time
+
+port, folder, slot = int(sys.argv[1]), sys.argv[2], os.environ.get('REUSE_RUN_SLOT')
+flag = os.path.join(folder, 'close-' + str(slot))
+
+
+def say(line):
+    os.write(1, (line + '\n').encode())
+
+
+def listen():
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(('127.0.0.1', port))
+    listener.listen(64)
+    return listener
+
+
+def serve(listener):
+    connection, _ = listener.accept()
+    try:
+        connection.settimeout(5)
+        connection.recv(65536)
+        body = 'pid={} generation={} slot={}\n'.format(os.getpid(), os.environ.get('REUSE_RUN_GENERATION'), slot)
+        head = 'HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n'.format(len(body))
+        connection.sendall((head + body).encode())
+    except OSError:
+        pass
+    connection.close()
+
+
+listener = listen()
+while True:
+    if os.path.exists(flag):
+        if listener:
+            listener.close()
+            listener = None
+            say('closed ' + slot)
+        time.sleep(0.01)
+        continue
+    if not listener:
+        listener = listen()
+        say('opened ' + slot)
+    if select.select([listener], [], [], 0.01)[0]:
+        serve(listener)

@@ -1,0 +1,182 @@
+"""Binds in the way of the first argument, with ports from the second on, prints how that went, and serves
+what it listens on in the end."""
+import errno
+import os
+import random
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+
+what, port = sys.argv[1], int(sys.argv[2])
+listeners = []
+
+
+def say(line):
+    os.write(1, (line + '\n').encode())
+
+
+def listen(number, share=False):
+    s = socket.socket()
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if share:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    s.bind(('127.0.0.1', number))
+    s.listen(64)
+    listeners.append(s)
+    return s
+
+
+def bind_and_close(number):
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(('127.0.0.1', number))
+
+
+def bind_for_ever(first):
+    """One bind after the other: whenever this process is hit, one is likely to be under way."""
+    number = first
+    while True:
+        bind_and_close(number)
+        number = first + (number - first + 1) % 100
+
+
+def serve_one(s):
+    connection, _ = s.accept()
+    try:
+        connection.settimeout(5)
+        connection.recv(65536)
+        body = 'pid={} generation={} slot={}\n'.format(
+            os.getpid(), os.environ.get('REUSE_RUN_GENERATION'), os.environ.get('REUSE_RUN_SLOT'))
+        head = 'HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n'.format(len(body))
+        connection.sendall((head + body).encode())
+    except OSError:
+        pass
+    connection.close()
+
+
+def serve():
+    say('serves')
+    while True:
+        for s in select.select(listeners, [], [])[0]:
+            serve_one(s)
+
+
+def child(run):
+    """Starts a process that runs this and nothing else."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run()
+            os._exit(0)
+        except OSError as error:
+            say('child: {}'.format(error))
+        os._exit(1)
+    return pid
+
+
+def sleep_a_little():
+    time.sleep(random.uniform(0, 0.004))
+
+
+if what == 'fifty':
+    for number in range(port, port + 50):
+        listen(number)
+elif what == 'again':
+    for _ in range(1000):
+        bind_and_close(port)
+    say('bound one port 1000 times')
+    for number in range(port + 1, port + 1001):
+        bind_and_close(number)
+    say('bound 1000 ports')
+    for _ in range(1000):
+        listen(port).close()
+        listeners.clear()
+    say('listened on one port 1000 times')
+    listen(port)
+elif what == 'twice':
+    for share in (False, True):
+        first = listen(port, share)
+        try:
+            listen(port, share)
+            say('shared: the second is fine' if share else 'not shared: the second is fine')
+        except OSError as error:
+            say('{}: {}'.format('shared' if share else 'not shared', errno.errorcode[error.errno]))
+        if not share:
+            first.close()
+            listeners.clear()
+elif what == 'thread':
+    thread = threading.Thread(target=listen, args=(port,))
+    thread.start()
+    thread.join()
+elif what in ('grandchild', 'orphan'):
+    # It accepts nothing before the flag is lowered, so that its queue stands.
+    def grandchild():
+        listen(port)
+        say('listens')
+        while os.path.exists(sys.argv[3]):
+            time.sleep(0.01)
+        serve()
+
+    def between():
+        pid = child(grandchild)
+        if what == 'grandchild':
+            os.waitpid(pid, 0)
+
+    os.waitpid(child(between), 0)
+    while True:
+        signal.pause()
+elif what == 'killed':
+    for _ in range(200):
+        pid = child(lambda: bind_for_ever(port + 1))
+        sleep_a_little()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    say('200 are dead')
+    listen(port)
+elif what == 'interrupted':
+    def interrupted():
+        # Restarted as most run-times ask for; without that a bind that nobody looked at yet says EINTR.
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.siginterrupt(signal.SIGALRM, False)
+        signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+        for _ in range(1000):
+            bind_and_close(port + 1)
+        os._exit(7)
+
+    say('status {}'.format(os.waitstatus_to_exitcode(os.waitpid(child(interrupted), 0)[1])))
+    listen(port)
+elif what == 'aborts':
+    def abort():
+        threading.Thread(target=bind_for_ever, args=(port + 1,), daemon=True).start()
+        sleep_a_little()
+        os.abort()
+
+    cores = 0
+    for _ in range(20):
+        _, status = os.waitpid(child(abort), 0)
+        assert os.WTERMSIG(status) == signal.SIGABRT
+        cores += os.WCOREDUMP(status)
+    say('20 have aborted, {} dumped core'.format(cores))
+    listen(port)
+elif what == 'stopped':
+    stopped = []
+    for _ in range(50):
+        pid = child(lambda: bind_for_ever(port + 1))
+        sleep_a_little()
+        os.kill(pid, signal.SIGSTOP)
+        stopped.append(pid)
+        bind_and_close(port)
+    say('50 are stopped')
+    listen(port)
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
+        sleep_a_little()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    say('50 are dead')
+else:
+    sys.exit('no such way: ' + what)
+serve()

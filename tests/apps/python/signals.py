@@ -1,0 +1,25 @@
+"""Prints `ready`, then the name of every signal that it gets; ends at SIGINT, or when asked to, at none."""
+import os
+import signal
+import sys
+
+ends = sys.argv[1:] != ['stays']
+
+
+def say(line):
+    os.write(1, 'generation={} {}\n'.format(os.environ.get('REUSE_RUN_GENERATION'), line).encode())
+
+
+def got(number, _frame):
+    say(signal.Signals(number).name)
+    if number == signal.SIGINT and ends:
+        sys.exit(0)
+
+
+for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
+    if number <= 31:
+        signal.signal(number, got)
+say('ready')
+os.write(int(os.environ['READY_FD']), b'\n')
+while True:
+    signal.pause()

@@ -1,0 +1,519 @@
+//! What goes wrong and what becomes of it: workers that die, alone and in the middle of a reload, that
+//! don't come back, or that close their listeners and live on.
+
+mod common;
+
+use std::net::TcpStream;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use common::load::{self, Kind, Load, LoadOptions};
+use common::{DEADLINE, Folder, Service, Waiting, app, free_address, get, naive, send, turn, wait_until};
+use nix::sys::signal::Signal;
+
+/// Connections that worker `pid` had accepted and not closed, going by what it printed.
+fn in_hand(service: &Service, pid: u32) -> usize {
+    let count =
+        |what: &str| service.out.all().iter().filter(|line| line.text == format!("{what} pid={pid}")).count();
+    count("accepted") - count("closed")
+}
+
+fn worker_of_slot(service: &Service, slot: u32) -> u32 {
+    let lines = service.out.all();
+    let mut of_slot = lines.iter().rev().filter(|line| line.text.ends_with(&format!(" slot={slot}")));
+    let line = of_slot.find(|line| line.text.starts_with("listening ")).expect("it listens");
+    load::Origin::of(&line.text).pid.expect("a pid")
+}
+
+/// Waits until `count` workers have printed that they listen.
+fn wait_for_listening(service: &Service, count: usize) {
+    wait_until("the workers listen", DEADLINE, || service.out.count_of("listening ") >= count);
+}
+
+// A crash.
+
+#[test]
+fn a_worker_that_dies_under_load_fails_only_requests_that_it_had_accepted() {
+    let _turn = turn();
+    let addr = free_address();
+    let mut command = naive(addr);
+    command.push("--announce".to_owned());
+    let mut service = Service::run_ready("-n 2", &command);
+    let load = Load::start(LoadOptions::new(addr, 8));
+    let mut killed = Vec::new();
+    for _ in 0..4 {
+        let answered = load.snapshot().answered;
+        wait_until("answers", DEADLINE, || load.snapshot().answered > answered + 100);
+        let from = service.log.count();
+        let victim = worker_of_slot(&service, 0);
+        send(victim, Signal::SIGKILL);
+        killed.push(victim);
+        service.wait_for_line_after(from, "is ready, a replacement");
+        wait_for_listening(&service, 2 + killed.len());
+    }
+    let report = load.stop();
+    service.stop();
+    // One may be accepted by the kernel's account and not yet by the worker's own.
+    let accepted: usize = killed.iter().map(|pid| in_hand(&service, *pid) + 1).sum();
+    println!("{report}\naccepted by killed workers: {accepted}");
+    assert!(report.counts.failed as usize <= accepted, "{accepted} were in hand: {report}");
+    assert_eq!(report.count(Kind::Refused), 0, "{report}");
+    assert_eq!(report.count(Kind::TimeOut), 0, "{report}");
+}
+
+#[test]
+fn what_was_queued_on_a_dead_worker_is_served_by_its_replacement() {
+    for workers in [1, 2] {
+        let (addr, folder) = (free_address(), Folder::new());
+        folder.raise("deaf");
+        let mut command = naive(addr);
+        command.extend(["--deaf-while".to_owned(), folder.path("deaf")]);
+        let mut service = Service::run_ready(&format!("-n {workers}"), &command);
+        let clients: Vec<Waiting> = (0..10).map(|_| Waiting::new(addr)).collect();
+        let before = service.workers();
+        // Stopped first, lest they accept when the flag is lowered.
+        before.iter().for_each(|pid| send(*pid, Signal::SIGSTOP));
+        folder.lower("deaf");
+        assert!(clients.iter().all(Waiting::waits));
+        before.iter().for_each(|pid| send(*pid, Signal::SIGKILL));
+        for client in clients {
+            let origin = client.outcome().expect("an answer");
+            assert!(!before.contains(&origin.pid.expect("a pid")), "{origin:?}");
+        }
+        assert_eq!(service.log.count_of("reset"), 0, "{}", service.log.text());
+        service.stop();
+    }
+}
+
+#[test]
+fn no_connection_goes_to_a_dead_slot_while_another_worker_is_ready() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let mut service = Service::run_ready("-n 2", &folder.server(addr, &[]));
+    wait_for_listening(&service, 2);
+    folder.raise("broken-1-1");
+    send(worker_of_slot(&service, 1), Signal::SIGKILL);
+    service.wait_for_line("SIGKILL");
+    wait_until("two failed starts", DEADLINE, || service.out.count_of("broken 1-1") >= 2);
+    for _ in 0..50 {
+        let begun = Instant::now();
+        assert_eq!(get(addr).slot, Some(0));
+        // A connection that was dropped at first comes a second later.
+        assert!(begun.elapsed() < Duration::from_millis(900), "{:?}", begun.elapsed());
+    }
+    folder.lower("broken-1-1");
+    wait_until("the slot serves again", DEADLINE, || get(addr).slot == Some(1));
+    service.stop();
+}
+
+#[test]
+fn restarts_are_at_once_and_then_after_100_ms_doubling() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let mut service = Service::run_ready("-n 1", &folder.server(addr, &[]));
+    folder.raise("broken-1-0");
+    let killed_at = SystemTime::now();
+    send(service.workers()[0], Signal::SIGKILL);
+    wait_until("five failed starts", DEADLINE, || service.out.count_of("broken 1-0") >= 5);
+    let stamp = |line: &str| {
+        let nanoseconds = line.strip_prefix("broken 1-0 ")?.parse().ok()?;
+        let at = UNIX_EPOCH + Duration::from_nanos(nanoseconds);
+        at.duration_since(killed_at).ok()
+    };
+    let starts: Vec<Duration> = service.out.all().iter().filter_map(|line| stamp(&line.text)).collect();
+    for (start, earliest) in starts.iter().zip([0, 100, 300, 700, 1500]) {
+        assert!(*start >= Duration::from_millis(earliest), "{starts:?}");
+    }
+    folder.lower("broken-1-0");
+    service.wait_for_line("is ready, a replacement");
+    get(addr);
+    service.stop();
+}
+
+#[test]
+fn a_slot_that_is_down_for_more_than_2_s_has_what_waits_for_it_reset_and_logged() {
+    let (addr, folder) = (free_address(), Folder::new());
+    folder.raise("deaf");
+    let mut service = Service::run_ready(
+        "-n 1 --max-failures 0",
+        &folder.server(addr, &["--deaf-while", &folder.path("deaf")]),
+    );
+    let clients: Vec<Waiting> = (0..3).map(|_| Waiting::new(addr)).collect();
+    folder.raise("broken-1-0");
+    let killed_at = Instant::now();
+    send(service.workers()[0], Signal::SIGKILL);
+    clients.into_iter().for_each(Waiting::assert_reset);
+    assert!(killed_at.elapsed() >= Duration::from_secs(2), "{:?}", killed_at.elapsed());
+    let line = service.wait_for_line("reset");
+    assert!(line.text.contains("3 connections") && line.text.contains(&addr.to_string()), "{line:?}");
+    // What comes while it is still down doesn't wait either.
+    Waiting::new(addr).assert_reset();
+
+    folder.lower("deaf");
+    folder.lower("broken-1-0");
+    service.wait_for_line("is ready, a replacement");
+    assert_eq!(get(addr).slot, Some(0));
+    service.stop();
+}
+
+// Giving up.
+
+#[test]
+fn when_no_worker_is_ready_and_the_last_10_starts_failed_it_exits_with_the_last_status() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let mut service = Service::run_ready("-n 5", &folder.server(addr, &[]));
+    wait_for_listening(&service, 5);
+    (0..5).for_each(|slot| folder.raise(&format!("broken-1-{slot}")));
+    service.workers().into_iter().for_each(|pid| send(pid, Signal::SIGKILL));
+    assert_eq!(service.wait_end().code(), Some(3), "{}", service.log.text());
+    assert!(service.log.text().contains("giving up"), "{}", service.log.text());
+    assert_eq!(service.out.count_of("broken "), 10, "{}", service.log.text());
+    assert_eq!(service.descendants(), [0u32; 0]);
+}
+
+#[test]
+fn max_failures_sets_how_many_failed_starts_are_too_many() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let mut service = Service::run_ready("-n 1 --max-failures 3", &folder.server(addr, &[]));
+    folder.raise("broken-1-0");
+    send(service.workers()[0], Signal::SIGKILL);
+    assert_eq!(service.wait_end().code(), Some(3), "{}", service.log.text());
+    assert_eq!(service.out.count_of("broken "), 3, "{}", service.log.text());
+    assert!(service.log.text().contains("--max-failures"), "{}", service.log.text());
+}
+
+#[test]
+fn with_max_failures_0_it_never_gives_up() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let mut service = Service::run_ready("-n 4 --max-failures 0", &folder.server(addr, &[]));
+    wait_for_listening(&service, 4);
+    (0..4).for_each(|slot| folder.raise(&format!("broken-1-{slot}")));
+    service.workers().into_iter().for_each(|pid| send(pid, Signal::SIGKILL));
+    wait_until("more than ten failed starts", DEADLINE, || service.out.count_of("broken ") > 12);
+    (0..4).for_each(|slot| folder.lower(&format!("broken-1-{slot}")));
+    wait_until("four replacements", DEADLINE, || service.log.count_of("is ready, a replacement") == 4);
+    get(addr);
+    service.stop();
+}
+
+#[test]
+fn failed_starts_are_no_reason_to_give_up_while_a_worker_is_ready() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let mut service = Service::run_ready("-n 2 --max-failures 2", &folder.server(addr, &[]));
+    wait_for_listening(&service, 2);
+    folder.raise("broken-1-1");
+    send(worker_of_slot(&service, 1), Signal::SIGKILL);
+    wait_until("twice as many failed starts", DEADLINE, || service.out.count_of("broken 1-1") >= 4);
+    assert_eq!(get(addr).slot, Some(0));
+    folder.lower("broken-1-1");
+    service.wait_for_line("is ready, a replacement");
+    service.stop();
+}
+
+// In the middle of a reload.
+
+/// Two workers, and a reload whose new workers are kept from going on, under a load which finds nothing
+/// refused and nothing late.
+fn reload_that_holds(options: &str, more: &[&str]) -> (std::net::SocketAddr, Folder, Service) {
+    let (addr, folder) = (free_address(), Folder::new());
+    let service = Service::run_ready(options, &folder.server(addr, more));
+    wait_for_listening(&service, 2);
+    folder.raise("hold-2-0");
+    folder.raise("hold-2-1");
+    service.signal(Signal::SIGUSR2);
+    wait_until("old and new workers run", DEADLINE, || service.workers().len() == 4);
+    (addr, folder, service)
+}
+
+fn new_workers(service: &Service) -> Vec<u32> {
+    let old = [worker_of_slot(service, 0), worker_of_slot(service, 1)];
+    service.workers().into_iter().filter(|pid| !old.contains(pid)).collect()
+}
+
+#[test]
+fn an_old_worker_that_dies_while_the_new_ones_start_is_restarted_and_the_reload_goes_on() {
+    let (addr, folder, mut service) = reload_that_holds("-n 2", &[]);
+    send(worker_of_slot(&service, 0), Signal::SIGKILL);
+    service.wait_for_line("is ready, a replacement");
+    assert_eq!(get(addr).generation, Some(1));
+    folder.lower("hold-2-0");
+    folder.lower("hold-2-1");
+    service.wait_for_line("reload done");
+    assert_eq!(get(addr).generation, Some(2));
+    service.stop();
+}
+
+#[test]
+fn all_old_workers_that_die_while_the_new_ones_start_are_restarted_and_the_reload_goes_on() {
+    let (addr, folder, mut service) = reload_that_holds("-n 2", &[]);
+    send(worker_of_slot(&service, 0), Signal::SIGKILL);
+    send(worker_of_slot(&service, 1), Signal::SIGKILL);
+    wait_until("both are dead", DEADLINE, || service.log.count_of("was killed by SIGKILL") == 2);
+    assert_eq!(get(addr).generation, Some(1), "what came meanwhile has waited");
+    folder.lower("hold-2-0");
+    folder.lower("hold-2-1");
+    service.wait_for_line("reload done");
+    assert_eq!(get(addr).generation, Some(2));
+    service.stop();
+}
+
+#[test]
+fn a_slot_that_is_down_at_the_switch_is_taken_over_by_its_new_worker() {
+    let (addr, folder, mut service) = reload_that_holds("-n 2 --max-failures 0", &[]);
+    folder.raise("broken-1-0");
+    folder.raise("broken-1-1");
+    send(worker_of_slot(&service, 0), Signal::SIGKILL);
+    send(worker_of_slot(&service, 1), Signal::SIGKILL);
+    wait_until("failed restarts", DEADLINE, || service.out.count_of("broken 1-") >= 4);
+    folder.lower("hold-2-0");
+    folder.lower("hold-2-1");
+    service.wait_for_line("reload done");
+    let from = service.out.count();
+    assert_eq!(get(addr).generation, Some(2));
+    service.reload();
+    assert!(service.out.find(from, "broken").is_none(), "no worker of generation 1 was started any more");
+    service.stop();
+}
+
+#[test]
+fn a_new_worker_that_dies_while_it_starts_ends_the_reload() {
+    let (addr, _folder, mut service) = reload_that_holds("-n 2", &[]);
+    let new = new_workers(&service);
+    send(new[0], Signal::SIGKILL);
+    service
+        .wait_for_line("was killed by SIGKILL before it was ready; reload abandoned, generation 1 serves on");
+    wait_until("the other one is stopped", DEADLINE, || service.workers().len() == 2);
+    assert_eq!(get(addr).generation, Some(1));
+    service.reload();
+    assert_eq!(get(addr).generation, Some(3));
+    service.stop();
+}
+
+#[test]
+fn a_new_worker_that_dies_when_it_was_ready_and_another_was_not_ends_the_reload() {
+    let (addr, folder, mut service) = reload_that_holds("-n 2", &[]);
+    folder.lower("hold-2-0");
+    wait_for_listening(&service, 3);
+    send(worker_of_slot(&service, 0), Signal::SIGKILL);
+    service.wait_for_line("reload abandoned, generation 1 serves on");
+    wait_until("the other one is stopped", DEADLINE, || service.workers().len() == 2);
+    for _ in 0..10 {
+        assert_eq!(get(addr).generation, Some(1));
+    }
+    service.reload();
+    assert_eq!(get(addr).generation, Some(3));
+    service.stop();
+}
+
+#[test]
+fn an_old_worker_that_dies_while_it_drains_is_not_restarted_and_the_reload_ends() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 1 --drain 1h", &naive(addr));
+    let slow = std::thread::spawn(move || load::get(addr, "/sleep/60000?id=slow", DEADLINE));
+    service.wait_for_output("begun slow");
+    let old = service.workers()[0];
+    service.signal(Signal::SIGUSR2);
+    service.wait_for_line("generation 1 drains");
+    send(old, Signal::SIGKILL);
+    service.wait_for_line("was killed by SIGKILL while it drained");
+    service.wait_for_line("reload done");
+    assert!(slow.join().expect("the slow request").is_err());
+    assert_eq!(service.out.count_of("generation=1"), 1, "{}", service.out.text());
+    assert_eq!(get(addr).generation, Some(2));
+    service.stop();
+}
+
+#[test]
+fn a_new_worker_that_dies_while_the_old_one_drains_is_restarted_and_the_reload_ends() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 1 --drain 1h", &naive(addr));
+    let slow = std::thread::spawn(move || load::get(addr, "/sleep/3000?id=slow", DEADLINE));
+    service.wait_for_output("begun slow");
+    service.signal(Signal::SIGUSR2);
+    service.wait_for_line("generation 1 drains");
+    let new = get(addr);
+    assert_eq!(new.generation, Some(2));
+    send(new.pid.expect("a pid"), Signal::SIGKILL);
+    service.wait_for_line("is ready, a replacement");
+    assert_eq!(slow.join().expect("the slow request").expect("its answer").origin.generation, Some(1));
+    service.wait_for_line("reload done");
+    let again = get(addr);
+    assert!(again.generation == Some(2) && again.pid != new.pid, "{again:?}");
+    service.stop();
+}
+
+#[test]
+fn an_old_worker_that_dies_while_a_reload_is_given_up_is_restarted() {
+    let (addr, folder) = (free_address(), Folder::new());
+    // The new ones need all of their time to stop.
+    let more = ["--ignore-int", "--ready-after", "0"];
+    let mut service = Service::run_ready(
+        "-n 2 --ready notify --stop-timeout 3s --ready-timeout 60s",
+        &folder.server(addr, &more),
+    );
+    wait_for_listening(&service, 2);
+    folder.raise("broken-2-1");
+    folder.raise("hold-2-1");
+    service.signal(Signal::SIGUSR2);
+    wait_for_listening(&service, 3);
+    let new = worker_of_slot(&service, 0);
+    folder.lower("hold-2-1");
+    service.wait_for_line("reload abandoned, generation 1 serves on");
+    service.signal(Signal::SIGUSR2);
+    service.wait_for_line("once more as soon as this one is over");
+    let old: Vec<u32> = service.workers().into_iter().filter(|pid| *pid != new).collect();
+    old.iter().for_each(|pid| send(*pid, Signal::SIGKILL));
+    wait_until("two replacements", DEADLINE, || service.log.count_of("is ready, a replacement") == 2);
+    assert_eq!(get(addr).generation, Some(1));
+    // The reload that was asked for meanwhile comes when the failed one is over.
+    service.wait_for_line("generation 3 serves");
+    service.wait_for_line("reload done");
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.wait_end().code(), Some(1), "they ignore the signal: {}", service.log.text());
+}
+
+#[test]
+fn sigterm_while_new_workers_start_stops_all_within_the_deadlines() {
+    let (_addr, _folder, mut service) = reload_that_holds("-n 2", &[]);
+    service.stop();
+    assert!(service.log.text().contains("SIGTERM: stopping 4 workers"), "{}", service.log.text());
+}
+
+#[test]
+fn sigterm_while_old_workers_drain_stops_all_within_the_deadlines() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 1 --drain 1h", &naive(addr));
+    let slow = std::thread::spawn(move || load::get(addr, "/sleep/60000?id=slow", DEADLINE));
+    service.wait_for_output("begun slow");
+    service.signal(Signal::SIGUSR2);
+    service.wait_for_line("generation 1 drains");
+    service.stop();
+    assert!(service.log.text().contains("SIGTERM: stopping 2 workers"), "{}", service.log.text());
+    assert!(slow.join().expect("the slow request").is_err());
+}
+
+#[test]
+fn sigterm_while_a_reload_is_given_up_stops_all_within_the_deadlines() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let more = ["--ignore-int", "--ready-after", "0"];
+    let mut service =
+        Service::run_ready("-n 2 --ready notify --stop-timeout 2s", &folder.server(addr, &more));
+    wait_for_listening(&service, 2);
+    folder.raise("broken-2-1");
+    folder.raise("hold-2-1");
+    service.signal(Signal::SIGUSR2);
+    wait_for_listening(&service, 3);
+    folder.lower("hold-2-1");
+    service.wait_for_line("reload abandoned");
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.wait_end().code(), Some(1), "they ignore the signal: {}", service.log.text());
+    assert_eq!(service.descendants(), [0u32; 0]);
+}
+
+#[test]
+fn sigterm_while_the_only_worker_is_down_ends_at_once() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let mut service = Service::run_ready("-n 1 --max-failures 0", &folder.server(addr, &[]));
+    folder.raise("broken-1-0");
+    send(service.workers()[0], Signal::SIGKILL);
+    wait_until("failed restarts", DEADLINE, || service.out.count_of("broken 1-") >= 4);
+    service.stop();
+}
+
+#[test]
+fn sigusr2_before_the_first_generation_is_ready_reloads_as_soon_as_it_is() {
+    let (addr, folder) = (free_address(), Folder::new());
+    folder.raise("hold-1-1");
+    let mut service = Service::run("-n 2", &folder.server(addr, &[]));
+    wait_for_listening(&service, 1);
+    service.signal(Signal::SIGUSR2);
+    service.wait_for_line("reload: as soon as the first generation is ready");
+    assert_eq!(service.workers().len(), 2, "nobody was started for it yet");
+    folder.lower("hold-1-1");
+    service.wait_for_line("generation 1 is ready");
+    service.wait_for_line("reload done");
+    assert_eq!(get(addr).generation, Some(2));
+    service.stop();
+}
+
+#[test]
+fn sigusr2_while_stopping_is_refused_in_the_log() {
+    let addr = free_address();
+    let mut command = naive(addr);
+    command.push("--ignore-int".to_owned());
+    let mut service = Service::run_ready("-n 2 --stop-timeout 1s", &command);
+    service.signal(Signal::SIGTERM);
+    service.wait_for_line("SIGTERM: stopping");
+    service.signal(Signal::SIGUSR2);
+    service.wait_for_line("no reload");
+    assert_eq!(service.wait_end().code(), Some(1), "{}", service.log.text());
+    assert_eq!(service.out.count_of("generation=2"), 0);
+    assert_eq!(service.descendants(), [0u32; 0]);
+}
+
+// A worker that closes its listener and lives on.
+
+#[test]
+fn a_worker_that_closes_its_listener_is_found_and_steered_around_and_what_waits_is_reset() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let port = addr.port().to_string();
+    let mut service =
+        Service::run_ready("-n 2", &["python3", &app("python/closes.py"), &port, &folder.path("")]);
+    folder.raise("close-1");
+    service.wait_for_output("closed 1");
+    // Ask until one gets to the closed one and waits; the answers of the other come in between.
+    let mut unanswered = Vec::new();
+    wait_until("a client waits where nobody is", DEADLINE, || {
+        let client = Waiting::new(addr);
+        let asked = Instant::now();
+        while client.waits() && asked.elapsed() < Duration::from_millis(300) {
+            std::thread::yield_now();
+        }
+        let waits = client.waits();
+        unanswered.extend(waits.then_some(client));
+        waits
+    });
+    service.wait_for_line("has stopped listening on");
+    unanswered.into_iter().for_each(Waiting::assert_reset);
+    for _ in 0..50 {
+        let begun = Instant::now();
+        assert_eq!(get(addr).slot, Some(0));
+        assert!(begun.elapsed() < Duration::from_millis(900), "{:?}", begun.elapsed());
+    }
+    folder.lower("close-1");
+    service.wait_for_output("opened 1");
+    wait_until("it serves again", DEADLINE, || get(addr).slot == Some(1));
+    service.reload();
+    assert_eq!(get(addr).generation, Some(2));
+    service.stop();
+}
+
+#[test]
+fn an_address_whose_workers_have_all_closed_it_refuses_and_comes_back_when_one_listens_again() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let port = addr.port().to_string();
+    let mut service =
+        Service::run_ready("-n 2", &["python3", &app("python/closes.py"), &port, &folder.path("")]);
+    folder.raise("close-0");
+    folder.raise("close-1");
+    service.wait_for_output("closed 0");
+    service.wait_for_output("closed 1");
+    let workers = service.workers();
+    let mut clients = Vec::new();
+    wait_until("it is refused", DEADLINE, || {
+        let connected = TcpStream::connect_timeout(&addr, Duration::from_millis(200));
+        let refused =
+            matches!(&connected, Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused);
+        clients.extend(connected);
+        refused
+    });
+    assert_eq!(service.log.count_of("has stopped listening on"), 2, "{}", service.log.text());
+    assert_eq!(service.workers(), workers, "they live on");
+
+    folder.lower("close-0");
+    service.wait_for_output("opened 0");
+    assert_eq!(get(addr).slot, Some(0));
+    folder.lower("close-1");
+    service.wait_for_output("opened 1");
+    wait_until("both serve again", DEADLINE, || get(addr).slot == Some(1));
+    service.reload();
+    assert_eq!(get(addr).generation, Some(2));
+    service.stop();
+}

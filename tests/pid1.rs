@@ -1,0 +1,525 @@
+//! reuse-run as an init: signals, orphans and exit codes, as PID 1 of a namespace and elsewhere; what a
+//! worker leaves behind; the wrapper's own death; and what may become of stderr.
+
+mod common;
+
+use std::ffi::CStr;
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::Duration;
+
+use common::load::{self, Load, LoadOptions};
+use common::{
+    DEADLINE, Folder, Process, Service, app, arguments, free_address, get, naive, reuse_run, send, server,
+    signals_in, wait_until,
+};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+
+/// `reuse-run OPTIONS -- COMMAND` as PID 1 of a PID namespace of its own. What unshare exits with is
+/// what PID 1 exits with.
+fn as_pid_1<S: AsRef<str>>(options: &str, command: &[S]) -> Service {
+    let mut unshare = Command::new("unshare");
+    unshare.args(["--pid", "--fork", "--mount-proc", "--kill-child", "--"]);
+    unshare.arg(reuse_run().get_program()).args(arguments(options, command));
+    Service::spawn(unshare)
+}
+
+/// The pid of reuse-run, seen from out here.
+fn pid_1(service: &Service) -> u32 {
+    let mut pid = None;
+    wait_until("PID 1 runs", DEADLINE, || {
+        pid = service.workers().first().copied();
+        let name = pid.and_then(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).ok());
+        name.is_some_and(|name| name.trim() == "reuse-run")
+    });
+    pid.expect("the pid of reuse-run")
+}
+
+fn children(pid: u32) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+fn is_zombie(pid: u32) -> bool {
+    Process::read(pid).is_some_and(|process| process.state == 'Z')
+}
+
+fn script(text: &str, addr: SocketAddr) -> Vec<String> {
+    ["sh", "-c", text, &server(), &addr.to_string()].map(str::to_owned).to_vec()
+}
+
+fn signal_printer(more: &[&str]) -> Vec<String> {
+    let script = app("python/signals.py");
+    ["python3", &script].iter().chain(more).map(|word| (*word).to_owned()).collect()
+}
+
+// Orphans.
+
+/// Starts twenty orphans that live until a flag is lowered, in sessions of their own, then listens.
+fn with_orphans(folder: &Folder, addr: SocketAddr) -> Vec<String> {
+    let text = r#"for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+            (setsid sh -c 'while [ -e "$0/live" ]; do sleep 0.05; done; exit 5' "$2" &)
+        done; exec "$0" --listen "$1""#;
+    let mut command = script(text, addr);
+    command.push(folder.path(""));
+    command
+}
+
+/// The twenty come to `wrapper`, and are reaped when they end.
+#[track_caller]
+fn assert_orphans_are_reaped(wrapper: u32, folder: &Folder, addr: SocketAddr) {
+    wait_until("the orphans come to reuse-run", DEADLINE, || children(wrapper).len() == 21);
+    folder.lower("live");
+    wait_until("the orphans are reaped", DEADLINE, || children(wrapper).len() == 1);
+    assert!(!is_zombie(children(wrapper)[0]));
+    get(addr);
+}
+
+#[test]
+fn as_pid_1_it_reaps_orphans() {
+    let (addr, folder) = (free_address(), Folder::new());
+    folder.raise("live");
+    let mut service = as_pid_1("-n 1", &with_orphans(&folder, addr));
+    service.wait_for_line("generation 1 is ready");
+    let wrapper = pid_1(&service);
+    assert_orphans_are_reaped(wrapper, &folder, addr);
+    send(wrapper, Signal::SIGTERM);
+    assert_eq!(service.wait_end().code(), Some(0), "{}", service.log.text());
+}
+
+#[test]
+fn elsewhere_it_reaps_orphans_too() {
+    let (addr, folder) = (free_address(), Folder::new());
+    folder.raise("live");
+    let mut service = Service::run_ready("-n 1", &with_orphans(&folder, addr));
+    assert_orphans_are_reaped(service.pid(), &folder, addr);
+    service.stop();
+}
+
+#[test]
+fn an_orphan_that_ends_in_the_middle_of_a_stop_does_not_end_it() {
+    let (addr, folder) = (free_address(), Folder::new());
+    folder.raise("live");
+    let mut command = with_orphans(&folder, addr);
+    command[2] = command[2].replace("--listen", "--ignore-int --listen");
+    let mut service = as_pid_1("-n 1 --stop-timeout 1s", &command);
+    service.wait_for_line("generation 1 is ready");
+    let wrapper = pid_1(&service);
+    wait_until("the orphans come to reuse-run", DEADLINE, || children(wrapper).len() == 21);
+    send(wrapper, Signal::SIGTERM);
+    service.wait_for_output("ignored SIGINT");
+    folder.lower("live");
+    assert_eq!(service.wait_end().code(), Some(1), "the worker's end counts: {}", service.log.text());
+}
+
+#[test]
+fn with_pid_1_all_of_its_namespace_ends() {
+    let (addr, folder) = (free_address(), Folder::new());
+    folder.raise("live");
+    let mut service = as_pid_1("-n 1", &with_orphans(&folder, addr));
+    service.wait_for_line("generation 1 is ready");
+    let wrapper = pid_1(&service);
+    wait_until("the orphans come to reuse-run", DEADLINE, || children(wrapper).len() == 21);
+    send(wrapper, Signal::SIGKILL);
+    service.wait_exit();
+    wait_until("nobody is left", DEADLINE, || service.descendants().is_empty());
+}
+
+// Signals.
+
+/// USR2 and HUP reload and reach no worker; what is forwarded reaches each once.
+#[track_caller]
+fn assert_signals_are_forwarded(mut service: Service, wrapper: u32) {
+    for (reload, signal) in [Signal::SIGUSR2, Signal::SIGHUP].into_iter().enumerate() {
+        send(wrapper, signal);
+        wait_until("a reload", DEADLINE, || service.log.count_of("reload done") == reload + 1);
+    }
+    for signal in [Signal::SIGUSR1, Signal::SIGWINCH, Signal::SIGCONT, Signal::SIGALRM] {
+        send(wrapper, signal);
+        wait_until("both workers got it", DEADLINE, || {
+            service.out.count_of(&format!("generation=3 {signal}")) == 2
+        });
+    }
+    send(wrapper, Signal::SIGTERM);
+    assert_eq!(service.wait_end().code(), Some(0), "{}", service.log.text());
+    let mut lines: Vec<String> = service.out.all().into_iter().map(|line| line.text).collect();
+    lines.sort();
+    let mut expected = Vec::new();
+    for generation in 1..=3 {
+        let forwarded = ["SIGALRM", "SIGCONT", "SIGINT", "SIGUSR1", "SIGWINCH", "ready"];
+        for what in forwarded {
+            if generation == 3 || ["SIGINT", "ready"].contains(&what) {
+                expected.extend([
+                    format!("generation={generation} {what}"),
+                    format!("generation={generation} {what}"),
+                ]);
+            }
+        }
+    }
+    assert_eq!(lines, expected);
+}
+
+#[test]
+fn as_pid_1_it_forwards_signals_without_a_meaning_here_and_never_usr2_or_hup() {
+    let service = as_pid_1("-n 2 --ready notify", &signal_printer(&[]));
+    service.wait_for_line("generation 1 is ready");
+    let wrapper = pid_1(&service);
+    assert_signals_are_forwarded(service, wrapper);
+}
+
+#[test]
+fn elsewhere_it_forwards_the_same_signals() {
+    let service = Service::run_ready("-n 2 --ready notify", &signal_printer(&[]));
+    let wrapper = service.pid();
+    assert_signals_are_forwarded(service, wrapper);
+}
+
+#[test]
+fn a_worker_that_still_starts_gets_forwarded_signals_too() {
+    // What has no handler for them would die of most; a shell's trap tells.
+    let text = "trap 'echo got it' USR1; echo prepares; while :; do sleep 0.05; done";
+    let mut service = Service::run("-n 1 --ready notify", &["sh", "-c", text]);
+    service.wait_for_output("prepares");
+    service.signal(Signal::SIGUSR1);
+    service.wait_for_output("got it");
+    service.stop();
+}
+
+#[test]
+fn as_pid_1_one_sigterm_stops_and_two_quick_ones_kill() {
+    for quick in [false, true] {
+        let mut service = as_pid_1("-n 2 --ready notify --stop-timeout 1h", &signal_printer(&["stays"]));
+        service.wait_for_line("generation 1 is ready");
+        let wrapper = pid_1(&service);
+        send(wrapper, Signal::SIGTERM);
+        if !quick {
+            wait_until("both got it", DEADLINE, || service.out.count_of("SIGINT") == 2);
+            service.wait_for_line("SIGTERM: stopping 2 workers");
+        }
+        // Two of one kind that nobody has looked at yet are one to the kernel, so the second may be of
+        // another kind.
+        send(wrapper, if quick { Signal::SIGINT } else { Signal::SIGTERM });
+        assert_eq!(service.wait_end().code(), Some(1), "{}", service.log.text());
+        assert!(service.out.count_of("SIGINT") <= 2, "{}", service.out.text());
+        assert!(service.log.text().contains("again: killing 2 workers"), "{}", service.log.text());
+    }
+}
+
+#[test]
+fn every_stop_signal_works_as_pid_1() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT] {
+        let addr = free_address();
+        let mut service = as_pid_1("-n 2", &naive(addr));
+        service.wait_for_line("generation 1 is ready");
+        send(pid_1(&service), signal);
+        assert_eq!(service.wait_end().code(), Some(0), "{signal}: {}", service.log.text());
+    }
+}
+
+// Exit codes.
+
+#[test]
+fn as_pid_1_it_exits_with_the_status_of_a_worker_that_fails_at_the_start() {
+    for status in [0, 1, 42, 255] {
+        let mut service = as_pid_1("-n 1", &["sh", "-c", &format!("exit {status}")]);
+        assert_eq!(service.wait_end().code(), Some(status), "{}", service.log.text());
+    }
+}
+
+#[test]
+fn as_pid_1_it_exits_with_128_and_the_signal_that_a_worker_died_of_at_the_start() {
+    for signal in [
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGQUIT,
+        Signal::SIGKILL,
+        Signal::SIGABRT,
+        Signal::SIGSEGV,
+        Signal::SIGUSR2,
+        Signal::SIGPIPE,
+    ] {
+        let mut service =
+            as_pid_1("-n 1", &["sh", "-c", &format!("ulimit -c 0; kill -{} $$", signal as i32)]);
+        assert_eq!(service.wait_end().code(), Some(128 + signal as i32), "{}", service.log.text());
+    }
+}
+
+#[test]
+fn as_pid_1_it_exits_126_and_127_for_what_can_not_be_started() {
+    let mut service = as_pid_1("-n 2", &["/etc/passwd"]);
+    assert_eq!(service.wait_end().code(), Some(126), "{}", service.log.text());
+    let mut service = as_pid_1("-n 2", &["no-such-program-anywhere"]);
+    assert_eq!(service.wait_end().code(), Some(127), "{}", service.log.text());
+}
+
+#[test]
+fn as_pid_1_it_exits_1_when_a_worker_had_to_be_killed() {
+    let mut service = as_pid_1("-n 1 --ready notify --stop-timeout 500ms", &signal_printer(&["stays"]));
+    service.wait_for_line("generation 1 is ready");
+    send(pid_1(&service), Signal::SIGTERM);
+    assert_eq!(service.wait_end().code(), Some(1), "{}", service.log.text());
+}
+
+// The stop signal and the worker.
+
+/// Sets up a command as by a starter that ignores and blocks whatever it can.
+fn with_everything_ignored_and_blocked(command: &mut Command) {
+    let hostile = || {
+        let ignored = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGUSR2, Signal::SIGCHLD];
+        for signal in ignored {
+            // SAFETY: only changes a disposition to one that runs no code.
+            unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigIgn) }?;
+        }
+        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None)?;
+        Ok(())
+    };
+    // SAFETY: the closure only makes system calls, which is all right between fork and exec.
+    unsafe { command.pre_exec(hostile) };
+}
+
+#[test]
+fn whatever_the_starter_ignored_and_blocked_it_reloads_and_stops_python_and_rust_workers() {
+    let addr = free_address();
+    for (options, worker) in [("-n 2 --ready notify", signal_printer(&[])), ("-n 2", naive(addr))] {
+        let mut command = reuse_run();
+        command.args(arguments(options, &worker));
+        with_everything_ignored_and_blocked(&mut command);
+        let mut service = Service::spawn(command);
+        service.wait_for_line("generation 1 is ready");
+        for pid in service.workers() {
+            assert_eq!(signals_in(pid, "SigBlk:"), [], "blocked");
+            let ignored = signals_in(pid, "SigIgn:");
+            assert!(!ignored.contains(&Signal::SIGINT), "{ignored:?}");
+        }
+        service.reload();
+        service.stop();
+        assert_eq!(service.log.count_of("killed"), 0, "{}", service.log.text());
+    }
+}
+
+#[test]
+fn a_worker_that_ignores_the_stop_signal_is_killed_with_its_group_at_the_time_out() {
+    let addr = free_address();
+    let text = r#"sh -c "trap '' INT; sleep 1000 & sleep 1000" & exec "$0" --ignore-int --listen "$1""#;
+    let mut service = Service::run_ready("-n 2 --stop-timeout 500ms", &script(text, addr));
+    wait_until("the helpers run", DEADLINE, || service.descendants().len() == 8);
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.wait_exit().code(), Some(1), "{}", service.log.text());
+    wait_until("nobody is left", DEADLINE, || service.descendants().is_empty());
+    assert_eq!(service.out.count_of("ignored SIGINT"), 2);
+}
+
+#[test]
+fn what_is_left_of_a_dead_workers_group_is_killed() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 1", &script(r#"sleep 1000 & exec "$0" --listen "$1""#, addr));
+    wait_until("worker and helper run", DEADLINE, || service.descendants().len() == 2);
+    let before = service.descendants();
+    send(service.workers()[0], Signal::SIGKILL);
+    service.wait_for_line("is ready, a replacement");
+    wait_until("all of the group is gone", DEADLINE, || {
+        let now = service.descendants();
+        now.len() == 2 && before.iter().all(|pid| !now.contains(pid))
+    });
+    service.stop();
+}
+
+/// `npm start` in the folder, of a package that starts so.
+fn npm_start(folder: &Folder, start: &str) -> Vec<String> {
+    let package = format!(r#"{{"name": "app", "version": "1.0.0", "scripts": {{"start": "{start}"}}}}"#);
+    fs::write(folder.path("package.json"), package).expect("write package.json");
+    let command = ["npm", "start", "--silent", "--no-update-notifier", "--prefix", &folder.path("")];
+    command.map(str::to_owned).to_vec()
+}
+
+#[test]
+fn npm_start_is_reloaded_killed_and_stopped_as_a_whole() {
+    let (addr, folder) = (free_address(), Folder::new());
+    // npm runs it by `sh -c` and forwards signals to that, which must not keep them to itself.
+    let start = format!("exec {} --listen {addr}", server());
+    let mut service = Service::run_ready("-n 1", &npm_start(&folder, &start));
+    service.reload();
+    let of_second = get(addr);
+    assert_eq!(of_second.generation, Some(2));
+    let npm = service.workers();
+    assert_eq!(npm.len(), 1);
+    assert_ne!(Some(npm[0]), of_second.pid, "npm is the worker, and the server its child");
+    let before = service.descendants();
+    send(npm[0], Signal::SIGKILL);
+    service.wait_for_line("is ready, a replacement");
+    wait_until("all of the group is gone", DEADLINE, || {
+        let now = service.descendants();
+        before.iter().all(|pid| !now.contains(pid))
+    });
+    assert_ne!(get(addr).pid, of_second.pid);
+    service.stop();
+}
+
+#[test]
+fn what_npm_start_leaves_behind_under_a_shell_that_forwards_nothing_is_killed() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let start = format!("{} --listen {addr}; true", server());
+    let mut service =
+        Service::run_ready("-n 1 --stop-signal TERM --stop-timeout 2s", &npm_start(&folder, &start));
+    service.reload();
+    assert_eq!(get(addr).generation, Some(2));
+    service.signal(Signal::SIGTERM);
+    service.wait_end();
+    assert_eq!(service.descendants(), [0u32; 0], "{}", service.log.text());
+}
+
+// The wrapper dies.
+
+#[test]
+fn a_killed_wrapper_takes_its_workers_down_and_the_next_start_finds_the_port_free() {
+    let addr = free_address();
+    for _ in 0..5 {
+        let mut service = Service::run_ready("-n 2", &naive(addr));
+        let load = Load::start(LoadOptions::new(addr, 4));
+        wait_until("answers", DEADLINE, || load.snapshot().answered > 20);
+        let workers = service.workers();
+        service.signal(Signal::SIGKILL);
+        service.wait_exit();
+        wait_until("the workers are gone at once", Duration::from_secs(10), || {
+            let alive = |pid: &u32| Process::read(*pid).is_some_and(|process| process.state != 'Z');
+            !workers.iter().any(alive)
+        });
+        load.stop();
+    }
+    let mut service = Service::run_ready("-n 2", &naive(addr));
+    get(addr);
+    service.stop();
+}
+
+// What may become of stderr.
+
+/// `reuse-run` with a redirection of the shell's.
+fn redirected(redirection: &str, options: &str, command: &[String]) -> Command {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!(r#"exec "$0" "$@" {redirection}"#)]);
+    shell.arg(reuse_run().get_program()).args(arguments(options, command));
+    shell
+}
+
+/// Without the log, the answers tell how it goes.
+fn assert_it_goes_on(mut service: Service, addr: SocketAddr) {
+    let serves = |generation| {
+        wait_until("the generation serves", DEADLINE, || {
+            load::get(addr, "/", DEADLINE).is_ok_and(|answer| answer.origin.generation == Some(generation))
+        });
+        wait_until("it serves alone", DEADLINE, || service.workers().len() == 2);
+    };
+    serves(1);
+    for generation in 2..=4 {
+        service.signal(Signal::SIGUSR2);
+        serves(generation);
+    }
+    let victim = get(addr).pid.expect("a pid");
+    send(victim, Signal::SIGKILL);
+    wait_until("a replacement", DEADLINE, || {
+        service.workers().len() == 2 && !service.workers().contains(&victim)
+    });
+    get(addr);
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.wait_exit().code(), Some(0));
+}
+
+#[test]
+fn with_stderr_closed_it_goes_on() {
+    let addr = free_address();
+    assert_it_goes_on(Service::spawn(redirected("2>&-", "-n 2", &naive(addr))), addr);
+}
+
+#[test]
+fn with_all_of_stdin_stdout_and_stderr_closed_it_goes_on() {
+    let addr = free_address();
+    assert_it_goes_on(Service::spawn(redirected("<&- >&- 2>&-", "-n 2", &naive(addr))), addr);
+}
+
+#[test]
+fn with_a_full_pipe_on_stderr_that_nobody_reads_it_goes_on() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let path = folder.path("pipe");
+    nix::unistd::mkfifo(path.as_str(), nix::sys::stat::Mode::S_IRWXU).expect("make a pipe");
+    let mut pipe = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(&path)
+        .expect("open the pipe");
+    while pipe.write(&[b'x'; 4096]).is_ok() {}
+    while pipe.write(b"x").is_ok() {}
+    let mut command = redirected(&format!("2>{path}"), "-n 2", &naive(addr));
+    command.env("RUST_LOG", "debug");
+    assert_it_goes_on(Service::spawn(command), addr);
+}
+
+#[test]
+fn with_a_pipe_on_stderr_whose_reader_has_gone_it_goes_on() {
+    let addr = free_address();
+    // `true` ends at once, and the pipe with it.
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", r#"exec 3>&1; { "$0" "$@" 2>&1 >&3 3>&- & echo "wrapper $!" >&3; exec 3>&-; } | true"#]);
+    shell.arg(reuse_run().get_program()).args(arguments("-n 2", &naive(addr)));
+    let service = Service::spawn(shell);
+    let line = service.wait_for_output("wrapper ").text;
+    let wrapper: u32 = line.trim_start_matches("wrapper ").parse().expect("a pid");
+    wait_until("it serves", DEADLINE, || load::get(addr, "/", DEADLINE).is_ok());
+    send(wrapper, Signal::SIGUSR2);
+    wait_until("the second generation serves", DEADLINE, || get(addr).generation == Some(2));
+    send(wrapper, Signal::SIGTERM);
+    wait_until("nobody is left", DEADLINE, || service.descendants().is_empty());
+}
+
+/// A pseudo-terminal: its master, which nobody inherits, and the path of its other end.
+fn terminal() -> (File, String) {
+    let flags = libc::O_NOCTTY;
+    let master = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(flags)
+        .open("/dev/ptmx")
+        .expect("open /dev/ptmx");
+    let mut name = [0 as libc::c_char; 64];
+    // SAFETY: the fd is a terminal's master for as long as the calls take, and the name has room for 64.
+    let result = unsafe {
+        libc::grantpt(master.as_raw_fd())
+            | libc::unlockpt(master.as_raw_fd())
+            | libc::ptsname_r(master.as_raw_fd(), name.as_mut_ptr(), name.len())
+    };
+    assert_eq!(result, 0, "a pseudo-terminal");
+    // SAFETY: ptsname_r(3) has ended the name with a zero.
+    let name = unsafe { CStr::from_ptr(name.as_ptr()) };
+    (master, name.to_str().expect("a path in UTF-8").to_owned())
+}
+
+#[test]
+fn when_the_terminal_on_stderr_hangs_up_it_goes_on() {
+    let addr = free_address();
+    let (master, path) = terminal();
+    let service = Service::spawn(redirected(&format!("2>{path}"), "-n 2", &naive(addr)));
+    wait_until("it serves", DEADLINE, || load::get(addr, "/", DEADLINE).is_ok());
+    drop(master);
+    assert_it_goes_on(service, addr);
+}
+
+#[test]
+fn when_the_controlling_terminal_hangs_up_it_reloads_and_goes_on() {
+    let addr = free_address();
+    let (master, path) = terminal();
+    let mut command = redirected(&format!("<{path} 2>{path}"), "-n 2", &naive(addr));
+    // SAFETY: setsid(2) is a system call and no more, which is all right between fork and exec.
+    unsafe { command.pre_exec(|| Ok(nix::unistd::setsid().map(drop)?)) };
+    let mut service = Service::spawn(command);
+    wait_until("it serves", DEADLINE, || load::get(addr, "/", DEADLINE).is_ok());
+    drop(master);
+    wait_until("the second generation serves", DEADLINE, || get(addr).generation == Some(2));
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.wait_exit().code(), Some(0));
+}
