@@ -19,9 +19,13 @@ impl Address {
         let family = u16::from_ne_bytes(bytes.get(0..2)?.try_into().ok()?);
         let port = u16::from_be_bytes(bytes.get(2..4)?.try_into().ok()?);
         let socket = match i32::from(family) {
-            libc::AF_INET => {
+            // Old programs leave the family out for 0.0.0.0, and the kernel lets them (`__inet_bind`).
+            libc::AF_INET | libc::AF_UNSPEC => {
                 bytes.get(..16)?; // the kernel refuses a shorter struct sockaddr_in
                 let ip: [u8; 4] = bytes.get(4..8)?.try_into().ok()?;
+                if i32::from(family) == libc::AF_UNSPEC && ip != [0; 4] {
+                    return None;
+                }
                 SocketAddr::V4(SocketAddrV4::new(ip.into(), port))
             }
             libc::AF_INET6 => {
@@ -128,6 +132,7 @@ mod tests {
             let family = bytes.get(..2).map_or(0, |family| u16::from_ne_bytes([family[0], family[1]]));
             let whole = match i32::from(family) {
                 libc::AF_INET => bytes.len() >= 16,
+                libc::AF_UNSPEC => bytes.len() >= 16 && bytes[4..8] == [0; 4],
                 libc::AF_INET6 => bytes.len() >= 24,
                 _ => false,
             };

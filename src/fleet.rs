@@ -338,16 +338,12 @@ impl Fleet {
 
     /// Tells what each worker is to the steering of new connections.
     pub fn standing(&self) -> impl Fn(WorkerId) -> Standing {
-        // Once one of those that drain is told to stop, a good while has passed since the switch, and
-        // whatever still comes to the others comes by mistake.
-        let retired = |worker: &Worker| worker.generation != self.generation;
-        let late = self.workers.values().any(|w| retired(w) && matches!(w.state, State::Stopping { .. }));
         move |id| match self.workers.get(&id) {
             Some(worker) => match worker.state {
                 State::Ready if worker.generation == self.generation => Standing::Ready,
                 State::Ready | State::Starting { .. } => Standing::Starting,
-                State::Draining { .. } if !late => Standing::Draining,
-                State::Draining { .. } | State::Stopping { .. } | State::Killed { .. } => Standing::Leaving,
+                State::Draining { .. } => Standing::Draining,
+                State::Stopping { .. } | State::Killed { .. } => Standing::Leaving,
             },
             None => Standing::Leaving,
         }

@@ -244,6 +244,9 @@ impl Interception {
         let v6only = options.v6only.unwrap_or_else(procfs::v6only_by_default);
         let bytes =
             procfs::memory(tid, address, len as usize).inspect_err(|e| self.warn_of_rights(e)).ok()?;
+        if bytes.len() as u64 != len {
+            return None; // not all of it is there, which the kernel refuses
+        }
         let address = Address::from_sockaddr(&bytes, v6only)?;
         let family_fits = match procfs::socket_protocol(tid, fd).ok()?.as_str() {
             "TCP" | "MPTCP" => address.socket.is_ipv4(),
@@ -252,6 +255,9 @@ impl Interception {
         };
         if !family_fits || address.socket.port() == 0 || !may_bind(tid, address.socket.port()) {
             return None;
+        }
+        if is_bound(tid, fd) {
+            return None; // which the kernel refuses
         }
         let flags = procfs::fd_flags(tid, fd).ok()?;
         Some(Bind {
@@ -329,6 +335,14 @@ struct Bind {
     inode: u64,
     close_on_exec: bool,
     wish: Wish,
+}
+
+/// Whether a socket has a port already, by its connection or by a bind that was not ours. Where that can't
+/// be found out it is taken for a new one.
+fn is_bound(tid: Pid, fd: u32) -> bool {
+    let copy = procfs::process_of(tid).and_then(|pid| sys::pidfd_getfd(pid.as_raw(), fd));
+    let address = copy.and_then(|copy| socket2::SockRef::from(&copy).local_addr());
+    address.is_ok_and(|address| address.as_socket().is_some_and(|address| address.port() != 0))
 }
 
 /// Whether a thread could do itself what the wrapper would do for it: it is in the same network namespace,

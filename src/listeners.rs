@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use log::{debug, warn};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::unistd::Pid;
-use socket2::{Domain, Protocol, SockFilter, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::address::Address;
 use crate::fleet::WorkerId;
@@ -62,7 +62,7 @@ struct Member {
     holder: Holder,
     /// In the group's array, which is: listening.
     listening: bool,
-    /// Whether the hold filter is attached.
+    /// Whether it takes no handshake.
     held: bool,
     /// Whether the borrower had asked for SO_REUSEPORT itself.
     shares: bool,
@@ -89,13 +89,11 @@ pub struct Wish {
     pub shares: bool,
 }
 
-/// Something that happened to the pool's sockets by itself.
+/// A worker has shut its listener down, or closed it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Event {
-    /// A worker shut its listener down.
-    StoppedListening { worker: WorkerId, address: Address },
-    /// Connections that waited where no worker will ever take them up were reset.
-    Reset { address: Address, connections: usize },
+pub struct StoppedListening {
+    pub worker: WorkerId,
+    pub address: Address,
 }
 
 /// How many sockets a worker borrows before it is looked which of them it has closed again.
@@ -118,7 +116,9 @@ pub struct Pool {
     /// Lent sockets on which a connection waited: when to look whether one still does. They are not
     /// watched for connections until then, so that traffic wakes the wrapper once in that time.
     queued: BTreeMap<MemberId, Instant>,
-    events: Vec<Event>,
+    /// Sockets that nobody borrows and on which connections may wait, for [`Pool::reset_unserved`].
+    unserved: BTreeSet<MemberId>,
+    stopped: Vec<StoppedListening>,
 }
 
 impl Pool {
@@ -130,7 +130,8 @@ impl Pool {
             next: MemberId(0),
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             queued: BTreeMap::new(),
-            events: Vec::new(),
+            unserved: BTreeSet::new(),
+            stopped: Vec::new(),
         })
     }
 
@@ -291,7 +292,7 @@ impl Pool {
             return;
         };
         if *listening {
-            self.events.push(Event::StoppedListening { worker: borrower.worker, address: *address });
+            self.stopped.push(StoppedListening { worker: borrower.worker, address: *address });
         }
         self.vacate(id, None);
     }
@@ -368,7 +369,8 @@ impl Pool {
                     self.queued.insert(id, Instant::now() + QUEUE_STANDS);
                     self.watch(id);
                 } else {
-                    self.reset_queue(id);
+                    self.unserved.insert(id);
+                    self.watch(id);
                 }
             }
             if count < ready.len() {
@@ -403,7 +405,7 @@ impl Pool {
             let Some(member) = self.members.get(id) else { continue };
             match member.holder {
                 Holder::Lent(Borrower { worker, .. }) => {
-                    self.events.push(Event::StoppedListening { worker, address: member.address });
+                    self.stopped.push(StoppedListening { worker, address: member.address });
                 }
                 Holder::Free | Holder::Reserved { .. } => self.remove(*id),
             }
@@ -412,6 +414,7 @@ impl Pool {
 
     fn remove(&mut self, id: MemberId) {
         self.queued.remove(&id);
+        self.unserved.remove(&id);
         if let Some(member) = self.members.remove(&id) {
             self.inodes.remove(&member.inode);
             if let Some(group) = self.groups.get_mut(&member.address) {
@@ -459,7 +462,7 @@ impl Pool {
         let Some(member) = self.members.get(&id) else { return };
         let flags = match member.holder {
             _ if !member.listening => EpollFlags::EPOLLOUT | EpollFlags::EPOLLET,
-            _ if self.queued.contains_key(&id) => EpollFlags::empty(),
+            _ if self.queued.contains_key(&id) || self.unserved.contains(&id) => EpollFlags::empty(),
             Holder::Reserved { overdue: false, .. } => EpollFlags::empty(),
             Holder::Free | Holder::Reserved { overdue: true, .. } | Holder::Lent(_) => EpollFlags::EPOLLIN,
         };
@@ -503,7 +506,7 @@ impl Pool {
             if let Some(member) = self.members.get_mut(&id) {
                 member.holder = Holder::Reserved { slot, generation, overdue: true };
             }
-            self.reset_queue(id);
+            self.unserved.insert(id);
         }
     }
 
@@ -522,23 +525,31 @@ impl Pool {
             self.watch(id);
         } else {
             member.holder = Holder::Free;
-            self.reset_queue(id);
+            self.unserved.insert(id);
+            self.watch(id);
         }
         self.close_if_unserved(address);
     }
 
-    /// Accepts what waits on a socket that nobody borrows and closes it with a reset, so that the client
-    /// learns at once that it has to try again.
-    fn reset_queue(&mut self, id: MemberId) {
-        let Some(member) = self.members.get(&id) else { return };
-        let (connections, result) = member.reset_queue();
-        self.events.push(Event::Reset { address: member.address, connections });
+    /// Resets what waits on sockets that nobody borrows, so that the clients learn at once that they have to
+    /// try again. Returns how many there were on which address. Call it when new connections are steered
+    /// away from such sockets: what came until then is lost.
+    pub fn reset_unserved(&mut self) -> Vec<(Address, usize)> {
+        let unserved = mem::take(&mut self.unserved);
+        let reset = unserved.into_iter().filter_map(|id| self.reset_queue(id)).collect::<Vec<_>>();
+        reset.into_iter().filter(|(_, connections)| *connections > 0).collect()
+    }
+
+    fn reset_queue(&mut self, id: MemberId) -> Option<(Address, usize)> {
+        let member = self.members.get(&id).filter(|member| !matches!(member.holder, Holder::Lent(_)))?;
+        let (address, (connections, result)) = (member.address, member.reset_queue());
         if let Err(error) = result {
             // Without a free fd, say, they stay in the queue, and to look again at once would be in vain.
-            warn!("can't reset what waits on {}: {error}", member.address);
+            warn!("can't reset what waits on {address}: {error}");
             self.queued.insert(id, Instant::now() + QUEUE_STANDS);
         }
         self.watch(id);
+        Some((address, connections))
     }
 
     /// Closes an address when no worker borrows a socket of it and no replacement is awaited.
@@ -594,11 +605,10 @@ impl Pool {
         self.begin_to_listen(id, SPARE_BACKLOG)
     }
 
-    /// What happened since the last call. Look after [`Pool::as_fd`] became readable.
-    pub fn events(&mut self) -> Vec<Event> {
+    /// Which workers have stopped listening since the last call. Look after [`Pool::as_fd`] became readable.
+    pub fn stopped_listening(&mut self) -> Vec<StoppedListening> {
         self.note_departures(None);
-        let happened = |event: &Event| !matches!(event, Event::Reset { connections: 0, .. });
-        mem::take(&mut self.events).into_iter().filter(happened).collect()
+        mem::take(&mut self.stopped)
     }
 
     /// The addresses on which a worker listens.
@@ -638,10 +648,10 @@ impl Group {
     ) -> io::Result<()> {
         let are = |steer| ids.iter().zip(decided).filter(move |(_, s)| **s == steer).map(|(id, _)| *id);
         let named: BTreeSet<MemberId> = are(Steer::Named).collect();
-        for id in named.iter().copied().chain(are(Steer::Open)) {
-            members.get_mut(&id).map_or(Ok(()), Member::let_go)?;
+        for id in &named {
+            members.get_mut(id).map_or(Ok(()), Member::let_go)?;
         }
-        // Without anyone to name the program may stay: all are held.
+        // Without anyone to name the program stays.
         if let Some(any) = named.first() {
             let indices = self.order.indices(&named);
             if self.named.as_ref() != Some(&indices) {
@@ -659,12 +669,14 @@ impl Group {
 }
 
 impl Member {
+    /// Has the socket take no handshake: its SYN is dropped, and the client sends it again after a second.
+    ///
+    /// No packet arrives with the time to live that this asks for, but from a neighbour that sends with 255.
+    /// (A socket filter could tell a SYN exactly, but new kernels want CAP_NET_ADMIN for one on TCP.) What
+    /// is accepted inherits the limit; so this is for sockets to which no handshake is under way.
     fn hold(&mut self) -> io::Result<()> {
         if !self.held {
-            let filter = steering::hold_filter();
-            let filter: Vec<SockFilter> =
-                filter.iter().map(|op| SockFilter::new(op.code, op.jt, op.jf, op.k)).collect();
-            self.socket.attach_filter(&filter)?;
+            self.set_min_ttl(u8::MAX)?;
             self.held = true;
         }
         Ok(())
@@ -672,8 +684,18 @@ impl Member {
 
     fn let_go(&mut self) -> io::Result<()> {
         if self.held {
-            self.socket.detach_filter()?;
+            self.set_min_ttl(0)?;
             self.held = false;
+        }
+        Ok(())
+    }
+
+    fn set_min_ttl(&self, ttl: u8) -> io::Result<()> {
+        if self.address.socket.is_ipv6() {
+            sys::set_min_ttl(self.socket.as_fd(), true, ttl)?;
+        }
+        if !self.address.v6only {
+            sys::set_min_ttl(self.socket.as_fd(), false, ttl)?; // of an IPv6 socket: for clients over IPv4
         }
         Ok(())
     }

@@ -66,6 +66,14 @@ pub struct Credentials {
     pub effective: u64,
 }
 
+/// The process that a thread belongs to.
+pub fn process_of(tid: Pid) -> io::Result<Pid> {
+    let text = fs::read_to_string(path(tid, "status"))?;
+    let pid =
+        text.lines().find_map(|line| line.strip_prefix("Tgid:")).and_then(|pid| pid.trim().parse().ok());
+    pid.map(Pid::from_raw).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
 pub fn credentials(tid: Pid) -> io::Result<Credentials> {
     let text = fs::read_to_string(path(tid, "status"))?;
     parse_credentials(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
@@ -107,6 +115,16 @@ pub fn tree(root: Pid) -> Vec<Pid> {
         tree.extend(children(pid).into_iter().filter(|child| !tree.contains(child)).collect::<Vec<_>>());
     }
     tree
+}
+
+/// Those among a process and its descendants whose parent is a shell. A shell keeps a SIGINT that it is sent
+/// for itself until its child has ended.
+pub fn behind_shells(root: Pid) -> Vec<Pid> {
+    const SHELLS: [&str; 6] = ["sh", "dash", "bash", "ash", "ksh", "zsh"];
+    let is_shell = |pid: &Pid| {
+        fs::read_to_string(path(*pid, "comm")).is_ok_and(|name| SHELLS.contains(&name.trim_end()))
+    };
+    tree(root).into_iter().filter(is_shell).flat_map(children).collect()
 }
 
 /// The children of all threads of a process.

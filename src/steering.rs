@@ -21,11 +21,11 @@ pub struct MemberId(pub u32);
 pub enum Steer {
     /// The program names it.
     Named,
-    /// The program doesn't name it, but a handshake that was sent to it a moment ago may go on.
-    Open,
-    /// The program doesn't name it, and a handshake that reaches it all the same is dropped, so that the
+    /// The program doesn't name it, and what reaches it all the same is dropped in silence, so that the
     /// client's next attempt goes where the program then says.
     Held,
+    /// The program doesn't name it, if it names anyone; a handshake that was sent to it before may go on.
+    AsIs,
 }
 
 /// What a member is to the pool, as far as steering is concerned.
@@ -56,9 +56,10 @@ pub fn decide(standings: &[Standing]) -> Vec<Steer> {
     let decide = |standing: &Standing| match standing {
         Standing::Ready => Steer::Named,
         Standing::Reserved if !served => Steer::Named,
-        Standing::Reserved => Steer::Open,
-        Standing::Draining if served || awaited => Steer::Open,
-        Standing::Draining | Standing::Starting | Standing::Leaving | Standing::Free => Steer::Held,
+        // It listens where its successors don't, and would never be done otherwise.
+        Standing::Draining if !served && !awaited => Steer::Held,
+        Standing::Reserved | Standing::Draining | Standing::Leaving => Steer::AsIs,
+        Standing::Starting | Standing::Free => Steer::Held,
     };
     standings.iter().map(decide).collect()
 }
@@ -208,24 +209,6 @@ fn choose(runs: &[Run], program: &mut Vec<sock_filter>) {
     choose(high, program);
 }
 
-/// A socket filter (socket(7), SO_ATTACH_FILTER) that drops what begins a connection, a segment with SYN
-/// and without ACK, and lets all else pass: handshakes that are under way complete.
-///
-/// On a TCP socket a filter sees the TCP header first (`tcp_filter`, net/ipv4/tcp_ipv4.c); its byte 13
-/// holds the flags (RFC 9293, 3.1). A client whose SYN is dropped sends it again after a second.
-pub fn hold_filter() -> Vec<sock_filter> {
-    const FLAGS: u32 = 13;
-    const SYN: u32 = 0x02;
-    const ACK: u32 = 0x10;
-    vec![
-        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, FLAGS),
-        op(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, SYN | ACK),
-        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, SYN),
-        op(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
-        op(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
-    ]
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::collection::vec;
@@ -369,9 +352,9 @@ mod tests {
     fn ready_workers_get_everything_and_without_one_connections_wait_for_a_replacement() {
         use Standing::*;
         use Steer::*;
-        assert_eq!(decide(&[Ready, Reserved, Draining, Starting, Leaving]), [Named, Open, Open, Held, Held]);
-        assert_eq!(decide(&[Starting, Reserved, Draining, Free]), [Held, Named, Open, Held]);
-        assert_eq!(decide(&[Starting, Draining, Free]), [Held, Held, Held]);
+        assert_eq!(decide(&[Ready, Reserved, Draining, Starting, Leaving]), [Named, AsIs, AsIs, Held, AsIs]);
+        assert_eq!(decide(&[Starting, Reserved, Draining, Free]), [Held, Named, AsIs, Held]);
+        assert_eq!(decide(&[Starting, Draining, Leaving, Free]), [Held, Held, AsIs, Held]);
     }
 
     proptest! {

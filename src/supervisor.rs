@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use crate::drain::Drain;
 use crate::fleet::{Action, Event, Fleet, Policy, WorkerId, count};
 use crate::intercept::Interception;
-use crate::listeners::{self, Borrower, Pool};
+use crate::listeners::{Borrower, Pool, StoppedListening};
 use crate::ready::{ReadyPipe, Said};
 use crate::signals::{Asked, Signals};
 use crate::worker::{self, Program, StartError, Starter};
@@ -118,15 +118,15 @@ fn watch(epoll: &Epoll, what: &impl AsFd, source: Source) -> io::Result<()> {
 impl Supervisor {
     fn wait_and_handle(&mut self) {
         let mut events = [EpollEvent::empty(); 256];
-        let count = match self.epoll.wait(&mut events, self.timeout()) {
-            Ok(count) => count,
+        let ready = match self.epoll.wait(&mut events, self.timeout()) {
+            Ok(ready) => ready,
             Err(Errno::EINTR) => 0,
             Err(error) => {
                 warn!("can't wait for events: {error}");
                 0
             }
         };
-        for event in &events[..count] {
+        for event in &events[..ready] {
             match Source::from_token(event.data()) {
                 Source::Signals => self.take_signals(),
                 Source::Pool => {} // looked at below, whatever has happened
@@ -138,8 +138,14 @@ impl Supervisor {
             self.handle(Event::Drained { worker });
         }
         self.pool.look_at_queues(Instant::now());
-        self.take_pool_events();
+        for StoppedListening { worker, address } in self.pool.stopped_listening() {
+            self.handle(Event::StoppedListening { worker, address });
+        }
         self.handle(Event::Tick);
+        for (address, connections) in self.pool.reset_unserved() {
+            let connections = count(connections, "connection");
+            info!("{connections} to {address} reset: no worker is there to take what came");
+        }
     }
 
     fn timeout(&self) -> EpollTimeout {
@@ -243,20 +249,6 @@ impl Supervisor {
             }
             self.drain.forget(worker);
             self.handle(Event::Ended { worker, end: reaped.end });
-        }
-    }
-
-    fn take_pool_events(&mut self) {
-        for event in self.pool.events() {
-            match event {
-                listeners::Event::StoppedListening { worker, address } => {
-                    self.handle(Event::StoppedListening { worker, address });
-                }
-                listeners::Event::Reset { address, connections } => {
-                    let connections = count(connections, "connection");
-                    info!("{connections} to {address} reset: no worker will take what came so late");
-                }
-            }
         }
     }
 

@@ -104,6 +104,21 @@ pub fn waitid_ended(pid: Option<c_int>, options: c_int) -> io::Result<Option<End
     Ok((pid != 0).then_some(Ended { pid, code: info.si_code, status }))
 }
 
+/// pidfd_getfd(2): a duplicate of fd number `fd` of the process `pid`.
+///
+/// # Errors
+/// EPERM where ptrace access is denied; some seccomp profiles deny the call to all without CAP_SYS_PTRACE.
+pub fn pidfd_getfd(pid: c_int, fd: u32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes two numbers.
+    let pidfd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } as c_int)?;
+    // SAFETY: a result that isn't -1 is a fresh fd that nobody else owns.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    // SAFETY: pidfd_getfd takes three numbers.
+    let copy = check(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) } as c_int)?;
+    // SAFETY: as above.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
+
 /// What a trapped system call gets to hear.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NotifResponse {
@@ -145,6 +160,19 @@ pub fn attach_reuseport_cbpf(socket: BorrowedFd, program: &[sock_filter]) -> io:
             size_of::<sock_fprog>() as libc::socklen_t,
         )
     })?;
+    Ok(())
+}
+
+/// setsockopt(2), IP_MINTTL (ip(7)) or, for `ipv6`, IPV6_MINHOPCOUNT: the socket drops packets in silence
+/// whose time to live has come down to less than `ttl`. 0 lets all pass.
+pub fn set_min_ttl(socket: BorrowedFd, ipv6: bool, ttl: u8) -> io::Result<()> {
+    const IPV6_MINHOPCOUNT: c_int = 73; // linux/in6.h
+    let (level, option) =
+        if ipv6 { (libc::IPPROTO_IPV6, IPV6_MINHOPCOUNT) } else { (libc::IPPROTO_IP, libc::IP_MINTTL) };
+    let ttl = c_int::from(ttl);
+    let length = size_of::<c_int>() as libc::socklen_t;
+    // SAFETY: the kernel reads one int through the pointer.
+    check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const ttl).cast(), length) })?;
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
     socketpair,
@@ -189,8 +189,9 @@ impl Preparation {
         let (soft, hard) = self.open_files;
         setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
         // A shell without job control starts what it puts into the background with SIGINT and SIGQUIT
-        // ignored. Go and Python keep that and would never see the stop signal. std has emptied the mask.
+        // ignored. Go and Python keep that and would never see the stop signal.
         *step = Step::Signals;
+        SigSet::empty().thread_set_mask()?;
         for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, self.stop_signal] {
             sys::signal_default(signal)?;
         }
