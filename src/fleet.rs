@@ -135,6 +135,10 @@ pub enum Action {
     Signal {
         worker: WorkerId,
     },
+    /// Send the stop signal to those of its processes whose parent is a shell, which doesn't pass it on.
+    SignalBehindShells {
+        worker: WorkerId,
+    },
     /// Send SIGKILL to its process group.
     Kill {
         worker: WorkerId,
@@ -177,6 +181,8 @@ enum State {
         until: Instant,
     },
     Stopping {
+        /// When to have the signal reach those behind shells too.
+        nudge_at: Option<Instant>,
         kill_at: Instant,
     },
     /// SIGKILL was sent.
@@ -262,6 +268,9 @@ const PROVEN: Duration = Duration::from_secs(10);
 const HINT_AFTER: Duration = Duration::from_secs(1);
 /// Clients wait so long for the next worker of a slot; from then on they had better try again.
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
+/// A worker that is a shell, or npm, which runs one, ends only with the program in it. A shell that has
+/// passed the signal on, as a trap can, has done so by then.
+const NUDGE_AFTER: Duration = Duration::from_secs(1);
 /// A process that has not ended so long after SIGKILL is stuck in the kernel, and is waited for no more.
 const LOST_AFTER: Duration = Duration::from_secs(10);
 
@@ -327,7 +336,7 @@ impl Fleet {
                     .min()
             }
             State::Draining { until } => Some(until),
-            State::Stopping { kill_at } => Some(kill_at),
+            State::Stopping { nudge_at, kill_at } => nudge_at.into_iter().chain([kill_at]).min(),
             State::Killed { lost_at } => Some(lost_at),
             State::Ready => None,
         };
@@ -557,7 +566,8 @@ impl Fleet {
         }
         match worker.state {
             State::Starting { .. } | State::Ready | State::Draining { .. } => {
-                worker.state = State::Stopping { kill_at: now + self.policy.stop_timeout };
+                let (nudge_at, kill_at) = (Some(now + NUDGE_AFTER), now + self.policy.stop_timeout);
+                worker.state = State::Stopping { nudge_at, kill_at };
                 self.actions.push(Action::Steer); // before the signal: it may shut its listener down
                 self.actions.push(Action::Signal { worker: id });
             }
@@ -786,13 +796,17 @@ impl Fleet {
                 self.info(format!("{name} was not seen idle within {drain} (see --drain)"));
                 self.stop(id, now);
             }
-            State::Stopping { kill_at } if kill_at <= now => {
+            State::Stopping { kill_at, .. } if kill_at <= now => {
                 let (name, timeout) = (self.name(id), humantime::format_duration(self.policy.stop_timeout));
                 let signal = self.policy.stop_signal;
                 self.warn(format!(
                     "{name} did not end within {timeout} of {signal} (see --stop-timeout); killing it"
                 ));
                 self.kill(id, now);
+            }
+            State::Stopping { kill_at, nudge_at: Some(at) } if at <= now => {
+                worker.state = State::Stopping { nudge_at: None, kill_at };
+                self.actions.push(Action::SignalBehindShells { worker: id });
             }
             State::Killed { lost_at } if lost_at <= now => {
                 let (name, waited) = (self.name(id), humantime::format_duration(LOST_AFTER));
@@ -946,6 +960,9 @@ mod tests {
                     Action::Signal { worker } => {
                         let told = self.alive.insert(worker, Told::Stop);
                         assert_eq!(told, Some(Told::Nothing), "{worker:?} is to be told to stop");
+                    }
+                    Action::SignalBehindShells { worker } => {
+                        assert_eq!(self.alive.get(&worker), Some(&Told::Stop), "{worker:?} is to be nudged");
                     }
                     Action::Kill { worker } => {
                         let told = self.alive.insert(worker, Told::Kill);

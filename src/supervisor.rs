@@ -15,6 +15,7 @@ use crate::drain::Drain;
 use crate::fleet::{Action, Event, Fleet, Policy, WorkerId, count};
 use crate::intercept::Interception;
 use crate::listeners::{Borrower, Pool, StoppedListening};
+use crate::procfs;
 use crate::ready::{ReadyPipe, Said};
 use crate::signals::{Asked, Signals};
 use crate::worker::{self, Program, StartError, Starter};
@@ -176,6 +177,12 @@ impl Supervisor {
                     self.drain.forget(worker);
                     if let Some(Worker { pid, .. }) = self.workers.get(&worker) {
                         worker::signal(*pid, self.stop_signal);
+                    }
+                }
+                Action::SignalBehindShells { worker } => {
+                    if let Some(Worker { pid, .. }) = self.workers.get(&worker) {
+                        let behind = procfs::behind_shells(*pid);
+                        behind.into_iter().for_each(|pid| worker::signal(pid, self.stop_signal));
                     }
                 }
                 Action::Kill { worker } => {

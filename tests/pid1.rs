@@ -361,6 +361,20 @@ fn npm_start_is_reloaded_killed_and_stopped_as_a_whole() {
 }
 
 #[test]
+fn the_stop_signal_reaches_a_server_behind_npm_and_a_shell_that_keeps_it() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let behind_npm = npm_start(&folder, &format!("{} --listen {addr}", server()));
+    let behind_sh = ["sh", "-c", &format!("{} --listen {addr}; true", server())].map(str::to_owned).to_vec();
+    for command in [behind_npm, behind_sh] {
+        // A server that the signal doesn't reach would be waited for in vain.
+        let mut service = Service::run_ready("-n 1 --stop-timeout 1h", &command);
+        service.reload();
+        assert_eq!(get(addr).generation, Some(2));
+        service.stop();
+    }
+}
+
+#[test]
 fn what_npm_start_leaves_behind_under_a_shell_that_forwards_nothing_is_killed() {
     let (addr, folder) = (free_address(), Folder::new());
     let start = format!("{} --listen {addr}; true", server());
