@@ -503,8 +503,7 @@ impl Fleet {
     fn announce_ready(&mut self, generation: u32, since: Instant, now: Instant) {
         let of_generation = || self.workers.values().filter(|worker| worker.generation == generation);
         let addresses: BTreeSet<&Address> = of_generation().flat_map(|worker| &worker.addresses).collect();
-        let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
-        let on = if addresses.is_empty() { String::new() } else { format!(" on {}", addresses.join(" ")) };
+        let on = if addresses.is_empty() { String::new() } else { format!(" on {}", list(addresses)) };
         let workers = count(of_generation().count(), "worker");
         self.info(format!("generation {generation} is ready after {}: {workers}{on}", millis(now - since)));
     }
@@ -784,7 +783,7 @@ impl Fleet {
                     self.late(id, now);
                 } else if hint_at.is_some_and(|at| at <= now) {
                     worker.state = State::Starting { ready_by, hint_at: None };
-                    let (name, lacks) = (self.name(id), list(&self.missing(id)));
+                    let (name, lacks) = (self.name(id), list(self.missing(id)));
                     self.info(format!(
                         "{name} waits: it does not listen on {lacks}, as the worker it replaces does"
                     ));
@@ -827,7 +826,7 @@ impl Fleet {
             }
             _ => format!(
                 "it does not listen on {}, as the worker it replaces does (see --ready notify)",
-                list(&self.missing(id))
+                list(self.missing(id))
             ),
         };
         let serves = worker.generation == self.generation;
@@ -844,8 +843,8 @@ impl Fleet {
     }
 }
 
-fn list(addresses: &[Address]) -> String {
-    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+fn list(addresses: impl IntoIterator<Item = impl ToString>) -> String {
+    addresses.into_iter().map(|address| address.to_string()).collect::<Vec<_>>().join(" ")
 }
 
 /// "1 worker", "4 workers"

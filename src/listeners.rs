@@ -113,8 +113,8 @@ pub struct Pool {
     next: MemberId,
     /// Tells which listeners were shut down (EPOLLHUP) and on which a connection waits (EPOLLIN).
     epoll: Epoll,
-    /// Lent sockets on which a connection waited: when to look whether one still does. They are not
-    /// watched for connections until then, so that traffic wakes the wrapper once in that time.
+    /// Sockets on which a connection waited: when to look whether one still does. They are not watched for
+    /// connections until then, so that traffic wakes the wrapper once in that time.
     queued: BTreeMap<MemberId, Instant>,
     /// Sockets that nobody borrows and on which connections may wait, for [`Pool::reset_unserved`].
     unserved: BTreeSet<MemberId>,
@@ -320,8 +320,6 @@ impl Pool {
     }
 
     fn begin_to_listen(&mut self, id: MemberId, backlog: i32) -> io::Result<()> {
-        // The array's order is that of the calls: what was known to have left before comes first, and
-        // what is found to have left after may have done so on either side of this call.
         // A stranger that joined before has its place before; but a thousand workers that start at once
         // are not each worth a look.
         let address = self.members.get(&id).ok_or(io::ErrorKind::NotFound)?.address;
@@ -335,6 +333,8 @@ impl Pool {
         }
         let member = self.members.get_mut(&id).ok_or(io::ErrorKind::NotFound)?;
         member.hold()?;
+        // The array's order is that of the calls: what was known to have left before comes first, and what
+        // is found to have left after may have done so on either side of this one.
         member.socket.listen(backlog)?;
         member.listening = true;
         self.note_departures(Some(id));

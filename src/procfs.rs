@@ -19,6 +19,11 @@ fn path(pid: Pid, rest: &str) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/{rest}"))
 }
 
+/// The value of a line such as "Tgid:\t42" in a table such as /proc/PID/status; `name` is with the colon.
+fn field<'a>(table: &'a str, name: &str) -> Option<&'a str> {
+    table.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
+}
+
 /// Reads up to `len` bytes of the memory of thread `tid` at `address`. May return fewer.
 pub fn memory(tid: Pid, address: u64, len: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; len];
@@ -53,8 +58,7 @@ pub fn fd_flags(tid: Pid, fd: u32) -> io::Result<i32> {
 }
 
 fn parse_fd_flags(fdinfo: &str) -> Option<i32> {
-    let flags = fdinfo.lines().find_map(|line| line.strip_prefix("flags:"))?;
-    i32::from_str_radix(flags.trim(), 8).ok()
+    i32::from_str_radix(field(fdinfo, "flags:")?, 8).ok()
 }
 
 /// Whose rights a thread acts with.
@@ -69,8 +73,7 @@ pub struct Credentials {
 /// The process that a thread belongs to.
 pub fn process_of(tid: Pid) -> io::Result<Pid> {
     let text = fs::read_to_string(path(tid, "status"))?;
-    let pid =
-        text.lines().find_map(|line| line.strip_prefix("Tgid:")).and_then(|pid| pid.trim().parse().ok());
+    let pid = field(&text, "Tgid:").and_then(|pid| pid.parse().ok());
     pid.map(Pid::from_raw).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
@@ -80,13 +83,12 @@ pub fn credentials(tid: Pid) -> io::Result<Credentials> {
 }
 
 fn parse_credentials(status: &str) -> Option<Credentials> {
-    let field = |name| status.lines().find_map(|line| line.strip_prefix(name));
     let mut uids = [0; 4];
-    let mut words = field("Uid:")?.split_whitespace();
+    let mut words = field(status, "Uid:")?.split_whitespace();
     for uid in &mut uids {
         *uid = words.next()?.parse().ok()?;
     }
-    Some(Credentials { uids, effective: u64::from_str_radix(field("CapEff:")?.trim(), 16).ok()? })
+    Some(Credentials { uids, effective: u64::from_str_radix(field(status, "CapEff:")?, 16).ok()? })
 }
 
 /// Whether this process ignores a signal.
@@ -95,8 +97,7 @@ pub fn ignores(signal: Signal) -> bool {
 }
 
 fn parse_ignored(status: &str, signal: u32) -> bool {
-    let set = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let set = set.and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
+    let set = field(status, "SigIgn:").and_then(|set| u64::from_str_radix(set, 16).ok());
     set.is_some_and(|set| set & 1 << (signal - 1) != 0)
 }
 

@@ -169,27 +169,18 @@ impl Supervisor {
                 Action::Start { worker, slot, generation } => self.start(worker, slot, generation),
                 Action::Steer => self.pool.steer(self.fleet.standing()),
                 Action::Drain { worker } => {
-                    if let Some(Worker { pid, .. }) = self.workers.get(&worker) {
-                        self.drain.watch(worker, *pid, self.pool.addresses(worker), Instant::now());
+                    if let Some(pid) = self.pid(worker) {
+                        self.drain.watch(worker, pid, self.pool.addresses(worker), Instant::now());
                     }
                 }
                 Action::Signal { worker } => {
                     self.drain.forget(worker);
-                    if let Some(Worker { pid, .. }) = self.workers.get(&worker) {
-                        worker::signal(*pid, self.stop_signal);
-                    }
+                    self.send_stop_signal(self.pid(worker));
                 }
                 Action::SignalBehindShells { worker } => {
-                    if let Some(Worker { pid, .. }) = self.workers.get(&worker) {
-                        let behind = procfs::behind_shells(*pid);
-                        behind.into_iter().for_each(|pid| worker::signal(pid, self.stop_signal));
-                    }
+                    self.send_stop_signal(self.pid(worker).into_iter().flat_map(procfs::behind_shells));
                 }
-                Action::Kill { worker } => {
-                    if let Some(Worker { pid, .. }) = self.workers.get(&worker) {
-                        worker::kill_group(*pid);
-                    }
-                }
+                Action::Kill { worker } => self.pid(worker).into_iter().for_each(worker::kill_group),
                 Action::Release { worker, successor } => self.pool.release(worker, successor),
                 Action::ResetQueue { slot, generation } => self.pool.reset_reserved(slot, generation),
                 Action::LookForStrangers => self.pool.look_for_strangers(),
@@ -198,6 +189,15 @@ impl Supervisor {
                 Action::Exit { status } => self.exit = Some(status),
             }
         }
+    }
+
+    /// The process of a worker, until it is reaped.
+    fn pid(&self, worker: WorkerId) -> Option<Pid> {
+        self.workers.get(&worker).map(|worker| worker.pid)
+    }
+
+    fn send_stop_signal(&self, pids: impl IntoIterator<Item = Pid>) {
+        pids.into_iter().for_each(|pid| worker::signal(pid, self.stop_signal));
     }
 
     fn start(&mut self, worker: WorkerId, slot: u32, generation: u32) {

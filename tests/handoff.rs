@@ -37,46 +37,44 @@ fn reload_under(load: &Load, service: &Service, times: usize) {
     }
 }
 
+/// Puts a load on the service, reloads it so often, stops both, and returns what became of the requests:
+/// none failed.
+#[track_caller]
+fn reload_without_a_loss(mut service: Service, load: LoadOptions, times: usize) -> load::Report {
+    let load = Load::start(load);
+    reload_under(&load, &service, times);
+    let report = load.stop();
+    println!("{report}");
+    report.assert_nothing_failed();
+    service.stop();
+    report
+}
+
 #[test]
 fn the_express_app_of_the_seed_loses_no_request_in_10_reloads_of_4_workers() {
     let _turn = turn();
     own_network();
-    let mut service = Service::run_ready("-n 4", &["node", &node_app("express/app.js")]);
-    let load = Load::start(LoadOptions::new(([127, 0, 0, 1], 3000).into(), 32));
-    reload_under(&load, &service, 10);
-    let report = load.stop();
-    println!("{report}");
-    report.assert_nothing_failed();
+    let service = Service::run_ready("-n 4", &["node", &node_app("express/app.js")]);
+    let report = reload_without_a_loss(service, LoadOptions::new(([127, 0, 0, 1], 3000).into(), 32), 10);
     assert!(report.counts.pids.len() >= 11, "every generation answered: {:?}", report.counts.pids);
-    service.stop();
 }
 
 #[test]
 fn an_express_app_that_says_ready_loses_no_request_in_5_reloads() {
     let _turn = turn();
     own_network();
-    let mut service = Service::run_ready("-n 2 --ready notify", &["node", &node_app("express-ready/app.js")]);
-    let load = Load::start(LoadOptions::new(([127, 0, 0, 1], 3000).into(), 16));
-    reload_under(&load, &service, 5);
-    let report = load.stop();
-    println!("{report}");
-    report.assert_nothing_failed();
-    service.stop();
+    let service = Service::run_ready("-n 2 --ready notify", &["node", &node_app("express-ready/app.js")]);
+    reload_without_a_loss(service, LoadOptions::new(([127, 0, 0, 1], 3000).into(), 16), 5);
 }
 
 #[test]
 fn a_naive_server_loses_no_request_in_50_reloads_at_full_speed() {
     let _turn = turn();
     let addr = free_address();
-    let mut service = Service::run_ready("-n 2", &naive(addr));
-    let load = Load::start(LoadOptions::new(addr, 16));
-    reload_under(&load, &service, 50);
-    let report = load.stop();
-    println!("{report}");
-    report.assert_nothing_failed();
+    let service = Service::run_ready("-n 2", &naive(addr));
+    let report = reload_without_a_loss(service, LoadOptions::new(addr, 16), 50);
     assert_eq!(report.counts.generations.keys().copied().collect::<Vec<_>>(), (1..=51).collect::<Vec<_>>());
     assert_eq!(report.counts.slots.keys().copied().collect::<Vec<_>>(), [0, 1]);
-    service.stop();
 }
 
 #[test]
@@ -84,14 +82,9 @@ fn pythons_threading_http_server_loses_no_request_in_10_reloads() {
     let _turn = turn();
     let addr = free_address();
     let port = addr.port().to_string();
-    let mut service = Service::run_ready("-n 2", &["python3", &app("python/naive.py"), &port]);
-    let load = Load::start(LoadOptions::new(addr, 8));
-    reload_under(&load, &service, 10);
-    let report = load.stop();
-    println!("{report}");
-    report.assert_nothing_failed();
+    let service = Service::run_ready("-n 2", &["python3", &app("python/naive.py"), &port]);
+    let report = reload_without_a_loss(service, LoadOptions::new(addr, 8), 10);
     assert_eq!(report.counts.generations.len(), 11, "{:?}", report.counts.generations);
-    service.stop();
 }
 
 #[test]
@@ -99,13 +92,8 @@ fn a_polite_python_server_loses_no_request_in_10_reloads() {
     let _turn = turn();
     let addr = free_address();
     let port = addr.port().to_string();
-    let mut service = Service::run_ready("-n 2", &["python3", &app("python/polite.py"), &port]);
-    let load = Load::start(LoadOptions::new(addr, 8));
-    reload_under(&load, &service, 10);
-    let report = load.stop();
-    println!("{report}");
-    report.assert_nothing_failed();
-    service.stop();
+    let service = Service::run_ready("-n 2", &["python3", &app("python/polite.py"), &port]);
+    reload_without_a_loss(service, LoadOptions::new(addr, 8), 10);
 }
 
 #[test]
@@ -113,29 +101,23 @@ fn a_polite_node_server_loses_no_keep_alive_request_at_full_speed() {
     let _turn = turn();
     let addr = free_address();
     let port = addr.port().to_string();
-    let mut service = Service::run_ready("-n 2", &["node", &app("node/polite.js"), &port]);
-    let load = Load::start(LoadOptions::new(addr, 16).mode(Mode::KeepAlive { think: Duration::ZERO }));
-    reload_under(&load, &service, 10);
-    let report = load.stop();
-    println!("{report}");
-    report.assert_nothing_failed();
+    let service = Service::run_ready("-n 2", &["node", &app("node/polite.js"), &port]);
+    let report = reload_without_a_loss(
+        service,
+        LoadOptions::new(addr, 16).mode(Mode::KeepAlive { think: Duration::ZERO }),
+        10,
+    );
     assert_eq!(report.counts.generations.len(), 11, "{:?}", report.counts.generations);
-    service.stop();
 }
 
 #[test]
 fn the_switch_is_atomic_no_later_connection_sees_the_older_generation() {
     let _turn = turn();
     let addr = free_address();
-    let mut service = Service::run_ready("-n 4", &naive(addr));
-    let load = Load::start(LoadOptions::new(addr, 16).record());
-    reload_under(&load, &service, 20);
-    let report = load.stop();
-    println!("{report}");
-    report.assert_nothing_failed();
+    let service = Service::run_ready("-n 4", &naive(addr));
+    let report = reload_without_a_loss(service, LoadOptions::new(addr, 16).record(), 20);
     assert_eq!(report.counts.generations.len(), 21, "{:?}", report.counts.generations);
     report.assert_nothing_stale();
-    service.stop();
 }
 
 #[test]
@@ -182,15 +164,10 @@ fn a_worker_that_shuts_its_own_listener_down_does_not_disturb_the_steering() {
     let addr = free_address();
     let mut command = naive(addr);
     command.push("--shutdown-on-int".to_owned());
-    let mut service = Service::run_ready("-n 2", &command);
-    let load = Load::start(LoadOptions::new(addr, 16).record());
-    reload_under(&load, &service, 20);
-    let report = load.stop();
-    println!("{report}");
-    report.assert_nothing_failed();
+    let service = Service::run_ready("-n 2", &command);
+    let report = reload_without_a_loss(service, LoadOptions::new(addr, 16).record(), 20);
     assert_eq!(report.counts.generations.len(), 21, "{:?}", report.counts.generations);
     report.assert_nothing_stale();
-    service.stop();
 }
 
 #[test]
