@@ -2,12 +2,14 @@
 
 use std::ffi::OsString;
 use std::num::NonZero;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use argh::{EarlyExit, FromArgs};
 use nix::sys::signal::Signal;
 
+use crate::environment::{Secret, Sources};
 use crate::fleet::{Policy, Readiness};
 use crate::worker::Program;
 
@@ -55,6 +57,23 @@ struct Args {
     #[argh(option, default = "10", arg_name = "count")]
     max_failures: u32,
 
+    /// a file of NAME=value lines for the workers' environment, read anew for each generation (repeatable)
+    #[argh(option, arg_name = "file")]
+    env_file: Vec<PathBuf>,
+
+    /// a file whose content is the value of the variable NAME in the workers' environment, read anew for
+    /// each generation (repeatable)
+    #[argh(option, arg_name = "name=file")]
+    secret: Vec<Secret>,
+
+    /// the workers' directory, resolved anew for each generation (default: the current one)
+    #[argh(option, short = 'C', arg_name = "directory")]
+    chdir: Option<PathBuf>,
+
+    /// give workers no IPC channel like that of Node's fork
+    #[argh(switch)]
+    no_node_ipc: bool,
+
     /// print the version
     #[argh(switch, short = 'V')]
     version: bool,
@@ -64,7 +83,7 @@ struct Args {
 const USAGE: &str = "Usage: reuse-run [options] [--] command [arguments]";
 
 /// The options that stand alone; all others are followed by a value.
-const SWITCHES: [&str; 4] = ["-h", "--help", "-V", "--version"];
+const SWITCHES: [&str; 5] = ["-h", "--help", "-V", "--version", "--no-node-ipc"];
 
 #[derive(Debug)]
 struct Workers(u32);
@@ -146,6 +165,7 @@ pub enum Invocation {
     Run {
         program: Program,
         policy: Policy,
+        sources: Sources,
     },
     /// Print this to stdout and exit with 0.
     Print(String),
@@ -179,7 +199,13 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
         return Err("no command to run, as in reuse-run -n 4 -- node app.js".to_owned());
     }
     let Args { workers, ready, ready_timeout, drain, stop_timeout, stop_signal, max_failures, .. } = args;
-    let program = Program { command: command.remove(0), args: command, stop_signal: stop_signal.0 };
+    let program = Program {
+        command: command.remove(0),
+        args: command,
+        stop_signal: stop_signal.0,
+        node_ipc: !args.no_node_ipc,
+    };
+    let sources = Sources { env_files: args.env_file, secrets: args.secret, directory: args.chdir };
     let policy = Policy {
         workers: workers.0,
         readiness: ready.0,
@@ -189,7 +215,7 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
         stop_signal: stop_signal.0.as_str(),
         max_failures,
     };
-    Ok(Invocation::Run { program, policy })
+    Ok(Invocation::Run { program, policy, sources })
 }
 
 /// Parts our own options, each as one word with its value as another, from the command.
@@ -226,7 +252,7 @@ mod tests {
 
     fn run(line: &str) -> Result<(Program, Policy), String> {
         match parse(line.split_whitespace().map(OsString::from))? {
-            Invocation::Run { program, policy } => Ok((program, policy)),
+            Invocation::Run { program, policy, .. } => Ok((program, policy)),
             Invocation::Print(text) => Err(text),
         }
     }

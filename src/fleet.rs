@@ -345,6 +345,11 @@ impl Fleet {
         workers.chain(slots).min()
     }
 
+    /// The generation that serves.
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
     /// Tells what each worker is to the steering of new connections.
     pub fn standing(&self) -> impl Fn(WorkerId) -> Standing {
         move |id| match self.workers.get(&id) {
@@ -820,7 +825,7 @@ impl Fleet {
     fn late(&mut self, id: WorkerId, now: Instant) {
         let Some(worker) = self.workers.get(&id) else { return };
         let lacks = match self.policy.readiness {
-            Readiness::Notify => "it said nothing on READY_FD".to_owned(),
+            Readiness::Notify => "it did not say so (see --ready)".to_owned(),
             _ if worker.addresses.is_empty() => {
                 "it listens on no TCP port that can be shared (see --ready)".to_owned()
             }

@@ -9,6 +9,7 @@ mod address;
 mod bpf;
 mod cli;
 mod drain;
+mod environment;
 mod fleet;
 mod intercept;
 mod listeners;
@@ -38,7 +39,7 @@ fn main() -> ExitCode {
             let _ = std::io::stdout().write_all(text.as_bytes()); // the reader may have seen enough
             ExitCode::SUCCESS
         }
-        Ok(Invocation::Run { program, policy }) => match supervisor::run(program, policy) {
+        Ok(Invocation::Run { program, policy, sources }) => match supervisor::run(program, policy, sources) {
             Ok(status) => status.into(),
             Err(error) => {
                 error!("can't start: {error}");

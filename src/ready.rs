@@ -1,39 +1,53 @@
-//! The ways a worker says that it is ready: for now, a byte on a pipe.
+//! The ways a worker says that it is ready: a byte on a pipe, a message on Node's IPC channel, or one to
+//! a socket as systemd has it. Reading them never blocks.
 
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io::{self, IoSliceMut, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 
-use nix::fcntl::OFlag;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{
+    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, bind, getsockname, recvmsg,
+    setsockopt, socket, sockopt,
+};
 use nix::unistd;
+
+use crate::sys;
+
+/// What a worker says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Said {
+    Ready,
+    /// How it is, in its own words.
+    Status(String),
+    /// That it is about to end.
+    Stopping,
+    /// Nothing any more: the channel is closed.
+    Closed,
+}
+
+/// No more than this is read at once, so that a worker that floods its channel doesn't hold up others.
+const MOST_AT_ONCE: usize = 64 * 1024;
 
 /// The reading end of the pipe whose other end a worker has as READY_FD.
 #[derive(Debug)]
 pub struct ReadyPipe(OwnedFd);
 
-/// What reading a [`ReadyPipe`] says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Said {
-    Nothing,
-    Ready,
-    /// The worker has closed its end; there is no more to come.
-    Closed,
-}
-
 impl ReadyPipe {
     /// A pipe, and the end that is for the worker. Both are close-on-exec.
     pub fn new() -> io::Result<(Self, OwnedFd)> {
         let (read, write) = unistd::pipe2(OFlag::O_CLOEXEC)?;
-        nix::fcntl::fcntl(&read, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         Ok((Self(read), write))
     }
 
-    /// Never blocks. Any byte means ready; what else is written at once goes with it.
-    pub fn read(&self) -> Said {
+    /// Any byte means ready; what else is written at once goes with it.
+    pub fn read(&self) -> Vec<Said> {
         let mut bytes = [0; 512];
         match unistd::read(&self.0, &mut bytes) {
-            Ok(0) => Said::Closed,
-            Ok(_) => Said::Ready,
-            Err(_) => Said::Nothing,
+            Ok(0) => vec![Said::Closed],
+            Ok(_) => vec![Said::Ready],
+            Err(_) => Vec::new(),
         }
     }
 }
@@ -44,18 +58,239 @@ impl AsFd for ReadyPipe {
     }
 }
 
+/// The wrapper's end of the channel that Node's `process.send` writes to: NODE_CHANNEL_FD, a stream socket
+/// with one JSON value a line (lib/internal/child_process/serialization.js). It stays open as long as the
+/// worker lives, since its end makes `process.emit('disconnect')`.
+#[derive(Debug)]
+pub struct NodeChannel {
+    stream: UnixStream,
+    lines: Lines,
+}
+
+impl NodeChannel {
+    /// A channel, and the end that is for the worker.
+    pub fn new() -> io::Result<(Self, OwnedFd)> {
+        let (ours, its) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        Ok((Self { stream: ours, lines: Lines::default() }, its.into()))
+    }
+
+    /// The string "ready" is what PM2 waits for, "online" what naught does. All else is ignored.
+    pub fn read(&mut self) -> Vec<Said> {
+        let mut bytes = vec![0; MOST_AT_ONCE];
+        match self.stream.read(&mut bytes) {
+            Ok(0) => vec![Said::Closed],
+            Ok(count) => {
+                let said = |line: &Vec<u8>| matches!(line.as_slice(), b"\"ready\"" | b"\"online\"");
+                if self.lines.take(&bytes[..count]).iter().any(said) { vec![Said::Ready] } else { Vec::new() }
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Vec::new(),
+            Err(_) => vec![Said::Closed],
+        }
+    }
+}
+
+impl AsFd for NodeChannel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// Parts a stream into lines; one that is longer than any that means something is left out.
+#[derive(Debug, Default)]
+struct Lines {
+    begun: Vec<u8>,
+    too_long: bool,
+}
+
+impl Lines {
+    const LONGEST: usize = 64;
+
+    fn take(&mut self, bytes: &[u8]) -> Vec<Vec<u8>> {
+        let mut lines = Vec::new();
+        for part in bytes.split_inclusive(|byte| *byte == b'\n') {
+            let (text, ended) = match part.split_last() {
+                Some((b'\n', text)) => (text, true),
+                _ => (part, false),
+            };
+            self.too_long |= self.begun.len() + text.len() > Self::LONGEST;
+            if !self.too_long {
+                self.begun.extend_from_slice(text);
+            }
+            if ended {
+                let line = std::mem::take(&mut self.begun);
+                if !std::mem::take(&mut self.too_long) {
+                    lines.push(line);
+                }
+            }
+        }
+        lines
+    }
+}
+
+/// A worker's own NOTIFY_SOCKET (sd_notify(3)), in the abstract namespace (unix(7)), so that it needs no
+/// directory to write to and leaves nothing behind.
+#[derive(Debug)]
+pub struct NotifySocket {
+    socket: OwnedFd,
+    name: String,
+}
+
+impl NotifySocket {
+    pub fn new() -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Unix, SockType::Datagram, flags, None)?;
+        // Anyone in the network namespace can find the name: whoever isn't us is not listened to.
+        setsockopt(&socket, sockopt::PassCred, &true)?;
+        // Bound to no name, it gets a unique one from the kernel ("autobind").
+        bind(socket.as_raw_fd(), &UnixAddr::new_unnamed())?;
+        let address: UnixAddr = getsockname(socket.as_raw_fd())?;
+        let name =
+            address.as_abstract().map(String::from_utf8_lossy).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        Ok(Self { name: format!("@{name}"), socket })
+    }
+
+    /// What NOTIFY_SOCKET is to be.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn read(&self) -> Vec<Said> {
+        const LONGEST: usize = 4096;
+        const MOST_FDS: usize = 16;
+        let mut said = Vec::new();
+        for _ in 0..MOST_AT_ONCE / LONGEST {
+            let mut bytes = [0; LONGEST];
+            let mut space = nix::cmsg_space!(nix::sys::socket::UnixCredentials, [RawFd; MOST_FDS]);
+            let mut buffers = [IoSliceMut::new(&mut bytes)];
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+            let Ok(message) = recvmsg::<()>(self.socket.as_raw_fd(), &mut buffers, Some(&mut space), flags)
+            else {
+                break;
+            };
+            let mut from_us = false;
+            for control in message.cmsgs().into_iter().flatten() {
+                match control {
+                    ControlMessageOwned::ScmCredentials(credentials) => {
+                        let us = unistd::geteuid().as_raw();
+                        from_us = credentials.uid() == us || credentials.uid() == 0;
+                    }
+                    // With BARRIER=1 comes an fd that is to be closed when all before it was read. No other
+                    // message that we know needs one.
+                    ControlMessageOwned::ScmRights(fds) => {
+                        drop(fds.into_iter().map(sys::owned_fd).collect::<Vec<_>>())
+                    }
+                    _ => {}
+                }
+            }
+            let count = message.bytes;
+            if from_us {
+                said.extend(parse_notification(&String::from_utf8_lossy(&bytes[..count])));
+            }
+        }
+        said
+    }
+}
+
+impl AsFd for NotifySocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+fn parse_notification(text: &str) -> Vec<Said> {
+    let said = |line: &str| match line.split_once('=') {
+        Some(("READY", "1")) => Some(Said::Ready),
+        Some(("STOPPING", "1")) => Some(Said::Stopping),
+        Some(("STATUS", status)) => Some(Said::Status(status.to_owned())),
+        _ => None,
+    };
+    text.lines().filter_map(said).collect()
+}
+
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
     fn any_byte_means_ready_and_an_end_of_file_does_not() {
         let (pipe, worker) = ReadyPipe::new().unwrap();
-        assert_eq!(pipe.read(), Said::Nothing);
+        assert_eq!(pipe.read(), []);
         unistd::write(&worker, b"\n").unwrap();
-        assert_eq!(pipe.read(), Said::Ready);
-        assert_eq!(pipe.read(), Said::Nothing);
+        assert_eq!(pipe.read(), [Said::Ready]);
+        assert_eq!(pipe.read(), []);
         drop(worker);
-        assert_eq!(pipe.read(), Said::Closed);
+        assert_eq!(pipe.read(), [Said::Closed]);
+    }
+
+    #[test]
+    fn on_nodes_channel_the_two_words_mean_ready_and_nothing_else_does() {
+        let (mut channel, worker) = NodeChannel::new().unwrap();
+        let mut worker = UnixStream::from(worker);
+        let mut say = |text: &[u8]| {
+            worker.write_all(text).unwrap();
+            channel.read()
+        };
+        assert_eq!(say(b"{\"cmd\":\"NODE_HANDLE\"}\n\"started\"\n"), []);
+        assert_eq!(say(&[b'x'; 3 * Lines::LONGEST]), []);
+        assert_eq!(say(b"\"ready\"\n"), [], "that was the end of a longer line");
+        assert_eq!(say(b"\"rea"), []);
+        assert_eq!(say(b"dy\"\n"), [Said::Ready]);
+        assert_eq!(say(b"\"online\"\n"), [Said::Ready]);
+        drop(worker);
+        assert_eq!(channel.read(), [Said::Closed]);
+    }
+
+    proptest! {
+        #[test]
+        fn lines_are_the_same_however_the_stream_is_cut(
+            lines in proptest::collection::vec("[a-z]{0,100}", 0..8), cuts in proptest::collection::vec(1usize..50, 0..40)
+        ) {
+            let stream: Vec<u8> = lines.iter().flat_map(|line| format!("{line}\n").into_bytes()).collect();
+            let (mut reader, mut rest, mut read) = (Lines::default(), stream.as_slice(), Vec::new());
+            for cut in cuts {
+                let (part, later) = rest.split_at(cut.min(rest.len()));
+                read.extend(reader.take(part));
+                rest = later;
+            }
+            read.extend(reader.take(rest));
+            let expected: Vec<Vec<u8>> =
+                lines.into_iter().filter(|line| line.len() <= Lines::LONGEST).map(String::into_bytes).collect();
+            prop_assert_eq!(read, expected);
+            prop_assert!(reader.begun.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_notification_is_read_line_by_line() {
+        let expected = [Said::Status("warm = yes".to_owned()), Said::Ready, Said::Stopping];
+        assert_eq!(
+            parse_notification("STATUS=warm = yes\nREADY=1\nMAINPID=7\nSTOPPING=1\nREADY=0"),
+            expected
+        );
+    }
+
+    #[test]
+    fn what_is_sent_to_the_notify_socket_is_heard_and_a_barrier_answered() {
+        use nix::sys::socket::{ControlMessage, sendmsg};
+        let notify = NotifySocket::new().unwrap();
+        let worker = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::empty(), None).unwrap();
+        let address = UnixAddr::new_abstract(&notify.name().as_bytes()[1..]).unwrap();
+        let send = |text: &[u8], rights: &[RawFd]| {
+            let rights = [ControlMessage::ScmRights(rights)];
+            let rights = if rights[0] == ControlMessage::ScmRights(&[]) { &[][..] } else { &rights[..] };
+            sendmsg(worker.as_raw_fd(), &[io::IoSlice::new(text)], rights, MsgFlags::empty(), Some(&address))
+                .unwrap();
+        };
+        send(b"READY=1", &[]);
+        let (barrier, its) = unistd::pipe().unwrap();
+        send(b"BARRIER=1", &[its.as_raw_fd()]);
+        drop(its);
+        assert_eq!(notify.read(), [Said::Ready]);
+        assert_eq!(unistd::read(&barrier, &mut [0]), Ok(0), "the wrapper has closed its copy");
     }
 }

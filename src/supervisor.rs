@@ -12,11 +12,12 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use crate::drain::Drain;
+use crate::environment::{Environment, Sources};
 use crate::fleet::{Action, Event, Fleet, Policy, WorkerId, count};
 use crate::intercept::Interception;
 use crate::listeners::{Borrower, Pool, StoppedListening};
 use crate::procfs;
-use crate::ready::{ReadyPipe, Said};
+use crate::ready::{NodeChannel, NotifySocket, ReadyPipe, Said};
 use crate::signals::{Asked, Signals};
 use crate::worker::{self, Program, StartError, Starter};
 
@@ -26,7 +27,10 @@ enum Source {
     Signals,
     Pool,
     Filter(WorkerId),
-    Ready(WorkerId),
+    /// A way by which a worker can say something.
+    Pipe(WorkerId),
+    Node(WorkerId),
+    Notify(WorkerId),
 }
 
 impl Source {
@@ -36,7 +40,9 @@ impl Source {
             Self::Signals => token(0, 0),
             Self::Pool => token(1, 0),
             Self::Filter(WorkerId(id)) => token(2, id),
-            Self::Ready(WorkerId(id)) => token(3, id),
+            Self::Pipe(WorkerId(id)) => token(3, id),
+            Self::Node(WorkerId(id)) => token(4, id),
+            Self::Notify(WorkerId(id)) => token(5, id),
         }
     }
 
@@ -46,7 +52,9 @@ impl Source {
             0 => Self::Signals,
             1 => Self::Pool,
             2 => Self::Filter(id),
-            _ => Self::Ready(id),
+            3 => Self::Pipe(id),
+            4 => Self::Node(id),
+            _ => Self::Notify(id),
         }
     }
 }
@@ -54,8 +62,10 @@ impl Source {
 /// The kernel's side of a worker.
 struct Worker {
     pid: Pid,
-    /// `None` when it has closed its end.
-    ready: Option<ReadyPipe>,
+    /// `None` when the worker has closed its end, or has none.
+    pipe: Option<ReadyPipe>,
+    node: Option<NodeChannel>,
+    notify: NotifySocket,
 }
 
 pub struct Supervisor {
@@ -64,6 +74,9 @@ pub struct Supervisor {
     drain: Drain,
     signals: Signals,
     starter: Starter,
+    sources: Sources,
+    /// What each generation starts with, for those that may still start workers.
+    environments: BTreeMap<u32, Environment>,
     stop_signal: Signal,
     workers: BTreeMap<WorkerId, Worker>,
     /// One for each worker, and for each that has ended as long as a process that it started lives on.
@@ -79,7 +92,11 @@ pub struct Supervisor {
 ///
 /// # Errors
 /// What keeps the wrapper from starting at all; from then on it goes on whatever happens.
-pub fn run(program: Program, policy: Policy) -> io::Result<u8> {
+pub fn run(program: Program, policy: Policy, sources: Sources) -> io::Result<u8> {
+    if sources.has_values() {
+        // No core of this process is to hold them (PR_SET_DUMPABLE(2const)).
+        nix::sys::prctl::set_dumpable(false)?;
+    }
     let stop_signal = program.stop_signal;
     let starter = Starter::new(program)?;
     let signals = Signals::new()?;
@@ -94,6 +111,8 @@ pub fn run(program: Program, policy: Policy) -> io::Result<u8> {
         drain: Drain::default(),
         signals,
         starter,
+        sources: sources.with_current_directory(),
+        environments: BTreeMap::new(),
         stop_signal,
         workers: BTreeMap::new(),
         interceptions: BTreeMap::new(),
@@ -132,7 +151,9 @@ impl Supervisor {
                 Source::Signals => self.take_signals(),
                 Source::Pool => {} // looked at below, whatever has happened
                 Source::Filter(worker) => self.answer(worker, event.events()),
-                Source::Ready(worker) => self.hear(worker),
+                source @ (Source::Pipe(worker) | Source::Node(worker) | Source::Notify(worker)) => {
+                    self.hear(worker, source);
+                }
             }
         }
         for worker in self.drain.look(&self.pool, Instant::now()) {
@@ -212,20 +233,39 @@ impl Supervisor {
     }
 
     fn start_watched(&mut self, worker: WorkerId, slot: u32, generation: u32) -> Result<Pid, StartError> {
-        let started = self.starter.start(slot, generation)?;
+        let environment = self.environment(generation)?;
+        let started = self.starter.start(slot, generation, &environment)?;
         let pid = started.pid;
         let interception = Interception::new(started.notify_fd, Borrower { worker, pid, slot, generation });
         let watched = watch(&self.epoll, &interception, Source::Filter(worker))
-            .and_then(|()| watch(&self.epoll, &started.ready, Source::Ready(worker)));
+            .and_then(|()| watch(&self.epoll, &started.ready, Source::Pipe(worker)))
+            .and_then(|()| watch(&self.epoll, &started.notify, Source::Notify(worker)))
+            .and_then(|()| match &started.node {
+                Some(node) => watch(&self.epoll, node, Source::Node(worker)),
+                None => Ok(()),
+            });
         if let Err(error) = watched {
             worker::kill_group(pid);
             return Err(StartError { why: format!("can't watch it: {error}"), status: 1 });
         }
         debug!("worker {slot} (pid {pid}, generation {generation}) started");
-        self.workers.insert(worker, Worker { pid, ready: Some(started.ready) });
+        let (pipe, node, notify) = (Some(started.ready), started.node, started.notify);
+        self.workers.insert(worker, Worker { pid, pipe, node, notify });
         self.interceptions.insert(worker, interception);
         self.pids.insert(pid, worker);
         Ok(pid)
+    }
+
+    /// What a generation starts with: read when the first of its workers starts, and the same for all.
+    fn environment(&mut self, generation: u32) -> Result<Environment, StartError> {
+        let serving = self.fleet.generation();
+        self.environments.retain(|generation, _| *generation >= serving);
+        if let Some(environment) = self.environments.get(&generation) {
+            return Ok(environment.clone());
+        }
+        let environment = self.sources.read().map_err(|why| StartError { why, status: 1 })?;
+        self.environments.insert(generation, environment.clone());
+        Ok(environment)
     }
 
     fn take_signals(&mut self) {
@@ -270,13 +310,28 @@ impl Supervisor {
         }
     }
 
-    fn hear(&mut self, id: WorkerId) {
+    fn hear(&mut self, id: WorkerId, source: Source) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        match worker.ready.as_ref().map(ReadyPipe::read) {
-            // The pipe stays open: a worker that says it twice is not to die of SIGPIPE.
-            Some(Said::Ready) => self.handle(Event::SaysReady { worker: id }),
-            Some(Said::Closed) => worker.ready = None,
-            Some(Said::Nothing) | None => {}
+        let said = match source {
+            Source::Pipe(_) => worker.pipe.as_ref().map(ReadyPipe::read),
+            Source::Node(_) => worker.node.as_mut().map(NodeChannel::read),
+            _ => Some(worker.notify.read()),
+        };
+        let pid = worker.pid;
+        for said in said.unwrap_or_default() {
+            match said {
+                // What it was said on stays open: a worker that says it twice is not to die of SIGPIPE.
+                Said::Ready => self.handle(Event::SaysReady { worker: id }),
+                Said::Status(text) => debug!("worker (pid {pid}) says: {text}"),
+                Said::Stopping => debug!("worker (pid {pid}) says that it stops"),
+                Said::Closed => {
+                    let Some(worker) = self.workers.get_mut(&id) else { return };
+                    match source {
+                        Source::Pipe(_) => worker.pipe = None,
+                        _ => worker.node = None,
+                    }
+                }
+            }
         }
     }
 }

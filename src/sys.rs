@@ -261,3 +261,27 @@ pub fn owned_fd(fd: c_int) -> OwnedFd {
     // SAFETY: the callers pass only what recvmsg(2) has installed for them; nobody else knows the number.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
+
+/// setenv(3), in a child that is about to exec. Not by way of std, which holds a lock of its own across the
+/// fork.
+///
+/// # Errors
+/// EINVAL when the name is empty or contains '='.
+pub fn setenv(name: &OsStr, value: &OsStr) -> io::Result<()> {
+    let name = CString::new(name.as_bytes())?;
+    let value = CString::new(value.as_bytes())?;
+    // SAFETY: both strings end with a zero byte and are copied; no other thread reads the environment.
+    check(unsafe { libc::setenv(name.as_ptr(), value.as_ptr(), 1) })?;
+    Ok(())
+}
+
+/// unsetenv(3), in a child that is about to exec.
+///
+/// # Errors
+/// As of [`setenv`].
+pub fn unsetenv(name: &OsStr) -> io::Result<()> {
+    let name = CString::new(name.as_bytes())?;
+    // SAFETY: as of setenv.
+    check(unsafe { libc::unsetenv(name.as_ptr()) })?;
+    Ok(())
+}

@@ -16,14 +16,18 @@ use nix::sys::socket::{
 };
 use nix::unistd::{Pid, getppid};
 
+use crate::environment::Environment;
 use crate::fleet::End;
 use crate::intercept;
-use crate::ready::ReadyPipe;
+use crate::ready::{NodeChannel, NotifySocket, ReadyPipe};
 use crate::sys;
 
 /// The number of the readiness pipe in every worker. One digit, since that is all that `>&$READY_FD`
 /// takes in dash.
 const READY_FD: RawFd = 3;
+/// The number of Node's IPC channel in every worker.
+const NODE_CHANNEL_FD: RawFd = 4;
+const LAST_FD: RawFd = NODE_CHANNEL_FD;
 
 /// What every worker is.
 #[derive(Debug, Clone)]
@@ -31,6 +35,8 @@ pub struct Program {
     pub command: OsString,
     pub args: Vec<OsString>,
     pub stop_signal: Signal,
+    /// Whether to give workers an IPC channel as Node's `fork` does.
+    pub node_ipc: bool,
 }
 
 /// A worker that runs, or is about to.
@@ -40,6 +46,8 @@ pub struct Started {
     /// Tells of what its filter stops.
     pub notify_fd: OwnedFd,
     pub ready: ReadyPipe,
+    pub node: Option<NodeChannel>,
+    pub notify: NotifySocket,
 }
 
 /// Why a worker could not be started, and the status that a shell would exit with.
@@ -50,7 +58,7 @@ pub struct StartError {
 }
 
 impl StartError {
-    fn new(what: &str, error: &io::Error) -> Self {
+    pub fn new(what: &str, error: &io::Error) -> Self {
         Self { why: format!("{what}: {error}"), status: 1 }
     }
 }
@@ -74,33 +82,53 @@ impl Starter {
         nix::sys::prctl::set_child_subreaper(true)?;
         let open_files = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, open_files.1, open_files.1)?;
-        Ok(Self { program, open_files, _placeholders: occupy_fds_up_to(READY_FD)? })
+        Ok(Self { program, open_files, _placeholders: occupy_fds_up_to(LAST_FD)? })
     }
 
     /// Starts one worker in a process group of its own, behind the filter.
     ///
     /// # Errors
     /// Status 127 when the command isn't found, 126 when it can't be executed, 1 for all else.
-    pub fn start(&self, slot: u32, generation: u32) -> Result<Started, StartError> {
+    pub fn start(
+        &self,
+        slot: u32,
+        generation: u32,
+        environment: &Environment,
+    ) -> Result<Started, StartError> {
         let (ready, ready_end) = ReadyPipe::new().map_err(|e| StartError::new("no pipe for READY_FD", &e))?;
+        let node = self.program.node_ipc.then(NodeChannel::new).transpose();
+        let node = node.map_err(|e| StartError::new("no channel for NODE_CHANNEL_FD", &e))?;
+        let (node, node_end) = node.unzip();
+        let notify = NotifySocket::new().map_err(|e| StartError::new("no socket for NOTIFY_SOCKET", &e))?;
         let (ours, its) = socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)
             .map_err(|e| StartError::new("no socket to prepare it through", &e.into()))?;
         let mut command = Command::new(&self.program.command);
-        command
-            .args(&self.program.args)
-            .env("READY_FD", READY_FD.to_string())
-            .env("REUSE_RUN_SLOT", slot.to_string())
-            .env("REUSE_RUN_GENERATION", generation.to_string())
-            .env("NODE_APP_INSTANCE", slot.to_string())
-            .stdin(Stdio::null())
-            .process_group(0);
+        command.args(&self.program.args).stdin(Stdio::null()).process_group(0);
+        let mut variables = environment.variables.clone();
+        if let Some(directory) = &environment.directory {
+            command.current_dir(&directory.physical);
+            variables.push(("PWD".into(), directory.logical.clone().into()));
+        }
+        let mut set = |name: &str, value: String| variables.push((name.into(), value.into()));
+        set("READY_FD", READY_FD.to_string());
+        set("NOTIFY_SOCKET", notify.name().to_owned());
+        if node.is_some() {
+            set("NODE_CHANNEL_FD", NODE_CHANNEL_FD.to_string());
+            set("NODE_CHANNEL_SERIALIZATION_MODE", "json".to_owned());
+        }
+        set("REUSE_RUN_SLOT", slot.to_string());
+        set("REUSE_RUN_GENERATION", generation.to_string());
+        set("NODE_APP_INSTANCE", slot.to_string());
         let preparation = Preparation {
             wrapper: Pid::this(),
+            variables,
             ready: ready_end,
+            node: node_end,
             report: its,
             stop_signal: self.program.stop_signal,
             open_files: self.open_files,
         };
+        // What is set through `Command` would replace what the preparation sets, so it sets all.
         sys::before_exec(&mut command, move || preparation.run());
         // std reports a failure of the preparation and one of execve alike; but only after a preparation
         // that succeeded has the filter's fd arrived.
@@ -109,7 +137,7 @@ impl Starter {
         match (spawned, receive_notify_fd(&ours)) {
             (Ok(child), Ok(notify_fd)) => {
                 // Reaped by waitpid with all others; a `Child` does nothing when it is dropped.
-                Ok(Started { pid: Pid::from_raw(child.id() as i32), notify_fd, ready })
+                Ok(Started { pid: Pid::from_raw(child.id() as i32), notify_fd, ready, node, notify })
             }
             (Err(error), Ok(_)) => Err(self.not_executed(&error)),
             (Err(error), Err(NotPrepared::Failed(step))) => Err(StartError::new(step.describe(), &error)),
@@ -136,7 +164,9 @@ impl Starter {
 /// What is done in the child before it becomes the worker.
 struct Preparation {
     wrapper: Pid,
+    variables: Vec<(OsString, OsString)>,
     ready: OwnedFd,
+    node: Option<OwnedFd>,
     report: OwnedFd,
     stop_signal: Signal,
     open_files: (rlim_t, rlim_t),
@@ -147,19 +177,19 @@ enum Step {
     Limits,
     Signals,
     ParentDeath,
-    ReadyFd,
+    Fds,
     Filter,
 }
 
 impl Step {
-    const ALL: [Self; 5] = [Self::Limits, Self::Signals, Self::ParentDeath, Self::ReadyFd, Self::Filter];
+    const ALL: [Self; 5] = [Self::Limits, Self::Signals, Self::ParentDeath, Self::Fds, Self::Filter];
 
     fn describe(self) -> &'static str {
         match self {
             Self::Limits => "can't set its limit of open files",
             Self::Signals => "can't reset its signals",
             Self::ParentDeath => "can't tie its life to the wrapper's",
-            Self::ReadyFd => "can't give it READY_FD",
+            Self::Fds => "can't give it its file descriptors",
             Self::Filter => "can't intercept its bind and listen (see \"Limits\" in the README)",
         }
     }
@@ -202,10 +232,29 @@ impl Preparation {
         if getppid() != self.wrapper {
             return Err(Errno::ESRCH.into());
         }
-        *step = Step::ReadyFd;
-        sys::dup2_for_exec(self.ready.as_fd(), READY_FD)?;
+        *step = Step::Fds;
+        self.hand_over()?;
         *step = Step::Filter;
         intercept::install()
+    }
+
+    /// Gives the worker its environment, and its fds their numbers.
+    fn hand_over(&self) -> io::Result<()> {
+        // What reuse-run itself was told by its supervisor is not meant for workers (sd_notify(3),
+        // sd_listen_fds(3), sd_watchdog_enabled(3)).
+        for name in
+            ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID", "NODE_CHANNEL_FD"]
+        {
+            sys::unsetenv(name.as_ref())?;
+        }
+        for (name, value) in &self.variables {
+            sys::setenv(name, value)?;
+        }
+        sys::dup2_for_exec(self.ready.as_fd(), READY_FD)?;
+        if let Some(node) = &self.node {
+            sys::dup2_for_exec(node.as_fd(), NODE_CHANNEL_FD)?;
+        }
+        Ok(())
     }
 }
 

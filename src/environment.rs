@@ -1,0 +1,284 @@
+//! What a generation starts with: environment variables from files, and the directory.
+//!
+//! All of it is read anew for every generation, and kept for those of its workers that start later.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use log::warn;
+
+/// Where it comes from, as the command line says.
+#[derive(Debug, Clone, Default)]
+pub struct Sources {
+    /// Files of NAME=value lines; a later one has precedence.
+    pub env_files: Vec<PathBuf>,
+    pub secrets: Vec<Secret>,
+    /// The workers' directory; without it the one that reuse-run was started in.
+    pub directory: Option<PathBuf>,
+}
+
+/// A variable whose value is what a file holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Secret {
+    pub name: String,
+    pub file: PathBuf,
+}
+
+impl FromStr for Secret {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((name, file)) if !name.is_empty() && !file.is_empty() => {
+                Ok(Self { name: name.to_owned(), file: file.into() })
+            }
+            _ => Err(format!("{text:?} is not of the form NAME=FILE")),
+        }
+    }
+}
+
+/// What was read.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Environment {
+    pub variables: Vec<(OsString, OsString)>,
+    /// As it was called, and with all links resolved.
+    pub directory: Option<Directory>,
+}
+
+/// A directory is kept in both forms: what is logical goes to PWD; the physical one is entered, so that a
+/// worker that starts later starts in the same release as its generation, whatever a link then points to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Directory {
+    pub logical: PathBuf,
+    pub physical: PathBuf,
+}
+
+/// Names only: values stay out of every log.
+impl fmt::Debug for Environment {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let names: Vec<&OsString> = self.variables.iter().map(|(name, _)| name).collect();
+        f.debug_struct("Environment").field("names", &names).field("directory", &self.directory).finish()
+    }
+}
+
+/// The access that users other than the owner and the group have to a file.
+const OTHERS_READ: u32 = 0o004;
+const OTHERS_WRITE: u32 = 0o002;
+
+impl Sources {
+    /// Without a directory of its own, this takes the one that the shell calls the current one: PWD if it
+    /// is that (environ(7)), so that a link in it is followed anew each time.
+    pub fn with_current_directory(mut self) -> Self {
+        if self.directory.is_none() {
+            let logical = std::env::var_os("PWD").map(PathBuf::from).filter(|path| path.is_absolute());
+            let same = |a: &Path, b: &Path| match (fs::metadata(a), fs::metadata(b)) {
+                (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+                _ => false,
+            };
+            self.directory = logical.filter(|path| same(path, Path::new(".")));
+        }
+        self
+    }
+
+    /// Whether values are read that nobody else is to see.
+    pub fn has_values(&self) -> bool {
+        !self.env_files.is_empty() || !self.secrets.is_empty()
+    }
+
+    /// Reads all anew.
+    ///
+    /// # Errors
+    /// One line that names the file, and the line in it, but no value.
+    pub fn read(&self) -> Result<Environment, String> {
+        let mut variables = Vec::new();
+        for file in &self.env_files {
+            variables.extend(read_env_file(file)?);
+        }
+        for secret in &self.secrets {
+            variables.push((OsString::from(&secret.name), read_secret(&secret.file)?));
+        }
+        let resolve = |logical: &PathBuf| {
+            let physical =
+                fs::canonicalize(logical).map_err(|error| format!("{}: {error}", logical.display()))?;
+            Ok::<_, String>(Directory { logical: logical.clone(), physical })
+        };
+        Ok(Environment { variables, directory: self.directory.as_ref().map(resolve).transpose()? })
+    }
+}
+
+/// Opens a file and says which access others have to it.
+fn open(path: &Path) -> Result<(File, u32), String> {
+    let opened = File::open(path).and_then(|file| Ok((file.metadata()?.mode(), file)));
+    let (mode, file) = opened.map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok((file, mode & (OTHERS_READ | OTHERS_WRITE)))
+}
+
+fn read_env_file(path: &Path) -> Result<Vec<(OsString, OsString)>, String> {
+    let (mut file, others) = open(path)?;
+    if others != 0 {
+        warn!("{} can be read or written by other users (chmod o-rw)", path.display());
+    }
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(|error| format!("{}: {error}", path.display()))?;
+    let mut variables = Vec::new();
+    for item in dotenvy::Iter::new(text.as_bytes()) {
+        // The error bears the line's text, which may be a secret.
+        let (name, value) = item.map_err(|error| {
+            format!("{}:{}: not a line of the form NAME=value", path.display(), line_of(&error, &text))
+        })?;
+        variables.push(variable(path, name.into(), value.into())?);
+    }
+    Ok(variables)
+}
+
+/// The number of the line that could not be parsed.
+fn line_of(error: &dotenvy::Error, text: &str) -> usize {
+    let dotenvy::Error::LineParse(bad, _) = error else { return 1 };
+    let first = bad.lines().next().unwrap_or_default().trim();
+    text.lines().position(|line| line.trim() == first).map_or(1, |index| index + 1)
+}
+
+/// The file's content, less one newline at its end.
+fn read_secret(path: &Path) -> Result<OsString, String> {
+    let (mut file, others) = open(path)?;
+    if others != 0 {
+        return Err(format!(
+            "{} can be read or written by other users, and is no secret (chmod o-rw)",
+            path.display()
+        ));
+    }
+    let mut value = Vec::new();
+    file.read_to_end(&mut value).map_err(|error| format!("{}: {error}", path.display()))?;
+    value.pop_if(|last| *last == b'\n');
+    Ok(variable(path, OsString::new(), OsString::from_vec(value))?.1)
+}
+
+/// A string of an environment ends at its first zero byte (environ(7)).
+fn variable(path: &Path, name: OsString, value: OsString) -> Result<(OsString, OsString), String> {
+    let has_zero = |text: &OsStr| text.as_bytes().contains(&0);
+    if has_zero(&name) || has_zero(&value) {
+        return Err(format!("{}: a variable can't hold a zero byte", path.display()));
+    }
+    Ok((name, value))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("reuse-run-{}-{name}", std::process::id()));
+            fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+
+        fn file(&self, name: &str, content: &[u8], mode: u32) -> PathBuf {
+            let path = self.0.join(name);
+            fs::write(&path, content).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            path
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn read(env_files: Vec<PathBuf>, secrets: Vec<Secret>) -> Result<Vec<(String, String)>, String> {
+        let sources = Sources { env_files, secrets, directory: None };
+        let text = |text: OsString| text.into_string().unwrap();
+        Ok(sources.read()?.variables.into_iter().map(|(name, value)| (text(name), text(value))).collect())
+    }
+
+    #[test]
+    fn files_are_read_in_their_order() {
+        let folder = Folder::new("order");
+        let a = folder.file("a", b"# comment\nA=1\nexport B='two words'\n", 0o600);
+        let b = folder.file("b", b"A=3\n", 0o600);
+        let pairs = [("A", "1"), ("B", "two words"), ("A", "3")].map(|(a, b)| (a.to_owned(), b.to_owned()));
+        assert_eq!(read(vec![a, b], vec![]).unwrap(), pairs);
+    }
+
+    #[test]
+    fn a_line_that_cannot_be_parsed_is_named_by_file_and_number_and_not_shown() {
+        let folder = Folder::new("parse");
+        let file = folder.file("env", b"A=1\n\nPASSWORD 'hunter2\nB=2\n", 0o600);
+        let error = read(vec![file.clone()], vec![]).unwrap_err();
+        assert_eq!(error, format!("{}:3: not a line of the form NAME=value", file.display()));
+        let missing = folder.0.join("missing");
+        let error = read(vec![missing.clone()], vec![]).unwrap_err();
+        assert!(error.starts_with(&format!("{}: No such file", missing.display())), "{error}");
+    }
+
+    #[test]
+    fn a_secret_is_a_files_content_less_one_newline() {
+        let folder = Folder::new("secret");
+        let secret = |file| Secret { name: "KEY".to_owned(), file };
+        let value = |content: &[u8]| {
+            read(vec![], vec![secret(folder.file("key", content, 0o600))]).unwrap()[0].1.clone()
+        };
+        assert_eq!(value(b"hunter2\n"), "hunter2");
+        assert_eq!(value(b"hunter2"), "hunter2");
+        assert_eq!(value(b"two\nlines\n\n"), "two\nlines\n");
+        let zero = secret(folder.file("zero", b"a\0b", 0o600));
+        assert!(read(vec![], vec![zero]).unwrap_err().contains("zero byte"));
+    }
+
+    #[test]
+    fn a_secret_that_others_may_read_or_write_is_refused() {
+        let folder = Folder::new("modes");
+        for (mode, allowed) in [(0o400, true), (0o660, true), (0o604, false), (0o602, false)] {
+            let file = folder.file("key", b"x", mode);
+            let result = read(vec![], vec![Secret { name: "KEY".to_owned(), file: file.clone() }]);
+            assert_eq!(result.is_ok(), allowed, "{mode:o}: {result:?}");
+            assert!(read(vec![folder.file("env", b"A=1", mode)], vec![]).is_ok(), "{mode:o}");
+        }
+    }
+
+    #[test]
+    fn no_value_is_shown_where_the_environment_is() {
+        let folder = Folder::new("debug");
+        let sources =
+            Sources { env_files: vec![folder.file("env", b"NAME=hunter2", 0o600)], ..Sources::default() };
+        let shown = format!("{:?}", sources.read().unwrap());
+        assert!(shown.contains("NAME") && !shown.contains("hunter2"), "{shown}");
+    }
+
+    #[test]
+    fn a_directory_is_resolved_anew_each_time() {
+        let folder = Folder::new("directory");
+        let (one, two, current) = (folder.0.join("1"), folder.0.join("2"), folder.0.join("current"));
+        fs::create_dir(&one).unwrap();
+        fs::create_dir(&two).unwrap();
+        let sources = Sources { directory: Some(current.clone()), ..Sources::default() };
+        for release in [&one, &two] {
+            let _ = fs::remove_file(&current);
+            std::os::unix::fs::symlink(release, &current).unwrap();
+            let directory = sources.read().unwrap().directory.unwrap();
+            assert_eq!(directory.logical, current);
+            assert_eq!(directory.physical, fs::canonicalize(release).unwrap());
+        }
+        fs::remove_file(&current).unwrap();
+        assert!(sources.read().is_err());
+    }
+
+    #[test]
+    fn a_secret_is_given_by_name_and_file() {
+        let expected = Secret { name: "KEY".to_owned(), file: "/run/secrets/key".into() };
+        assert_eq!("KEY=/run/secrets/key".parse(), Ok(expected));
+        assert!("KEY".parse::<Secret>().is_err() && "=x".parse::<Secret>().is_err());
+    }
+}
