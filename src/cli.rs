@@ -9,6 +9,7 @@ use std::time::Duration;
 use argh::{EarlyExit, FromArgs};
 use nix::sys::signal::Signal;
 
+use crate::address::Address;
 use crate::environment::{Secret, Sources};
 use crate::fleet::{Policy, Readiness};
 use crate::worker::Program;
@@ -56,6 +57,11 @@ struct Args {
     /// is ready; 0: never (default 10)
     #[argh(option, default = "10", arg_name = "count")]
     max_failures: u32,
+
+    /// an address to listen on for the workers, which get it as systemd's sockets: 3000, 127.0.0.1:3000,
+    /// [::1]:3000 (repeatable)
+    #[argh(option, short = 'l', arg_name = "address")]
+    listen: Vec<Address>,
 
     /// a file of NAME=value lines for the workers' environment, read anew for each generation (repeatable)
     #[argh(option, arg_name = "file")]
@@ -159,14 +165,20 @@ impl FromStr for StopSignal {
     }
 }
 
+/// How to run.
+#[derive(Debug)]
+pub struct Options {
+    pub program: Program,
+    pub policy: Policy,
+    pub sources: Sources,
+    /// Addresses whose sockets workers are given.
+    pub listen: Vec<Address>,
+}
+
 /// What was asked for.
 #[derive(Debug)]
 pub enum Invocation {
-    Run {
-        program: Program,
-        policy: Policy,
-        sources: Sources,
-    },
+    Run(Box<Options>),
     /// Print this to stdout and exit with 0.
     Print(String),
 }
@@ -215,7 +227,7 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
         stop_signal: stop_signal.0.as_str(),
         max_failures,
     };
-    Ok(Invocation::Run { program, policy, sources })
+    Ok(Invocation::Run(Box::new(Options { program, policy, sources, listen: args.listen })))
 }
 
 /// Parts our own options, each as one word with its value as another, from the command.
@@ -252,7 +264,7 @@ mod tests {
 
     fn run(line: &str) -> Result<(Program, Policy), String> {
         match parse(line.split_whitespace().map(OsString::from))? {
-            Invocation::Run { program, policy, .. } => Ok((program, policy)),
+            Invocation::Run(options) => Ok((options.program, options.policy)),
             Invocation::Print(text) => Err(text),
         }
     }

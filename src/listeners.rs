@@ -10,7 +10,7 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
@@ -66,6 +66,8 @@ struct Member {
     held: bool,
     /// Whether the borrower had asked for SO_REUSEPORT itself.
     shares: bool,
+    /// Whether the borrower was given it at its start, and has it again if it binds the address.
+    given: bool,
 }
 
 #[derive(Debug, Default)]
@@ -102,6 +104,8 @@ const MANY: usize = 64;
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// How long a connection waits to be accepted before it is looked whether anyone is there to accept it.
 const QUEUE_STANDS: Duration = Duration::from_secs(1);
+/// Of sockets that workers are given, as systemd has it (systemd.socket(5)).
+const GIVEN_BACKLOG: i32 = 4096;
 /// Nobody is ever queued on a free socket; a borrower sets its own backlog.
 const SPARE_BACKLOG: i32 = 1;
 
@@ -135,6 +139,44 @@ impl Pool {
         })
     }
 
+    /// Lends a socket that listens on `address` already, for a worker that is about to start. It gets no
+    /// connection before [`Pool::steer`] says so.
+    ///
+    /// # Errors
+    /// What bind(2) or listen(2) says.
+    pub fn give(&mut self, borrower: Borrower, address: Address) -> io::Result<OwnedFd> {
+        let id = match self.spare(borrower, address) {
+            Some(id) => id,
+            None => {
+                self.refuse_stranger(address)?;
+                self.add(address)?
+            }
+        };
+        if !self.members[&id].listening
+            && let Err(error) = self.begin_to_listen(id, GIVEN_BACKLOG)
+        {
+            self.vacate(id, None);
+            return Err(error);
+        }
+        let member = self.members.get_mut(&id).ok_or(io::ErrorKind::NotFound)?;
+        member.holder = Holder::Lent(borrower);
+        member.given = true;
+        member.socket.set_nonblocking(false)?;
+        let socket = member.socket.as_fd().try_clone_to_owned()?;
+        self.watch(id);
+        Ok(socket)
+    }
+
+    /// The process of a worker that was given sockets before it started.
+    pub fn has_started(&mut self, worker: WorkerId, pid: Pid) {
+        for member in self.members.values_mut() {
+            match &mut member.holder {
+                Holder::Lent(borrower) if borrower.worker == worker => borrower.pid = pid,
+                _ => {}
+            }
+        }
+    }
+
     /// Lends a socket bound to `wish.address`, listening already if it had a borrower before, and returns
     /// its inode number.
     ///
@@ -154,6 +196,8 @@ impl Pool {
         };
         let Some(member) = self.members.get_mut(&id) else { return Err(io::ErrorKind::NotFound.into()) };
         member.socket.set_nonblocking(wish.nonblocking)?;
+        let again = member.holder == Holder::Lent(borrower);
+        member.given &= again;
         member.holder = Holder::Lent(borrower);
         member.shares = wish.shares;
         let inode = member.inode;
@@ -170,6 +214,9 @@ impl Pool {
         for (id, member) in self.lent_to(borrower.worker) {
             if !member.address.overlaps(&wish.address) || member.shares && wish.shares {
                 continue;
+            }
+            if member.given && member.address == wish.address {
+                return Ok(Some(id));
             }
             if procfs::is_open_elsewhere(borrower.pid, member.inode) {
                 return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
@@ -277,8 +324,9 @@ impl Pool {
         let inode = inode(socket.as_fd())?;
         let id = self.next;
         self.next = MemberId(id.0 + 1);
-        let (holder, listening, held, shares) = (Holder::Free, false, false, false);
-        self.members.insert(id, Member { address, socket, inode, holder, listening, held, shares });
+        let holder = Holder::Free;
+        let (listening, held, shares, given) = (false, false, false, false);
+        self.members.insert(id, Member { address, socket, inode, holder, listening, held, shares, given });
         self.inodes.insert(inode, id);
         self.groups.entry(address).or_default().members.insert(id);
         Ok(id)

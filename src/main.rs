@@ -39,7 +39,7 @@ fn main() -> ExitCode {
             let _ = std::io::stdout().write_all(text.as_bytes()); // the reader may have seen enough
             ExitCode::SUCCESS
         }
-        Ok(Invocation::Run { program, policy, sources }) => match supervisor::run(program, policy, sources) {
+        Ok(Invocation::Run(options)) => match supervisor::run(*options) {
             Ok(status) => status.into(),
             Err(error) => {
                 error!("can't start: {error}");

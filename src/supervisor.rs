@@ -11,15 +11,17 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
+use crate::address::Address;
+use crate::cli::Options;
 use crate::drain::Drain;
 use crate::environment::{Environment, Sources};
-use crate::fleet::{Action, Event, Fleet, Policy, WorkerId, count};
+use crate::fleet::{Action, Event, Fleet, WorkerId, count};
 use crate::intercept::Interception;
 use crate::listeners::{Borrower, Pool, StoppedListening};
 use crate::procfs;
 use crate::ready::{NodeChannel, NotifySocket, ReadyPipe, Said};
 use crate::signals::{Asked, Signals};
-use crate::worker::{self, Program, StartError, Starter};
+use crate::worker::{self, Listener, StartError, Starter};
 
 /// What an event of the poll loop comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +79,8 @@ pub struct Supervisor {
     sources: Sources,
     /// What each generation starts with, for those that may still start workers.
     environments: BTreeMap<u32, Environment>,
+    /// Addresses whose sockets workers are given.
+    listen: Vec<Address>,
     stop_signal: Signal,
     workers: BTreeMap<WorkerId, Worker>,
     /// One for each worker, and for each that has ended as long as a process that it started lives on.
@@ -92,13 +96,14 @@ pub struct Supervisor {
 ///
 /// # Errors
 /// What keeps the wrapper from starting at all; from then on it goes on whatever happens.
-pub fn run(program: Program, policy: Policy, sources: Sources) -> io::Result<u8> {
+pub fn run(options: Options) -> io::Result<u8> {
+    let Options { program, policy, sources, listen } = options;
     if sources.has_values() {
         // No core of this process is to hold them (PR_SET_DUMPABLE(2const)).
         nix::sys::prctl::set_dumpable(false)?;
     }
     let stop_signal = program.stop_signal;
-    let starter = Starter::new(program)?;
+    let starter = Starter::new(program, listen.len())?;
     let signals = Signals::new()?;
     let pool = Pool::new()?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
@@ -113,6 +118,7 @@ pub fn run(program: Program, policy: Policy, sources: Sources) -> io::Result<u8>
         starter,
         sources: sources.with_current_directory(),
         environments: BTreeMap::new(),
+        listen,
         stop_signal,
         workers: BTreeMap::new(),
         interceptions: BTreeMap::new(),
@@ -227,15 +233,20 @@ impl Supervisor {
         }
         let event = match self.start_watched(worker, slot, generation) {
             Ok(pid) => Event::Started { worker, pid: pid.as_raw() },
-            Err(StartError { why, status }) => Event::StartFailed { worker, why, status },
+            Err(StartError { why, status }) => {
+                self.pool.release(worker, false); // what it was to be given
+                Event::StartFailed { worker, why, status }
+            }
         };
         self.actions.extend(self.fleet.handle(event, Instant::now()));
     }
 
     fn start_watched(&mut self, worker: WorkerId, slot: u32, generation: u32) -> Result<Pid, StartError> {
         let environment = self.environment(generation)?;
-        let started = self.starter.start(slot, generation, &environment)?;
+        let listeners = self.listeners(Borrower { worker, pid: Pid::from_raw(0), slot, generation })?;
+        let started = self.starter.start(slot, generation, &environment, listeners)?;
         let pid = started.pid;
+        self.pool.has_started(worker, pid);
         let interception = Interception::new(started.notify_fd, Borrower { worker, pid, slot, generation });
         let watched = watch(&self.epoll, &interception, Source::Filter(worker))
             .and_then(|()| watch(&self.epoll, &started.ready, Source::Pipe(worker)))
@@ -254,6 +265,15 @@ impl Supervisor {
         self.interceptions.insert(worker, interception);
         self.pids.insert(pid, worker);
         Ok(pid)
+    }
+
+    /// The sockets that a worker is given.
+    fn listeners(&mut self, borrower: Borrower) -> Result<Vec<Listener>, StartError> {
+        let give = |address: &Address| match self.pool.give(borrower, *address) {
+            Ok(socket) => Ok(Listener { name: address.to_string().replace(':', "."), socket }),
+            Err(error) => Err(StartError::new(&format!("can't listen on {address}"), &error)),
+        };
+        self.listen.iter().map(give).collect()
     }
 
     /// What a generation starts with: read when the first of its workers starts, and the same for all.

@@ -256,9 +256,11 @@ pub fn set_close_on_exec(fd: c_int) {
     unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
 }
 
-/// Takes charge of an fd that the kernel has just put into this process, by SCM_RIGHTS say.
+/// Takes charge of an fd that the kernel has just put into this process, by SCM_RIGHTS say, or that it was
+/// started with for this purpose.
 pub fn owned_fd(fd: c_int) -> OwnedFd {
-    // SAFETY: the callers pass only what recvmsg(2) has installed for them; nobody else knows the number.
+    // SAFETY: the callers pass only numbers that were just installed for them, or that LISTEN_FDS says are
+    // this process's; nothing else uses these.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 

@@ -8,6 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{
@@ -22,12 +23,10 @@ use crate::intercept;
 use crate::ready::{NodeChannel, NotifySocket, ReadyPipe};
 use crate::sys;
 
-/// The number of the readiness pipe in every worker. One digit, since that is all that `>&$READY_FD`
-/// takes in dash.
-const READY_FD: RawFd = 3;
-/// The number of Node's IPC channel in every worker.
-const NODE_CHANNEL_FD: RawFd = 4;
-const LAST_FD: RawFd = NODE_CHANNEL_FD;
+/// The number of the first listener that a worker is given (sd_listen_fds(3)). After the listeners come the
+/// readiness pipe, with one digit as long as it can be, since that is all that `>&$READY_FD` takes in dash,
+/// and Node's IPC channel.
+const FIRST_FD: RawFd = 3;
 
 /// What every worker is.
 #[derive(Debug, Clone)]
@@ -69,20 +68,33 @@ pub struct Starter {
     program: Program,
     /// The wrapper's own soft limit of open files before it was raised.
     open_files: (rlim_t, rlim_t),
+    /// Listeners that this process was given itself, for every worker.
+    inherited: Vec<Listener>,
     /// Keep the low fd numbers from being used: in the child they are the worker's.
     _placeholders: Vec<File>,
 }
 
+/// A listening socket for a worker, and the name that LISTEN_FDNAMES gives it.
+#[derive(Debug)]
+pub struct Listener {
+    pub name: String,
+    pub socket: OwnedFd,
+}
+
 impl Starter {
-    /// Prepares this process to have workers: its own fds stay its own, and it may have as many as the
-    /// hard limit allows. Call it before anything is opened that is to live on.
-    pub fn new(program: Program) -> io::Result<Self> {
+    /// Prepares this process to have workers, each of which is given so many listeners besides those that
+    /// this process was started with: its own fds stay its own, and it may have as many as the hard limit
+    /// allows. Call it before anything is opened that is to live on.
+    pub fn new(program: Program, listeners: usize) -> io::Result<Self> {
         close_inherited_fds_on_exec()?;
+        let inherited = inherited_listeners()?;
         // Orphans of the workers come to this process, which reaps them, also when it isn't PID 1.
         nix::sys::prctl::set_child_subreaper(true)?;
         let open_files = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, open_files.1, open_files.1)?;
-        Ok(Self { program, open_files, _placeholders: occupy_fds_up_to(LAST_FD)? })
+        let (pipe, channel) = (1, 1);
+        let last = FIRST_FD + (inherited.len() + listeners + pipe + channel) as RawFd - 1;
+        Ok(Self { program, open_files, inherited, _placeholders: occupy_fds_up_to(last)? })
     }
 
     /// Starts one worker in a process group of its own, behind the filter.
@@ -94,6 +106,7 @@ impl Starter {
         slot: u32,
         generation: u32,
         environment: &Environment,
+        listeners: Vec<Listener>,
     ) -> Result<Started, StartError> {
         let (ready, ready_end) = ReadyPipe::new().map_err(|e| StartError::new("no pipe for READY_FD", &e))?;
         let node = self.program.node_ipc.then(NodeChannel::new).transpose();
@@ -110,11 +123,23 @@ impl Starter {
             variables.push(("PWD".into(), directory.logical.clone().into()));
         }
         let mut set = |name: &str, value: String| variables.push((name.into(), value.into()));
-        set("READY_FD", READY_FD.to_string());
+        let inherited = self.inherited.iter().map(|listener| {
+            Ok(Listener { name: listener.name.clone(), socket: listener.socket.try_clone()? })
+        });
+        let mut given =
+            inherited.collect::<io::Result<Vec<_>>>().map_err(|e| StartError::new("no listener", &e))?;
+        given.extend(listeners);
+        let ready_fd = FIRST_FD + given.len() as RawFd;
+        set("READY_FD", ready_fd.to_string());
         set("NOTIFY_SOCKET", notify.name().to_owned());
         if node.is_some() {
-            set("NODE_CHANNEL_FD", NODE_CHANNEL_FD.to_string());
+            set("NODE_CHANNEL_FD", (ready_fd + 1).to_string());
             set("NODE_CHANNEL_SERIALIZATION_MODE", "json".to_owned());
+        }
+        if !given.is_empty() {
+            let names: Vec<&str> = given.iter().map(|listener| listener.name.as_str()).collect();
+            set("LISTEN_FDS", given.len().to_string());
+            set("LISTEN_FDNAMES", names.join(":"));
         }
         set("REUSE_RUN_SLOT", slot.to_string());
         set("REUSE_RUN_GENERATION", generation.to_string());
@@ -122,6 +147,7 @@ impl Starter {
         let preparation = Preparation {
             wrapper: Pid::this(),
             variables,
+            listeners: given.into_iter().map(|listener| listener.socket).collect(),
             ready: ready_end,
             node: node_end,
             report: its,
@@ -165,6 +191,7 @@ impl Starter {
 struct Preparation {
     wrapper: Pid,
     variables: Vec<(OsString, OsString)>,
+    listeners: Vec<OwnedFd>,
     ready: OwnedFd,
     node: Option<OwnedFd>,
     report: OwnedFd,
@@ -250,11 +277,11 @@ impl Preparation {
         for (name, value) in &self.variables {
             sys::setenv(name, value)?;
         }
-        sys::dup2_for_exec(self.ready.as_fd(), READY_FD)?;
-        if let Some(node) = &self.node {
-            sys::dup2_for_exec(node.as_fd(), NODE_CHANNEL_FD)?;
+        if !self.listeners.is_empty() {
+            sys::setenv("LISTEN_PID".as_ref(), std::process::id().to_string().as_ref())?;
         }
-        Ok(())
+        let fds = self.listeners.iter().chain([&self.ready]).chain(&self.node);
+        (FIRST_FD..).zip(fds).try_for_each(|(number, fd)| sys::dup2_for_exec(fd.as_fd(), number))
     }
 }
 
@@ -325,6 +352,24 @@ fn close_inherited_fds_on_exec() -> io::Result<()> {
     let numbers: Vec<RawFd> = open.flatten().filter_map(|fd| fd.file_name().to_str()?.parse().ok()).collect();
     numbers.into_iter().filter(|fd| *fd > 2).for_each(sys::set_close_on_exec);
     Ok(())
+}
+
+/// The listeners that this process was started with (sd_listen_fds(3)), moved out of the way of those that
+/// workers are to have under the same numbers.
+fn inherited_listeners() -> io::Result<Vec<Listener>> {
+    const OUT_OF_THE_WAY: RawFd = 64;
+    let for_us = std::env::var("LISTEN_PID").is_ok_and(|pid| pid == std::process::id().to_string());
+    let count = std::env::var("LISTEN_FDS").ok().and_then(|count| count.parse::<u16>().ok());
+    let count = count.filter(|_| for_us).unwrap_or(0);
+    let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let mut names = names.split(':').filter(|name| !name.is_empty());
+    let take = |number| {
+        let fd = sys::owned_fd(number);
+        let copy = fcntl(&fd, FcntlArg::F_DUPFD_CLOEXEC(OUT_OF_THE_WAY))?;
+        let name = names.next().unwrap_or("unknown").to_owned();
+        Ok(Listener { name, socket: sys::owned_fd(copy) })
+    };
+    (FIRST_FD..FIRST_FD + RawFd::from(count)).map(take).collect()
 }
 
 /// Fills every free fd number up to and including `last` with /dev/null, close-on-exec, so that no fd
