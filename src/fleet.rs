@@ -164,9 +164,19 @@ pub enum Action {
         level: log::Level,
         line: String,
     },
+    /// Tell the service manager.
+    Announce(Announcement),
     Exit {
         status: u8,
     },
+}
+
+/// How the service as a whole stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Announcement {
+    Reloading,
+    Ready { status: String },
+    Stopping,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -496,6 +506,7 @@ impl Fleet {
             Phase::Starting if self.all_ready(generation) => {
                 self.announce_ready(generation, self.begun, now);
                 self.phase = Phase::Serving;
+                self.announce_serving();
             }
             Phase::Replacing { since } if generation == self.newest && self.all_ready(generation) => {
                 self.announce_ready(generation, since, now);
@@ -511,6 +522,11 @@ impl Fleet {
         let on = if addresses.is_empty() { String::new() } else { format!(" on {}", list(addresses)) };
         let workers = count(of_generation().count(), "worker");
         self.info(format!("generation {generation} is ready after {}: {workers}{on}", millis(now - since)));
+    }
+
+    fn announce_serving(&mut self) {
+        let status = format!("generation {} serves, {}", self.generation, count(self.slots.len(), "worker"));
+        self.actions.push(Action::Announce(Announcement::Ready { status }));
     }
 
     fn all_ready(&self, generation: u32) -> bool {
@@ -691,8 +707,12 @@ impl Fleet {
                 self.phase = Phase::Serving;
                 let (generation, took) = (self.generation, millis(now - since));
                 self.info(format!("reload done after {took}: generation {generation} serves alone"));
+                self.announce_serving();
             }
-            Phase::Abandoning if !other => self.phase = Phase::Serving,
+            Phase::Abandoning if !other => {
+                self.phase = Phase::Serving;
+                self.announce_serving();
+            }
             Phase::Stopping { status } if self.workers.is_empty() => {
                 self.actions.push(Action::Exit { status });
                 return;
@@ -705,6 +725,7 @@ impl Fleet {
             self.phase = Phase::Replacing { since: now };
             let (generation, workers) = (self.newest, count(self.slots.len(), "worker"));
             self.info(format!("reload: starting generation {generation}, {workers}"));
+            self.actions.push(Action::Announce(Announcement::Reloading));
             self.actions.push(Action::LookForStrangers);
             for slot in 0..self.slots.len() as u32 {
                 self.start(slot, generation, now);
@@ -736,6 +757,7 @@ impl Fleet {
     }
 
     fn stop_all(&mut self, status: u8, now: Instant) {
+        self.actions.push(Action::Announce(Announcement::Stopping));
         self.phase = Phase::Stopping { status };
         for slot in 0..self.slots.len() {
             self.slots[slot].restart_at = None;
@@ -993,7 +1015,7 @@ mod tests {
                     Action::Unreserve { slot, generation } => {
                         self.reserved.remove(&(slot, generation));
                     }
-                    Action::LookForStrangers => {}
+                    Action::LookForStrangers | Action::Announce(_) => {}
                 }
             }
         }

@@ -14,6 +14,7 @@ mod fleet;
 mod intercept;
 mod listeners;
 mod logging;
+mod manager;
 mod procfs;
 mod ready;
 mod signals;

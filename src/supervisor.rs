@@ -18,6 +18,7 @@ use crate::environment::{Environment, Sources};
 use crate::fleet::{Action, Event, Fleet, WorkerId, count};
 use crate::intercept::Interception;
 use crate::listeners::{Borrower, Pool, StoppedListening};
+use crate::manager::Manager;
 use crate::procfs;
 use crate::ready::{NodeChannel, NotifySocket, ReadyPipe, Said};
 use crate::signals::{Asked, Signals};
@@ -74,6 +75,7 @@ pub struct Supervisor {
     fleet: Fleet,
     pool: Pool,
     drain: Drain,
+    manager: Manager,
     signals: Signals,
     starter: Starter,
     sources: Sources,
@@ -114,6 +116,7 @@ pub fn run(options: Options) -> io::Result<u8> {
         fleet,
         pool,
         drain: Drain::default(),
+        manager: Manager::new(Instant::now()),
         signals,
         starter,
         sources: sources.with_current_directory(),
@@ -165,6 +168,7 @@ impl Supervisor {
         for worker in self.drain.look(&self.pool, Instant::now()) {
             self.handle(Event::Drained { worker });
         }
+        self.manager.is_alive(Instant::now());
         self.pool.look_at_queues(Instant::now());
         for StoppedListening { worker, address } in self.pool.stopped_listening() {
             self.handle(Event::StoppedListening { worker, address });
@@ -177,7 +181,8 @@ impl Supervisor {
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let deadlines = [self.fleet.deadline(), self.drain.deadline(), self.pool.deadline()];
+        let manager = self.manager.deadline();
+        let deadlines = [self.fleet.deadline(), self.drain.deadline(), self.pool.deadline(), manager];
         let Some(deadline) = deadlines.into_iter().flatten().min() else { return EpollTimeout::NONE };
         // Rounded up, lest it wake up a moment too early over and over.
         let left = deadline.saturating_duration_since(Instant::now()).as_micros().div_ceil(1000);
@@ -213,6 +218,7 @@ impl Supervisor {
                 Action::LookForStrangers => self.pool.look_for_strangers(),
                 Action::Unreserve { slot, generation } => self.pool.unreserve(slot, generation),
                 Action::Log { level, line } => log!(level, "{line}"),
+                Action::Announce(announcement) => self.manager.announce(&announcement),
                 Action::Exit { status } => self.exit = Some(status),
             }
         }
@@ -270,7 +276,7 @@ impl Supervisor {
     /// The sockets that a worker is given.
     fn listeners(&mut self, borrower: Borrower) -> Result<Vec<Listener>, StartError> {
         let give = |address: &Address| match self.pool.give(borrower, *address) {
-            Ok(socket) => Ok(Listener { name: address.to_string().replace(':', "."), socket }),
+            Ok(socket) => Ok(Listener { name: address.socket.port().to_string(), socket }),
             Err(error) => Err(StartError::new(&format!("can't listen on {address}"), &error)),
         };
         self.listen.iter().map(give).collect()
