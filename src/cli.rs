@@ -80,6 +80,11 @@ struct Args {
     #[argh(switch)]
     no_node_ipc: bool,
 
+    /// leave the workers' bind and listen alone: for listeners by -l, or workers that share their port
+    /// themselves
+    #[argh(switch)]
+    no_intercept: bool,
+
     /// print the version
     #[argh(switch, short = 'V')]
     version: bool,
@@ -89,7 +94,7 @@ struct Args {
 const USAGE: &str = "Usage: reuse-run [options] [--] command [arguments]";
 
 /// The options that stand alone; all others are followed by a value.
-const SWITCHES: [&str; 5] = ["-h", "--help", "-V", "--version", "--no-node-ipc"];
+const SWITCHES: [&str; 6] = ["-h", "--help", "-V", "--version", "--no-node-ipc", "--no-intercept"];
 
 #[derive(Debug)]
 struct Workers(u32);
@@ -216,6 +221,7 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
         args: command,
         stop_signal: stop_signal.0,
         node_ipc: !args.no_node_ipc,
+        intercept: !args.no_intercept,
     };
     let sources = Sources { env_files: args.env_file, secrets: args.secret, directory: args.chdir };
     let policy = Policy {

@@ -360,6 +360,12 @@ impl Fleet {
         self.generation
     }
 
+    /// The workers that have yet to become ready.
+    pub fn starting(&self) -> Vec<WorkerId> {
+        let starting = |worker: &Worker| matches!(worker.state, State::Starting { .. });
+        self.workers.iter().filter(|(_, worker)| starting(worker)).map(|(id, _)| *id).collect()
+    }
+
     /// Tells what each worker is to the steering of new connections.
     pub fn standing(&self) -> impl Fn(WorkerId) -> Standing {
         move |id| match self.workers.get(&id) {

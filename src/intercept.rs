@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::Command;
 
 use libc::sock_filter;
 use log::{debug, warn};
@@ -80,6 +81,25 @@ pub fn install() -> io::Result<OwnedFd> {
             install()
         }
         result => result,
+    }
+}
+
+/// Whether workers can be intercepted, tried in a process of its own that ends at once.
+///
+/// # Errors
+/// Why not.
+pub fn probe() -> io::Result<()> {
+    let mut child = Command::new("/");
+    // What the child is stopped from executing by isn't an error of seccomp(2).
+    const WORKS: i32 = libc::ECANCELED;
+    sys::before_exec(&mut child, || {
+        let _notify_fd = install()?;
+        Err(io::Error::from_raw_os_error(WORKS))
+    });
+    match child.spawn() {
+        Err(error) if error.raw_os_error() == Some(WORKS) => Ok(()),
+        Err(error) => Err(error),
+        Ok(_) => Err(io::ErrorKind::Other.into()), // it can't have executed a directory
     }
 }
 

@@ -7,6 +7,7 @@ compile_error!("reuse-run needs Linux: it stands on seccomp user notification an
 
 mod address;
 mod bpf;
+mod bystander;
 mod cli;
 mod drain;
 mod environment;

@@ -204,6 +204,12 @@ pub fn first_unprivileged_port() -> u16 {
     text.trim().parse().unwrap_or(1024)
 }
 
+/// Whether connections that are queued on a listener when it is closed go to another one of its group
+/// (net.ipv4.tcp_migrate_req, ip-sysctl).
+pub fn migrates_requests() -> bool {
+    fs::read_to_string("/proc/sys/net/ipv4/tcp_migrate_req").is_ok_and(|text| text.trim() == "1")
+}
+
 /// Whether IPv6 sockets are IPv6-only unless they say otherwise (net.ipv6.bindv6only, ipv6(7)).
 pub fn v6only_by_default() -> bool {
     fs::read_to_string("/proc/sys/net/ipv6/bindv6only").is_ok_and(|text| text.trim() == "1")

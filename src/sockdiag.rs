@@ -100,7 +100,7 @@ impl SockDiag {
         Ok(connections)
     }
 
-    /// All sockets that listen on `port`, of either family.
+    /// All sockets that listen on `port`, or on any for 0, of either family.
     pub fn listeners(&mut self, port: u16) -> io::Result<Vec<Listener>> {
         let mut listeners = Vec::new();
         for (family, mut socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {

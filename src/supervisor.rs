@@ -12,11 +12,12 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use crate::address::Address;
+use crate::bystander::{self, Bystander};
 use crate::cli::Options;
 use crate::drain::Drain;
 use crate::environment::{Environment, Sources};
 use crate::fleet::{Action, Event, Fleet, WorkerId, count};
-use crate::intercept::Interception;
+use crate::intercept::{self, Interception};
 use crate::listeners::{Borrower, Pool, StoppedListening};
 use crate::manager::Manager;
 use crate::procfs;
@@ -75,6 +76,8 @@ pub struct Supervisor {
     fleet: Fleet,
     pool: Pool,
     drain: Drain,
+    /// Set when workers aren't intercepted.
+    bystander: Option<Bystander>,
     manager: Manager,
     signals: Signals,
     starter: Starter,
@@ -100,6 +103,18 @@ pub struct Supervisor {
 /// What keeps the wrapper from starting at all; from then on it goes on whatever happens.
 pub fn run(options: Options) -> io::Result<u8> {
     let Options { program, policy, sources, listen } = options;
+    let mut program = program;
+    let mut bystander = None;
+    let obstacle =
+        if program.intercept { intercept::probe().err().map(|error| error.to_string()) } else { None };
+    if obstacle.is_some() || !program.intercept {
+        let why = obstacle.map_or("workers are not intercepted".to_owned(), |error| {
+            format!("workers can't be intercepted ({error})")
+        });
+        bystander::announce(&why, !listen.is_empty(), policy.readiness)?;
+        program.intercept = false;
+        bystander = Some(Bystander::default());
+    }
     if sources.has_values() {
         // No core of this process is to hold them (PR_SET_DUMPABLE(2const)).
         nix::sys::prctl::set_dumpable(false)?;
@@ -116,6 +131,7 @@ pub fn run(options: Options) -> io::Result<u8> {
         fleet,
         pool,
         drain: Drain::default(),
+        bystander,
         manager: Manager::new(Instant::now()),
         signals,
         starter,
@@ -168,6 +184,7 @@ impl Supervisor {
         for worker in self.drain.look(&self.pool, Instant::now()) {
             self.handle(Event::Drained { worker });
         }
+        self.look_on();
         self.manager.is_alive(Instant::now());
         self.pool.look_at_queues(Instant::now());
         for StoppedListening { worker, address } in self.pool.stopped_listening() {
@@ -180,9 +197,24 @@ impl Supervisor {
         }
     }
 
+    /// Without interception: finds out who listens.
+    fn look_on(&mut self) {
+        let Some(bystander) = &mut self.bystander else { return };
+        let pid = |id: WorkerId| self.workers.get(&id).map(|worker| (id, worker.pid));
+        let starting: Vec<(WorkerId, Pid)> = self.fleet.starting().into_iter().filter_map(pid).collect();
+        for (worker, address) in bystander.look(&starting, Instant::now()) {
+            self.handle(Event::Listens { worker, address });
+        }
+    }
+
     fn timeout(&self) -> EpollTimeout {
-        let manager = self.manager.deadline();
-        let deadlines = [self.fleet.deadline(), self.drain.deadline(), self.pool.deadline(), manager];
+        let deadlines = [
+            self.fleet.deadline(),
+            self.drain.deadline(),
+            self.pool.deadline(),
+            self.manager.deadline(),
+            self.bystander.as_ref().and_then(Bystander::deadline),
+        ];
         let Some(deadline) = deadlines.into_iter().flatten().min() else { return EpollTimeout::NONE };
         // Rounded up, lest it wake up a moment too early over and over.
         let left = deadline.saturating_duration_since(Instant::now()).as_micros().div_ceil(1000);
@@ -253,8 +285,10 @@ impl Supervisor {
         let started = self.starter.start(slot, generation, &environment, listeners)?;
         let pid = started.pid;
         self.pool.has_started(worker, pid);
-        let interception = Interception::new(started.notify_fd, Borrower { worker, pid, slot, generation });
-        let watched = watch(&self.epoll, &interception, Source::Filter(worker))
+        let borrower = Borrower { worker, pid, slot, generation };
+        let interception = started.notify_fd.map(|notify_fd| Interception::new(notify_fd, borrower));
+        let watched = (interception.as_ref())
+            .map_or(Ok(()), |interception| watch(&self.epoll, interception, Source::Filter(worker)))
             .and_then(|()| watch(&self.epoll, &started.ready, Source::Pipe(worker)))
             .and_then(|()| watch(&self.epoll, &started.notify, Source::Notify(worker)))
             .and_then(|()| match &started.node {
@@ -268,7 +302,10 @@ impl Supervisor {
         debug!("worker {slot} (pid {pid}, generation {generation}) started");
         let (pipe, node, notify) = (Some(started.ready), started.node, started.notify);
         self.workers.insert(worker, Worker { pid, pipe, node, notify });
-        self.interceptions.insert(worker, interception);
+        self.interceptions.extend(interception.map(|interception| (worker, interception)));
+        if let Some(bystander) = &mut self.bystander {
+            bystander.wake(Instant::now());
+        }
         self.pids.insert(pid, worker);
         Ok(pid)
     }

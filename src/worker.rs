@@ -36,14 +36,16 @@ pub struct Program {
     pub stop_signal: Signal,
     /// Whether to give workers an IPC channel as Node's `fork` does.
     pub node_ipc: bool,
+    /// Whether to start workers behind the filter.
+    pub intercept: bool,
 }
 
 /// A worker that runs, or is about to.
 #[derive(Debug)]
 pub struct Started {
     pub pid: Pid,
-    /// Tells of what its filter stops.
-    pub notify_fd: OwnedFd,
+    /// Tells of what its filter stops, if it has one.
+    pub notify_fd: Option<OwnedFd>,
     pub ready: ReadyPipe,
     pub node: Option<NodeChannel>,
     pub notify: NotifySocket,
@@ -151,6 +153,7 @@ impl Starter {
             ready: ready_end,
             node: node_end,
             report: its,
+            intercept: self.program.intercept,
             stop_signal: self.program.stop_signal,
             open_files: self.open_files,
         };
@@ -195,6 +198,7 @@ struct Preparation {
     ready: OwnedFd,
     node: Option<OwnedFd>,
     report: OwnedFd,
+    intercept: bool,
     stop_signal: Signal,
     open_files: (rlim_t, rlim_t),
 }
@@ -235,14 +239,14 @@ impl Preparation {
                 None,
             );
         })?;
-        let fds = [notify_fd.as_raw_fd()];
-        let rights = [ControlMessage::ScmRights(&fds)];
-        let byte = [IoSlice::new(&[u8::MAX])];
+        let fds: Vec<RawFd> = notify_fd.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights: Vec<ControlMessage> = notify_fd.iter().map(|_| ControlMessage::ScmRights(&fds)).collect();
+        let byte = [IoSlice::new(&[PREPARED])];
         sendmsg::<()>(self.report.as_raw_fd(), &byte, &rights, MsgFlags::empty(), None)?;
         Ok(())
     }
 
-    fn take_steps(&self, step: &mut Step) -> io::Result<OwnedFd> {
+    fn take_steps(&self, step: &mut Step) -> io::Result<Option<OwnedFd>> {
         let (soft, hard) = self.open_files;
         setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
         // A shell without job control starts what it puts into the background with SIGINT and SIGQUIT
@@ -262,7 +266,7 @@ impl Preparation {
         *step = Step::Fds;
         self.hand_over()?;
         *step = Step::Filter;
-        intercept::install()
+        self.intercept.then(intercept::install).transpose()
     }
 
     /// Gives the worker its environment, and its fds their numbers.
@@ -285,13 +289,16 @@ impl Preparation {
     }
 }
 
+/// What the child sends, with the filter's fd if there is one, when all steps are taken.
+const PREPARED: u8 = u8::MAX;
+
 enum NotPrepared {
     Failed(Step),
     Silent,
 }
 
 /// What the child has sent; it has done so before it became the worker, or never will.
-fn receive_notify_fd(report: &OwnedFd) -> Result<OwnedFd, NotPrepared> {
+fn receive_notify_fd(report: &OwnedFd) -> Result<Option<OwnedFd>, NotPrepared> {
     let mut byte = [0];
     let mut space = nix::cmsg_space!(RawFd);
     let mut buffers = [IoSliceMut::new(&mut byte)];
@@ -303,7 +310,8 @@ fn receive_notify_fd(report: &OwnedFd) -> Result<OwnedFd, NotPrepared> {
         _ => None,
     });
     match rights {
-        Some(fd) => Ok(sys::owned_fd(fd)),
+        Some(fd) => Ok(Some(sys::owned_fd(fd))),
+        None if byte[0] == PREPARED => Ok(None),
         None => {
             Err(Step::ALL.get(usize::from(byte[0])).map_or(NotPrepared::Silent, |s| NotPrepared::Failed(*s)))
         }

@@ -1,0 +1,90 @@
+//! Without interception: workers bind and listen by themselves, and the wrapper can only look on.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::io;
+use std::time::{Duration, Instant};
+
+use log::{debug, warn};
+use nix::unistd::Pid;
+
+use crate::address::Address;
+use crate::fleet::{Readiness, WorkerId};
+use crate::procfs;
+use crate::sockdiag::SockDiag;
+
+/// The time between two looks while workers start.
+const INTERVAL: Duration = Duration::from_millis(50);
+
+/// Finds out on what workers listen.
+#[derive(Debug, Default)]
+pub struct Bystander {
+    next_look: Option<Instant>,
+    known: BTreeMap<WorkerId, BTreeSet<Address>>,
+}
+
+/// Says what can be promised although workers can't be intercepted.
+///
+/// # Errors
+/// When it can't be found out when a worker is ready.
+pub fn announce(why: &str, given: bool, readiness: Readiness) -> io::Result<()> {
+    if given {
+        if readiness == Readiness::Listen {
+            let what = format!(
+                "{why}, so that nobody can tell when a worker uses what -l gives it: say --ready notify, or a duration"
+            );
+            return Err(io::Error::other(what));
+        }
+        warn!("{why}: the listeners of -l are handed over without a lost connection all the same");
+    } else if procfs::migrates_requests() {
+        warn!(
+            "{why}: workers have to set SO_REUSEPORT themselves, or use -l; net.ipv4.tcp_migrate_req is 1, so \
+             a reload resets no connection, but for a while both generations get new ones"
+        );
+    } else {
+        warn!(
+            "{why}: workers have to set SO_REUSEPORT themselves, or use -l; connections that are queued on a \
+             listener when it is closed are reset (sysctl -w net.ipv4.tcp_migrate_req=1 prevents that)"
+        );
+    }
+    Ok(())
+}
+
+impl Bystander {
+    /// Workers have been started: look at them soon.
+    pub fn wake(&mut self, now: Instant) {
+        self.next_look.get_or_insert(now + INTERVAL);
+    }
+
+    /// When to call [`Bystander::look`] at the latest.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.next_look
+    }
+
+    /// What the given workers have begun to listen on since the last call, if it is time for a look.
+    pub fn look(&mut self, starting: &[(WorkerId, Pid)], now: Instant) -> Vec<(WorkerId, Address)> {
+        if self.next_look.is_none_or(|at| at > now) {
+            return Vec::new();
+        }
+        self.next_look = (!starting.is_empty()).then(|| now + INTERVAL);
+        self.known.retain(|worker, _| starting.iter().any(|(id, _)| id == worker));
+        let listeners = match SockDiag::new().and_then(|mut diag| diag.listeners(0)) {
+            Ok(listeners) => listeners,
+            Err(error) => {
+                debug!("can't look at listeners: {error}");
+                return Vec::new();
+            }
+        };
+        let mut found = Vec::new();
+        for (worker, pid) in starting {
+            let sockets =
+                procfs::tree(*pid).into_iter().flat_map(|pid| procfs::socket_inodes(pid).unwrap_or_default());
+            let sockets: HashSet<u64> = sockets.collect();
+            let its = listeners.iter().filter(|listener| sockets.contains(&listener.inode.into()));
+            let known = self.known.entry(*worker).or_default();
+            found.extend(
+                its.map(|listener| listener.address).filter(|a| known.insert(*a)).map(|a| (*worker, a)),
+            );
+        }
+        found
+    }
+}
