@@ -38,3 +38,12 @@ install_node_packages() {
     npm ci --ignore-scripts
   fi
 }
+
+# The packages of the Python apps, into the folder $1; nothing to do when they are there.
+install_python_packages() {
+  if [[ ! $1/requirements.txt -nt tests/apps/python/requirements.txt ]]; then
+    python3 -m pip install -q --disable-pip-version-check --root-user-action ignore --no-deps \
+      --upgrade --target "$1" --requirement tests/apps/python/requirements.txt
+    cp tests/apps/python/requirements.txt "$1/"
+  fi
+}

@@ -5,7 +5,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -75,13 +75,17 @@ impl Sources {
     /// Without a directory of its own, this takes the one that the shell calls the current one: PWD if it
     /// is that (environ(7)), so that a link in it is followed anew each time.
     pub fn with_current_directory(mut self) -> Self {
-        if self.directory.is_none() {
+        {
             let logical = std::env::var_os("PWD").map(PathBuf::from).filter(|path| path.is_absolute());
             let same = |a: &Path, b: &Path| match (fs::metadata(a), fs::metadata(b)) {
                 (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
                 _ => false,
             };
-            self.directory = logical.filter(|path| same(path, Path::new(".")));
+            let current = logical.filter(|path| same(path, Path::new(".")));
+            self.directory = match (self.directory, current) {
+                (Some(directory), Some(current)) => Some(current.join(directory).components().collect()),
+                (directory, current) => directory.or(current),
+            };
         }
         self
     }
@@ -104,8 +108,11 @@ impl Sources {
             variables.push((OsString::from(&secret.name), read_secret(&secret.file)?));
         }
         let resolve = |logical: &PathBuf| {
-            let physical =
-                fs::canonicalize(logical).map_err(|error| format!("{}: {error}", logical.display()))?;
+            let wrong = |error: io::Error| format!("{}: {error}", logical.display());
+            let physical = fs::canonicalize(logical).map_err(wrong)?;
+            if !physical.is_dir() {
+                return Err(wrong(io::Error::from_raw_os_error(libc::ENOTDIR)));
+            }
             Ok::<_, String>(Directory { logical: logical.clone(), physical })
         };
         Ok(Environment { variables, directory: self.directory.as_ref().map(resolve).transpose()? })
@@ -129,19 +136,20 @@ fn read_env_file(path: &Path) -> Result<Vec<(OsString, OsString)>, String> {
     let mut variables = Vec::new();
     for item in dotenvy::Iter::new(text.as_bytes()) {
         // The error bears the line's text, which may be a secret.
-        let (name, value) = item.map_err(|error| {
-            format!("{}:{}: not a line of the form NAME=value", path.display(), line_of(&error, &text))
+        let (name, value) = item.map_err(|_| {
+            format!("{}:{}: not a line of the form NAME=value", path.display(), line_of_error(&text))
         })?;
         variables.push(variable(path, name.into(), value.into())?);
     }
     Ok(variables)
 }
 
-/// The number of the line that could not be parsed.
-fn line_of(error: &dotenvy::Error, text: &str) -> usize {
-    let dotenvy::Error::LineParse(bad, _) = error else { return 1 };
-    let first = bad.lines().next().unwrap_or_default().trim();
-    text.lines().position(|line| line.trim() == first).map_or(1, |index| index + 1)
+/// The number of the line that can't be parsed: the one after as many lines as can be.
+fn line_of_error(text: &str) -> usize {
+    let lines: Vec<&str> = text.split_inclusive('\n').collect();
+    let parses =
+        |count: &usize| dotenvy::Iter::new(lines[..*count].concat().as_bytes()).all(|item| item.is_ok());
+    1 + (0..lines.len()).rev().find(parses).unwrap_or(0)
 }
 
 /// The file's content, less one newline at its end.

@@ -853,7 +853,7 @@ impl Fleet {
     fn late(&mut self, id: WorkerId, now: Instant) {
         let Some(worker) = self.workers.get(&id) else { return };
         let lacks = match self.policy.readiness {
-            Readiness::Notify => "it did not say so (see --ready)".to_owned(),
+            Readiness::Notify => "it did not say that it is".to_owned(),
             _ if worker.addresses.is_empty() => {
                 "it listens on no TCP port that can be shared (see --ready)".to_owned()
             }

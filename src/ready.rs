@@ -10,8 +10,9 @@ use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, bind, getsockname, recvmsg,
     setsockopt, socket, sockopt,
 };
-use nix::unistd;
+use nix::unistd::{self, Pid};
 
+use crate::procfs;
 use crate::sys;
 
 /// What a worker says.
@@ -155,7 +156,9 @@ impl NotifySocket {
         &self.name
     }
 
-    pub fn read(&self) -> Vec<Said> {
+    /// Listens to what has the right to speak: this user, root, and the worker's own processes, whoever they
+    /// have become.
+    pub fn read(&self, worker: Pid) -> Vec<Said> {
         const LONGEST: usize = 4096;
         const MOST_FDS: usize = 16;
         let mut said = Vec::new();
@@ -173,7 +176,10 @@ impl NotifySocket {
                 match control {
                     ControlMessageOwned::ScmCredentials(credentials) => {
                         let us = unistd::geteuid().as_raw();
-                        from_us = credentials.uid() == us || credentials.uid() == 0;
+                        let from = Pid::from_raw(credentials.pid());
+                        from_us = credentials.uid() == us
+                            || credentials.uid() == 0
+                            || procfs::tree(worker).contains(&from);
                     }
                     // With BARRIER=1 comes an fd that is to be closed when all before it was read. No other
                     // message that we know needs one.
@@ -290,7 +296,7 @@ mod tests {
         let (barrier, its) = unistd::pipe().unwrap();
         send(b"BARRIER=1", &[its.as_raw_fd()]);
         drop(its);
-        assert_eq!(notify.read(), [Said::Ready]);
+        assert_eq!(notify.read(Pid::this()), [Said::Ready]);
         assert_eq!(unistd::read(&barrier, &mut [0]), Ok(0), "the wrapper has closed its copy");
     }
 }

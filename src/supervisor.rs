@@ -378,7 +378,7 @@ impl Supervisor {
         let said = match source {
             Source::Pipe(_) => worker.pipe.as_ref().map(ReadyPipe::read),
             Source::Node(_) => worker.node.as_mut().map(NodeChannel::read),
-            _ => Some(worker.notify.read()),
+            _ => Some(worker.notify.read(worker.pid)),
         };
         let pid = worker.pid;
         for said in said.unwrap_or_default() {

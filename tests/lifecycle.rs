@@ -300,9 +300,9 @@ fn a_worker_finds_its_slot_its_generation_and_ready_fd_in_its_environment() {
 }
 
 #[test]
-fn a_worker_inherits_no_descriptor_but_stdio_and_ready_fd() {
+fn a_worker_inherits_no_descriptor_but_stdio_ready_fd_and_nodes_channel() {
     let addr = free_address();
-    let text = r#"for f in /proc/$$/fd/*; do [ -e "$f" ] && echo "fd ${f##*/}"; done; echo "ready_fd $READY_FD"; exec "$0" --listen "$1""#;
+    let text = r#"for f in /proc/$$/fd/*; do [ -e "$f" ] && echo "fd ${f##*/}"; done; echo "ready_fd $READY_FD"; echo "channel $NODE_CHANNEL_FD"; exec "$0" --listen "$1""#;
     // The wrapper itself is given some that nobody marked close-on-exec.
     let mut command = Command::new("sh");
     command.args(["-c", r#"exec 7</dev/null 8</dev/null 9</dev/null; exec "$0" "$@""#]);
@@ -313,12 +313,13 @@ fn a_worker_inherits_no_descriptor_but_stdio_and_ready_fd() {
     service.stop();
     let lines: Vec<String> = service.out.all().into_iter().map(|line| line.text).collect();
     let ready_fd = lines.iter().find_map(|line| line.strip_prefix("ready_fd ")).expect("READY_FD");
-    let expected = ["0", "1", "2", ready_fd];
+    let channel = lines.iter().find_map(|line| line.strip_prefix("channel ")).expect("NODE_CHANNEL_FD");
+    let expected = ["0", "1", "2", ready_fd, channel];
     let found: Vec<&str> = lines.iter().filter_map(|line| line.strip_prefix("fd ")).collect();
     for fd in &found {
         assert!(expected.contains(fd), "a worker has descriptor {fd} open: {lines:#?}");
     }
-    assert_eq!(found.len(), 4 * expected.len(), "four workers have four each: {lines:#?}");
+    assert_eq!(found.len(), 4 * expected.len(), "four workers have five each: {lines:#?}");
 }
 
 #[test]
