@@ -3,7 +3,11 @@
 //! With `Type=notify-reload` systemd reloads by SIGHUP and waits for the announcement that it is over
 //! (systemd.service(5)).
 
+use std::env;
 use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::{Duration, Instant};
 
 use log::debug;
@@ -52,9 +56,21 @@ impl Manager {
     }
 }
 
+/// Tells the manager, if it is there to hear it. Never blocks: a manager that doesn't read is not to hold up
+/// the workers.
 fn say(states: &[NotifyState]) {
-    let said: io::Result<()> = sd_notify::notify(states);
-    if let Err(error) = said {
+    let Some(name) = env::var_os("NOTIFY_SOCKET") else { return };
+    let text: String = states.iter().map(|state| format!("{state}\n")).collect();
+    let said = || -> io::Result<()> {
+        let address = match name.as_bytes() {
+            [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+            _ => SocketAddr::from_pathname(&name)?,
+        };
+        let socket = UnixDatagram::unbound()?;
+        socket.set_nonblocking(true)?;
+        socket.send_to_addr(text.as_bytes(), &address).map(drop)
+    };
+    if let Err(error) = said() {
         debug!("can't tell the service manager: {error}");
     }
 }

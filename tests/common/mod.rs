@@ -26,7 +26,7 @@ use nix::unistd::Pid;
 pub const DEADLINE: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(5);
 /// The environment variable by which a service's processes are known, wherever they went.
-const MARK: &str = "REUSE_RUN_TEST_MARK";
+pub const MARK: &str = "REUSE_RUN_TEST_MARK";
 
 /// Waits until `condition` holds; panics with `what` when it doesn't in time.
 #[track_caller]
