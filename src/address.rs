@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 /// What the kernel tells one reuseport group from another by, within a network namespace and a user:
@@ -64,6 +65,29 @@ impl Address {
         match ip.to_ipv4_mapped() {
             Some(mapped) => mapped == v4 || mapped.is_unspecified() || v4.is_unspecified(),
             None => ip.is_unspecified(),
+        }
+    }
+}
+
+/// Where a worker listens.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Endpoint {
+    Tcp(Address),
+    /// A Unix socket's path.
+    Unix(PathBuf),
+}
+
+impl From<Address> for Endpoint {
+    fn from(address: Address) -> Self {
+        Self::Tcp(address)
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => path.display().fmt(f),
         }
     }
 }

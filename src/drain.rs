@@ -16,6 +16,7 @@ use crate::fleet::WorkerId;
 use crate::listeners::Pool;
 use crate::procfs;
 use crate::sockdiag::{Connection, SockDiag};
+use crate::unix::UnixSockets;
 
 /// The time between two looks, at least.
 const INTERVAL: Duration = Duration::from_millis(20);
@@ -29,6 +30,7 @@ const FIRST_REQUEST: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 struct Retired {
     pid: Pid,
+    generation: u32,
     since: Instant,
     addresses: BTreeSet<Address>,
     /// Clients whose handshake was under way at the first look; `None` before it.
@@ -45,8 +47,15 @@ pub struct Drain {
 
 impl Drain {
     /// Begins to watch a worker; call it after the switch.
-    pub fn watch(&mut self, worker: WorkerId, pid: Pid, addresses: BTreeSet<Address>, now: Instant) {
-        let retired = Retired { pid, since: now, addresses, handshakes: None };
+    pub fn watch(
+        &mut self,
+        worker: WorkerId,
+        pid: Pid,
+        generation: u32,
+        addresses: BTreeSet<Address>,
+        now: Instant,
+    ) {
+        let retired = Retired { pid, generation, since: now, addresses, handshakes: None };
         self.retired.insert(worker, retired);
         self.next_look.get_or_insert(now);
     }
@@ -66,7 +75,7 @@ impl Drain {
     }
 
     /// The workers that have nothing left to do, if it is time for a look.
-    pub fn look(&mut self, pool: &Pool, now: Instant) -> Vec<WorkerId> {
+    pub fn look(&mut self, pool: &Pool, unix: &UnixSockets, now: Instant) -> Vec<WorkerId> {
         if self.next_look.is_none_or(|at| at > now) {
             return Vec::new();
         }
@@ -85,7 +94,8 @@ impl Drain {
         let mut arrived = Vec::new();
         for (worker, retired) in &mut self.retired {
             let rows: Vec<&Connection> = retired.addresses.iter().flat_map(of).collect();
-            if retired.has_arrived(&rows, empty.contains(worker), now) {
+            let unix_idle = unix.are_idle(retired.generation, retired.pid);
+            if retired.has_arrived(&rows, empty.contains(worker), now) && unix_idle {
                 arrived.push((*worker, retired.pid));
             }
         }
@@ -220,7 +230,13 @@ mod tests {
     }
 
     fn retired(since: Instant) -> Retired {
-        Retired { pid: Pid::from_raw(i32::MAX), since, addresses: BTreeSet::new(), handshakes: None }
+        Retired {
+            pid: Pid::from_raw(i32::MAX),
+            generation: 1,
+            since,
+            addresses: BTreeSet::new(),
+            handshakes: None,
+        }
     }
 
     #[test]
@@ -257,7 +273,7 @@ mod tests {
         let inode = procfs::socket_inode(Pid::this(), fd).unwrap().unwrap();
 
         let mut drain = Drain::default();
-        drain.watch(WorkerId(1), Pid::this(), BTreeSet::from([address]), Instant::now());
+        drain.watch(WorkerId(1), Pid::this(), 1, BTreeSet::from([address]), Instant::now());
         let mut idle = |busy: &[u64], owned: Owned| drain.idle(&[me], &busy.iter().copied().collect(), owned);
         let look = |busy: &[u64]| Owned::look(&busy.iter().copied().collect());
         let nobodys = || Owned(HashMap::from([(Pid::this(), HashSet::new())]));

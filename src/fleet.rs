@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::address::Address;
+use crate::address::Endpoint;
 use crate::steering::Standing;
 
 /// A worker, from its start to its end; never used twice.
@@ -91,11 +91,11 @@ pub enum Event {
     },
     Listens {
         worker: WorkerId,
-        address: Address,
+        endpoint: Endpoint,
     },
     StoppedListening {
         worker: WorkerId,
-        address: Address,
+        endpoint: Endpoint,
     },
     SaysReady {
         worker: WorkerId,
@@ -210,7 +210,7 @@ struct Worker {
     ready_at: Option<Instant>,
     state: State,
     /// Where it listens.
-    addresses: BTreeSet<Address>,
+    endpoints: BTreeSet<Endpoint>,
 }
 
 /// A place of the generation that serves.
@@ -223,7 +223,7 @@ struct Slot {
     /// How long the next restart waits.
     delay: Duration,
     /// Where its last ready worker listened: what a replacement has to do as well.
-    addresses: BTreeSet<Address>,
+    endpoints: BTreeSet<Endpoint>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -313,8 +313,8 @@ impl Fleet {
         match event {
             Event::Started { worker, pid } => self.started(worker, pid, now),
             Event::StartFailed { worker, why, status } => self.start_failed(worker, &why, status, now),
-            Event::Listens { worker, address } => self.listens(worker, address, now),
-            Event::StoppedListening { worker, address } => self.stopped_listening(worker, address, now),
+            Event::Listens { worker, endpoint } => self.listens(worker, endpoint, now),
+            Event::StoppedListening { worker, endpoint } => self.stopped_listening(worker, &endpoint, now),
             Event::SaysReady { worker } => self.says_ready(worker, now),
             Event::Drained { worker } => self.drained(worker, now),
             Event::Ended { worker, end } => self.ended(worker, end, now),
@@ -408,8 +408,8 @@ impl Fleet {
         let id = self.next;
         self.next = WorkerId(id.0 + 1);
         let state = State::Starting { ready_by: now + self.policy.ready_timeout, hint_at: None };
-        let (pid, ready_at, addresses) = (None, None, BTreeSet::new());
-        let worker = Worker { slot, generation, pid, started: now, ready_at, state, addresses };
+        let (pid, ready_at, endpoints) = (None, None, BTreeSet::new());
+        let worker = Worker { slot, generation, pid, started: now, ready_at, state, endpoints };
         self.workers.insert(id, worker);
         self.actions.push(Action::Start { worker: id, slot, generation });
     }
@@ -426,9 +426,9 @@ impl Fleet {
         }
     }
 
-    fn listens(&mut self, id: WorkerId, address: Address, now: Instant) {
+    fn listens(&mut self, id: WorkerId, endpoint: Endpoint, now: Instant) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        worker.addresses.insert(address);
+        worker.endpoints.insert(endpoint);
         match worker.state {
             State::Starting { ready_by, hint_at } if self.policy.readiness == Readiness::Listen => {
                 worker.state = State::Starting { ready_by, hint_at: hint_at.or(Some(now + HINT_AFTER)) };
@@ -437,21 +437,21 @@ impl Fleet {
                 }
             }
             State::Ready => {
-                self.remember_addresses(id);
+                self.remember_endpoints(id);
                 self.actions.push(Action::Steer);
             }
             _ => {}
         }
     }
 
-    fn stopped_listening(&mut self, id: WorkerId, address: Address, now: Instant) {
+    fn stopped_listening(&mut self, id: WorkerId, endpoint: &Endpoint, now: Instant) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        worker.addresses.remove(&address);
+        worker.endpoints.remove(endpoint);
         if worker.state == State::Ready {
             let slot = worker.slot;
             let name = self.name(id);
-            self.warn(format!("{name} has stopped listening on {address}"));
-            self.remember_addresses(id);
+            self.warn(format!("{name} has stopped listening on {endpoint}"));
+            self.remember_endpoints(id);
             self.look_again(slot, now);
         }
         self.actions.push(Action::Steer);
@@ -459,7 +459,7 @@ impl Fleet {
 
     /// Less is asked of the replacements in a slot than before: one may have what it takes.
     fn look_again(&mut self, slot: u32, now: Instant) {
-        let listens = |worker: &Worker| worker.slot == slot && !worker.addresses.is_empty();
+        let listens = |worker: &Worker| worker.slot == slot && !worker.endpoints.is_empty();
         let starting = |worker: &Worker| matches!(worker.state, State::Starting { .. }) && listens(worker);
         let candidates = self.workers.iter().filter(|(_, worker)| starting(worker)).map(|(id, _)| *id);
         for id in candidates.collect::<Vec<_>>() {
@@ -477,16 +477,16 @@ impl Fleet {
     }
 
     /// The addresses on which a worker has to listen and doesn't yet.
-    fn missing(&self, id: WorkerId) -> Vec<Address> {
+    fn missing(&self, id: WorkerId) -> Vec<Endpoint> {
         let Some(worker) = self.workers.get(&id) else { return Vec::new() };
-        let wanted = &self.slots[worker.slot as usize].addresses;
-        wanted.difference(&worker.addresses).copied().collect()
+        let wanted = &self.slots[worker.slot as usize].endpoints;
+        wanted.difference(&worker.endpoints).cloned().collect()
     }
 
     /// A worker of the generation that serves sets what its replacements have to do.
-    fn remember_addresses(&mut self, id: WorkerId) {
+    fn remember_endpoints(&mut self, id: WorkerId) {
         if let Some(worker) = self.workers.get(&id).filter(|worker| worker.generation == self.generation) {
-            self.slots[worker.slot as usize].addresses.clone_from(&worker.addresses);
+            self.slots[worker.slot as usize].endpoints.clone_from(&worker.endpoints);
         }
     }
 
@@ -500,7 +500,7 @@ impl Fleet {
         if generation == self.generation {
             self.failures = 0;
             self.slots[slot].reset_at = None;
-            self.remember_addresses(id);
+            self.remember_endpoints(id);
             self.actions.push(Action::Steer);
             if self.phase != Phase::Starting {
                 self.info(format!("{name} is ready, a replacement, after {}", millis(took)));
@@ -524,8 +524,8 @@ impl Fleet {
 
     fn announce_ready(&mut self, generation: u32, since: Instant, now: Instant) {
         let of_generation = || self.workers.values().filter(|worker| worker.generation == generation);
-        let addresses: BTreeSet<&Address> = of_generation().flat_map(|worker| &worker.addresses).collect();
-        let on = if addresses.is_empty() { String::new() } else { format!(" on {}", list(addresses)) };
+        let endpoints: BTreeSet<&Endpoint> = of_generation().flat_map(|worker| &worker.endpoints).collect();
+        let on = if endpoints.is_empty() { String::new() } else { format!(" on {}", list(endpoints)) };
         let workers = count(of_generation().count(), "worker");
         self.info(format!("generation {generation} is ready after {}: {workers}{on}", millis(now - since)));
     }
@@ -560,7 +560,7 @@ impl Fleet {
         }
         self.failures = 0;
         for id in self.of_generation(self.generation) {
-            self.remember_addresses(id);
+            self.remember_endpoints(id);
         }
         self.info(format!("generation {} serves; generation {last} drains", self.generation));
         for id in retired {
@@ -854,7 +854,7 @@ impl Fleet {
         let Some(worker) = self.workers.get(&id) else { return };
         let lacks = match self.policy.readiness {
             Readiness::Notify => "it did not say that it is".to_owned(),
-            _ if worker.addresses.is_empty() => {
+            _ if worker.endpoints.is_empty() => {
                 "it listens on no TCP port that can be shared (see --ready)".to_owned()
             }
             _ => format!(
@@ -876,8 +876,8 @@ impl Fleet {
     }
 }
 
-fn list(addresses: impl IntoIterator<Item = impl ToString>) -> String {
-    addresses.into_iter().map(|address| address.to_string()).collect::<Vec<_>>().join(" ")
+fn list(endpoints: impl IntoIterator<Item = impl ToString>) -> String {
+    endpoints.into_iter().map(|endpoint| endpoint.to_string()).collect::<Vec<_>>().join(" ")
 }
 
 /// "1 worker", "4 workers"
@@ -898,6 +898,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::address::Address;
 
     const WORKERS: u32 = 3;
 
@@ -1090,8 +1091,8 @@ mod tests {
         world
     }
 
-    fn address(port: u16) -> Address {
-        Address { socket: ([127, 0, 0, 1], port).into(), v6only: false }
+    fn address(port: u16) -> Endpoint {
+        Endpoint::Tcp(Address { socket: ([127, 0, 0, 1], port).into(), v6only: false })
     }
 
     #[test]
@@ -1277,18 +1278,18 @@ mod tests {
     fn a_replacement_has_to_listen_where_the_worker_before_it_does() {
         let mut world = World::new(policy(Readiness::Listen));
         for worker in world.ids() {
-            world.event(Event::Listens { worker, address: address(1) });
-            world.event(Event::Listens { worker, address: address(2) });
+            world.event(Event::Listens { worker, endpoint: address(1) });
+            world.event(Event::Listens { worker, endpoint: address(2) });
         }
         world.event(Event::Reload);
         for worker in world.ids().split_off(3) {
-            world.event(Event::Listens { worker, address: address(1) });
+            world.event(Event::Listens { worker, endpoint: address(1) });
         }
         assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
         world.pass(Duration::from_secs(1));
         assert!(world.said("does not listen on 127.0.0.1:2"), "{:?}", world.log);
         for worker in world.ids().split_off(3) {
-            world.event(Event::Listens { worker, address: address(2) });
+            world.event(Event::Listens { worker, endpoint: address(2) });
         }
         assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
     }
@@ -1297,15 +1298,15 @@ mod tests {
     fn a_restarted_worker_has_to_listen_where_the_dead_one_did() {
         let mut world = World::new(policy(Readiness::Listen));
         for worker in world.ids() {
-            world.event(Event::Listens { worker, address: address(1) });
-            world.event(Event::Listens { worker, address: address(2) });
+            world.event(Event::Listens { worker, endpoint: address(1) });
+            world.event(Event::Listens { worker, endpoint: address(2) });
         }
         let worker = world.ids()[0];
         world.end(worker, End::Exited(0));
         let worker = *world.ids().last().unwrap();
-        world.event(Event::Listens { worker, address: address(2) });
+        world.event(Event::Listens { worker, endpoint: address(2) });
         assert_eq!(world.steered_to().len(), 2);
-        world.event(Event::Listens { worker, address: address(1) });
+        world.event(Event::Listens { worker, endpoint: address(1) });
         assert_eq!(world.steered_to().len(), 3);
     }
 
@@ -1361,12 +1362,12 @@ mod tests {
                 }
                 Step::Listens(who, port) => {
                     if let Some(worker) = choose(who, self.ids()) {
-                        self.event(Event::Listens { worker, address: address(port) });
+                        self.event(Event::Listens { worker, endpoint: address(port) });
                     }
                 }
                 Step::Unlistens(who, port) => {
                     if let Some(worker) = choose(who, self.ids()) {
-                        self.event(Event::StoppedListening { worker, address: address(port) });
+                        self.event(Event::StoppedListening { worker, endpoint: address(port) });
                     }
                 }
                 Step::Ends(who) => {

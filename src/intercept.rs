@@ -7,17 +7,19 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::process::Command;
 
 use libc::sock_filter;
 use log::{debug, warn};
 use nix::unistd::Pid;
 
-use crate::address::Address;
+use crate::address::{Address, Endpoint};
 use crate::bpf::op;
 use crate::listeners::{Borrower, Pool, Wish};
 use crate::procfs;
 use crate::sys::{self, NotifResponse};
+use crate::unix::{self, Place, UnixSockets};
 
 #[cfg(target_arch = "x86_64")]
 const ARCHITECTURE: u32 = 0xC000_003E; // AUDIT_ARCH_X86_64 (linux/audit.h)
@@ -26,8 +28,9 @@ const ARCHITECTURE: u32 = 0xC000_00B7; // AUDIT_ARCH_AARCH64
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 compile_error!("reuse-run knows the system calls of x86_64 and aarch64 only");
 
-/// The filter: notifies of bind, listen and the setsockopt calls that decide which sockets may be bound
-/// side by side (IPV6_V6ONLY, SO_REUSEPORT); allows all else, calls of another ABI included.
+/// The filter: notifies of bind, listen, the setsockopt calls that decide which sockets may be bound side by
+/// side (IPV6_V6ONLY, SO_REUSEPORT) and unlink, which could take a Unix socket's path from others; allows
+/// all else, calls of another ABI included.
 ///
 /// No memory can be read here, only the numbers in `struct seccomp_data` (linux/seccomp.h).
 pub fn filter() -> Vec<sock_filter> {
@@ -40,12 +43,18 @@ pub fn filter() -> Vec<sock_filter> {
     let equal = |k, jt, jf| op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, jt, jf, k);
     let ret = |k| op(libc::BPF_RET | libc::BPF_K, 0, 0, k);
     // The x32 ABI shares AUDIT_ARCH_X86_64 but sets bit 30 of the number, so none of these matches.
+    #[cfg(target_arch = "x86_64")]
+    let unlink = libc::SYS_unlink;
+    #[cfg(not(target_arch = "x86_64"))]
+    let unlink = libc::SYS_unlinkat;
     vec![
         load(ARCH),
-        equal(ARCHITECTURE, 0, 11),
+        equal(ARCHITECTURE, 0, 13),
         load(NR),
-        equal(libc::SYS_bind as u32, 10, 0),
-        equal(libc::SYS_listen as u32, 9, 0),
+        equal(libc::SYS_bind as u32, 12, 0),
+        equal(libc::SYS_listen as u32, 11, 0),
+        equal(unlink as u32, 10, 0),
+        equal(libc::SYS_unlinkat as u32, 9, 0),
         equal(libc::SYS_setsockopt as u32, 0, 7),
         load(arg(1)),
         equal(libc::IPPROTO_IPV6 as u32, 0, 2),
@@ -109,6 +118,7 @@ enum Call {
     Bind { fd: u32, address: u64, len: u64 },
     Listen { fd: u32, backlog: i32 },
     SetOption { fd: u32, option: SocketOption, value: u64, len: u64 },
+    Unlink { from: Option<u32>, path: u64 },
     Other,
 }
 
@@ -131,6 +141,11 @@ fn decode(data: &libc::seccomp_data) -> Call {
                 _ => return Call::Other,
             };
             Call::SetOption { fd, option, value: data.args[3], len: u64::from(data.args[4] as u32) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_unlink => Call::Unlink { from: None, path: data.args[0] },
+        libc::SYS_unlinkat if data.args[2] as i32 & libc::AT_REMOVEDIR == 0 => {
+            Call::Unlink { from: (fd as i32 != libc::AT_FDCWD).then_some(fd), path: data.args[1] }
         }
         _ => Call::Other,
     }
@@ -161,6 +176,9 @@ pub struct Interception {
     warned: bool,
 }
 
+/// No address is longer (`struct sockaddr_storage`).
+const LONGEST_ADDRESS: u64 = size_of::<libc::sockaddr_storage>() as u64;
+
 /// Past this many sockets with options that were never bound, all are forgotten: they are a worker's
 /// outgoing connections.
 const MOST_OPTIONS: usize = 1024;
@@ -186,7 +204,7 @@ impl Interception {
 
     /// Answers one system call, after [`Interception::as_fd`] became readable. Returns the address on
     /// which the worker has begun to listen by it, if any.
-    pub fn answer(&mut self, pool: &mut Pool) -> Option<Address> {
+    pub fn answer(&mut self, pool: &mut Pool, unix: &mut UnixSockets) -> Option<Endpoint> {
         let notif = match sys::seccomp_notif_recv(self.notify_fd.as_fd()) {
             Ok(notif) => notif,
             Err(error) => {
@@ -196,9 +214,22 @@ impl Interception {
         };
         let tid = Pid::from_raw(notif.pid as i32);
         let (response, listens) = match decode(&notif.data) {
+            Call::Unlink { .. } if unix.is_empty() => (NotifResponse::Continue, None),
+            Call::Unlink { from, path } => (unlink(unix, tid, from, path), None),
             _ if self.retired => (NotifResponse::Continue, None),
-            Call::Bind { fd, address, len } => (self.bind(pool, notif.id, tid, fd, address, len), None),
-            Call::Listen { fd, backlog } => self.listen(pool, notif.id, tid, fd, backlog),
+            Call::Bind { fd, address, len } => {
+                let address = procfs::memory(tid, address, len.min(LONGEST_ADDRESS) as usize);
+                let response = match address.inspect_err(|error| self.warn_of_rights(error)) {
+                    Ok(bytes) if bytes.len() as u64 == len => match unix::path_of_sockaddr(&bytes) {
+                        Some(path) => self.bind_unix(unix, notif.id, tid, fd, &path),
+                        None => self.bind(pool, notif.id, tid, fd, &bytes),
+                    },
+                    // Too long, or not all of it is there: which the kernel refuses.
+                    _ => NotifResponse::Continue,
+                };
+                (response, None)
+            }
+            Call::Listen { fd, backlog } => self.listen(pool, unix, notif.id, tid, fd, backlog),
             Call::SetOption { fd, option, value, len } => {
                 self.note_option(tid, fd, option, value, len);
                 (NotifResponse::Continue, None)
@@ -213,8 +244,8 @@ impl Interception {
         listens
     }
 
-    fn bind(&mut self, pool: &mut Pool, id: u64, tid: Pid, fd: u32, address: u64, len: u64) -> NotifResponse {
-        let Some(bind) = self.understand_bind(tid, fd, address, len) else { return NotifResponse::Continue };
+    fn bind(&mut self, pool: &mut Pool, id: u64, tid: Pid, fd: u32, bytes: &[u8]) -> NotifResponse {
+        let Some(bind) = self.understand_bind(tid, fd, bytes) else { return NotifResponse::Continue };
         // Only now is it sure that all that was read is of the thread that waits.
         if !sys::seccomp_notif_id_valid(self.notify_fd.as_fd(), id) {
             return NotifResponse::Continue;
@@ -232,17 +263,11 @@ impl Interception {
                 return NotifResponse::Errno(error.raw_os_error().unwrap_or(libc::EADDRINUSE));
             }
         };
-        let placed = match pool.lent(self.borrower.worker, inode) {
-            Some(socket) => {
-                sys::seccomp_notif_addfd(self.notify_fd.as_fd(), id, socket, fd, bind.close_on_exec)
-            }
-            None => Err(io::ErrorKind::NotFound.into()),
-        };
-        match placed {
+        let Some(socket) = pool.lent(self.borrower.worker, inode) else { return NotifResponse::Continue };
+        match self.place(id, socket, fd, bind.close_on_exec, inode) {
             Ok(()) => {
                 debug!("worker {} (pid {tid}) binds {}", self.borrower.slot, bind.wish.address);
                 self.options.remove(&bind.inode);
-                self.placed = Some(inode);
                 NotifResponse::Success
             }
             Err(error) => {
@@ -253,21 +278,66 @@ impl Interception {
         }
     }
 
-    /// What is asked for, if it is ours to give: a TCP port that this process itself could bind.
-    fn understand_bind(&mut self, tid: Pid, fd: u32, address: u64, len: u64) -> Option<Bind> {
-        const LONGEST: u64 = size_of::<libc::sockaddr_storage>() as u64;
-        if len > LONGEST {
-            return None;
+    /// Puts a socket in the place of the worker's own.
+    fn place(
+        &mut self,
+        id: u64,
+        socket: BorrowedFd,
+        fd: u32,
+        close_on_exec: bool,
+        inode: u64,
+    ) -> io::Result<()> {
+        sys::seccomp_notif_addfd(self.notify_fd.as_fd(), id, socket, fd, close_on_exec)?;
+        self.placed = Some(inode);
+        Ok(())
+    }
+
+    /// Has a worker share its generation's socket of a path.
+    fn bind_unix(
+        &mut self,
+        unix: &mut UnixSockets,
+        id: u64,
+        tid: Pid,
+        fd: u32,
+        path: &Path,
+    ) -> NotifResponse {
+        let Some((own, place)) = understand_unix_bind(tid, fd, path) else { return NotifResponse::Continue };
+        let (Ok(flags), Ok(mask)) = (procfs::fd_flags(tid, fd), procfs::umask(tid)) else {
+            return NotifResponse::Continue;
+        };
+        if !sys::seccomp_notif_id_valid(self.notify_fd.as_fd(), id) {
+            return NotifResponse::Continue;
         }
+        if self.untold.take_if(|inode| *inode == own).is_some() {
+            return NotifResponse::Success;
+        }
+        if unix.socket(own).is_some() {
+            return NotifResponse::Continue; // bound already, which the kernel refuses
+        }
+        let inode = match unix.bind(&place, self.borrower.generation, mask) {
+            Ok(inode) => inode,
+            Err(error) => return NotifResponse::Errno(error.raw_os_error().unwrap_or(libc::EADDRINUSE)),
+        };
+        let Some(socket) = unix.socket(inode) else { return NotifResponse::Continue };
+        // All workers of the generation share these flags, as they share the socket.
+        let nonblocking = flags & libc::O_NONBLOCK != 0;
+        let placed = (socket2::SockRef::from(&socket).set_nonblocking(nonblocking))
+            .and_then(|()| self.place(id, socket, fd, flags & libc::O_CLOEXEC != 0, inode));
+        match placed {
+            Ok(()) => {
+                debug!("worker {} (pid {tid}) binds {}", self.borrower.slot, place.path().display());
+                NotifResponse::Success
+            }
+            Err(_) => NotifResponse::Continue,
+        }
+    }
+
+    /// What is asked for, if it is ours to give: a TCP port that this process itself could bind.
+    fn understand_bind(&mut self, tid: Pid, fd: u32, bytes: &[u8]) -> Option<Bind> {
         let inode = procfs::socket_inode(tid, fd).inspect_err(|error| self.warn_of_rights(error)).ok()??;
         let options = self.options.get(&inode).copied().unwrap_or_default();
         let v6only = options.v6only.unwrap_or_else(procfs::v6only_by_default);
-        let bytes =
-            procfs::memory(tid, address, len as usize).inspect_err(|e| self.warn_of_rights(e)).ok()?;
-        if bytes.len() as u64 != len {
-            return None; // not all of it is there, which the kernel refuses
-        }
-        let address = Address::from_sockaddr(&bytes, v6only)?;
+        let address = Address::from_sockaddr(bytes, v6only)?;
         let family_fits = match procfs::socket_protocol(tid, fd).ok()?.as_str() {
             "TCP" | "MPTCP" => address.socket.is_ipv4(),
             "TCPv6" | "MPTCPv6" => address.socket.is_ipv6(),
@@ -303,21 +373,26 @@ impl Interception {
     fn listen(
         &mut self,
         pool: &mut Pool,
+        unix: &UnixSockets,
         id: u64,
         tid: Pid,
         fd: u32,
         backlog: i32,
-    ) -> (NotifResponse, Option<Address>) {
-        let ours = procfs::socket_inode(tid, fd)
-            .ok()
-            .flatten()
-            .filter(|inode| pool.lent(self.borrower.worker, *inode).is_some())
-            .filter(|_| sys::seccomp_notif_id_valid(self.notify_fd.as_fd(), id));
-        let Some(inode) = ours else { return (NotifResponse::Continue, None) };
-        match pool.listen(inode, backlog) {
-            Ok(address) => {
-                debug!("worker {} (pid {tid}) listens on {address}", self.borrower.slot);
-                (NotifResponse::Success, Some(address))
+    ) -> (NotifResponse, Option<Endpoint>) {
+        let inode = procfs::socket_inode(tid, fd).ok().flatten();
+        let valid = || sys::seccomp_notif_id_valid(self.notify_fd.as_fd(), id);
+        let Some(inode) = inode.filter(|_| valid()) else { return (NotifResponse::Continue, None) };
+        let listens = if pool.lent(self.borrower.worker, inode).is_some() {
+            pool.listen(inode, backlog).map(Endpoint::Tcp)
+        } else if unix.socket(inode).is_some() {
+            unix.listen(inode, backlog).map(Endpoint::Unix)
+        } else {
+            return (NotifResponse::Continue, None);
+        };
+        match listens {
+            Ok(endpoint) => {
+                debug!("worker {} (pid {tid}) listens on {endpoint}", self.borrower.slot);
+                (NotifResponse::Success, Some(endpoint))
             }
             Err(error) => (NotifResponse::Errno(error.raw_os_error().unwrap_or(libc::EINVAL)), None),
         }
@@ -355,6 +430,30 @@ struct Bind {
     inode: u64,
     close_on_exec: bool,
     wish: Wish,
+}
+
+/// The inode number of a worker's own Unix socket and the place that it is to be bound to, if that is ours
+/// to give: the thread is the same user and sees the same files.
+fn understand_unix_bind(tid: Pid, fd: u32, path: &Path) -> Option<(u64, Place)> {
+    let inode = procfs::socket_inode(tid, fd).ok()??;
+    let is_stream = match procfs::socket_protocol(tid, fd).ok()?.as_str() {
+        "UNIX-STREAM" => true,
+        // Before Linux 5.15 those were called so, too.
+        "UNIX" => procfs::unix_sockets().iter().any(|row| row.inode == inode && row.is_stream),
+        _ => false,
+    };
+    let credentials = (procfs::credentials(tid), procfs::credentials(Pid::this()));
+    let same_user = matches!(credentials, (Ok(its), Ok(ours)) if its.uids == ours.uids);
+    let place = (is_stream && same_user).then(|| Place::of(tid, None, path))??;
+    Some((inode, place))
+}
+
+/// Keeps a worker from removing a path that others of its kind listen on.
+fn unlink(unix: &UnixSockets, tid: Pid, from: Option<u32>, path: u64) -> NotifResponse {
+    let path = procfs::memory(tid, path, libc::PATH_MAX as usize).ok();
+    let path = path.and_then(|bytes| unix::path_of_bytes(&bytes));
+    let place = path.and_then(|path| Place::of(tid, from, &path));
+    if place.is_some_and(|place| unix.has(&place)) { NotifResponse::Success } else { NotifResponse::Continue }
 }
 
 /// Whether a socket has a port already, by its connection or by a bind that was not ours. Where that can't

@@ -11,7 +11,6 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
@@ -321,7 +320,7 @@ impl Pool {
             socket.set_only_v6(address.v6only)?;
         }
         socket.bind(&address.socket.into())?;
-        let inode = inode(socket.as_fd())?;
+        let inode = procfs::inode(socket.as_fd())?;
         let id = self.next;
         self.next = MemberId(id.0 + 1);
         let holder = Holder::Free;
@@ -775,9 +774,4 @@ fn describe(stranger: &Listener) -> String {
         Some((pid, command)) => format!("{command} (pid {pid}) listens on {}", stranger.address),
         None => format!("a process of user {} listens on {}", stranger.uid, stranger.address),
     }
-}
-
-/// The inode number of a socket, as /proc/PID/fd shows it.
-fn inode(fd: BorrowedFd) -> io::Result<u64> {
-    Ok(std::fs::File::from(fd.try_clone_to_owned()?).metadata()?.ino())
 }

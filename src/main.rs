@@ -23,6 +23,7 @@ mod sockdiag;
 mod steering;
 mod supervisor;
 mod sys;
+mod unix;
 mod worker;
 
 use std::io::Write;

@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
@@ -99,6 +100,61 @@ pub fn ignores(signal: Signal) -> bool {
 fn parse_ignored(status: &str, signal: u32) -> bool {
     let set = field(status, "SigIgn:").and_then(|set| u64::from_str_radix(set, 16).ok());
     set.is_some_and(|set| set & 1 << (signal - 1) != 0)
+}
+
+/// The umask of the process that a thread belongs to.
+pub fn umask(tid: Pid) -> io::Result<u32> {
+    let status = fs::read_to_string(path(tid, "status"))?;
+    let mask = field(&status, "Umask:").and_then(|mask| u32::from_str_radix(mask, 8).ok());
+    mask.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// Whether a path means to a thread what it means to this process.
+pub fn same_mounts(tid: Pid) -> bool {
+    let of = |what: &str, pid: Pid| {
+        let metadata = fs::metadata(path(pid, what));
+        metadata.map(|metadata| (metadata.dev(), metadata.ino())).ok()
+    };
+    ["ns/mnt", "root"].iter().all(|what| {
+        let its = of(what, tid);
+        its.is_some() && its == of(what, Pid::this())
+    })
+}
+
+/// A line of /proc/net/unix (proc_net(5)).
+#[derive(Debug, PartialEq, Eq)]
+pub struct UnixSocket {
+    pub inode: u64,
+    pub is_stream: bool,
+    pub is_connected: bool,
+    /// As it was bound; one that was accepted has its listener's.
+    pub name: String,
+}
+
+/// All Unix sockets of this network namespace.
+pub fn unix_sockets() -> Vec<UnixSocket> {
+    let table = fs::read("/proc/net/unix").unwrap_or_default(); // names in it may be no UTF-8
+    parse_unix_sockets(&String::from_utf8_lossy(&table))
+}
+
+fn parse_unix_sockets(table: &str) -> Vec<UnixSocket> {
+    const STREAM: &str = "0001";
+    const CONNECTED: &str = "03";
+    let row = |line: &str| {
+        let mut words = line.split_whitespace();
+        let (kind, state, inode) = (words.nth(4)?, words.next()?, words.next()?);
+        // What is left may have spaces, of which the first isn't its own.
+        let end_of_inode = inode.as_ptr().addr() + inode.len() - line.as_ptr().addr();
+        let name = line[end_of_inode..].strip_prefix(' ').unwrap_or_default().to_owned();
+        let (is_stream, is_connected) = (kind == STREAM, state == CONNECTED);
+        Some(UnixSocket { inode: inode.parse().ok()?, is_stream, is_connected, name })
+    };
+    table.lines().filter_map(row).collect()
+}
+
+/// The inode number of a socket of this process, as /proc/PID/fd shows it.
+pub fn inode(fd: BorrowedFd) -> io::Result<u64> {
+    Ok(File::from(fd.try_clone_to_owned()?).metadata()?.ino())
 }
 
 /// What tells the network namespace of a thread from others (namespaces(7)).
@@ -231,6 +287,19 @@ mod tests {
         let status = "Name:\tx\nUid:\t1\t2\t3\t4\nCapEff:\t0000000000000400\n";
         assert_eq!(parse_credentials(status), Some(Credentials { uids: [1, 2, 3, 4], effective: 0x400 }));
         assert_eq!(parse_credentials("Uid:\t1\t2\t3\nCapEff:\t0\n"), None);
+        let table = "Num RefCount Protocol Flags Type St Inode Path\n\
+                     0: 00000003 00000000 00000000 0001 03    41 /run/a  b\n\
+                     0: 00000002 00000000 00010000 0005 01 42 @c\n\
+                     0: 00000002 00000000 00000000 0002 01 1234567\n";
+        let row = |inode, is_stream, is_connected, name: &str| UnixSocket {
+            inode,
+            is_stream,
+            is_connected,
+            name: name.to_owned(),
+        };
+        let rows =
+            [row(41, true, true, "/run/a  b"), row(42, false, false, "@c"), row(1234567, false, false, "")];
+        assert_eq!(parse_unix_sockets(table), rows);
         assert!(parse_ignored("SigIgn:\t0000000000000003\n", 1));
         assert!(!parse_ignored("SigIgn:\t0000000000000002\n", 1));
         assert_eq!(parse_children("12 34 "), [Pid::from_raw(12), Pid::from_raw(34)]);

@@ -23,6 +23,7 @@ use crate::manager::Manager;
 use crate::procfs;
 use crate::ready::{NodeChannel, NotifySocket, ReadyPipe, Said};
 use crate::signals::{Asked, Signals};
+use crate::unix::UnixSockets;
 use crate::worker::{self, Listener, StartError, Starter};
 
 /// What an event of the poll loop comes from.
@@ -66,6 +67,7 @@ impl Source {
 /// The kernel's side of a worker.
 struct Worker {
     pid: Pid,
+    generation: u32,
     /// `None` when the worker has closed its end, or has none.
     pipe: Option<ReadyPipe>,
     node: Option<NodeChannel>,
@@ -75,6 +77,7 @@ struct Worker {
 pub struct Supervisor {
     fleet: Fleet,
     pool: Pool,
+    unix: UnixSockets,
     drain: Drain,
     /// Set when workers aren't intercepted.
     bystander: Option<Bystander>,
@@ -130,6 +133,7 @@ pub fn run(options: Options) -> io::Result<u8> {
     let mut supervisor = Supervisor {
         fleet,
         pool,
+        unix: UnixSockets::default(),
         drain: Drain::default(),
         bystander,
         manager: Manager::new(Instant::now()),
@@ -153,6 +157,7 @@ pub fn run(options: Options) -> io::Result<u8> {
         }
         supervisor.wait_and_handle();
     };
+    supervisor.unix.keep(|_| false);
     Ok(status)
 }
 
@@ -181,14 +186,14 @@ impl Supervisor {
                 }
             }
         }
-        for worker in self.drain.look(&self.pool, Instant::now()) {
+        for worker in self.drain.look(&self.pool, &self.unix, Instant::now()) {
             self.handle(Event::Drained { worker });
         }
         self.look_on();
         self.manager.is_alive(Instant::now());
         self.pool.look_at_queues(Instant::now());
         for StoppedListening { worker, address } in self.pool.stopped_listening() {
-            self.handle(Event::StoppedListening { worker, address });
+            self.handle(Event::StoppedListening { worker, endpoint: address.into() });
         }
         self.handle(Event::Tick);
         for (address, connections) in self.pool.reset_unserved() {
@@ -203,7 +208,7 @@ impl Supervisor {
         let pid = |id: WorkerId| self.workers.get(&id).map(|worker| (id, worker.pid));
         let starting: Vec<(WorkerId, Pid)> = self.fleet.starting().into_iter().filter_map(pid).collect();
         for (worker, address) in bystander.look(&starting, Instant::now()) {
-            self.handle(Event::Listens { worker, address });
+            self.handle(Event::Listens { worker, endpoint: address.into() });
         }
     }
 
@@ -231,10 +236,14 @@ impl Supervisor {
         while let Some(action) = self.actions.pop_front() {
             match action {
                 Action::Start { worker, slot, generation } => self.start(worker, slot, generation),
-                Action::Steer => self.pool.steer(self.fleet.standing()),
+                Action::Steer => {
+                    self.pool.steer(self.fleet.standing());
+                    self.unix.switch(self.fleet.generation());
+                }
                 Action::Drain { worker } => {
-                    if let Some(pid) = self.pid(worker) {
-                        self.drain.watch(worker, pid, self.pool.addresses(worker), Instant::now());
+                    if let Some(Worker { pid, generation, .. }) = self.workers.get(&worker) {
+                        let addresses = self.pool.addresses(worker);
+                        self.drain.watch(worker, *pid, *generation, addresses, Instant::now());
                     }
                 }
                 Action::Signal { worker } => {
@@ -301,7 +310,7 @@ impl Supervisor {
         }
         debug!("worker {slot} (pid {pid}, generation {generation}) started");
         let (pipe, node, notify) = (Some(started.ready), started.node, started.notify);
-        self.workers.insert(worker, Worker { pid, pipe, node, notify });
+        self.workers.insert(worker, Worker { pid, generation, pipe, node, notify });
         self.interceptions.extend(interception.map(|interception| (worker, interception)));
         if let Some(bystander) = &mut self.bystander {
             bystander.wake(Instant::now());
@@ -359,6 +368,9 @@ impl Supervisor {
             }
             self.drain.forget(worker);
             self.handle(Event::Ended { worker, end: reaped.end });
+            let alive = |generation| self.workers.values().any(|worker| worker.generation == generation);
+            let serving = self.fleet.generation();
+            self.unix.keep(|generation| generation == serving || alive(generation));
         }
     }
 
@@ -368,8 +380,8 @@ impl Supervisor {
             return;
         }
         let Some(interception) = self.interceptions.get_mut(&worker) else { return };
-        if let Some(address) = interception.answer(&mut self.pool) {
-            self.handle(Event::Listens { worker, address });
+        if let Some(endpoint) = interception.answer(&mut self.pool, &mut self.unix) {
+            self.handle(Event::Listens { worker, endpoint });
         }
     }
 
