@@ -15,7 +15,8 @@ need() {
   if [[ -e /etc/debian_version && $EUID -eq 0 ]]; then
     echo "${0##*/}: installing ${packages[*]}" >&2
     apt-get -qq update
-    DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends "${packages[@]}" >/dev/null
+    # In runlevel 1 no service is started with its package (invoke-rc.d(8)).
+    RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends "${packages[@]}" >/dev/null
   else
     echo "${0##*/}: missing: ${missing[*]} (Debian packages: ${packages[*]})" >&2
     exit 1

@@ -107,6 +107,8 @@ pub struct Supervisor {
 pub fn run(options: Options) -> io::Result<u8> {
     let Options { program, policy, sources, listen } = options;
     let mut program = program;
+    // First, since a SIGCHLD that is ignored keeps children from being waited for.
+    let signals = Signals::new()?;
     let mut bystander = None;
     let obstacle =
         if program.intercept { intercept::probe().err().map(|error| error.to_string()) } else { None };
@@ -124,7 +126,6 @@ pub fn run(options: Options) -> io::Result<u8> {
     }
     let stop_signal = program.stop_signal;
     let starter = Starter::new(program, listen.len())?;
-    let signals = Signals::new()?;
     let pool = Pool::new()?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     watch(&epoll, &signals, Source::Signals)?;

@@ -9,14 +9,13 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::load::{self, Kind, Load, LoadOptions};
 use common::{
     DEADLINE, Folder, MARK, Service, Waiting, app, arguments, free_address, free_port, get, naive, node_app,
-    own_network, reuse_run, send, turn, wait_until,
+    own_network, packaged, reuse_run, send, turn, wait_until,
 };
 use nix::cmsg_space;
 use nix::sys::signal::Signal;
@@ -150,7 +149,8 @@ fn an_address_may_be_a_port_or_a_port_of_one_address_or_of_all() {
     for port in [ports[0], ports[1], ports[3]] {
         assert_eq!(get((Ipv6Addr::LOCALHOST, port).into()).generation, Some(1));
     }
-    let elsewhere = load::get((Ipv6Addr::LOCALHOST, ports[2]).into(), "/", Duration::from_secs(15));
+    let elsewhere =
+        load::get(SocketAddr::from((Ipv6Addr::LOCALHOST, ports[2])), "/", Duration::from_secs(15));
     assert_eq!(elsewhere.expect_err("nobody listens there").kind, Kind::Refused);
     service.stop();
 }
@@ -223,7 +223,7 @@ fn a_worker_that_binds_the_given_address_anyway_gets_the_same_socket() {
 fn an_app_that_knows_nothing_of_given_listeners_works_with_them_as_it_is() {
     let _turn = turn();
     own_network();
-    let addr = (Ipv4Addr::LOCALHOST, 3000).into();
+    let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 3000));
     let mut service = Service::run_ready("-n 2 -l 3000", &["node", &node_app("express/app.js")]);
     let load = Load::start(LoadOptions::new(addr, 8));
     answered_more(&load);
@@ -349,25 +349,6 @@ fn an_address_that_is_not_local_ends_the_start_before_a_worker_runs() {
 }
 
 // Servers from PyPI.
-
-/// `python3 -m MODULE` with the packages of tests/apps/python/requirements.txt, in the apps' folder.
-#[track_caller]
-fn packaged(options: &str, module: &str, rest: &[&str]) -> Service {
-    let packages = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/python");
-    assert!(
-        packages.join(module).exists(),
-        "{module} is missing in {}: run scripts/test",
-        packages.display()
-    );
-    let worker = ["python3", "-m", module].into_iter().chain(rest.iter().copied()).collect::<Vec<_>>();
-    let mut command = plain(&arguments(options, &worker));
-    let service = Service::spawn({
-        command.env("PYTHONPATH", packages).current_dir(app("python"));
-        command
-    });
-    service.wait_for_line("generation 1 is ready");
-    service
-}
 
 #[test]
 fn gunicorn_with_a_given_listener_loses_no_request_in_5_reloads() {

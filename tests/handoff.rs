@@ -55,7 +55,8 @@ fn the_express_app_of_the_seed_loses_no_request_in_10_reloads_of_4_workers() {
     let _turn = turn();
     own_network();
     let service = Service::run_ready("-n 4", &["node", &node_app("express/app.js")]);
-    let report = reload_without_a_loss(service, LoadOptions::new(([127, 0, 0, 1], 3000).into(), 32), 10);
+    let report =
+        reload_without_a_loss(service, LoadOptions::new(SocketAddr::from(([127, 0, 0, 1], 3000)), 32), 10);
     assert!(report.counts.pids.len() >= 11, "every generation answered: {:?}", report.counts.pids);
 }
 
@@ -64,7 +65,7 @@ fn an_express_app_that_says_ready_loses_no_request_in_5_reloads() {
     let _turn = turn();
     own_network();
     let service = Service::run_ready("-n 2 --ready notify", &["node", &node_app("express-ready/app.js")]);
-    reload_without_a_loss(service, LoadOptions::new(([127, 0, 0, 1], 3000).into(), 16), 5);
+    reload_without_a_loss(service, LoadOptions::new(SocketAddr::from(([127, 0, 0, 1], 3000)), 16), 5);
 }
 
 #[test]

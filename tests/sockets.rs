@@ -55,8 +55,8 @@ fn a_dual_stack_listener_is_shared_for_ipv4_and_ipv6() {
     let port = free_port();
     let mut service = Service::run_ready("-n 2", &naive((Ipv6Addr::UNSPECIFIED, port).into()));
     let loads = [
-        Load::start(LoadOptions::new((Ipv4Addr::LOCALHOST, port).into(), 4)),
-        Load::start(LoadOptions::new((Ipv6Addr::LOCALHOST, port).into(), 4)),
+        Load::start(LoadOptions::new(SocketAddr::from((Ipv4Addr::LOCALHOST, port)), 4)),
+        Load::start(LoadOptions::new(SocketAddr::from((Ipv6Addr::LOCALHOST, port)), 4)),
     ];
     for _ in 0..5 {
         service.reload();

@@ -464,6 +464,23 @@ pub fn arguments<S: AsRef<str>>(options: &str, command: &[S]) -> Vec<String> {
     options.chain(["--"]).chain(command.iter().map(AsRef::as_ref)).map(str::to_owned).collect()
 }
 
+/// `python3 -m MODULE` with the packages of tests/apps/python/requirements.txt, in the apps' folder.
+#[track_caller]
+pub fn packaged(options: &str, module: &str, rest: &[&str]) -> Service {
+    let packages = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/python");
+    assert!(
+        packages.join(module).exists(),
+        "{module} is missing in {}: run scripts/test",
+        packages.display()
+    );
+    let worker = ["python3", "-m", module].into_iter().chain(rest.iter().copied()).collect::<Vec<_>>();
+    let mut command = reuse_run();
+    command.args(arguments(options, &worker)).env("PYTHONPATH", packages).current_dir(app("python"));
+    let service = Service::spawn(command);
+    service.wait_for_line("generation 1 is ready");
+    service
+}
+
 fn pids() -> BTreeSet<u32> {
     let entries = fs::read_dir("/proc").expect("read /proc").flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()

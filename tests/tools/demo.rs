@@ -8,7 +8,7 @@ mod netns;
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, IsTerminal, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitCode, Stdio};
@@ -89,7 +89,7 @@ fn run(length: Duration) -> Result<bool, String> {
         thread::sleep(Duration::from_millis(10));
     }
 
-    let addr = (Ipv4Addr::LOCALHOST, PORT).into();
+    let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
     let load = Load::start(LoadOptions::new(addr, CLIENTS).rate(REQUESTS_PER_SECOND));
     let begun = Instant::now();
     let mut screen = Screen::new();

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::IpBindAddressNoPort;
-use socket2::{Domain, Socket, Type};
+use socket2::{SockAddr, Socket, Type};
 
 /// How many failures a client keeps with all their details; all of them are counted.
 const FAILURES_KEPT: usize = 1000;
@@ -38,7 +38,8 @@ pub enum Mode {
 /// What to load, and how.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
-    pub addr: SocketAddr,
+    /// TCP or Unix.
+    pub addr: SockAddr,
     /// Concurrent clients, a thread each.
     pub clients: usize,
     pub mode: Mode,
@@ -55,9 +56,9 @@ pub struct LoadOptions {
 
 impl LoadOptions {
     /// Full speed, a new connection for each request.
-    pub fn new(addr: SocketAddr, clients: usize) -> Self {
+    pub fn new(addr: impl Into<SockAddr>, clients: usize) -> Self {
         LoadOptions {
-            addr,
+            addr: addr.into(),
             clients,
             mode: Mode::NewConnection,
             path: "/".to_owned(),
@@ -439,9 +440,9 @@ fn next_source() -> Ipv4Addr {
 }
 
 /// One request on a connection of its own.
-pub fn get(addr: SocketAddr, path: &str, timeout: Duration) -> Result<Answer, Failure> {
+pub fn get(addr: impl Into<SockAddr>, path: &str, timeout: Duration) -> Result<Answer, Failure> {
     let deadline = Instant::now() + timeout;
-    let mut connection = Connection::open(addr, next_source(), deadline)?;
+    let mut connection = Connection::open(&addr.into(), next_source(), deadline)?;
     let answer = connection.request(path, None, true, deadline)?;
     connection.finish();
     Ok(answer)
@@ -508,7 +509,7 @@ impl Client {
             Some(connection) => Ok(connection),
             None => {
                 lock(&self.tally).counts.connections += 1;
-                Connection::open(self.options.addr, self.source, deadline)
+                Connection::open(&self.options.addr, self.source, deadline)
             }
         };
         let result = connection.and_then(|mut connection| {
@@ -584,8 +585,14 @@ impl Client {
     }
 }
 
+fn name(addr: &SockAddr) -> String {
+    let path = addr.as_pathname().map(|path| path.display().to_string());
+    path.or_else(|| addr.as_socket().map(|addr| addr.to_string())).unwrap_or_default()
+}
+
 /// A connection and what is known of it.
 struct Connection {
+    /// Or a Unix stream, which reads and writes alike.
     stream: TcpStream,
     connect_start: Instant,
     connected: Instant,
@@ -596,16 +603,22 @@ struct Connection {
 }
 
 impl Connection {
-    fn open(addr: SocketAddr, source: Ipv4Addr, deadline: Instant) -> Result<Connection, Failure> {
+    fn open(addr: &SockAddr, source: Ipv4Addr, deadline: Instant) -> Result<Connection, Failure> {
         let connect_start = Instant::now();
         let connect = || -> io::Result<TcpStream> {
-            let socket = Socket::new(Domain::for_address(addr), Type::STREAM.cloexec(), None)?;
-            if addr.ip() == IpAddr::V4(Ipv4Addr::LOCALHOST) {
+            let socket = Socket::new(addr.domain(), Type::STREAM.cloexec(), None)?;
+            if addr.is_unix() {
+                // Non-blocking it would fail at once when the accept queue is full.
+                socket.set_write_timeout(Some(left(deadline)))?;
+                socket.connect(addr)?;
+                return Ok(socket.into());
+            }
+            if addr.as_socket_ipv4().is_some_and(|addr| *addr.ip() == Ipv4Addr::LOCALHOST) {
                 // Without it `bind` takes a port, which then serves one destination only.
                 setsockopt(&socket, IpBindAddressNoPort, &true)?;
                 socket.bind(&SocketAddr::from((source, 0)).into())?;
             }
-            socket.connect_timeout(&addr.into(), left(deadline))?;
+            socket.connect_timeout(addr, left(deadline))?;
             socket.set_tcp_nodelay(true)?;
             Ok(socket.into())
         };
@@ -620,7 +633,7 @@ impl Connection {
                     io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Kind::TimeOut,
                     _ => Kind::Other,
                 };
-                Err(failure(kind, format!("connect to {addr}: {error}")))
+                Err(failure(kind, format!("connect to {}: {error}", name(addr))))
             }
         }
     }

@@ -1,0 +1,23 @@
+"""Threads on a Unix socket, as the documentation of socketserver has it: nothing is unlinked, no signal
+handled. `unix.py PATH slow`: an answer takes until the file PATH.go is there."""
+import os
+import socketserver
+import sys
+import time
+
+path, slow = sys.argv[1], sys.argv[2:] == ['slow']
+body = 'pid={} generation={} slot={}\n'.format(
+    os.getpid(), os.environ.get('REUSE_RUN_GENERATION'), os.environ.get('REUSE_RUN_SLOT'))
+
+
+class Handler(socketserver.StreamRequestHandler):
+    def handle(self):
+        while self.rfile.readline().strip():
+            pass
+        while slow and not os.path.exists(path + '.go'):
+            time.sleep(0.01)
+        self.wfile.write('HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{}'.format(
+            len(body), body).encode())
+
+
+socketserver.ThreadingUnixStreamServer(path, Handler).serve_forever()

@@ -1,0 +1,305 @@
+//! Unix sockets: a path that all workers share and that every generation hands to the next.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use common::load::{self, Load, LoadOptions};
+use common::{
+    DEADLINE, Folder, Service, app, arguments, free_address, packaged, reuse_run, turn, wait_until,
+};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use socket2::SockAddr;
+
+fn node(path: &str) -> Vec<String> {
+    ["node", &app("node/unix.js"), path].map(str::to_owned).to_vec()
+}
+
+fn python(path: &str) -> Vec<String> {
+    ["python3", &app("python/unix.py"), path].map(str::to_owned).to_vec()
+}
+
+fn addr(path: &str) -> SockAddr {
+    SockAddr::unix(path).expect("a path that fits")
+}
+
+/// Who answers on a path.
+#[track_caller]
+fn get(path: &str) -> load::Origin {
+    load::get(addr(path), "/", DEADLINE).unwrap_or_else(|failure| panic!("{path}: {failure:?}")).origin
+}
+
+/// Reloads under load: nothing fails, each switch is atomic, and all generations answer.
+#[track_caller]
+fn reloads_lose_nothing(service: &Service, addr: impl Into<SockAddr>, times: u32) {
+    let load = Load::start(LoadOptions::new(addr, 8).record());
+    let answered_by = |generation: u32| {
+        wait_until("answers of the newest generation", DEADLINE, || {
+            load.snapshot().generations.contains_key(&generation)
+        });
+    };
+    answered_by(1);
+    for time in 1..=times {
+        service.reload();
+        answered_by(time + 1);
+    }
+    let report = load.stop();
+    println!("{report}");
+    report.assert_nothing_failed();
+    report.assert_nothing_stale();
+    assert_eq!(report.counts.generations.len() as u32, times + 1, "{:?}", report.counts.generations);
+}
+
+/// The names in a folder.
+fn names(folder: &Folder) -> Vec<String> {
+    let entries = fs::read_dir(&folder.0).expect("read a folder").flatten();
+    let mut names: Vec<String> = entries.map(|entry| entry.file_name().display().to_string()).collect();
+    names.sort();
+    names
+}
+
+fn mode(path: &str) -> u32 {
+    fs::metadata(path).expect("a socket").permissions().mode() & 0o777
+}
+
+#[test]
+fn a_node_server_that_unlinks_its_path_on_its_way_out_loses_no_request_in_5_reloads() {
+    let _turn = turn();
+    let folder = Folder::new();
+    let path = folder.path("socket");
+    let mut service = Service::run_ready("-n 2", &node(&path));
+    reloads_lose_nothing(&service, addr(&path), 5);
+    assert_eq!(names(&folder), ["socket"]);
+    service.stop();
+    assert_eq!(names(&folder), [""; 0], "the path goes with the last worker");
+}
+
+#[test]
+fn a_python_server_that_only_binds_its_path_loses_no_request_in_10_reloads() {
+    let _turn = turn();
+    let folder = Folder::new();
+    let path = folder.path("socket");
+    let mut service = Service::run_ready("-n 4", &python(&path));
+    reloads_lose_nothing(&service, addr(&path), 10);
+    let load = Load::start(LoadOptions::new(addr(&path), 16));
+    wait_until("every worker answers", DEADLINE, || load.snapshot().slots.len() == 4);
+    load.stop().assert_nothing_failed();
+    service.stop();
+    assert_eq!(names(&folder), [""; 0]);
+}
+
+#[test]
+fn gunicorn_and_uvicorn_on_a_path_lose_no_request_in_3_reloads() {
+    let _turn = turn();
+    let folder = Folder::new();
+    let path = folder.path("gunicorn");
+    let bind = format!("unix:{path}");
+    let rest = ["--workers", "2", "--bind", &bind, "web:wsgi"];
+    let mut service = packaged("-n 2 --stop-signal TERM", "gunicorn", &rest);
+    reloads_lose_nothing(&service, addr(&path), 3);
+    service.stop();
+
+    let path = folder.path("uvicorn");
+    let rest = ["--uds", &path, "--lifespan", "off", "--no-access-log", "web:asgi"];
+    let mut service = packaged("-n 2", "uvicorn", &rest);
+    reloads_lose_nothing(&service, addr(&path), 3);
+    service.stop();
+    assert_eq!(names(&folder), [""; 0]);
+}
+
+/// An nginx in the foreground that proxies what comes to a port.
+struct Nginx(Child);
+
+impl Nginx {
+    fn start(folder: &Folder, port: u16, upstream: &str) -> Nginx {
+        let root = folder.path("");
+        let config = format!(
+            "daemon off; master_process off; pid {root}nginx.pid; error_log stderr; worker_processes 1;
+             events {{ }}
+             http {{
+               access_log off;
+               client_body_temp_path {root}body; proxy_temp_path {root}proxy; fastcgi_temp_path {root}fastcgi;
+               uwsgi_temp_path {root}uwsgi; scgi_temp_path {root}scgi;
+               server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://unix:{upstream}:/; }} }}
+             }}"
+        );
+        let file = folder.path("nginx.conf");
+        fs::write(&file, config).expect("write the configuration");
+        let mut command = Command::new("nginx");
+        command.args(["-e", "stderr", "-c", &file]).stdin(Stdio::null()).stdout(Stdio::null());
+        Nginx(command.spawn().expect("start nginx: run scripts/test"))
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn nginx_that_proxies_to_a_path_sees_no_request_fail_in_5_reloads() {
+    let _turn = turn();
+    let (folder, proxy, path) = (Folder::new(), free_address(), Folder::new());
+    let path = path.path("socket");
+    let mut service = Service::run_ready("-n 2", &node(&path));
+    let nginx = Nginx::start(&folder, proxy.port(), &path);
+    wait_until("nginx listens", DEADLINE, || std::net::TcpStream::connect(proxy).is_ok());
+    reloads_lose_nothing(&service, proxy, 5);
+    drop(nginx);
+    service.stop();
+}
+
+#[test]
+fn an_old_worker_may_finish_its_request_on_a_path_before_it_gets_the_stop_signal() {
+    let folder = Folder::new();
+    let path = folder.path("socket");
+    let command = [python(&path), vec!["slow".to_owned()]].concat();
+    let mut service = Service::run_ready("-n 1 --drain 100s", &command);
+    let old = service.workers();
+    let client = std::thread::spawn({
+        let path = path.clone();
+        move || get(&path)
+    });
+    wait_until("the request is being worked on", DEADLINE, || {
+        let open = fs::read_dir(format!("/proc/{}/fd", old[0])).map_or(0, |fds| {
+            fds.flatten()
+                .filter(|fd| is_connected_to(&path, &fs::read_link(fd.path()).unwrap_or_default()))
+                .count()
+        });
+        open == 1
+    });
+    let from = service.log.count();
+    service.signal(Signal::SIGUSR2);
+    service.wait_for_line_after(from, "generation 2 serves");
+    common::holds_for("the old worker lives", Duration::from_millis(500), || {
+        service.workers().contains(&old[0])
+    });
+    folder.raise("socket.go");
+    assert_eq!(client.join().expect("an answer").generation, Some(1));
+    service.wait_for_line_after(from, "reload done");
+    assert_eq!(get(&path).generation, Some(2));
+    service.stop();
+}
+
+/// Whether an fd's link is a connection that came by a path.
+fn is_connected_to(path: &str, link: &Path) -> bool {
+    let table = fs::read_to_string("/proc/net/unix").expect("the table of Unix sockets");
+    let inode = link.display().to_string();
+    let Some(inode) = inode.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']')) else {
+        return false;
+    };
+    table.lines().any(|line| line.ends_with(&format!(" 03 {inode} {path}")))
+}
+
+#[test]
+fn a_worker_that_crashes_is_replaced_on_the_path_and_nobody_is_refused() {
+    let _turn = turn();
+    let folder = Folder::new();
+    let path = folder.path("socket");
+    let mut service = Service::run_ready("-n 1", &python(&path));
+    for _ in 0..3 {
+        let from = service.log.count();
+        let crashed = service.workers()[0];
+        kill(Pid::from_raw(crashed as i32), Signal::SIGKILL).expect("kill a worker");
+        wait_until("the worker is gone", DEADLINE, || !service.workers().contains(&crashed));
+        get(&path);
+        service.wait_for_line_after(from, "is ready, a replacement");
+    }
+    service.stop();
+}
+
+#[test]
+fn a_failed_reload_leaves_the_path_to_the_generation_that_serves() {
+    let folder = Folder::new();
+    let path = folder.path("socket");
+    let script =
+        format!("[ $REUSE_RUN_GENERATION$REUSE_RUN_SLOT = 21 ] && exit 3; exec {}", python(&path).join(" "));
+    let mut service = Service::run_ready("-n 2", &["sh", "-c", &script]);
+    service.failing_reload();
+    assert_eq!(get(&path).generation, Some(1));
+    assert_eq!(names(&folder), ["socket"], "nothing of generation 2 is left");
+    service.reload();
+    assert_eq!(get(&path).generation, Some(3));
+    service.stop();
+}
+
+#[test]
+fn the_mode_that_a_worker_or_its_umask_gave_the_path_stays() {
+    let folder = Folder::new();
+    let path = folder.path("socket");
+    let script = format!("umask 007; exec {}", python(&path).join(" "));
+    let mut service = Service::run_ready("-n 1", &["sh", "-c", &script]);
+    assert_eq!(mode(&path), 0o770);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o711)).expect("change the mode");
+    service.reload();
+    assert_eq!(mode(&path), 0o711);
+    service.stop();
+}
+
+#[test]
+fn a_path_is_the_same_relative_by_a_link_or_longer_than_an_address_may_be() {
+    let folder = Folder::new();
+    let deep = folder.0.join("d".repeat(120));
+    fs::create_dir(&deep).expect("make a folder");
+    symlink(&deep, folder.0.join("link")).expect("make a link");
+    let mut command = reuse_run();
+    command.current_dir(folder.0.join("link")).args(arguments("-n 2", &python("socket")));
+    let mut service = Service::spawn(command);
+    service.wait_for_line("generation 1 is ready");
+    reloads_lose_nothing(&service, addr(&folder.path("link/socket")), 2);
+    service.stop();
+    assert!(!deep.join("socket").exists());
+}
+
+#[test]
+fn a_path_that_another_program_has_is_in_use() {
+    let folder = Folder::new();
+    let path = folder.path("socket");
+    let other = UnixListener::bind(&path).expect("bind a path");
+    let mut service = Service::run("-n 1", &python(&path));
+    assert_eq!(service.wait_end().code(), Some(1), "the worker's own status");
+    assert!(service.log.text().contains("Address already in use"), "{}", service.log.text());
+    UnixStream::connect(&path).expect("the other program still has it");
+    drop(other);
+}
+
+#[test]
+fn a_file_that_a_worker_removes_is_removed_while_a_path_is_served() {
+    let folder = Folder::new();
+    let path = folder.path("socket");
+    folder.raise("other");
+    let script = format!("rm {} && exec {}", folder.path("other"), python(&path).join(" "));
+    let mut service = Service::run_ready("-n 1", &["sh", "-c", &script]);
+    folder.raise("other");
+    service.reload(); // whose `rm` runs while generation 1 serves the path
+    assert_eq!(names(&folder), ["socket"]);
+    assert!(fs::metadata(&path).expect("the path").file_type().is_socket());
+    service.stop();
+}
+
+#[test]
+fn a_path_is_removed_when_all_is_over_whatever_the_workers_do() {
+    let folder = Folder::new();
+    let path = PathBuf::from(folder.path("socket"));
+    // It crashes and is in its delay when the stop comes.
+    let script = format!(
+        "[ -e {0} ] && exit 3; exec {1}",
+        folder.path("broken"),
+        python(&folder.path("socket")).join(" ")
+    );
+    let mut service = Service::run_ready("-n 1", &["sh", "-c", &script]);
+    folder.raise("broken");
+    kill(Pid::from_raw(service.workers()[0] as i32), Signal::SIGKILL).expect("kill a worker");
+    wait_until("a pause between restarts", DEADLINE, || service.log.count_of("status 3") >= 3);
+    service.signal(Signal::SIGTERM);
+    service.wait_end();
+    assert!(!path.exists(), "{}", service.log.text());
+}
