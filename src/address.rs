@@ -5,6 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::procfs;
+
 /// What the kernel tells one reuseport group from another by, within a network namespace and a user:
 /// family, address, port and IPV6_V6ONLY (`inet_reuseport_add_sock`, net/ipv4/inet_hashtables.c).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -92,14 +94,18 @@ impl fmt::Display for Endpoint {
     }
 }
 
-/// From "3000", ":3000", "127.0.0.1:3000" or "[::]:3000". A port alone means all addresses of both families.
+/// From "3000", ":3000", "127.0.0.1:3000" or "[::]:3000". A port alone means all addresses of both families, or
+/// of IPv4 where there is no IPv6.
 impl FromStr for Address {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         let port = text.strip_prefix(':').unwrap_or(text).parse::<u16>().ok();
-        let everywhere = |port| SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port);
-        match port.map(everywhere).or_else(|| text.parse().ok()) {
+        let everywhere: IpAddr = match procfs::has_ipv6() {
+            true => Ipv6Addr::UNSPECIFIED.into(),
+            false => Ipv4Addr::UNSPECIFIED.into(),
+        };
+        match port.map(|port| SocketAddr::new(everywhere, port)).or_else(|| text.parse().ok()) {
             Some(socket) if socket.port() != 0 => Ok(Self { socket, v6only: false }),
             _ => Err(format!("{text:?} is not an address such as 3000, 127.0.0.1:3000 or [::1]:3000")),
         }

@@ -32,8 +32,8 @@ struct Args {
     #[argh(option, short = 'n', default = "Workers(1)", arg_name = "count|max")]
     workers: Workers,
 
-    /// when a worker is ready: listen (it listens on a TCP port, default), notify (it writes to READY_FD)
-    /// or a duration (it has lived so long)
+    /// when a worker is ready: listen (it listens on a port or path, or says so, default), notify (it says so,
+    /// by READY_FD, process.send or sd_notify) or a duration (it has lived so long)
     #[argh(option, default = "Ready(Readiness::Listen)", arg_name = "listen|notify|duration")]
     ready: Ready,
 
@@ -95,6 +95,9 @@ const USAGE: &str = "Usage: reuse-run [options] [--] command [arguments]";
 
 /// The options that stand alone; all others are followed by a value.
 const SWITCHES: [&str; 6] = ["-h", "--help", "-V", "--version", "--no-node-ipc", "--no-intercept"];
+
+/// The short options that may have their value in the same word.
+const VALUED: [&str; 3] = ["-n", "-l", "-C"];
 
 #[derive(Debug)]
 struct Workers(u32);
@@ -250,8 +253,10 @@ fn split(words: impl IntoIterator<Item = OsString>) -> Result<(Vec<String>, Vec<
         }
         if let Some((name, value)) = text.split_once('=').filter(|_| text.starts_with("--")) {
             options.extend([name.to_owned(), value.to_owned()]);
-        } else if text.starts_with("-n") && text.len() > 2 {
-            options.extend(["-n".to_owned(), text[2..].to_owned()]);
+        } else if let Some(value) =
+            text.get(2..).filter(|value| !value.is_empty() && VALUED.contains(&&text[..2]))
+        {
+            options.extend([text[..2].to_owned(), value.to_owned()]);
         } else {
             options.push(text.clone().into_owned());
             if !SWITCHES.contains(&&*text) {
@@ -301,6 +306,10 @@ mod tests {
         assert_eq!(program.stop_signal, Signal::SIGTERM);
         assert_eq!(run("--ready 2s x").unwrap().1.readiness, Readiness::Alive(Duration::from_secs(2)));
         assert!(run("-n max x").unwrap().1.workers >= 1);
+        let attached = parse(["-n2", "-l3000", "-C/srv", "x"].map(OsString::from)).unwrap();
+        let Invocation::Run(attached) = attached else { panic!("{attached:?}") };
+        assert_eq!((attached.policy.workers, attached.listen[0].socket.port()), (2, 3000));
+        assert_eq!(attached.sources.directory, Some("/srv".into()));
         assert_eq!(run("--stop-signal 3 x").unwrap().0.stop_signal, Signal::SIGQUIT);
     }
 

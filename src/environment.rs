@@ -51,12 +51,20 @@ pub struct Environment {
     pub directory: Option<Directory>,
 }
 
-/// A directory is kept in both forms: what is logical goes to PWD; the physical one is entered, so that a
-/// worker that starts later starts in the same release as its generation, whatever a link then points to.
+/// A directory is kept in both forms. The physical one is entered, so that a worker that starts later starts
+/// in the same release as its generation, whatever a link then points to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Directory {
     pub logical: PathBuf,
     pub physical: PathBuf,
+}
+
+impl Directory {
+    /// What PWD is to be: the logical form as long as that leads there.
+    pub fn name(&self) -> &Path {
+        let leads_there = fs::canonicalize(&self.logical).is_ok_and(|now| now == self.physical);
+        if leads_there { &self.logical } else { &self.physical }
+    }
 }
 
 /// Names only: values stay out of every log.
@@ -75,18 +83,16 @@ impl Sources {
     /// Without a directory of its own, this takes the one that the shell calls the current one: PWD if it
     /// is that (environ(7)), so that a link in it is followed anew each time.
     pub fn with_current_directory(mut self) -> Self {
-        {
-            let logical = std::env::var_os("PWD").map(PathBuf::from).filter(|path| path.is_absolute());
-            let same = |a: &Path, b: &Path| match (fs::metadata(a), fs::metadata(b)) {
-                (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
-                _ => false,
-            };
-            let current = logical.filter(|path| same(path, Path::new(".")));
-            self.directory = match (self.directory, current) {
-                (Some(directory), Some(current)) => Some(current.join(directory).components().collect()),
-                (directory, current) => directory.or(current),
-            };
-        }
+        let logical = std::env::var_os("PWD").map(PathBuf::from).filter(|path| path.is_absolute());
+        let same = |a: &Path, b: &Path| match (fs::metadata(a), fs::metadata(b)) {
+            (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+            _ => false,
+        };
+        let current = logical.filter(|path| same(path, Path::new(".")));
+        self.directory = match (self.directory, current) {
+            (Some(directory), Some(current)) => Some(current.join(directory).components().collect()),
+            (directory, current) => directory.or(current),
+        };
         self
     }
 
@@ -278,7 +284,10 @@ mod tests {
             let directory = sources.read().unwrap().directory.unwrap();
             assert_eq!(directory.logical, current);
             assert_eq!(directory.physical, fs::canonicalize(release).unwrap());
+            assert_eq!(directory.name(), current);
         }
+        let earlier = Directory { logical: current.clone(), physical: fs::canonicalize(&one).unwrap() };
+        assert_eq!(earlier.name(), earlier.physical, "the link leads elsewhere by now");
         fs::remove_file(&current).unwrap();
         assert!(sources.read().is_err());
     }

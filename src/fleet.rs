@@ -183,7 +183,7 @@ pub enum Announcement {
 enum State {
     Starting {
         ready_by: Instant,
-        /// When to say what is missing, once some of the addresses are there.
+        /// Once it listens somewhere: when to say what is missing, or to believe that nothing is.
         hint_at: Option<Instant>,
     },
     Ready,
@@ -259,6 +259,8 @@ pub struct Fleet {
     slots: Vec<Slot>,
     workers: BTreeMap<WorkerId, Worker>,
     next: WorkerId,
+    /// Where several workers have listened.
+    shared: BTreeSet<Endpoint>,
     begun: Instant,
     /// Whether to reload when the phase allows.
     reload_wanted: bool,
@@ -274,7 +276,8 @@ const FIRST_DELAY: Duration = Duration::from_millis(100);
 const LONGEST_DELAY: Duration = Duration::from_secs(5);
 /// A worker that was ready for so long is restarted at once again.
 const PROVEN: Duration = Duration::from_secs(10);
-/// A replacement that listens on some addresses only is given so long before the log says what it lacks.
+/// A replacement that listens on some addresses only is given so long before the log says what it lacks. One
+/// that has a Unix socket only, which nobody shares, is given so long to listen elsewhere as well.
 const HINT_AFTER: Duration = Duration::from_secs(1);
 /// Clients wait so long for the next worker of a slot; from then on they had better try again.
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
@@ -295,6 +298,7 @@ impl Fleet {
             workers: BTreeMap::new(),
             next: WorkerId(0),
             begun: now,
+            shared: BTreeSet::new(),
             reload_wanted: false,
             failures: 0,
             last_status: 0,
@@ -427,14 +431,18 @@ impl Fleet {
     }
 
     fn listens(&mut self, id: WorkerId, endpoint: Endpoint, now: Instant) {
+        let others =
+            self.workers.iter().filter(|(other, _)| **other != id).map(|(_, worker)| &worker.endpoints);
+        let before = self.slots.iter().map(|slot| &slot.endpoints);
+        if others.chain(before).any(|endpoints| endpoints.contains(&endpoint)) {
+            self.shared.insert(endpoint.clone());
+        }
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.endpoints.insert(endpoint);
         match worker.state {
             State::Starting { ready_by, hint_at } if self.policy.readiness == Readiness::Listen => {
                 worker.state = State::Starting { ready_by, hint_at: hint_at.or(Some(now + HINT_AFTER)) };
-                if self.missing(id).is_empty() {
-                    self.ready(id, now);
-                }
+                self.look_again(now);
             }
             State::Ready => {
                 self.remember_endpoints(id);
@@ -448,25 +456,35 @@ impl Fleet {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.endpoints.remove(endpoint);
         if worker.state == State::Ready {
-            let slot = worker.slot;
             let name = self.name(id);
             self.warn(format!("{name} has stopped listening on {endpoint}"));
             self.remember_endpoints(id);
-            self.look_again(slot, now);
+            self.look_again(now);
         }
         self.actions.push(Action::Steer);
     }
 
-    /// Less is asked of the replacements in a slot than before: one may have what it takes.
-    fn look_again(&mut self, slot: u32, now: Instant) {
-        let listens = |worker: &Worker| worker.slot == slot && !worker.endpoints.is_empty();
-        let starting = |worker: &Worker| matches!(worker.state, State::Starting { .. }) && listens(worker);
+    /// A worker that starts may have what it takes by now: another listens where it does, or its predecessor
+    /// has stopped to.
+    fn look_again(&mut self, now: Instant) {
+        if self.policy.readiness != Readiness::Listen {
+            return;
+        }
+        let starting = |worker: &Worker| matches!(worker.state, State::Starting { .. });
         let candidates = self.workers.iter().filter(|(_, worker)| starting(worker)).map(|(id, _)| *id);
         for id in candidates.collect::<Vec<_>>() {
-            if self.policy.readiness == Readiness::Listen && self.missing(id).is_empty() {
+            let is_public = |endpoint| self.is_public(endpoint);
+            let listens = self.workers.get(&id).is_some_and(|worker| worker.endpoints.iter().any(is_public));
+            if listens && self.missing(id).is_empty() {
                 self.ready(id, now);
             }
         }
+    }
+
+    /// Whether clients come there. A Unix socket may be a worker's own, for processes that it starts, until
+    /// another worker listens there as well.
+    fn is_public(&self, endpoint: &Endpoint) -> bool {
+        matches!(endpoint, Endpoint::Tcp(_)) || self.shared.contains(endpoint)
     }
 
     fn says_ready(&mut self, id: WorkerId, now: Instant) {
@@ -476,11 +494,11 @@ impl Fleet {
         }
     }
 
-    /// The addresses on which a worker has to listen and doesn't yet.
+    /// Where a worker has to listen and doesn't yet.
     fn missing(&self, id: WorkerId) -> Vec<Endpoint> {
         let Some(worker) = self.workers.get(&id) else { return Vec::new() };
         let wanted = &self.slots[worker.slot as usize].endpoints;
-        wanted.difference(&worker.endpoints).cloned().collect()
+        wanted.difference(&worker.endpoints).filter(|endpoint| self.is_public(endpoint)).cloned().collect()
     }
 
     /// A worker of the generation that serves sets what its replacements have to do.
@@ -816,10 +834,15 @@ impl Fleet {
                     self.late(id, now);
                 } else if hint_at.is_some_and(|at| at <= now) {
                     worker.state = State::Starting { ready_by, hint_at: None };
-                    let (name, lacks) = (self.name(id), list(self.missing(id)));
-                    self.info(format!(
-                        "{name} waits: it does not listen on {lacks}, as the worker it replaces does"
-                    ));
+                    let (name, lacks) = (self.name(id), self.missing(id));
+                    if !lacks.is_empty() {
+                        let lacks = list(lacks);
+                        self.info(format!(
+                            "{name} waits: it does not listen on {lacks}, as the worker it replaces does"
+                        ));
+                    } else if self.slots.len() == 1 {
+                        self.ready(id, now);
+                    }
                 }
             }
             State::Draining { until } if until <= now => {
@@ -855,7 +878,7 @@ impl Fleet {
         let lacks = match self.policy.readiness {
             Readiness::Notify => "it did not say that it is".to_owned(),
             _ if worker.endpoints.is_empty() => {
-                "it listens on no TCP port that can be shared (see --ready)".to_owned()
+                "it listens on no TCP port or Unix socket that can be shared, and has not said that it is (see --ready)".to_owned()
             }
             _ => format!(
                 "it does not listen on {}, as the worker it replaces does (see --ready notify)",
@@ -1308,6 +1331,35 @@ mod tests {
         assert_eq!(world.steered_to().len(), 2);
         world.event(Event::Listens { worker, endpoint: address(1) });
         assert_eq!(world.steered_to().len(), 3);
+    }
+
+    #[test]
+    fn a_unix_socket_counts_when_two_workers_listen_on_it_or_after_a_while_that_of_the_only_one() {
+        let path = |name: &str| Endpoint::Unix(name.into());
+        let mut world = World::new(policy(Readiness::Listen));
+        let ids = world.ids();
+        for (worker, name) in ids.iter().zip(["a", "b", "c"]) {
+            world.event(Event::Listens { worker: *worker, endpoint: path(name) });
+        }
+        assert_eq!(world.steered_to(), [], "each has one of its own");
+        world.event(Event::Listens { worker: ids[0], endpoint: path("public") });
+        assert_eq!(world.steered_to(), []);
+        world.event(Event::Listens { worker: ids[1], endpoint: path("public") });
+        world.event(Event::Listens { worker: ids[2], endpoint: path("public") });
+        assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+        world.event(Event::Reload);
+        let new = world.ids().split_off(3);
+        for worker in &new {
+            world.event(Event::Listens { worker: *worker, endpoint: path("public") });
+        }
+        assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)], "nobody asks for a, b and c");
+
+        let mut world = World::new(Policy { workers: 1, ..policy(Readiness::Listen) });
+        let worker = world.ids()[0];
+        world.event(Event::Listens { worker, endpoint: path("a") });
+        assert_eq!(world.steered_to(), [], "it may listen elsewhere yet");
+        world.pass(HINT_AFTER);
+        assert_eq!(world.steered_to(), [(0, 1)]);
     }
 
     #[test]

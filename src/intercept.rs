@@ -215,7 +215,7 @@ impl Interception {
         let tid = Pid::from_raw(notif.pid as i32);
         let (response, listens) = match decode(&notif.data) {
             Call::Unlink { .. } if unix.is_empty() => (NotifResponse::Continue, None),
-            Call::Unlink { from, path } => (unlink(unix, tid, from, path), None),
+            Call::Unlink { from, path } => (self.unlink(unix, tid, from, path), None),
             _ if self.retired => (NotifResponse::Continue, None),
             Call::Bind { fd, address, len } => {
                 let address = procfs::memory(tid, address, len.min(LONGEST_ADDRESS) as usize);
@@ -314,7 +314,7 @@ impl Interception {
         if unix.socket(own).is_some() {
             return NotifResponse::Continue; // bound already, which the kernel refuses
         }
-        let inode = match unix.bind(&place, self.borrower.generation, mask) {
+        let inode = match unix.bind(&place, self.borrower, mask) {
             Ok(inode) => inode,
             Err(error) => return NotifResponse::Errno(error.raw_os_error().unwrap_or(libc::EADDRINUSE)),
         };
@@ -329,6 +329,17 @@ impl Interception {
                 NotifResponse::Success
             }
             Err(_) => NotifResponse::Continue,
+        }
+    }
+
+    /// Keeps a worker from removing a path that others of its kind have.
+    fn unlink(&self, unix: &mut UnixSockets, tid: Pid, from: Option<u32>, path: u64) -> NotifResponse {
+        let path = procfs::memory(tid, path, libc::PATH_MAX as usize).ok();
+        let path = path.and_then(|bytes| unix::path_of_bytes(&bytes));
+        let place = path.and_then(|path| Place::of(tid, from, &path));
+        match place {
+            Some(place) if !unix.let_go(&place, self.borrower.worker) => NotifResponse::Success,
+            _ => NotifResponse::Continue,
         }
     }
 
@@ -446,14 +457,6 @@ fn understand_unix_bind(tid: Pid, fd: u32, path: &Path) -> Option<(u64, Place)> 
     let same_user = matches!(credentials, (Ok(its), Ok(ours)) if its.uids == ours.uids);
     let place = (is_stream && same_user).then(|| Place::of(tid, None, path))??;
     Some((inode, place))
-}
-
-/// Keeps a worker from removing a path that others of its kind listen on.
-fn unlink(unix: &UnixSockets, tid: Pid, from: Option<u32>, path: u64) -> NotifResponse {
-    let path = procfs::memory(tid, path, libc::PATH_MAX as usize).ok();
-    let path = path.and_then(|bytes| unix::path_of_bytes(&bytes));
-    let place = path.and_then(|path| Place::of(tid, from, &path));
-    if place.is_some_and(|place| unix.has(&place)) { NotifResponse::Success } else { NotifResponse::Continue }
 }
 
 /// Whether a socket has a port already, by its connection or by a bind that was not ours. Where that can't

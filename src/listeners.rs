@@ -166,6 +166,25 @@ impl Pool {
         Ok(socket)
     }
 
+    /// Takes an address before the first worker starts, which is then given this socket.
+    ///
+    /// # Errors
+    /// Why it can't be had, in one line.
+    pub fn take(&mut self, address: Address) -> io::Result<()> {
+        let cannot = |why: String| io::Error::other(format!("can't listen on {address}: {why}"));
+        if let Some(stranger) = self.first_stranger(address) {
+            return Err(cannot(format!("it is in use, {}", describe(&stranger))));
+        }
+        let Err(error) = self.add(address) else { return Ok(()) };
+        Err(cannot(match error.kind() {
+            io::ErrorKind::PermissionDenied if address.socket.port() < procfs::first_unprivileged_port() => {
+                format!("{error}; such a port takes root or CAP_NET_BIND_SERVICE")
+            }
+            io::ErrorKind::AddrNotAvailable => format!("{error}; it is not one of this machine's"),
+            _ => error.to_string(),
+        }))
+    }
+
     /// The process of a worker that was given sockets before it started.
     pub fn has_started(&mut self, worker: WorkerId, pid: Pid) {
         for member in self.members.values_mut() {
@@ -218,6 +237,13 @@ impl Pool {
                 return Ok(Some(id));
             }
             if procfs::is_open_elsewhere(borrower.pid, member.inode) {
+                if member.given {
+                    warn!(
+                        "worker {} can't bind {}, since it was given {}: have -l and the program name the same \
+                         address",
+                        borrower.slot, wish.address, member.address
+                    );
+                }
                 return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
             }
             if member.address == wish.address {
@@ -254,22 +280,23 @@ impl Pool {
     /// # Errors
     /// EADDRINUSE.
     fn refuse_stranger(&self, address: Address) -> io::Result<()> {
-        if self.groups.contains_key(&address) {
-            return Ok(());
-        }
-        match self.strangers(address) {
-            Ok(strangers) => match strangers.first() {
-                Some(stranger) => {
-                    warn!("{address} is in use: {}", describe(stranger));
-                    Err(io::Error::from_raw_os_error(libc::EADDRINUSE))
-                }
-                None => Ok(()),
-            },
-            Err(error) => {
-                debug!("can't look who else listens on {address}: {error}");
-                Ok(())
+        match self.first_stranger(address) {
+            Some(stranger) => {
+                warn!("{address} is in use: {}", describe(&stranger));
+                Err(io::Error::from_raw_os_error(libc::EADDRINUSE))
             }
+            None => Ok(()),
         }
+    }
+
+    fn first_stranger(&self, address: Address) -> Option<Listener> {
+        if self.groups.contains_key(&address) {
+            return None;
+        }
+        let strangers = self.strangers(address);
+        let strangers =
+            strangers.inspect_err(|error| debug!("can't look who else listens on {address}: {error}"));
+        strangers.ok()?.into_iter().next()
     }
 
     /// The listeners that overlap with an address and are not of this pool.

@@ -260,6 +260,11 @@ pub fn first_unprivileged_port() -> u16 {
     text.trim().parse().unwrap_or(1024)
 }
 
+/// Whether the kernel has IPv6 (proc_net(5)).
+pub fn has_ipv6() -> bool {
+    fs::exists("/proc/net/if_inet6").unwrap_or(false)
+}
+
 /// Whether connections that are queued on a listener when it is closed go to another one of its group
 /// (net.ipv4.tcp_migrate_req, ip-sysctl).
 pub fn migrates_requests() -> bool {

@@ -126,7 +126,8 @@ pub fn run(options: Options) -> io::Result<u8> {
     }
     let stop_signal = program.stop_signal;
     let starter = Starter::new(program, listen.len())?;
-    let pool = Pool::new()?;
+    let mut pool = Pool::new()?;
+    listen.iter().try_for_each(|address| pool.take(*address))?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     watch(&epoll, &signals, Source::Signals)?;
     watch(&epoll, &pool, Source::Pool)?;

@@ -2,7 +2,8 @@
 //! generation's takes its place by rename(2), so that a client always finds one there.
 //!
 //! A worker that unlinks the path, to bind it or on its way out, would take it from the others: it is told
-//! that it has, and the wrapper removes the path when nobody serves it any more.
+//! that it has, and the wrapper removes the path when nobody serves it any more. A path that only one worker
+//! has bound is its own to unlink.
 
 use std::collections::{BTreeMap, HashSet};
 use std::ffi::{OsStr, OsString};
@@ -19,7 +20,12 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::Pid;
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::fleet::WorkerId;
+use crate::listeners::Borrower;
 use crate::procfs;
+
+/// At how many paths it is looked which of them are abandoned.
+const MANY: usize = 64;
 
 /// A name in a directory, by whatever way a worker calls it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -68,6 +74,8 @@ struct Bound {
     path: PathBuf,
     /// What it was bound as, which stays with it and with the connections that it accepts.
     name: String,
+    /// The workers that have bound it, the dead ones too.
+    borrowers: BTreeMap<WorkerId, Pid>,
 }
 
 impl Bound {
@@ -80,7 +88,7 @@ impl Bound {
         umask(before);
         result?;
         let name = address.as_pathname().unwrap_or(&path).to_string_lossy().into_owned();
-        Ok(Self { inode: procfs::inode(socket.as_fd())?, socket, path, name })
+        Ok(Self { inode: procfs::inode(socket.as_fd())?, socket, path, name, borrowers: BTreeMap::new() })
     }
 }
 
@@ -105,21 +113,30 @@ impl UnixSockets {
         self.0.is_empty()
     }
 
-    /// Whether a path is one that is served.
-    pub fn has(&self, place: &Place) -> bool {
-        self.0.contains_key(place)
+    /// Forgets the socket of a path that a worker removes, unless others have it as well. Returns whether the
+    /// path is the worker's to remove.
+    pub fn let_go(&mut self, place: &Place, worker: WorkerId) -> bool {
+        let Some(sockets) = self.0.get(place) else { return true };
+        let is_its_own = sockets.values().all(|bound| bound.borrowers.keys().all(|other| *other == worker));
+        if is_its_own {
+            self.0.remove(place);
+        }
+        is_its_own
     }
 
-    /// The inode number of the socket that a worker of this generation is to have for a place. Until
-    /// [`UnixSockets::switch`] that of a newer generation than one which has the place bears another name.
+    /// The inode number of the socket that a worker is to have for a place. Until [`UnixSockets::switch`] that
+    /// of a newer generation than one which has the place bears another name.
     ///
     /// # Errors
     /// What bind(2) would have said to the worker, whose umask is `mask`.
-    pub fn bind(&mut self, place: &Place, generation: u32, mask: u32) -> io::Result<u64> {
-        let taken = self.0.get(place).is_some_and(|bound| !bound.is_empty());
-        if let Some(bound) = self.0.get(place).and_then(|bound| bound.get(&generation)) {
+    pub fn bind(&mut self, place: &Place, borrower: Borrower, mask: u32) -> io::Result<u64> {
+        let Borrower { worker, pid, generation, .. } = borrower;
+        self.forget_abandoned();
+        if let Some(bound) = self.0.get_mut(place).and_then(|sockets| sockets.get_mut(&generation)) {
+            bound.borrowers.insert(worker, pid);
             return Ok(bound.inode);
         }
+        let taken = self.0.contains_key(place);
         let mut path = place.path.clone();
         if taken {
             let mut name = OsString::from(".");
@@ -128,10 +145,23 @@ impl UnixSockets {
             path.set_file_name(name);
             let _ = fs::remove_file(&path); // of a wrapper that was killed
         }
-        let bound = Bound::new(path, mask)?;
+        let mut bound = Bound::new(path, mask)?;
+        bound.borrowers.insert(worker, pid);
         let inode = bound.inode;
         self.0.entry(place.clone()).or_default().insert(generation, bound);
         Ok(inode)
+    }
+
+    /// A worker's own sockets that it has closed are forgotten when there are many of them.
+    fn forget_abandoned(&mut self) {
+        let is_abandoned = |sockets: &BTreeMap<u32, Bound>| {
+            let mut all =
+                sockets.values().flat_map(|bound| bound.borrowers.values().map(|pid| (bound.inode, *pid)));
+            matches!((all.next(), all.next()), (Some((inode, pid)), None) if !procfs::is_open_elsewhere(pid, inode))
+        };
+        if self.0.len() % MANY == MANY - 1 {
+            self.0.retain(|_, sockets| !is_abandoned(sockets));
+        }
     }
 
     /// The socket with this inode number.
@@ -230,6 +260,10 @@ mod tests {
 
     use super::*;
 
+    fn borrower(worker: u32, generation: u32) -> Borrower {
+        Borrower { worker: WorkerId(worker), pid: Pid::this(), slot: 0, generation }
+    }
+
     struct Folder(PathBuf);
 
     impl Folder {
@@ -264,8 +298,8 @@ mod tests {
         let path = folder.0.join("socket");
         let place = Place::of(Pid::this(), None, &path).unwrap();
         let mut sockets = UnixSockets::default();
-        let first = sockets.bind(&place, 1, 0o077).unwrap();
-        assert_eq!(sockets.bind(&place, 1, 0o077).unwrap(), first, "siblings share it");
+        let first = sockets.bind(&place, borrower(1, 1), 0o077).unwrap();
+        assert_eq!(sockets.bind(&place, borrower(2, 1), 0o077).unwrap(), first, "siblings share it");
         sockets.listen(first, 8).unwrap();
         sockets.switch(1);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
@@ -273,7 +307,7 @@ mod tests {
         assert!(!sockets.are_idle(1, Pid::this()), "somebody waits");
 
         fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
-        let second = sockets.bind(&place, 2, 0o022).unwrap();
+        let second = sockets.bind(&place, borrower(3, 2), 0o022).unwrap();
         assert_ne!(second, first);
         sockets.listen(second, 8).unwrap();
         sockets.switch(2);
@@ -293,12 +327,42 @@ mod tests {
         let path = folder.0.join("socket");
         let place = Place::of(Pid::this(), None, &path).unwrap();
         let mut sockets = UnixSockets::default();
-        let first = sockets.bind(&place, 1, 0).unwrap();
+        let first = sockets.bind(&place, borrower(1, 1), 0).unwrap();
         sockets.listen(first, 8).unwrap();
-        sockets.bind(&place, 2, 0).unwrap();
+        sockets.bind(&place, borrower(2, 2), 0).unwrap();
         sockets.keep(|generation| generation == 1);
         assert_eq!(fs::read_dir(&folder.0).unwrap().count(), 1);
         UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn a_path_is_a_workers_own_to_unlink_until_another_has_bound_it() {
+        let folder = Folder::new("own");
+        let place = Place::of(Pid::this(), None, &folder.0.join("socket")).unwrap();
+        let mut sockets = UnixSockets::default();
+        let inode = sockets.bind(&place, borrower(1, 1), 0).unwrap();
+        assert!(!sockets.let_go(&place, WorkerId(2)), "it is another's");
+        assert!(sockets.let_go(&place, WorkerId(1)));
+        assert!(sockets.socket(inode).is_none() && sockets.is_empty(), "it has removed it");
+        fs::remove_file(place.path()).unwrap();
+        sockets.bind(&place, borrower(1, 1), 0).unwrap();
+        sockets.bind(&place, borrower(2, 2), 0).unwrap();
+        assert!(!sockets.let_go(&place, WorkerId(1)) && !sockets.let_go(&place, WorkerId(2)));
+        sockets.keep(|generation| generation == 2);
+        assert!(sockets.let_go(&place, WorkerId(2)), "all others have gone");
+    }
+
+    #[test]
+    fn sockets_that_their_workers_have_closed_do_not_pile_up() {
+        let folder = Folder::new("many");
+        let mut sockets = UnixSockets::default();
+        for number in 0..3 * MANY {
+            let path = folder.0.join(number.to_string());
+            let place = Place::of(Pid::this(), None, &path).unwrap();
+            let dead = Pid::from_raw(i32::MAX);
+            sockets.bind(&place, Borrower { pid: dead, ..borrower(1, 1) }, 0).unwrap();
+        }
+        assert!(sockets.0.len() <= MANY, "{}", sockets.0.len());
     }
 
     #[test]
@@ -307,7 +371,7 @@ mod tests {
         let path = folder.0.join("socket");
         let _other = UnixListener::bind(&path).unwrap();
         let place = Place::of(Pid::this(), None, &path).unwrap();
-        let error = UnixSockets::default().bind(&place, 1, 0).unwrap_err();
+        let error = UnixSockets::default().bind(&place, borrower(1, 1), 0).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EADDRINUSE));
     }
 

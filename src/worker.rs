@@ -2,9 +2,11 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
@@ -38,6 +40,33 @@ pub struct Program {
     pub node_ipc: bool,
     /// Whether to start workers behind the filter.
     pub intercept: bool,
+}
+
+impl Program {
+    /// Whether Node is what the command starts or may start, by its words and, if it is a script, its text.
+    ///
+    /// Other programs aren't given Node's channel: those that they start inherit the variable but perhaps not
+    /// the fd, and a Node among those would die of that.
+    fn leads_to_node(&self, directory: Option<&Path>) -> bool {
+        let names_node = |text: &[u8]| text.windows(4).any(|word| word == b"node");
+        let mut words = [&self.command].into_iter().chain(&self.args);
+        words.any(|word| names_node(word.as_bytes())) || names_node(&self.script(directory))
+    }
+
+    /// The text of the command, or its beginning, if that is a script.
+    fn script(&self, directory: Option<&Path>) -> Vec<u8> {
+        const LONGEST: u64 = 64 * 1024;
+        let command = Path::new(&self.command);
+        let file = if command.components().count() > 1 {
+            Some(directory.unwrap_or(Path::new("")).join(command))
+        } else {
+            let path = std::env::var_os("PATH").unwrap_or_default();
+            std::env::split_paths(&path).map(|folder| folder.join(command)).find(|file| file.is_file())
+        };
+        let mut text = Vec::new();
+        let read = file.map(|file| File::open(file)?.take(LONGEST).read_to_end(&mut text));
+        if read.is_some_and(|read| read.is_ok()) && text.starts_with(b"#!") { text } else { Vec::new() }
+    }
 }
 
 /// A worker that runs, or is about to.
@@ -111,7 +140,10 @@ impl Starter {
         listeners: Vec<Listener>,
     ) -> Result<Started, StartError> {
         let (ready, ready_end) = ReadyPipe::new().map_err(|e| StartError::new("no pipe for READY_FD", &e))?;
-        let node = self.program.node_ipc.then(NodeChannel::new).transpose();
+        let directory = environment.directory.as_ref();
+        let node =
+            self.program.node_ipc && self.program.leads_to_node(directory.map(|d| d.physical.as_path()));
+        let node = node.then(NodeChannel::new).transpose();
         let node = node.map_err(|e| StartError::new("no channel for NODE_CHANNEL_FD", &e))?;
         let (node, node_end) = node.unzip();
         let notify = NotifySocket::new().map_err(|e| StartError::new("no socket for NOTIFY_SOCKET", &e))?;
@@ -120,9 +152,9 @@ impl Starter {
         let mut command = Command::new(&self.program.command);
         command.args(&self.program.args).stdin(Stdio::null()).process_group(0);
         let mut variables = environment.variables.clone();
-        if let Some(directory) = &environment.directory {
+        if let Some(directory) = directory {
             command.current_dir(&directory.physical);
-            variables.push(("PWD".into(), directory.logical.clone().into()));
+            variables.push(("PWD".into(), directory.name().into()));
         }
         let mut set = |name: &str, value: String| variables.push((name.into(), value.into()));
         let inherited = self.inherited.iter().map(|listener| {

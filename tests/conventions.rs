@@ -295,6 +295,29 @@ fn without_node_ipc_there_is_no_channel() {
 }
 
 #[test]
+fn a_node_that_another_program_starts_does_not_miss_the_channel_of_that_program() {
+    // subprocess closes all fds but inherits all variables: with NODE_CHANNEL_FD that Node would die (EPIPE).
+    let starter = "import os, socket, subprocess, time\n\
+        code = subprocess.run([bytes.fromhex('6e6f6465'), '-e', 'process.exitCode = 7; process.send?.(1)']).returncode\n\
+        print('its child exits with', code, flush=True)\n\
+        time.sleep(1000)";
+    let mut service = Service::run_ready("-n 1 --ready 10ms", &["python3", "-c", starter]);
+    service.wait_for_output("its child exits with 7");
+    assert_eq!(variable(service.workers()[0], "NODE_CHANNEL_FD"), None);
+    service.stop();
+}
+
+#[test]
+fn a_node_behind_a_script_has_its_channel() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let script = format!("#!/bin/sh\nexec {}\n", node(addr, &[]).join(" "));
+    let file = folder.write_with("serve", &script, 0o755);
+    let mut service = Service::run_ready("-n 1 --ready notify", &[&file]);
+    assert!(variable(service.workers()[0], "NODE_CHANNEL_FD").is_some());
+    service.stop();
+}
+
+#[test]
 fn the_channel_that_reuse_run_itself_was_given_is_not_its_workers() {
     let addr = free_address();
     let mut command = reuse_run();
@@ -673,8 +696,9 @@ fn follows_the_link(folder: &Folder, addr: SocketAddr, mut service: Service, log
     assert_eq!(service.out.count_of("release 1"), 2);
 
     folder.link("current", "releases/2");
-    replace_one(&service);
+    let restarted = replace_one(&service);
     assert_eq!(directory(&service), releases[0], "one that crashed is of the old release still");
+    assert_eq!(variable(restarted, "PWD").as_ref(), Some(&releases[0]), "where `current` no longer leads");
     assert_eq!(service.out.count_of("release 1"), 3, "and so is its command");
     assert_eq!(service.out.count_of("release 2"), 0);
 

@@ -286,10 +286,9 @@ fn assert_not_to_be_had(command: impl FnOnce(&[String]) -> Command, listen: &str
     let status = service.wait_end();
     let log = service.log.text();
     assert_eq!(status.code(), Some(1), "{log}");
-    let errors: Vec<&str> = log.lines().filter(|line| line.contains(": error: ")).collect();
-    assert_eq!(errors.len(), 1, "{log}");
-    for part in parts {
-        assert!(errors[0].contains(part), "no {part:?} in {log}");
+    assert_eq!(log.lines().count(), 1, "{log}");
+    for part in parts.iter().chain(&[": error: "]) {
+        assert!(log.contains(part), "no {part:?} in {log}");
     }
     assert!(!fs::exists(folder.path("started")).expect("look"), "a worker was started: {log}");
 }
@@ -339,13 +338,24 @@ fn a_port_that_another_user_may_not_have_ends_the_start_before_a_worker_runs() {
         command.args(arguments).current_dir("/").env_remove("RUST_LOG");
         command
     };
-    assert_not_to_be_had(as_user, "127.0.0.1:80", &["127.0.0.1:80", "Permission denied"]);
+    let parts = ["127.0.0.1:80", "Permission denied", "takes root or CAP_NET_BIND_SERVICE"];
+    assert_not_to_be_had(as_user, "127.0.0.1:80", &parts);
 }
 
 #[test]
 fn an_address_that_is_not_local_ends_the_start_before_a_worker_runs() {
     let addr = format!("192.0.2.1:{}", free_port());
     assert_not_to_be_had(plain, &addr, &[&addr, "Cannot assign requested address"]);
+}
+
+#[test]
+fn a_worker_that_binds_another_address_of_the_given_port_is_told_of() {
+    let port = free_port();
+    let addr = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+    let mut service = Service::run(&format!("-n 1 -l {port}"), &naive(addr));
+    assert_eq!(service.wait_end().code(), Some(98), "the server exits with its errno, EADDRINUSE");
+    let line = service.wait_for_line("have -l and the program name the same address").text;
+    assert!(line.contains(&addr.to_string()) && line.contains(&format!("[::]:{port}")), "{line}");
 }
 
 // Servers from PyPI.

@@ -113,6 +113,26 @@ fn gunicorn_and_uvicorn_on_a_path_lose_no_request_in_3_reloads() {
     assert_eq!(names(&folder), [""; 0]);
 }
 
+#[test]
+fn a_path_of_a_workers_own_is_nobody_elses_business() {
+    let _turn = turn();
+    let (addr, folder) = (free_address(), Folder::new());
+    let manager = "import multiprocessing, os, runpy, sys\n\
+        manager = multiprocessing.Manager()\n\
+        assert manager.list([1])[0] == 1\n\
+        sys.argv = sys.argv[1:]\n\
+        runpy.run_path(sys.argv[0], run_name='app')";
+    for workers in [1, 2] {
+        let mut command = reuse_run();
+        let worker = ["python3", "-c", manager, &app("python/naive.py"), &addr.port().to_string()];
+        command.args(arguments(&format!("-n {workers}"), &worker)).env("TMPDIR", &folder.0);
+        let mut service = Service::spawn(command);
+        service.wait_for_line("generation 1 is ready");
+        reloads_lose_nothing(&service, addr, 2);
+        service.stop();
+    }
+}
+
 /// An nginx in the foreground that proxies what comes to a port.
 struct Nginx(Child);
 
