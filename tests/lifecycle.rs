@@ -302,7 +302,8 @@ fn a_worker_finds_its_slot_its_generation_and_ready_fd_in_its_environment() {
 #[test]
 fn a_worker_inherits_no_descriptor_but_stdio_ready_fd_and_nodes_channel() {
     let addr = free_address();
-    let text = r#"for f in /proc/$$/fd/*; do [ -e "$f" ] && echo "fd ${f##*/}"; done; echo "ready_fd $READY_FD"; echo "channel $NODE_CHANNEL_FD"; exec "$0" --listen "$1""#;
+    // It says "node" to get its channel.
+    let text = r#": node; for f in /proc/$$/fd/*; do [ -e "$f" ] && echo "fd ${f##*/}"; done; echo "ready_fd $READY_FD"; echo "channel $NODE_CHANNEL_FD"; exec "$0" --listen "$1""#;
     // The wrapper itself is given some that nobody marked close-on-exec.
     let mut command = Command::new("sh");
     command.args(["-c", r#"exec 7</dev/null 8</dev/null 9</dev/null; exec "$0" "$@""#]);
