@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 
 use crate::address::Address;
 use crate::environment::{Secret, Sources};
-use crate::fleet::{Policy, Readiness};
+use crate::fleet::{Policy, Readiness, Rollout};
 use crate::worker::Program;
 
 /// Run N copies of any server on one port, and replace them without losing a request.
@@ -235,6 +235,7 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
         stop_timeout: stop_timeout.0,
         stop_signal: stop_signal.0.as_str(),
         max_failures,
+        rollout: Rollout::AllAtOnce,
     };
     Ok(Invocation::Run(Box::new(Options { program, policy, sources, listen: args.listen })))
 }

@@ -28,6 +28,15 @@ pub enum Steer {
     AsIs,
 }
 
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Share(pub u32);
+
+impl std::fmt::Display for Share {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{} %", f64::from(self.0) / 100.0)
+    }
+}
+
 /// What a member is to the pool, as far as steering is concerned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
@@ -35,6 +44,7 @@ pub enum Standing {
     Starting,
     /// Borrowed by a ready worker that is to get connections.
     Ready,
+    Canary,
     /// Borrowed by a worker that was replaced a moment ago: what was sent to it before may still arrive.
     Draining,
     /// Borrowed by a worker that gets no more and may leave the group at any time.
@@ -54,7 +64,7 @@ pub fn decide(standings: &[Standing]) -> Vec<Steer> {
     let served = any(Standing::Ready);
     let awaited = any(Standing::Reserved);
     let decide = |standing: &Standing| match standing {
-        Standing::Ready => Steer::Named,
+        Standing::Ready | Standing::Canary => Steer::Named,
         Standing::Reserved if !served => Steer::Named,
         // It listens where its successors don't, and would never be done otherwise.
         Standing::Draining if !served && !awaited => Steer::Held,

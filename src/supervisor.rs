@@ -262,6 +262,7 @@ impl Supervisor {
                 Action::Unreserve { slot, generation } => self.pool.unreserve(slot, generation),
                 Action::Log { level, line } => log!(level, "{line}"),
                 Action::Announce(announcement) => self.manager.announce(&announcement),
+                Action::ReloadEnded { .. } | Action::ScaleEnded { .. } => {}
                 Action::Exit { status } => self.exit = Some(status),
             }
         }
@@ -332,8 +333,8 @@ impl Supervisor {
 
     /// What a generation starts with: read when the first of its workers starts, and the same for all.
     fn environment(&mut self, generation: u32) -> Result<Environment, StartError> {
-        let serving = self.fleet.generation();
-        self.environments.retain(|generation, _| *generation >= serving);
+        let oldest = self.fleet.oldest_generation();
+        self.environments.retain(|generation, _| *generation >= oldest);
         if let Some(environment) = self.environments.get(&generation) {
             return Ok(environment.clone());
         }
@@ -346,7 +347,7 @@ impl Supervisor {
         for asked in self.signals.pending() {
             match asked {
                 Asked::Reap => self.reap(),
-                Asked::Reload => self.handle(Event::Reload),
+                Asked::Reload => self.handle(Event::Reload(self.fleet.default_rollout())),
                 Asked::Stop(signal) => self.handle(Event::Stop { signal: signal.as_str() }),
                 Asked::Forward(signal) => self.forward(signal),
             }
@@ -371,8 +372,7 @@ impl Supervisor {
             self.drain.forget(worker);
             self.handle(Event::Ended { worker, end: reaped.end });
             let alive = |generation| self.workers.values().any(|worker| worker.generation == generation);
-            let serving = self.fleet.generation();
-            self.unix.keep(|generation| generation == serving || alive(generation));
+            self.unix.keep(|generation| self.fleet.has_slot_of(generation) || alive(generation));
         }
     }
 
