@@ -10,19 +10,23 @@ use argh::{EarlyExit, FromArgs};
 use nix::sys::signal::Signal;
 
 use crate::address::Address;
+use crate::client::{Command, What};
 use crate::environment::{Secret, Sources};
 use crate::fleet::{Policy, Readiness, Rollout};
+use crate::protocol::{How, Request, Target};
+use crate::steering::Share;
 use crate::worker::Program;
 
 /// Run N copies of any server on one port, and replace them without losing a request.
 #[derive(FromArgs, Debug)]
 #[argh(
     help_triggers("-h", "--help"),
-    note = "SIGUSR2 replaces the workers; SIGTERM and SIGINT stop them.\n\
+    note = "SIGUSR2 replaces the workers; SIGTERM and SIGINT stop them; SIGTTIN and SIGTTOU are one more and one less.\n\
+            reuse-run reload, status, scale and stop do the same and tell how it went: see their --help.\n\
             Durations are written as 500ms, 10s, 2m.\n\
             RUST_LOG sets what is logged on stderr: error, warn, info (default), debug.",
     example = "reuse-run -n 4 -- node app.js",
-    example = "kill -USR2 <pid>",
+    example = "reuse-run reload",
     error_code(2, "the command line is wrong"),
     error_code(126, "the command can't be executed"),
     error_code(127, "the command was not found")
@@ -85,10 +89,109 @@ struct Args {
     #[argh(switch)]
     no_intercept: bool,
 
+    /// replace at most so many workers at a time at SIGUSR2 (default: all at once)
+    #[argh(option, arg_name = "count")]
+    batch: Option<NonZero<u32>>,
+
+    /// a file to write the PID to once the first workers are ready, and to remove at the end
+    #[argh(option, arg_name = "file")]
+    pidfile: Option<PathBuf>,
+
     /// print the version
     #[argh(switch, short = 'V')]
     version: bool,
 }
+
+/// Replace the workers of a running reuse-run, and wait until it is done. Exits with 0 only if the new ones serve.
+#[derive(FromArgs, Debug)]
+#[argh(help_triggers("-h", "--help"))]
+struct ReloadArgs {
+    /// replace at most so many workers at a time
+    #[argh(option, arg_name = "count")]
+    batch: Option<NonZero<u32>>,
+
+    /// give the new workers this share of new connections first, in percent; needs --for
+    #[argh(option, arg_name = "percent")]
+    canary: Option<Percent>,
+
+    /// how long the new workers have only their share
+    #[argh(option, long = "for", arg_name = "duration")]
+    period: Option<Length>,
+
+    /// do not wait for the end
+    #[argh(switch)]
+    no_wait: bool,
+
+    /// wait no longer than this; the reload goes on
+    #[argh(option, arg_name = "duration")]
+    timeout: Option<Length>,
+
+    /// end the reload that goes on, and keep the workers that serve
+    #[argh(switch)]
+    abort: bool,
+
+    /// the PID of the reuse-run (default: 1 if that is one, else this user's only one)
+    #[argh(positional)]
+    pid: Option<u32>,
+}
+
+/// Show how a running reuse-run stands. Exits with 0 if all slots are ready, 3 if some, 4 if none.
+#[derive(FromArgs, Debug)]
+#[argh(help_triggers("-h", "--help"))]
+struct StatusArgs {
+    /// print it as JSON, in one line
+    #[argh(switch)]
+    json: bool,
+
+    /// print it anew each second
+    #[argh(switch)]
+    watch: bool,
+
+    /// the PID of the reuse-run (default: 1 if that is one, else this user's only one)
+    #[argh(positional)]
+    pid: Option<u32>,
+}
+
+/// Change the number of workers of a running reuse-run, and wait until it is done.
+#[derive(FromArgs, Debug)]
+#[argh(help_triggers("-h", "--help"))]
+struct ScaleArgs {
+    /// do not wait for the end
+    #[argh(switch)]
+    no_wait: bool,
+
+    /// wait no longer than this; the scaling goes on
+    #[argh(option, arg_name = "duration")]
+    timeout: Option<Length>,
+
+    /// how many workers: 4, or +1, -1 for more and fewer
+    #[argh(positional)]
+    workers: Target,
+
+    /// the PID of the reuse-run (default: 1 if that is one, else this user's only one)
+    #[argh(positional)]
+    pid: Option<u32>,
+}
+
+/// Stop a running reuse-run as SIGTERM does, and wait for its end. Exits with 0 if every worker ended by itself.
+#[derive(FromArgs, Debug)]
+#[argh(help_triggers("-h", "--help"))]
+struct StopArgs {
+    /// do not wait for the end
+    #[argh(switch)]
+    no_wait: bool,
+
+    /// wait no longer than this; the workers are being stopped all the same
+    #[argh(option, arg_name = "duration")]
+    timeout: Option<Length>,
+
+    /// the PID of the reuse-run (default: 1 if that is one, else this user's only one)
+    #[argh(positional)]
+    pid: Option<u32>,
+}
+
+/// The words that are commands to a running reuse-run, if the first word is one of them.
+const COMMANDS: [&str; 4] = ["reload", "status", "scale", "stop"];
 
 /// argh would leave out the command, which it isn't given: see [`split`].
 const USAGE: &str = "Usage: reuse-run [options] [--] command [arguments]";
@@ -114,6 +217,35 @@ impl FromStr for Workers {
         match text.parse::<NonZero<u16>>() {
             Ok(count) => Ok(Self(count.get().into())),
             Err(_) => Err(format!("{text:?} is not a number of workers from 1 to 65535, nor max")),
+        }
+    }
+}
+
+/// More than 0 and less than 100.
+#[derive(Debug, PartialEq)]
+struct Percent(f64);
+
+impl FromStr for Percent {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.trim_end_matches('%').parse::<f64>() {
+            Ok(percent) if Share::from_percent(percent).is_some() => Ok(Self(percent)),
+            _ => Err(format!("{text:?} is not a share between 0.01 and 99.99 percent")),
+        }
+    }
+}
+
+impl FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (sign, number) = text.split_at(text.find(|c: char| c.is_ascii_digit()).unwrap_or(0));
+        match (sign, number.parse::<NonZero<u16>>()) {
+            ("", Ok(number)) => Ok(Self::Exactly(number.get().into())),
+            ("+", Ok(number)) => Ok(Self::More(number.get().into())),
+            ("-", Ok(number)) => Ok(Self::Fewer(number.get().into())),
+            _ => Err(format!("{text:?} is not a number of workers such as 4, +1 or -1")),
         }
     }
 }
@@ -181,12 +313,14 @@ pub struct Options {
     pub sources: Sources,
     /// Addresses whose sockets workers are given.
     pub listen: Vec<Address>,
+    pub pidfile: Option<PathBuf>,
 }
 
 /// What was asked for.
 #[derive(Debug)]
 pub enum Invocation {
     Run(Box<Options>),
+    Control(Command),
     /// Print this to stdout and exit with 0.
     Print(String),
 }
@@ -198,18 +332,20 @@ pub enum Invocation {
 /// # Errors
 /// One line that says what is wrong.
 pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, String> {
-    let (options, mut command) = split(words)?;
+    let words: Vec<OsString> = words.into_iter().collect();
+    if let Some((first, rest)) = words.split_first()
+        && let Some(name) = COMMANDS.iter().find(|name| first == **name)
+    {
+        let rest: Vec<String> = rest.iter().map(|word| word.to_string_lossy().into_owned()).collect();
+        return control(name, &rest);
+    }
+    let (options, mut command, is_marked) = split(words)?;
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
-    let args = match Args::from_args(&["reuse-run"], &options) {
+    let args = match understand::<Args>(&["reuse-run"], &options)? {
         Ok(args) => args,
-        Err(EarlyExit { output, status: Ok(()) }) => {
-            let after_usage = output.split_once('\n').map_or("", |(_, rest)| rest);
+        Err(help) => {
+            let after_usage = help.split_once('\n').map_or("", |(_, rest)| rest);
             return Ok(Invocation::Print(format!("{USAGE}\n{after_usage}")));
-        }
-        Err(EarlyExit { output, status: Err(()) }) => {
-            let said = output.split("Run reuse-run --help").next().unwrap_or_default();
-            let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
-            return Err(said.trim_start_matches("Error ").to_owned() + " (see --help)");
         }
     };
     if args.version {
@@ -217,6 +353,11 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
     }
     if command.is_empty() {
         return Err("no command to run, as in reuse-run -n 4 -- node app.js".to_owned());
+    }
+    if let Some(name) = COMMANDS.iter().find(|name| command[0] == **name && !is_marked) {
+        return Err(format!(
+            "{name} stands first, and its options after it; a program of that name, after --"
+        ));
     }
     let Args { workers, ready, ready_timeout, drain, stop_timeout, stop_signal, max_failures, .. } = args;
     let program = Program {
@@ -235,22 +376,102 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
         stop_timeout: stop_timeout.0,
         stop_signal: stop_signal.0.as_str(),
         max_failures,
-        rollout: Rollout::AllAtOnce,
+        rollout: args.batch.map_or(Rollout::AllAtOnce, |most| Rollout::Batches(most.get())),
     };
-    Ok(Invocation::Run(Box::new(Options { program, policy, sources, listen: args.listen })))
+    Ok(Invocation::Run(Box::new(Options {
+        program,
+        policy,
+        sources,
+        listen: args.listen,
+        pidfile: args.pidfile,
+    })))
 }
 
-/// Parts our own options, each as one word with its value as another, from the command.
-fn split(words: impl IntoIterator<Item = OsString>) -> Result<(Vec<String>, Vec<OsString>), String> {
+/// What argh makes of some words: the arguments, or the help that was asked for.
+///
+/// # Errors
+/// One line that says what is wrong.
+fn understand<T: FromArgs>(name: &[&str], words: &[&str]) -> Result<Result<T, String>, String> {
+    match T::from_args(name, words) {
+        Ok(args) => Ok(Ok(args)),
+        Err(EarlyExit { output, status: Ok(()) }) => Ok(Err(output)),
+        Err(EarlyExit { output, status: Err(()) }) => {
+            let said = output.split(&format!("Run {} --help", name[0])).next().unwrap_or_default();
+            let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
+            Err(said.trim_start_matches("Error ").to_owned() + " (see --help)")
+        }
+    }
+}
+
+/// Reads a command to a running reuse-run.
+fn control(name: &str, words: &[String]) -> Result<Invocation, String> {
+    // argh takes "-1" for an option, but not after "--".
+    let is_negative = |word: &&str| word.strip_prefix('-').is_some_and(|rest| rest.parse::<u32>().is_ok());
+    let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
+    if let Some(at) = words.iter().position(is_negative).filter(|_| name == "scale") {
+        words.insert(at, "--");
+    }
+    let path = ["reuse-run", name];
+    let (pid, timeout, request) = match name {
+        "status" => {
+            return Ok(match understand::<StatusArgs>(&path, &words)? {
+                Ok(StatusArgs { json, watch, pid }) => {
+                    Invocation::Control(Command { pid, what: What::Status { json, watch } })
+                }
+                Err(help) => Invocation::Print(help),
+            });
+        }
+        "reload" => match understand::<ReloadArgs>(&path, &words)? {
+            Ok(args) => {
+                let request = args.request()?;
+                (args.pid, args.timeout, request)
+            }
+            Err(help) => return Ok(Invocation::Print(help)),
+        },
+        "scale" => match understand::<ScaleArgs>(&path, &words)? {
+            Ok(args) => (args.pid, args.timeout, Request::Scale { to: args.workers, wait: !args.no_wait }),
+            Err(help) => return Ok(Invocation::Print(help)),
+        },
+        _ => match understand::<StopArgs>(&path, &words)? {
+            Ok(args) => (args.pid, args.timeout, Request::Stop { wait: !args.no_wait }),
+            Err(help) => return Ok(Invocation::Print(help)),
+        },
+    };
+    let timeout = timeout.map(|Length(duration)| duration);
+    Ok(Invocation::Control(Command { pid, what: What::Change { request, timeout } }))
+}
+
+impl ReloadArgs {
+    fn request(&self) -> Result<Request, String> {
+        let how = match (&self.batch, &self.canary, &self.period) {
+            (None, None, None) => None,
+            (Some(most), None, None) => Some(How::Batch(most.get())),
+            (None, Some(Percent(percent)), Some(Length(period))) => {
+                Some(How::Canary { percent: *percent, seconds: period.as_secs_f64() })
+            }
+            (Some(_), _, _) => return Err("--batch goes with neither --canary nor --for".to_owned()),
+            _ => return Err("--canary and --for go together".to_owned()),
+        };
+        match (self.abort, &how) {
+            (false, _) => Ok(Request::Reload { how, wait: !self.no_wait }),
+            (true, None) => Ok(Request::Abort),
+            (true, Some(_)) => Err("--abort begins no reload, so it goes with no other option".to_owned()),
+        }
+    }
+}
+
+/// Parts our own options, each as one word with its value as another, from the command, and says whether that is
+/// marked by "--".
+fn split(words: Vec<OsString>) -> Result<(Vec<String>, Vec<OsString>, bool), String> {
     let mut words = words.into_iter();
     let mut options = Vec::new();
     while let Some(word) = words.next() {
         if word == "--" {
-            return Ok((options, words.collect()));
+            return Ok((options, words.collect(), true));
         }
         let text = word.to_string_lossy();
         if !text.starts_with('-') || text == "-" {
-            return Ok((options, [word].into_iter().chain(words).collect()));
+            return Ok((options, [word].into_iter().chain(words).collect(), false));
         }
         if let Some((name, value)) = text.split_once('=').filter(|_| text.starts_with("--")) {
             options.extend([name.to_owned(), value.to_owned()]);
@@ -267,7 +488,7 @@ fn split(words: impl IntoIterator<Item = OsString>) -> Result<(Vec<String>, Vec<
             }
         }
     }
-    Ok((options, Vec::new()))
+    Ok((options, Vec::new(), false))
 }
 
 #[cfg(test)]
@@ -278,6 +499,7 @@ mod tests {
         match parse(line.split_whitespace().map(OsString::from))? {
             Invocation::Run(options) => Ok((options.program, options.policy)),
             Invocation::Print(text) => Err(text),
+            Invocation::Control(command) => Err(format!("{command:?}")),
         }
     }
 

@@ -190,6 +190,8 @@ pub enum Action {
     ReloadEnded {
         generation: u32,
         result: Result<(), String>,
+        /// The worker that it failed by.
+        culprit: Option<WorkerId>,
     },
     /// The number of slots is what [`Event::Scale`] wanted, or could not be.
     ScaleEnded {
@@ -367,6 +369,8 @@ pub struct Place {
     pub worker: Option<(WorkerId, i32)>,
     pub state: &'static str,
     pub since: Option<Instant>,
+    pub started: Option<Instant>,
+    /// Of the slot.
     pub restarts: u32,
 }
 
@@ -487,6 +491,10 @@ impl Fleet {
         self.newest + 1
     }
 
+    pub fn slots(&self) -> u32 {
+        self.slots.len() as u32
+    }
+
     /// How many workers there are to be.
     pub fn workers_wanted(&self) -> u32 {
         self.scale_wanted.unwrap_or(self.slots.len() as u32)
@@ -546,14 +554,25 @@ impl Fleet {
                 State::Killed { .. } => "killed",
             },
             since: Some(worker.since),
+            started: Some(worker.started),
             restarts: self.slots.get(worker.slot as usize).map_or(0, |slot| slot.restarts),
         };
         let mut places: Vec<Place> = self.workers.iter().map(of_worker).collect();
         for (number, slot) in (0..).zip(&self.slots) {
             if !places.iter().any(|place| place.slot == number && place.serves) {
                 let (generation, restarts) = (slot.generation, slot.restarts);
-                let (serves, worker, state, since) = (true, None, "down", None);
-                places.push(Place { slot: number, generation, serves, worker, state, since, restarts });
+                let (serves, worker, state) = (true, None, "down");
+                let (since, started) = (None, None);
+                places.push(Place {
+                    slot: number,
+                    generation,
+                    serves,
+                    worker,
+                    state,
+                    since,
+                    started,
+                    restarts,
+                });
             }
         }
         places.sort_by_key(|place| (place.slot, !place.serves, place.generation));
@@ -665,7 +684,7 @@ impl Fleet {
             self.look_again(now);
             let on_trial = matches!(self.phase, Phase::Trying { .. }) && !self.missing(id).is_empty();
             if on_trial && !self.workers.get(&id).is_some_and(|worker| self.serves(worker)) {
-                self.abandon(&format!("{name} has stopped listening on {endpoint}"), now);
+                self.abandon(&format!("{name} has stopped listening on {endpoint}"), Some(id), now);
             }
         }
         self.actions.push(Action::Steer);
@@ -780,7 +799,7 @@ impl Fleet {
 
     /// "4 workers of generation 3"; after a rolling reload that was given up, "2 workers of generation 3 and 2 of
     /// generation 2".
-    fn composition(&self) -> String {
+    pub fn composition(&self) -> String {
         let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
         for slot in &self.slots {
             *counts.entry(slot.generation).or_default() += 1;
@@ -910,7 +929,7 @@ impl Fleet {
         match self.phase {
             Phase::Starting => self.give_up(&why, status, now),
             Phase::Stopping { .. } => {}
-            _ if self.is_on_trial(&worker) => self.abandon(&why, now),
+            _ if self.is_on_trial(&worker) => self.abandon(&why, Some(id), now),
             _ if self.serves(&worker) => {
                 self.warn(why);
                 self.restart_later(&worker, status, now);
@@ -951,7 +970,7 @@ impl Fleet {
             }
             _ if self.is_on_trial(&worker) => {
                 self.actions.push(Action::Release { worker: id, successor: false });
-                self.abandon(&ended, now);
+                self.abandon(&ended, Some(id), now);
             }
             _ if successor => {
                 self.actions.push(Action::Release { worker: id, successor: true });
@@ -1030,13 +1049,13 @@ impl Fleet {
 
     fn abort_asked(&mut self, now: Instant) {
         match self.phase {
-            Phase::Replacing { .. } | Phase::Trying { .. } => self.abandon("aborted", now),
-            Phase::Retiring { next, .. } if next < self.slots.len() => self.abandon("aborted", now),
+            Phase::Replacing { .. } | Phase::Trying { .. } => self.abandon("aborted", None, now),
+            Phase::Retiring { next, .. } if next < self.slots.len() => self.abandon("aborted", None, now),
             _ => {}
         }
         if self.reload_wanted.take().is_some() {
             let (generation, result) = (self.next_generation(), Err("aborted".to_owned()));
-            self.actions.push(Action::ReloadEnded { generation, result });
+            self.actions.push(Action::ReloadEnded { generation, result, culprit: None });
         }
     }
 
@@ -1052,7 +1071,7 @@ impl Fleet {
                 let (generation, took) = (self.generation, millis(now - since));
                 self.info(format!("reload done after {took}: generation {generation} serves alone"));
                 self.announce_serving();
-                self.reload_ended(Ok(()), now);
+                self.reload_ended(Ok(()), None, now);
             }
             Phase::Abandoning if !other => {
                 self.phase = Phase::Serving;
@@ -1147,7 +1166,7 @@ impl Fleet {
     }
 
     /// What was begun is no good: stop the workers on trial. Those that serve never noticed.
-    fn abandon(&mut self, why: &str, now: Instant) {
+    fn abandon(&mut self, why: &str, culprit: Option<WorkerId>, now: Instant) {
         if let Phase::Scaling { from } = self.phase {
             self.phase = Phase::Abandoning;
             self.remove_slots(from, now);
@@ -1171,13 +1190,13 @@ impl Fleet {
             false => format!("{} serve", self.composition()),
         };
         self.warn(format!("{why}; reload abandoned, {rest} on"));
-        self.reload_ended(Err(why.to_owned()), now);
+        self.reload_ended(Err(why.to_owned()), culprit, now);
     }
 
-    fn reload_ended(&mut self, result: Result<(), String>, now: Instant) {
+    fn reload_ended(&mut self, result: Result<(), String>, culprit: Option<WorkerId>, now: Instant) {
         let generation = self.newest;
         self.last_reload = Some(LastReload { generation, result: result.clone(), ended: now });
-        self.actions.push(Action::ReloadEnded { generation, result });
+        self.actions.push(Action::ReloadEnded { generation, result, culprit });
     }
 
     /// There is nothing that works: stop what there is and exit with `status`.
@@ -1302,7 +1321,7 @@ impl Fleet {
         let why = format!("{} was not ready within {timeout}: {lacks} (see --ready-timeout)", self.name(id));
         match self.phase {
             Phase::Starting => self.give_up(&why, 1, now),
-            _ if is_on_trial => self.abandon(&why, now),
+            _ if is_on_trial => self.abandon(&why, Some(id), now),
             _ => {
                 self.warn(format!("{why}; starting another"));
                 self.stop(id, now);
@@ -1463,7 +1482,7 @@ mod tests {
                     Action::Unreserve { slot, generation } => {
                         self.reserved.remove(&(slot, generation));
                     }
-                    Action::ReloadEnded { generation, result } => {
+                    Action::ReloadEnded { generation, result, .. } => {
                         self.reloads.push((generation, result.is_ok()))
                     }
                     Action::ScaleEnded { result } => self.scalings.push(result.is_ok()),
@@ -1893,7 +1912,7 @@ mod tests {
         let new = world.ids().split_off(3);
         world.event(Event::SaysReady { worker: new[1] });
         assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1), (4, 1)]);
-        assert_eq!(world.scalings, []);
+        assert!(world.scalings.is_empty());
         world.ready_all();
         assert_eq!(world.scalings, [true]);
         world.event(Event::Scale(1));

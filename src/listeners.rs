@@ -640,7 +640,7 @@ impl Pool {
 
     /// Has the kernel send new connections where [`steering::decide`] wants them, given each worker's
     /// standing. All new connections of an address change over in one system call.
-    pub fn steer(&mut self, standing: impl Fn(WorkerId) -> Standing) {
+    pub fn steer(&mut self, standing: impl Fn(WorkerId) -> Standing, _share: steering::Share) {
         self.note_departures(None);
         for address in self.groups.keys().copied().collect::<Vec<_>>() {
             let steered = self
@@ -699,6 +699,12 @@ impl Pool {
             sys::tcp_info(member.socket.as_fd())
                 .map_or(true, |info| info.accept_queue == 0 || !info.listening)
         })
+    }
+
+    /// How many connections wait to be accepted by the worker.
+    pub fn accept_queue(&self, worker: WorkerId) -> u32 {
+        let infos = self.lent_to(worker).filter_map(|(_, member)| sys::tcp_info(member.socket.as_fd()).ok());
+        infos.filter(|info| info.listening).map(|info| info.accept_queue).sum()
     }
 
     fn lent_to(&self, worker: WorkerId) -> impl Iterator<Item = (MemberId, &Member)> {

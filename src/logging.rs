@@ -20,6 +20,11 @@ pub fn start() {
         .init();
 }
 
+/// Says on stderr why a command was of no use.
+pub fn complain(why: &str) {
+    let _ = writeln!(io::stderr(), "reuse-run: {why}");
+}
+
 /// stderr, to which a line is written at once or not at all.
 struct Stderr {
     /// stderr opened anew and non-blocking. To set O_NONBLOCK on stderr itself would set it for the

@@ -9,6 +9,8 @@ mod address;
 mod bpf;
 mod bystander;
 mod cli;
+mod client;
+mod control;
 mod drain;
 mod environment;
 mod fleet;
@@ -16,10 +18,13 @@ mod intercept;
 mod listeners;
 mod logging;
 mod manager;
+mod pidfile;
 mod procfs;
+mod protocol;
 mod ready;
 mod signals;
 mod sockdiag;
+mod status;
 mod steering;
 mod supervisor;
 mod sys;
@@ -42,6 +47,7 @@ fn main() -> ExitCode {
             let _ = std::io::stdout().write_all(text.as_bytes()); // the reader may have seen enough
             ExitCode::SUCCESS
         }
+        Ok(Invocation::Control(command)) => client::run(command).into(),
         Ok(Invocation::Run(options)) => match supervisor::run(*options) {
             Ok(status) => status.into(),
             Err(error) => {

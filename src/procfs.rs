@@ -10,6 +10,7 @@ use std::io::{self, Read};
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -254,6 +255,40 @@ pub fn socket_owner(inode: u64) -> Option<(Pid, String)> {
     Some((pid, printable(&command)))
 }
 
+/// The command line of a process, in one line.
+pub fn command_line(pid: u32) -> String {
+    printable(&fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default())
+}
+
+/// What a process has used: its processor time, and its resident memory in KiB.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub cpu: Duration,
+    pub rss_kib: u64,
+}
+
+/// What a process and its descendants have used.
+pub fn usage(pid: Pid) -> Usage {
+    let mut sum = Usage::default();
+    for pid in tree(pid) {
+        let read = |file: &str| fs::read_to_string(path(pid, file)).unwrap_or_default();
+        sum.cpu += parse_cpu(&read("stat")).unwrap_or_default();
+        let status = read("status");
+        let rss = field(&status, "VmRSS:").and_then(|rss| rss.trim_end_matches(" kB").parse::<u64>().ok());
+        sum.rss_kib += rss.unwrap_or(0);
+    }
+    sum
+}
+
+/// From a line of /proc/PID/stat: user and system time, in ticks of which any kernel's user space sees 100 a second
+/// (USER_HZ, time(7)).
+fn parse_cpu(stat: &str) -> Option<Duration> {
+    // After the name, which may hold anything, utime and stime are the fields 14 and 15 (proc_pid_stat(5)).
+    let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_whitespace().skip(11);
+    let mut ticks = || fields.next()?.parse::<u64>().ok();
+    Some(Duration::from_millis((ticks()? + ticks()?) * 10))
+}
+
 /// The first port that needs no right to be bound (net.ipv4.ip_unprivileged_port_start, ip(7)).
 pub fn first_unprivileged_port() -> u16 {
     let text = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap_or_default();
@@ -307,6 +342,9 @@ mod tests {
         assert_eq!(parse_unix_sockets(table), rows);
         assert!(parse_ignored("SigIgn:\t0000000000000003\n", 1));
         assert!(!parse_ignored("SigIgn:\t0000000000000002\n", 1));
+        let stat = "7 (a) b) S 1 7 7 0 -1 4194560 90 0 0 0 120 3 9 9 20 0 1 0";
+        assert_eq!(parse_cpu(stat), Some(Duration::from_millis(1230)));
+        assert_eq!(parse_cpu("7 (a) S 1"), None);
         assert_eq!(parse_children("12 34 "), [Pid::from_raw(12), Pid::from_raw(34)]);
     }
 

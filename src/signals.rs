@@ -17,20 +17,27 @@ pub enum Asked {
     Reap,
     Reload,
     Stop(Signal),
+    /// One worker more, or one less.
+    Scale {
+        more: bool,
+    },
     /// It means nothing to the wrapper and is passed on to the workers.
     Forward(Signal),
 }
 
 /// SIGHUP reloads, as users of gunicorn and systemd expect. SIGQUIT is what some images of containers
-/// are stopped with. Never forwarded: SIGUSR2; what stops and resumes the wrapper alone (SIGTSTP, SIGTTIN,
-/// SIGTTOU); and what reports a fault of the receiver itself.
-const MEANINGS: [(Signal, Asked); 10] = [
+/// are stopped with. SIGTTIN and SIGTTOU are one worker more and one less with unicorn, gunicorn and puma. Never
+/// forwarded: those; SIGUSR2; SIGTSTP, which stops the wrapper alone; and what reports a fault of the receiver
+/// itself.
+const MEANINGS: [(Signal, Asked); 12] = [
     (Signal::SIGCHLD, Asked::Reap),
     (Signal::SIGUSR2, Asked::Reload),
     (Signal::SIGHUP, Asked::Reload),
     (Signal::SIGTERM, Asked::Stop(Signal::SIGTERM)),
     (Signal::SIGINT, Asked::Stop(Signal::SIGINT)),
     (Signal::SIGQUIT, Asked::Stop(Signal::SIGQUIT)),
+    (Signal::SIGTTIN, Asked::Scale { more: true }),
+    (Signal::SIGTTOU, Asked::Scale { more: false }),
     (Signal::SIGUSR1, Asked::Forward(Signal::SIGUSR1)),
     (Signal::SIGWINCH, Asked::Forward(Signal::SIGWINCH)),
     (Signal::SIGCONT, Asked::Forward(Signal::SIGCONT)),

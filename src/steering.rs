@@ -31,6 +31,13 @@ pub enum Steer {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Share(pub u32);
 
+impl Share {
+    pub fn from_percent(percent: f64) -> Option<Self> {
+        let share = (percent * 100.0).round();
+        (share > 0.0 && share < 10_000.0).then_some(Self(share as u32))
+    }
+}
+
 impl std::fmt::Display for Share {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         write!(f, "{} %", f64::from(self.0) / 100.0)

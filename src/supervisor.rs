@@ -14,23 +14,30 @@ use nix::unistd::Pid;
 use crate::address::Address;
 use crate::bystander::{self, Bystander};
 use crate::cli::Options;
+use crate::control::{ClientId, Control};
 use crate::drain::Drain;
 use crate::environment::{Environment, Sources};
-use crate::fleet::{Action, Event, Fleet, WorkerId, count};
+use crate::fleet::{Action, Announcement, Event, Fleet, WorkerId, count};
 use crate::intercept::{self, Interception};
 use crate::listeners::{Borrower, Pool, StoppedListening};
 use crate::manager::Manager;
+use crate::pidfile::PidFile;
 use crate::procfs;
 use crate::ready::{NodeChannel, NotifySocket, ReadyPipe, Said};
 use crate::signals::{Asked, Signals};
 use crate::unix::UnixSockets;
 use crate::worker::{self, Listener, StartError, Starter};
 
+mod operate;
+
 /// What an event of the poll loop comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
     Signals,
     Pool,
+    /// New control clients.
+    Control,
+    Client(ClientId),
     Filter(WorkerId),
     /// A way by which a worker can say something.
     Pipe(WorkerId),
@@ -48,6 +55,8 @@ impl Source {
             Self::Pipe(WorkerId(id)) => token(3, id),
             Self::Node(WorkerId(id)) => token(4, id),
             Self::Notify(WorkerId(id)) => token(5, id),
+            Self::Control => token(6, 0),
+            Self::Client(ClientId(id)) => token(7, id),
         }
     }
 
@@ -59,7 +68,9 @@ impl Source {
             2 => Self::Filter(id),
             3 => Self::Pipe(id),
             4 => Self::Node(id),
-            _ => Self::Notify(id),
+            5 => Self::Notify(id),
+            6 => Self::Control,
+            _ => Self::Client(ClientId(token as u32)),
         }
     }
 }
@@ -72,6 +83,8 @@ struct Worker {
     pipe: Option<ReadyPipe>,
     node: Option<NodeChannel>,
     notify: NotifySocket,
+    /// What it said last of itself.
+    status: Option<String>,
 }
 
 pub struct Supervisor {
@@ -82,6 +95,9 @@ pub struct Supervisor {
     /// Set when workers aren't intercepted.
     bystander: Option<Bystander>,
     manager: Manager,
+    /// `None` when its name could not be had.
+    control: Option<Control>,
+    pidfile: Option<PidFile>,
     signals: Signals,
     starter: Starter,
     sources: Sources,
@@ -105,8 +121,7 @@ pub struct Supervisor {
 /// # Errors
 /// What keeps the wrapper from starting at all; from then on it goes on whatever happens.
 pub fn run(options: Options) -> io::Result<u8> {
-    let Options { program, policy, sources, listen } = options;
-    let mut program = program;
+    let Options { mut program, policy, sources, listen, pidfile } = options;
     // First, since a SIGCHLD that is ignored keeps children from being waited for.
     let signals = Signals::new()?;
     let mut bystander = None;
@@ -131,6 +146,11 @@ pub fn run(options: Options) -> io::Result<u8> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     watch(&epoll, &signals, Source::Signals)?;
     watch(&epoll, &pool, Source::Pool)?;
+    let pidfile = pidfile.map(PidFile::new).transpose()?;
+    let control =
+        Control::new().inspect_err(|error| warn!("no control socket, and no reload, status...: {error}"));
+    let control = control.ok();
+    control.as_ref().map_or(Ok(()), |control| watch(&epoll, control, Source::Control))?;
     let (fleet, actions) = Fleet::new(policy, Instant::now());
     let mut supervisor = Supervisor {
         fleet,
@@ -139,6 +159,8 @@ pub fn run(options: Options) -> io::Result<u8> {
         drain: Drain::default(),
         bystander,
         manager: Manager::new(Instant::now()),
+        control,
+        pidfile,
         signals,
         starter,
         sources: sources.with_current_directory(),
@@ -160,6 +182,9 @@ pub fn run(options: Options) -> io::Result<u8> {
         supervisor.wait_and_handle();
     };
     supervisor.unix.keep(|_| false);
+    supervisor.all_ended(status);
+    // The clients are to see an end of file only when the process, and with it every port, is free.
+    std::mem::forget(supervisor.control);
     Ok(status)
 }
 
@@ -182,6 +207,8 @@ impl Supervisor {
             match Source::from_token(event.data()) {
                 Source::Signals => self.take_signals(),
                 Source::Pool => {} // looked at below, whatever has happened
+                Source::Control => self.accept_clients(),
+                Source::Client(id) => self.attend(id),
                 Source::Filter(worker) => self.answer(worker, event.events()),
                 source @ (Source::Pipe(worker) | Source::Node(worker) | Source::Notify(worker)) => {
                     self.hear(worker, source);
@@ -193,6 +220,9 @@ impl Supervisor {
         }
         self.look_on();
         self.manager.is_alive(Instant::now());
+        if let Some(control) = &mut self.control {
+            control.drop_idle(Instant::now());
+        }
         self.pool.look_at_queues(Instant::now());
         for StoppedListening { worker, address } in self.pool.stopped_listening() {
             self.handle(Event::StoppedListening { worker, endpoint: address.into() });
@@ -221,6 +251,7 @@ impl Supervisor {
             self.pool.deadline(),
             self.manager.deadline(),
             self.bystander.as_ref().and_then(Bystander::deadline),
+            self.control.as_ref().and_then(Control::deadline),
         ];
         let Some(deadline) = deadlines.into_iter().flatten().min() else { return EpollTimeout::NONE };
         // Rounded up, lest it wake up a moment too early over and over.
@@ -239,7 +270,7 @@ impl Supervisor {
             match action {
                 Action::Start { worker, slot, generation } => self.start(worker, slot, generation),
                 Action::Steer => {
-                    self.pool.steer(self.fleet.standing());
+                    self.pool.steer(self.fleet.standing(), self.fleet.share());
                     self.unix.switch(self.fleet.generation());
                 }
                 Action::Drain { worker } => {
@@ -260,9 +291,22 @@ impl Supervisor {
                 Action::ResetQueue { slot, generation } => self.pool.reset_reserved(slot, generation),
                 Action::LookForStrangers => self.pool.look_for_strangers(),
                 Action::Unreserve { slot, generation } => self.pool.unreserve(slot, generation),
-                Action::Log { level, line } => log!(level, "{line}"),
-                Action::Announce(announcement) => self.manager.announce(&announcement),
-                Action::ReloadEnded { .. } | Action::ScaleEnded { .. } => {}
+                Action::Log { level, line } => {
+                    log!(level, "{line}");
+                    if let Some(control) = self.control.as_mut().filter(|_| level <= log::Level::Info) {
+                        control.tell(&line);
+                    }
+                }
+                Action::Announce(announcement) => {
+                    if let (Announcement::Ready { .. }, Some(pidfile)) = (&announcement, &mut self.pidfile) {
+                        pidfile.write();
+                    }
+                    self.manager.announce(&announcement);
+                }
+                Action::ReloadEnded { generation, result, culprit } => {
+                    self.reload_ended(generation, result, culprit);
+                }
+                Action::ScaleEnded { result } => self.scale_ended(result),
                 Action::Exit { status } => self.exit = Some(status),
             }
         }
@@ -313,7 +357,7 @@ impl Supervisor {
         }
         debug!("worker {slot} (pid {pid}, generation {generation}) started");
         let (pipe, node, notify) = (Some(started.ready), started.node, started.notify);
-        self.workers.insert(worker, Worker { pid, generation, pipe, node, notify });
+        self.workers.insert(worker, Worker { pid, generation, pipe, node, notify, status: None });
         self.interceptions.extend(interception.map(|interception| (worker, interception)));
         if let Some(bystander) = &mut self.bystander {
             bystander.wake(Instant::now());
@@ -349,6 +393,7 @@ impl Supervisor {
                 Asked::Reap => self.reap(),
                 Asked::Reload => self.handle(Event::Reload(self.fleet.default_rollout())),
                 Asked::Stop(signal) => self.handle(Event::Stop { signal: signal.as_str() }),
+                Asked::Scale { more } => self.scale_by(more),
                 Asked::Forward(signal) => self.forward(signal),
             }
         }
@@ -399,7 +444,12 @@ impl Supervisor {
             match said {
                 // What it was said on stays open: a worker that says it twice is not to die of SIGPIPE.
                 Said::Ready => self.handle(Event::SaysReady { worker: id }),
-                Said::Status(text) => debug!("worker (pid {pid}) says: {text}"),
+                Said::Status(text) => {
+                    debug!("worker (pid {pid}) says: {text}");
+                    if let Some(worker) = self.workers.get_mut(&id) {
+                        worker.status = Some(text);
+                    }
+                }
                 Said::Stopping => debug!("worker (pid {pid}) says that it stops"),
                 Said::Closed => {
                     let Some(worker) = self.workers.get_mut(&id) else { return };

@@ -222,6 +222,14 @@ impl UnixSockets {
         });
     }
 
+    /// The inode numbers of the connections that came by any of the sockets.
+    pub fn connections(&self) -> Vec<u64> {
+        match self.is_empty() {
+            true => Vec::new(),
+            false => connections(&self.0.values().flat_map(BTreeMap::values).collect::<Vec<_>>()),
+        }
+    }
+
     /// Whether no connection waits on the sockets of a generation, and a process and its descendants have
     /// none open that came by them.
     pub fn are_idle(&self, generation: u32, worker: Pid) -> bool {
@@ -236,13 +244,18 @@ impl UnixSockets {
         if bound.iter().any(waits) {
             return false;
         }
-        let is_ours = |name: &str| bound.iter().any(|bound| bound.name == name);
-        let ours = procfs::unix_sockets().into_iter().filter(|row| row.is_connected && is_ours(&row.name));
-        let ours: HashSet<u64> = ours.map(|row| row.inode).collect();
+        let ours: HashSet<u64> = connections(&bound).into_iter().collect();
         let mut open =
             procfs::tree(worker).into_iter().flat_map(|pid| procfs::socket_inodes(pid).unwrap_or_default());
         !open.any(|inode| ours.contains(&inode))
     }
+}
+
+/// The inode numbers of the connections that came by some sockets.
+fn connections(bound: &[&Bound]) -> Vec<u64> {
+    let came_by = |name: &str| bound.iter().any(|bound| bound.name == name);
+    let rows = procfs::unix_sockets().into_iter().filter(|row| row.is_connected && came_by(&row.name));
+    rows.map(|row| row.inode).collect()
 }
 
 /// A path as a worker's memory holds it: up to its zero byte.

@@ -1,0 +1,210 @@
+//! The control socket: who may speak, what they ask, and what they are told. A client that stalls, floods or
+//! talks nonsense is dropped and holds nobody up.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use log::debug;
+use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+
+use crate::protocol::{self, LONGEST_REQUEST, Reply, Request};
+
+/// More at once are turned away.
+const MOST_CLIENTS: usize = 256;
+/// A client has so long to send its request.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// A client that leaves so much unread, in bytes, is dropped.
+const LONGEST_BACKLOG: usize = 256 * 1024;
+
+/// A client, for as long as its connection lasts; never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ClientId(pub u32);
+
+/// What a client waits for the end of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Awaited {
+    /// The reload that is to bring this generation.
+    Reload(u32),
+    /// So many workers.
+    Scale(u32),
+    Stop,
+}
+
+#[derive(Debug)]
+struct Client {
+    stream: UnixStream,
+    since: Instant,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    state: State,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Asking,
+    Waiting(Awaited),
+    /// Has its last reply, or part of it.
+    Ending,
+}
+
+#[derive(Debug)]
+pub struct Control {
+    listener: UnixListener,
+    clients: BTreeMap<ClientId, Client>,
+    next: u32,
+}
+
+impl Control {
+    /// Listens under the name of this process.
+    ///
+    /// # Errors
+    /// EADDRINUSE when somebody has taken that name.
+    pub fn new() -> io::Result<Self> {
+        let listener = UnixListener::bind_addr(&protocol::address(std::process::id())?)?;
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener, clients: BTreeMap::new(), next: 0 })
+    }
+
+    /// Takes new clients in, and has `epoll` tell of them by the token that `token` makes.
+    pub fn accept(&mut self, epoll: &Epoll, now: Instant, token: impl Fn(ClientId) -> u64) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            let id = ClientId(self.next);
+            let may_come = self.clients.len() < MOST_CLIENTS && may_speak(&stream);
+            // Edge-triggered: a client is read, and written to, until it would block.
+            let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
+            let watched = may_come
+                && stream.set_nonblocking(true).is_ok()
+                && epoll.add(&stream, EpollEvent::new(flags, token(id))).is_ok();
+            if watched {
+                self.next = self.next.wrapping_add(1);
+                let (input, output, state) = (Vec::new(), Vec::new(), State::Asking);
+                self.clients.insert(id, Client { stream, since: now, input, output, state });
+            }
+        }
+    }
+
+    /// Reads from a client and goes on writing to it. Returns its request, once that is whole.
+    pub fn attend(&mut self, id: ClientId) -> Option<Request> {
+        let client = self.clients.get_mut(&id)?;
+        let (mut bytes, mut ended) = ([0; 1024], false);
+        loop {
+            match client.stream.read(&mut bytes) {
+                Ok(0) => ended = true,
+                // What follows the request is of no interest, but has to be taken to see the end.
+                Ok(count) if client.state == State::Asking && client.input.len() <= LONGEST_REQUEST => {
+                    client.input.extend_from_slice(&bytes[..count]);
+                    continue;
+                }
+                Ok(_) => {
+                    ended = true;
+                    debug!("a control client says too much");
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => ended = true,
+            }
+            break;
+        }
+        let line = client.input.iter().position(|byte| *byte == b'\n');
+        let request = line.filter(|_| client.state == State::Asking).map(|end| client.input[..end].to_vec());
+        if client.flush().is_err() || (ended && request.is_none()) {
+            self.clients.remove(&id);
+            return None;
+        }
+        let request = request?;
+        client.input = Vec::new();
+        match protocol::parse(&request) {
+            Ok(request) => Some(request),
+            Err(why) => {
+                self.finish(id, &Reply::Failed(why, Vec::new()));
+                None
+            }
+        }
+    }
+
+    /// Gives a client its last reply.
+    pub fn finish(&mut self, id: ClientId, reply: &Reply) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.state = State::Ending;
+        }
+        self.send(id, reply);
+    }
+
+    /// Has a client wait.
+    pub fn have_wait(&mut self, id: ClientId, awaited: Awaited) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.state = State::Waiting(awaited);
+        }
+    }
+
+    /// The clients that wait, and for what.
+    pub fn waiting(&self) -> Vec<(ClientId, Awaited)> {
+        let awaited = |client: &Client| match client.state {
+            State::Waiting(awaited) => Some(awaited),
+            State::Asking | State::Ending => None,
+        };
+        self.clients.iter().filter_map(|(id, client)| Some((*id, awaited(client)?))).collect()
+    }
+
+    /// Tells all that wait of a step.
+    pub fn tell(&mut self, step: &str) {
+        for (id, _) in self.waiting() {
+            self.send(id, &Reply::Step(step.to_owned()));
+        }
+    }
+
+    fn send(&mut self, id: ClientId, reply: &Reply) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        client.output.extend(protocol::line(reply));
+        if client.flush().is_err() || client.output.len() > LONGEST_BACKLOG {
+            self.clients.remove(&id);
+        }
+    }
+
+    /// When to call [`Control::drop_idle`] at the latest.
+    pub fn deadline(&self) -> Option<Instant> {
+        let impatient = self.clients.values().filter(|client| client.is_idle());
+        impatient.map(|client| client.since + PATIENCE).min()
+    }
+
+    /// Drops the clients that have not sent their request in good time, or don't take the reply.
+    pub fn drop_idle(&mut self, now: Instant) {
+        self.clients.retain(|_, client| !client.is_idle() || client.since + PATIENCE > now);
+    }
+}
+
+impl AsFd for Control {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Client {
+    /// Writes what is to be written, as far as the client takes it.
+    ///
+    /// # Errors
+    /// When it is gone, or has all that it is to get.
+    fn flush(&mut self) -> io::Result<()> {
+        while !self.output.is_empty() {
+            match self.stream.write(&self.output) {
+                Ok(count) => drop(self.output.drain(..count)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        if self.state == State::Ending { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
+    }
+
+    fn is_idle(&self) -> bool {
+        !matches!(self.state, State::Waiting(_))
+    }
+}
+
+/// Whether a client is of this user, or root (SO_PEERCRED, unix(7)).
+fn may_speak(stream: &UnixStream) -> bool {
+    let uid = nix::unistd::geteuid().as_raw();
+    getsockopt(stream, PeerCredentials).is_ok_and(|peer| peer.uid() == uid || peer.uid() == 0)
+}

@@ -1,0 +1,262 @@
+//! What control commands ask for, and what they are told.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+use nix::unistd::Pid;
+
+use super::{Source, Supervisor};
+use crate::control::{Awaited, ClientId};
+use crate::fleet::{Event, Place, Rollout, WorkerId, count};
+use crate::procfs::{self, Usage};
+use crate::protocol::{How, Reply, Request, Target};
+use crate::sockdiag::SockDiag;
+use crate::status::{LastReload, Status, Worker};
+use crate::steering::Share;
+
+impl Supervisor {
+    pub(super) fn accept_clients(&mut self) {
+        if let Some(control) = &mut self.control {
+            control.accept(&self.epoll, Instant::now(), |id| Source::Client(id).to_token());
+        }
+    }
+
+    pub(super) fn attend(&mut self, id: ClientId) {
+        let Some(request) = self.control.as_mut().and_then(|control| control.attend(id)) else { return };
+        let now_or_then = match request {
+            Request::Status => Ok(Reply::Status(Box::new(self.status()))),
+            _ if self.fleet.is_stopping() && !matches!(request, Request::Stop { .. }) => {
+                Ok(failed("everything is being stopped"))
+            }
+            Request::Reload { how, wait } => self.reload(how, wait),
+            Request::Abort => Ok(self.abort()),
+            Request::Scale { to, wait } => self.scale(to, wait),
+            Request::Stop { wait } => {
+                let event = Event::Stop { signal: "stop" };
+                if self.fleet.is_stopping() {
+                    Err((Awaited::Stop, None))
+                } else if wait {
+                    Err((Awaited::Stop, Some(event)))
+                } else {
+                    self.handle(event);
+                    Ok(Reply::Done("the workers are being stopped".to_owned()))
+                }
+            }
+        };
+        match now_or_then {
+            Ok(reply) => self.finish(id, &reply),
+            // It waits before the change begins, so that it sees all of it.
+            Err((awaited, event)) => {
+                if let Some(control) = &mut self.control {
+                    control.have_wait(id, awaited);
+                }
+                event.into_iter().for_each(|event| self.handle(event));
+            }
+        }
+    }
+
+    /// A reply, or else what the client is to wait for and how it begins.
+    fn reload(&mut self, how: Option<How>, wait: bool) -> Result<Reply, (Awaited, Option<Event>)> {
+        let rollout = match how {
+            None => self.fleet.default_rollout(),
+            Some(How::Batch(0)) => return Ok(failed("a batch has at least one worker")),
+            Some(How::Batch(most)) => Rollout::Batches(most),
+            Some(How::Canary { percent, seconds }) => {
+                match (Share::from_percent(percent), Duration::try_from_secs_f64(seconds)) {
+                    (Some(share), Ok(period)) if period < LONGEST_TRIAL => Rollout::Canary { share, period },
+                    _ => return Ok(failed("no such share, or no such time")),
+                }
+            }
+        };
+        let generation = self.fleet.next_generation();
+        if wait {
+            return Err((Awaited::Reload(generation), Some(Event::Reload(rollout))));
+        }
+        self.handle(Event::Reload(rollout));
+        Ok(Reply::Done(format!("the reload to generation {generation} has begun, or waits its turn")))
+    }
+
+    fn abort(&mut self) -> Reply {
+        if !self.fleet.can_abort() {
+            return failed("there is no reload that could be aborted");
+        }
+        self.handle(Event::Abort);
+        Reply::Done(format!("aborted; {} serve on", self.fleet.composition()))
+    }
+
+    fn scale(&mut self, to: Target, wait: bool) -> Result<Reply, (Awaited, Option<Event>)> {
+        let now = self.fleet.workers_wanted();
+        let workers = match to {
+            Target::Exactly(number) => number,
+            Target::More(number) => now.saturating_add(number),
+            Target::Fewer(number) => now.saturating_sub(number),
+        };
+        if !(1..=MOST_WORKERS).contains(&workers) {
+            return Ok(failed(&format!("there can be 1 to {MOST_WORKERS} workers, and not {workers}")));
+        }
+        if wait {
+            return Err((Awaited::Scale(workers), Some(Event::Scale(workers))));
+        }
+        self.handle(Event::Scale(workers));
+        Ok(Reply::Done(format!(
+            "scaling to {} has begun, or waits its turn",
+            count(workers as usize, "worker")
+        )))
+    }
+
+    /// SIGTTIN and SIGTTOU.
+    pub(super) fn scale_by(&mut self, more: bool) {
+        let now = self.fleet.workers_wanted();
+        let workers = if more { now + 1 } else { now - 1 };
+        if (1..=MOST_WORKERS).contains(&workers) {
+            self.handle(Event::Scale(workers));
+        }
+    }
+
+    fn finish(&mut self, id: ClientId, reply: &Reply) {
+        if let Some(control) = &mut self.control {
+            control.finish(id, reply);
+        }
+    }
+
+    /// Tells those that wait for it how a reload has ended.
+    pub(super) fn reload_ended(
+        &mut self,
+        generation: u32,
+        result: Result<(), String>,
+        culprit: Option<WorkerId>,
+    ) {
+        let _ = culprit;
+        let reply = match result {
+            Ok(()) => Reply::Done(format!("{} serve", self.fleet.composition())),
+            Err(why) => Reply::Failed(
+                format!("the reload failed: {why}; {} serve on", self.fleet.composition()),
+                Vec::new(),
+            ),
+        };
+        for (id, awaited) in self.waiting() {
+            if awaited == Awaited::Reload(generation) {
+                self.finish(id, &reply);
+            }
+        }
+    }
+
+    /// Tells those that wait for it how a scaling has ended, unless what they wait for is yet to come.
+    pub(super) fn scale_ended(&mut self, result: Result<(), String>) {
+        let (is, wanted) = (self.fleet.composition(), self.fleet.workers_wanted());
+        for (id, awaited) in self.waiting() {
+            let Awaited::Scale(workers) = awaited else { continue };
+            let reply = match &result {
+                _ if workers != self.fleet.slots() && workers == wanted => continue,
+                Ok(()) if workers == self.fleet.slots() => Reply::Done(format!("{is} serve")),
+                Ok(()) => failed(&format!("another number of workers was asked for since: {is} serve")),
+                Err(why) => failed(&format!("the scaling failed: {why}; {is} serve on")),
+            };
+            self.finish(id, &reply);
+        }
+    }
+
+    /// Tells all that still wait that it is over.
+    pub(super) fn all_ended(&mut self, status: u8) {
+        for (id, awaited) in self.waiting() {
+            let reply = match awaited {
+                Awaited::Stop if status == 0 => {
+                    Reply::Done("stopped; every worker ended by itself".to_owned())
+                }
+                Awaited::Stop => {
+                    failed(&format!("stopped with status {status}: see the log for what went wrong"))
+                }
+                Awaited::Reload(_) | Awaited::Scale(_) => failed("everything was stopped"),
+            };
+            self.finish(id, &reply);
+        }
+    }
+
+    fn waiting(&self) -> Vec<(ClientId, Awaited)> {
+        self.control.as_ref().map_or(Vec::new(), |control| control.waiting())
+    }
+
+    fn status(&self) -> Status {
+        let now = Instant::now();
+        let millis = |since: Instant| now.saturating_duration_since(since).as_millis();
+        let seconds = |since: Instant| millis(since) as f64 / 1000.0;
+        let places = self.fleet.places();
+        let connections = self.connections(&places);
+        let of_place = |place: &Place| {
+            let pid = place.worker.map(|(_, pid)| Pid::from_raw(pid));
+            let Usage { cpu, rss_kib } = pid.map(procfs::usage).unwrap_or_default();
+            let id = place.worker.map(|(id, _)| id);
+            Worker {
+                slot: place.slot,
+                pid: pid.map(|pid| pid.as_raw() as u32),
+                generation: place.generation,
+                serves: place.serves,
+                state: place.state.to_owned(),
+                seconds: place.since.map(seconds),
+                restarts: place.restarts,
+                accept_queue: id.map_or(0, |id| self.pool.accept_queue(id)),
+                connections: pid.and_then(|pid| connections.get(&pid).copied()).unwrap_or(0),
+                rss_kib,
+                cpu_seconds: cpu.as_secs_f64(),
+                age_seconds: place.started.map(seconds),
+                status: id.and_then(|id| self.workers.get(&id)).and_then(|worker| worker.status.clone()),
+            }
+        };
+        let ready = places.iter().filter(|place| place.serves && place.state == "ready").count();
+        let last_reload = self.fleet.last_reload().map(|last| LastReload {
+            generation: last.generation,
+            ok: last.result.is_ok(),
+            reason: last.result.clone().err(),
+            seconds_ago: seconds(last.ended),
+        });
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            state: self.fleet.phase().to_owned(),
+            generation: self.fleet.generation(),
+            slots: self.fleet.slots(),
+            ready: ready as u32,
+            addresses: self.fleet.endpoints().into_iter().map(ToString::to_string).collect(),
+            workers: places.iter().map(of_place).collect(),
+            last_reload,
+        }
+    }
+
+    /// How many connections each worker has, of those that came by its listeners.
+    fn connections(&self, places: &[Place]) -> BTreeMap<Pid, u32> {
+        let workers = || places.iter().filter_map(|place| place.worker);
+        let addresses = workers().flat_map(|(id, _)| self.pool.addresses(id));
+        let ports: BTreeMap<(bool, u16), _> = addresses
+            .map(|address| ((address.socket.is_ipv6(), address.socket.port()), address.socket))
+            .collect();
+        let mut owners: HashMap<u64, Pid> = HashMap::new();
+        for (_, pid) in workers() {
+            let worker = Pid::from_raw(pid);
+            for process in procfs::tree(worker) {
+                let sockets = procfs::socket_inodes(process).unwrap_or_default();
+                owners.extend(sockets.into_iter().map(|inode| (inode, worker)));
+            }
+        }
+        let mut counts = BTreeMap::new();
+        let mut inodes: Vec<u64> = self.unix.connections();
+        if let Ok(mut diag) = SockDiag::new() {
+            for socket in ports.into_values() {
+                let connections = diag.connections(socket).unwrap_or_default();
+                inodes.extend(connections.iter().map(|connection| u64::from(connection.inode)));
+            }
+        }
+        for owner in inodes.iter().filter_map(|inode| owners.get(inode)) {
+            *counts.entry(*owner).or_default() += 1;
+        }
+        counts
+    }
+}
+
+/// To how many workers one can scale, as by `-n`.
+const MOST_WORKERS: u32 = u16::MAX as u32;
+/// A trial is no longer than anyone waits, so that no clock overflows.
+const LONGEST_TRIAL: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+fn failed(why: &str) -> Reply {
+    Reply::Failed(why.to_owned(), Vec::new())
+}
