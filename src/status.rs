@@ -137,9 +137,7 @@ impl Worker {
 pub fn span(seconds: f64) -> String {
     let exact = Duration::try_from_secs_f64(seconds).unwrap_or_default();
     let rounded = match exact {
-        short if short < Duration::from_secs(10) => {
-            Duration::from_millis(short.as_millis() as u64 / 100 * 100)
-        }
+        short if short < Duration::from_secs(1) => Duration::from_millis(short.as_millis() as u64),
         long if long < Duration::from_secs(3600) => Duration::from_secs(long.as_secs()),
         longer => Duration::from_secs(longer.as_secs() / 60 * 60),
     };
