@@ -92,10 +92,12 @@ impl Drain {
         };
         let of = |address: &Address| connections.get(&key(address)).map_or(&[][..], Vec::as_slice);
         let mut arrived = Vec::new();
+        let workers: Vec<(WorkerId, Pid, u32)> =
+            self.retired.iter().map(|(worker, retired)| (*worker, retired.pid, retired.generation)).collect();
+        let busy_on_paths = unix.busy(&workers);
         for (worker, retired) in &mut self.retired {
             let rows: Vec<&Connection> = retired.addresses.iter().flat_map(of).collect();
-            let unix_idle = unix.are_idle(retired.generation, retired.pid);
-            if retired.has_arrived(&rows, empty.contains(worker), now) && unix_idle {
+            if retired.has_arrived(&rows, empty.contains(worker), now) && !busy_on_paths.contains(worker) {
                 arrived.push((*worker, retired.pid));
             }
         }

@@ -7,7 +7,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -89,6 +89,8 @@ impl Sources {
             _ => false,
         };
         let current = logical.filter(|path| same(path, Path::new(".")));
+        // Without PWD, as under systemd, it is the physical one, which no link leads away from.
+        let current = current.or_else(|| std::env::current_dir().ok().filter(|_| self.directory.is_some()));
         self.directory = match (self.directory, current) {
             (Some(directory), Some(current)) => Some(current.join(directory).components().collect()),
             (directory, current) => directory.or(current),
@@ -125,25 +127,41 @@ impl Sources {
     }
 }
 
-/// Opens a file and says which access others have to it.
-fn open(path: &Path) -> Result<(File, u32), String> {
-    let opened = File::open(path).and_then(|file| Ok((file.metadata()?.mode(), file)));
-    let (mode, file) = opened.map_err(|error| format!("{}: {error}", path.display()))?;
-    Ok((file, mode & (OTHERS_READ | OTHERS_WRITE)))
+/// No file with variables is longer, in bytes: Linux takes none that is (MAX_ARG_STRLEN, execve(2)).
+const LONGEST: u64 = 128 * 1024;
+
+/// What a file holds, and which access others have to it.
+fn read_file(path: &Path) -> Result<(Vec<u8>, u32), String> {
+    let read = || -> io::Result<(Vec<u8>, u32)> {
+        // To open a FIFO without a writer would block, and a device may have no end.
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(io::Error::other("not a regular file"));
+        }
+        let mut content = Vec::new();
+        file.take(LONGEST + 1).read_to_end(&mut content)?;
+        if content.len() as u64 > LONGEST {
+            return Err(io::Error::other(format!("longer than {} KiB", LONGEST / 1024)));
+        }
+        Ok((content, metadata.mode() & (OTHERS_READ | OTHERS_WRITE)))
+    };
+    read().map_err(|error| format!("{}: {error}", path.display()))
 }
 
 fn read_env_file(path: &Path) -> Result<Vec<(OsString, OsString)>, String> {
-    let (mut file, others) = open(path)?;
+    let (content, others) = read_file(path)?;
     if others != 0 {
         warn!("{} can be read or written by other users (chmod o-rw)", path.display());
     }
-    let mut text = String::new();
-    file.read_to_string(&mut text).map_err(|error| format!("{}: {error}", path.display()))?;
+    let text = String::from_utf8(content).map_err(|_| format!("{}: not UTF-8", path.display()))?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let mut variables = Vec::new();
     for item in dotenvy::Iter::new(text.as_bytes()) {
         // The error bears the line's text, which may be a secret.
         let (name, value) = item.map_err(|_| {
-            format!("{}:{}: not a line of the form NAME=value", path.display(), line_of_error(&text))
+            let line = line_of_error(text);
+            format!("{}:{line}: not a line of the form NAME=value, with spaces in quotes", path.display())
         })?;
         variables.push(variable(path, name.into(), value.into())?);
     }
@@ -160,15 +178,13 @@ fn line_of_error(text: &str) -> usize {
 
 /// The file's content, less one newline at its end.
 fn read_secret(path: &Path) -> Result<OsString, String> {
-    let (mut file, others) = open(path)?;
+    let (mut value, others) = read_file(path)?;
     if others != 0 {
         return Err(format!(
             "{} can be read or written by other users, and is no secret (chmod o-rw)",
             path.display()
         ));
     }
-    let mut value = Vec::new();
-    file.read_to_end(&mut value).map_err(|error| format!("{}: {error}", path.display()))?;
     value.pop_if(|last| *last == b'\n');
     Ok(variable(path, OsString::new(), OsString::from_vec(value))?.1)
 }
@@ -231,7 +247,8 @@ mod tests {
         let folder = Folder::new("parse");
         let file = folder.file("env", b"A=1\n\nPASSWORD 'hunter2\nB=2\n", 0o600);
         let error = read(vec![file.clone()], vec![]).unwrap_err();
-        assert_eq!(error, format!("{}:3: not a line of the form NAME=value", file.display()));
+        let what = "not a line of the form NAME=value, with spaces in quotes";
+        assert_eq!(error, format!("{}:3: {what}", file.display()));
         let missing = folder.0.join("missing");
         let error = read(vec![missing.clone()], vec![]).unwrap_err();
         assert!(error.starts_with(&format!("{}: No such file", missing.display())), "{error}");

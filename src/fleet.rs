@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::address::Endpoint;
+use crate::address::{Address, Endpoint};
 use crate::steering::{Share, Standing};
 
 /// A worker, from its start to its end; never used twice.
@@ -590,6 +590,19 @@ impl Fleet {
         self.workers.iter().filter(|(_, worker)| starting(worker)).map(|(id, _)| *id).collect()
     }
 
+    pub fn is_starting(&self, worker: WorkerId) -> bool {
+        self.workers.get(&worker).is_some_and(|worker| matches!(worker.state, State::Starting { .. }))
+    }
+
+    /// The TCP addresses that a worker listens on.
+    pub fn addresses(&self, worker: WorkerId) -> impl Iterator<Item = Address> {
+        let endpoints = self.workers.get(&worker).map(|worker| &worker.endpoints).into_iter().flatten();
+        endpoints.filter_map(|endpoint| match endpoint {
+            Endpoint::Tcp(address) => Some(*address),
+            Endpoint::Unix(_) => None,
+        })
+    }
+
     /// Tells what each worker is to the steering of new connections.
     pub fn standing(&self) -> impl Fn(WorkerId) -> Standing {
         move |id| match self.workers.get(&id) {
@@ -675,11 +688,14 @@ impl Fleet {
     }
 
     fn stopped_listening(&mut self, id: WorkerId, endpoint: &Endpoint, now: Instant) {
+        let is_public = self.is_public(endpoint);
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.endpoints.remove(endpoint);
         if worker.state == State::Ready {
             let name = self.name(id);
-            self.warn(format!("{name} has stopped listening on {endpoint}"));
+            if is_public {
+                self.warn(format!("{name} has stopped listening on {endpoint}"));
+            }
             self.remember_endpoints(id);
             self.look_again(now);
             let on_trial = matches!(self.phase, Phase::Trying { .. }) && !self.missing(id).is_empty();
@@ -926,6 +942,9 @@ impl Fleet {
         let name = self.name(id);
         let Some(worker) = self.workers.remove(&id) else { return };
         let why = format!("{name} can't be started: {why}");
+        // What it was to be given is for the next.
+        let successor = self.serves(&worker) && !self.is_on_trial(&worker) && !self.is_over();
+        self.actions.push(Action::Release { worker: id, successor });
         match self.phase {
             Phase::Starting => self.give_up(&why, status, now),
             Phase::Stopping { .. } => {}
@@ -936,6 +955,11 @@ impl Fleet {
             }
             _ => {}
         }
+    }
+
+    /// Whether no worker is started any more.
+    fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Starting | Phase::Stopping { .. })
     }
 
     /// Whether the reload, or the scaling, stands and falls with a worker.
@@ -1308,6 +1332,9 @@ impl Fleet {
         let Some(worker) = self.workers.get(&id) else { return };
         let lacks = match self.policy.readiness {
             Readiness::Notify => "it did not say that it is".to_owned(),
+            _ if !worker.endpoints.is_empty() && self.missing(id).is_empty() => {
+                "it listens only on Unix sockets that no other worker has (see --ready notify)".to_owned()
+            }
             _ if worker.endpoints.is_empty() => {
                 "it listens on no TCP port or Unix socket that can be shared, and has not said that it is (see --ready)".to_owned()
             }
@@ -1352,7 +1379,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::address::Address;
 
     const WORKERS: u32 = 3;
 
@@ -1462,7 +1488,7 @@ mod tests {
                         assert!(told.is_some(), "{worker:?} is dead and to be killed");
                     }
                     Action::Release { worker, successor } => {
-                        self.reserved.extend(successor.then(|| self.places[&worker]));
+                        self.reserved.extend(self.places.get(&worker).filter(|_| successor));
                         // It has ended, or is stuck in the kernel and given up.
                         let told = self.alive.remove(&worker);
                         assert!(

@@ -5,10 +5,13 @@
 //! have said without us. See seccomp_unotify(2).
 
 use std::collections::HashMap;
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::process::Command;
+use std::rc::Rc;
 
 use libc::sock_filter;
 use log::{debug, warn};
@@ -19,7 +22,7 @@ use crate::bpf::op;
 use crate::listeners::{Borrower, Pool, Wish};
 use crate::procfs;
 use crate::sys::{self, NotifResponse};
-use crate::unix::{self, Place, UnixSockets};
+use crate::unix::{self, Place, Removal, UnixSockets};
 
 #[cfg(target_arch = "x86_64")]
 const ARCHITECTURE: u32 = 0xC000_003E; // AUDIT_ARCH_X86_64 (linux/audit.h)
@@ -158,11 +161,21 @@ struct Options {
     shares: bool,
 }
 
+/// What a worker does by a system call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Heard {
+    Listens(Endpoint),
+    /// It has removed the path of a socket of its own.
+    Ceases(Endpoint),
+}
+
 /// The wrapper's end of one worker's filter.
 #[derive(Debug)]
 pub struct Interception {
     notify_fd: OwnedFd,
     borrower: Borrower,
+    /// The listeners that all workers have from the wrapper's own start, by inode number.
+    inherited: Rc<[(u64, Endpoint)]>,
     /// By inode number.
     options: HashMap<u64, Options>,
     /// The socket that the bind being answered has put into the place of the worker's own.
@@ -184,10 +197,11 @@ const LONGEST_ADDRESS: u64 = size_of::<libc::sockaddr_storage>() as u64;
 const MOST_OPTIONS: usize = 1024;
 
 impl Interception {
-    pub fn new(notify_fd: OwnedFd, borrower: Borrower) -> Self {
+    pub fn new(notify_fd: OwnedFd, borrower: Borrower, inherited: Rc<[(u64, Endpoint)]>) -> Self {
         Self {
             notify_fd,
             borrower,
+            inherited,
             options: HashMap::new(),
             placed: None,
             untold: None,
@@ -202,9 +216,9 @@ impl Interception {
         self.retired = true;
     }
 
-    /// Answers one system call, after [`Interception::as_fd`] became readable. Returns the address on
-    /// which the worker has begun to listen by it, if any.
-    pub fn answer(&mut self, pool: &mut Pool, unix: &mut UnixSockets) -> Option<Endpoint> {
+    /// Answers one system call, after [`Interception::as_fd`] became readable. Returns what the worker has begun
+    /// or ceased to do by it. `is_starting` says whether it has yet to become ready.
+    pub fn answer(&mut self, pool: &mut Pool, unix: &mut UnixSockets, is_starting: bool) -> Option<Heard> {
         let notif = match sys::seccomp_notif_recv(self.notify_fd.as_fd()) {
             Ok(notif) => notif,
             Err(error) => {
@@ -213,9 +227,9 @@ impl Interception {
             }
         };
         let tid = Pid::from_raw(notif.pid as i32);
-        let (response, listens) = match decode(&notif.data) {
-            Call::Unlink { .. } if unix.is_empty() => (NotifResponse::Continue, None),
-            Call::Unlink { from, path } => (self.unlink(unix, tid, from, path), None),
+        let (response, heard) = match decode(&notif.data) {
+            Call::Unlink { .. } if unix.is_empty() && !is_starting => (NotifResponse::Continue, None),
+            Call::Unlink { from, path } => self.unlink(unix, notif.id, tid, from, path, is_starting),
             _ if self.retired => (NotifResponse::Continue, None),
             Call::Bind { fd, address, len } => {
                 let address = procfs::memory(tid, address, len.min(LONGEST_ADDRESS) as usize);
@@ -229,7 +243,10 @@ impl Interception {
                 };
                 (response, None)
             }
-            Call::Listen { fd, backlog } => self.listen(pool, unix, notif.id, tid, fd, backlog),
+            Call::Listen { fd, backlog } => {
+                let (response, listens) = self.listen(pool, unix, notif.id, tid, fd, backlog);
+                (response, listens.map(Heard::Listens))
+            }
             Call::SetOption { fd, option, value, len } => {
                 self.note_option(tid, fd, option, value, len);
                 (NotifResponse::Continue, None)
@@ -241,7 +258,7 @@ impl Interception {
             self.untold = self.placed;
         }
         self.placed = None;
-        listens
+        heard
     }
 
     fn bind(&mut self, pool: &mut Pool, id: u64, tid: Pid, fd: u32, bytes: &[u8]) -> NotifResponse {
@@ -316,7 +333,8 @@ impl Interception {
         }
         let inode = match unix.bind(&place, self.borrower, mask) {
             Ok(inode) => inode,
-            Err(error) => return NotifResponse::Errno(error.raw_os_error().unwrap_or(libc::EADDRINUSE)),
+            // Without a number it is one that we can't do, not that can't be done.
+            Err(error) => return error.raw_os_error().map_or(NotifResponse::Continue, NotifResponse::Errno),
         };
         let Some(socket) = unix.socket(inode) else { return NotifResponse::Continue };
         // All workers of the generation share these flags, as they share the socket.
@@ -333,13 +351,44 @@ impl Interception {
     }
 
     /// Keeps a worker from removing a path that others of its kind have.
-    fn unlink(&self, unix: &mut UnixSockets, tid: Pid, from: Option<u32>, path: u64) -> NotifResponse {
+    ///
+    /// Another socket's path, such as one that an earlier run has left, or one that isn't there, is seen to here as
+    /// well and not by the kernel after the answer: a sibling could bind it in between, and lose it then. Of a
+    /// worker that is ready nothing is looked at but names that are served, since a look at a file may take long.
+    fn unlink(
+        &self,
+        unix: &mut UnixSockets,
+        id: u64,
+        tid: Pid,
+        from: Option<u32>,
+        path: u64,
+        is_starting: bool,
+    ) -> (NotifResponse, Option<Heard>) {
+        const NOT_OURS: (NotifResponse, Option<Heard>) = (NotifResponse::Continue, None);
         let path = procfs::memory(tid, path, libc::PATH_MAX as usize).ok();
         let path = path.and_then(|bytes| unix::path_of_bytes(&bytes));
-        let place = path.and_then(|path| Place::of(tid, from, &path));
-        match place {
-            Some(place) if !unix.let_go(&place, self.borrower.worker) => NotifResponse::Success,
-            _ => NotifResponse::Continue,
+        let path = path.filter(|path| is_starting || unix.may_have(path));
+        let Some(place) = path.and_then(|path| Place::of(tid, from, &path)) else { return NOT_OURS };
+        if !same_rights(tid) || !sys::seccomp_notif_id_valid(self.notify_fd.as_fd(), id) {
+            return NOT_OURS;
+        }
+        match fs::symlink_metadata(place.path()) {
+            Ok(file) if file.file_type().is_socket() => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return (NotifResponse::Errno(libc::ENOENT), None);
+            }
+            _ => return NOT_OURS,
+        }
+        let ceases = || Some(Heard::Ceases(Endpoint::Unix(place.path().to_owned())));
+        match unix.remove(&place, self.borrower.worker) {
+            Removal::Kept => (NotifResponse::Success, None),
+            Removal::Removed => (NotifResponse::Success, ceases()),
+            Removal::NotOurs => match fs::remove_file(place.path()) {
+                Ok(()) => (NotifResponse::Success, None),
+                Err(error) => {
+                    (error.raw_os_error().map_or(NotifResponse::Continue, NotifResponse::Errno), None)
+                }
+            },
         }
     }
 
@@ -393,6 +442,9 @@ impl Interception {
         let inode = procfs::socket_inode(tid, fd).ok().flatten();
         let valid = || sys::seccomp_notif_id_valid(self.notify_fd.as_fd(), id);
         let Some(inode) = inode.filter(|_| valid()) else { return (NotifResponse::Continue, None) };
+        if let Some((_, endpoint)) = self.inherited.iter().find(|(inherited, _)| *inherited == inode) {
+            return (NotifResponse::Continue, Some(endpoint.clone()));
+        }
         let listens = if pool.lent(self.borrower.worker, inode).is_some() {
             pool.listen(inode, backlog).map(Endpoint::Tcp)
         } else if unix.socket(inode).is_some() {
@@ -453,10 +505,13 @@ fn understand_unix_bind(tid: Pid, fd: u32, path: &Path) -> Option<(u64, Place)> 
         "UNIX" => procfs::unix_sockets().iter().any(|row| row.inode == inode && row.is_stream),
         _ => false,
     };
-    let credentials = (procfs::credentials(tid), procfs::credentials(Pid::this()));
-    let same_user = matches!(credentials, (Ok(its), Ok(ours)) if its.uids == ours.uids);
-    let place = (is_stream && same_user).then(|| Place::of(tid, None, path))??;
+    let place = (is_stream && same_rights(tid)).then(|| Place::of(tid, None, path))??;
     Some((inode, place))
+}
+
+/// Whether a thread may do what this process may.
+fn same_rights(tid: Pid) -> bool {
+    matches!((procfs::credentials(tid), procfs::credentials(Pid::this())), (Ok(its), Ok(ours)) if its == ours)
 }
 
 /// Whether a socket has a port already, by its connection or by a bind that was not ours. Where that can't
@@ -516,7 +571,7 @@ mod tests {
     }
 
     #[test]
-    fn the_filter_stops_bind_listen_and_two_socket_options_and_nothing_else() {
+    fn the_filter_stops_bind_listen_unlink_and_two_socket_options_and_nothing_else() {
         let option = |level: i32, name: i32| {
             verdict(libc::SYS_setsockopt, ARCHITECTURE, [3, level as u64, name as u64, 0, 4, 0])
         };

@@ -151,9 +151,11 @@ impl Pool {
                 self.add(address)?
             }
         };
-        if !self.members[&id].listening
-            && let Err(error) = self.begin_to_listen(id, GIVEN_BACKLOG)
-        {
+        let listens = match self.members[&id].listening {
+            true => self.members[&id].socket.listen(GIVEN_BACKLOG), // it may have been one with a short queue
+            false => self.begin_to_listen(id, GIVEN_BACKLOG),
+        };
+        if let Err(error) = listens {
             self.vacate(id, None);
             return Err(error);
         }
@@ -214,8 +216,7 @@ impl Pool {
         };
         let Some(member) = self.members.get_mut(&id) else { return Err(io::ErrorKind::NotFound.into()) };
         member.socket.set_nonblocking(wish.nonblocking)?;
-        let again = member.holder == Holder::Lent(borrower);
-        member.given &= again;
+        member.given = false;
         member.holder = Holder::Lent(borrower);
         member.shares = wish.shares;
         let inode = member.inode;

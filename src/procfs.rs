@@ -64,10 +64,12 @@ fn parse_fd_flags(fdinfo: &str) -> Option<i32> {
 }
 
 /// Whose rights a thread acts with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Credentials {
     /// Real, effective, saved and filesystem uid.
     pub uids: [u32; 4],
+    /// The same of gids, and after them the supplementary groups.
+    pub gids: Vec<u32>,
     /// The effective capabilities, a bit each (capabilities(7)).
     pub effective: u64,
 }
@@ -90,7 +92,11 @@ fn parse_credentials(status: &str) -> Option<Credentials> {
     for uid in &mut uids {
         *uid = words.next()?.parse().ok()?;
     }
-    Some(Credentials { uids, effective: u64::from_str_radix(field(status, "CapEff:")?, 16).ok()? })
+    let gids = field(status, "Gid:")?.split_whitespace();
+    let groups = field(status, "Groups:").unwrap_or_default().split_whitespace();
+    let gids = gids.chain(groups).map(str::parse).collect::<Result<_, _>>().ok()?;
+    let effective = u64::from_str_radix(field(status, "CapEff:")?, 16).ok()?;
+    Some(Credentials { uids, gids, effective })
 }
 
 /// Whether this process ignores a signal.
@@ -205,6 +211,14 @@ fn parse_children(text: &str) -> Vec<Pid> {
 /// # Errors
 /// When this process may not look (ptrace(2), "Ptrace access mode checking").
 pub fn socket_inodes(pid: Pid) -> io::Result<Vec<u64>> {
+    Ok(sockets(pid)?.into_iter().map(|(_, inode)| inode).collect())
+}
+
+/// The number and inode number of every socket that a process has open; none if it has ended.
+///
+/// # Errors
+/// As for [`socket_inodes`].
+pub fn sockets(pid: Pid) -> io::Result<Vec<(u32, u64)>> {
     let fds = match fs::read_dir(path(pid, "fd")) {
         Ok(fds) => fds,
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {
@@ -212,8 +226,11 @@ pub fn socket_inodes(pid: Pid) -> io::Result<Vec<u64>> {
         }
         Err(error) => return Err(error),
     };
-    let links = fds.flatten().filter_map(|fd| fs::read_link(fd.path()).ok());
-    Ok(links.filter_map(|link| parse_socket_link(link.as_os_str())).collect())
+    let socket = |fd: fs::DirEntry| {
+        let inode = parse_socket_link(fs::read_link(fd.path()).ok()?.as_os_str())?;
+        Some((fd.file_name().to_str()?.parse().ok()?, inode))
+    };
+    Ok(fds.flatten().filter_map(socket).collect())
 }
 
 /// All processes but this one.
@@ -241,7 +258,7 @@ pub fn is_open_elsewhere(suspect: Pid, inode: u64) -> bool {
 }
 
 /// A command line in one line of a log: whoever wrote it can't have it pass for other lines, nor fill the log.
-fn printable(command: &[u8]) -> String {
+pub fn printable(command: &[u8]) -> String {
     const LONGEST: usize = 200;
     let text = String::from_utf8_lossy(command).replace('\0', " ");
     let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
@@ -324,8 +341,10 @@ mod tests {
         assert_eq!(parse_socket_link(OsStr::new("/tmp/socket:[1]")), None);
         assert_eq!(parse_fd_flags("pos:\t0\nflags:\t02004002\nmnt_id:\t9\n"), Some(0o2004002));
         assert_eq!(parse_fd_flags("pos:\t0\n"), None);
-        let status = "Name:\tx\nUid:\t1\t2\t3\t4\nCapEff:\t0000000000000400\n";
-        assert_eq!(parse_credentials(status), Some(Credentials { uids: [1, 2, 3, 4], effective: 0x400 }));
+        let status =
+            "Name:\tx\nUid:\t1\t2\t3\t4\nGid:\t5\t5\t5\t5\nGroups:\t7 8 \nCapEff:\t0000000000000400\n";
+        let (uids, gids) = ([1, 2, 3, 4], vec![5, 5, 5, 5, 7, 8]);
+        assert_eq!(parse_credentials(status), Some(Credentials { uids, gids, effective: 0x400 }));
         assert_eq!(parse_credentials("Uid:\t1\t2\t3\nCapEff:\t0\n"), None);
         let table = "Num RefCount Protocol Flags Type St Inode Path\n\
                      0: 00000003 00000000 00000000 0001 03    41 /run/a  b\n\
@@ -375,9 +394,9 @@ mod tests {
         #[test]
         fn a_name_cannot_pass_for_what_the_kernel_says(name in "[^\n\\\\]{0,15}", uid: u32, effective: u64) {
             let status = format!(
-                "Name:\t{name}\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\nSigIgn:\t{:016x}\nCapEff:\t{effective:016x}\n", 1 << 9
+                "Name:\t{name}\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\nGid:\t{uid}\nSigIgn:\t{:016x}\nCapEff:\t{effective:016x}\n", 1 << 9
             );
-            prop_assert_eq!(parse_credentials(&status), Some(Credentials { uids: [uid; 4], effective }));
+            prop_assert_eq!(parse_credentials(&status), Some(Credentials { uids: [uid; 4], gids: vec![uid], effective }));
             prop_assert!(parse_ignored(&status, 10));
         }
 

@@ -11,6 +11,7 @@ use nix::sys::socket::{
     setsockopt, socket, sockopt,
 };
 use nix::unistd::{self, Pid};
+use socket2::SockRef;
 
 use crate::procfs;
 use crate::sys;
@@ -160,7 +161,7 @@ impl NotifySocket {
     /// have become.
     pub fn read(&self, worker: Pid) -> Vec<Said> {
         const LONGEST: usize = 4096;
-        const MOST_FDS: usize = 16;
+        const MOST_FDS: usize = 253; // SCM_MAX_FD: of a message that is cut off, those that fit would stay open
         let mut said = Vec::new();
         for _ in 0..MOST_AT_ONCE / LONGEST {
             let mut bytes = [0; LONGEST];
@@ -184,7 +185,10 @@ impl NotifySocket {
                     // With BARRIER=1 comes an fd that is to be closed when all before it was read. No other
                     // message that we know needs one.
                     ControlMessageOwned::ScmRights(fds) => {
-                        drop(fds.into_iter().map(sys::owned_fd).collect::<Vec<_>>())
+                        for fd in fds.into_iter().map(sys::owned_fd) {
+                            // Anyone can send one, and to close a socket that lingers would take as long.
+                            let _ = SockRef::from(&fd).set_linger(None);
+                        }
                     }
                     _ => {}
                 }

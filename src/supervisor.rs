@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::os::fd::AsFd;
+use std::rc::Rc;
 use std::time::Instant;
 
 use log::{debug, info, log, warn};
@@ -11,14 +12,14 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
-use crate::address::Address;
+use crate::address::{Address, Endpoint};
 use crate::bystander::{self, Bystander};
 use crate::cli::Options;
 use crate::control::{ClientId, Control};
 use crate::drain::Drain;
 use crate::environment::{Environment, Sources};
 use crate::fleet::{Action, Announcement, Event, Fleet, WorkerId, count};
-use crate::intercept::{self, Interception};
+use crate::intercept::{self, Heard, Interception};
 use crate::listeners::{Borrower, Pool, StoppedListening};
 use crate::manager::Manager;
 use crate::pidfile::PidFile;
@@ -105,6 +106,8 @@ pub struct Supervisor {
     environments: BTreeMap<u32, Environment>,
     /// Addresses whose sockets workers are given.
     listen: Vec<Address>,
+    /// What this process was given, by inode number.
+    inherited: Rc<[(u64, Endpoint)]>,
     stop_signal: Signal,
     workers: BTreeMap<WorkerId, Worker>,
     /// One for each worker, and for each that has ended as long as a process that it started lives on.
@@ -141,6 +144,7 @@ pub fn run(options: Options) -> io::Result<u8> {
     }
     let stop_signal = program.stop_signal;
     let starter = Starter::new(program, listen.len())?;
+    let inherited = starter.inherited();
     let mut pool = Pool::new()?;
     listen.iter().try_for_each(|address| pool.take(*address))?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
@@ -166,6 +170,7 @@ pub fn run(options: Options) -> io::Result<u8> {
         sources: sources.with_current_directory(),
         environments: BTreeMap::new(),
         listen,
+        inherited: inherited.into(),
         stop_signal,
         workers: BTreeMap::new(),
         interceptions: BTreeMap::new(),
@@ -275,7 +280,10 @@ impl Supervisor {
                 }
                 Action::Drain { worker } => {
                     if let Some(Worker { pid, generation, .. }) = self.workers.get(&worker) {
-                        let addresses = self.pool.addresses(worker);
+                        let mut addresses = self.pool.addresses(worker);
+                        if self.bystander.is_some() {
+                            addresses.extend(self.fleet.addresses(worker));
+                        }
                         self.drain.watch(worker, *pid, *generation, addresses, Instant::now());
                     }
                 }
@@ -327,10 +335,7 @@ impl Supervisor {
         }
         let event = match self.start_watched(worker, slot, generation) {
             Ok(pid) => Event::Started { worker, pid: pid.as_raw() },
-            Err(StartError { why, status }) => {
-                self.pool.release(worker, false); // what it was to be given
-                Event::StartFailed { worker, why, status }
-            }
+            Err(StartError { why, status }) => Event::StartFailed { worker, why, status },
         };
         self.actions.extend(self.fleet.handle(event, Instant::now()));
     }
@@ -342,7 +347,9 @@ impl Supervisor {
         let pid = started.pid;
         self.pool.has_started(worker, pid);
         let borrower = Borrower { worker, pid, slot, generation };
-        let interception = started.notify_fd.map(|notify_fd| Interception::new(notify_fd, borrower));
+        let interception = started
+            .notify_fd
+            .map(|notify_fd| Interception::new(notify_fd, borrower, Rc::clone(&self.inherited)));
         let watched = (interception.as_ref())
             .map_or(Ok(()), |interception| watch(&self.epoll, interception, Source::Filter(worker)))
             .and_then(|()| watch(&self.epoll, &started.ready, Source::Pipe(worker)))
@@ -427,8 +434,11 @@ impl Supervisor {
             return;
         }
         let Some(interception) = self.interceptions.get_mut(&worker) else { return };
-        if let Some(endpoint) = interception.answer(&mut self.pool, &mut self.unix) {
-            self.handle(Event::Listens { worker, endpoint });
+        let is_starting = self.fleet.is_starting(worker);
+        match interception.answer(&mut self.pool, &mut self.unix, is_starting) {
+            Some(Heard::Listens(endpoint)) => self.handle(Event::Listens { worker, endpoint }),
+            Some(Heard::Ceases(endpoint)) => self.handle(Event::StoppedListening { worker, endpoint }),
+            None => {}
         }
     }
 
@@ -445,6 +455,7 @@ impl Supervisor {
                 // What it was said on stays open: a worker that says it twice is not to die of SIGPIPE.
                 Said::Ready => self.handle(Event::SaysReady { worker: id }),
                 Said::Status(text) => {
+                    let text = procfs::printable(text.as_bytes());
                     debug!("worker (pid {pid}) says: {text}");
                     if let Some(worker) = self.workers.get_mut(&id) {
                         worker.status = Some(text);

@@ -5,19 +5,20 @@
 //! that it has, and the wrapper removes the path when nobody serves it any more. A path that only one worker
 //! has bound is its own to unlink.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use log::{debug, warn};
+use nix::fcntl::AtFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::Pid;
+use nix::unistd::{Gid, Pid, Uid, fchownat};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::fleet::WorkerId;
@@ -29,12 +30,7 @@ const MANY: usize = 64;
 
 /// A name in a directory, by whatever way a worker calls it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place {
-    directory: (u64, u64),
-    name: OsString,
-    /// One way to call it.
-    path: PathBuf,
-}
+pub struct Place(PathBuf);
 
 impl Place {
     /// The place that thread `tid` means by `path`, from directory fd `from` or from its current one.
@@ -47,14 +43,30 @@ impl Place {
         let base = PathBuf::from(format!("/proc/{tid}/{base}"));
         let full = if path.is_absolute() { path.to_owned() } else { fs::read_link(&base).ok()?.join(path) };
         let directory = fs::canonicalize(full.parent()?).ok()?;
-        let metadata = fs::metadata(&directory).ok()?;
-        let name = full.file_name()?.to_owned();
-        Some(Self { directory: (metadata.dev(), metadata.ino()), path: directory.join(&name), name })
+        Some(Self(directory.join(full.file_name()?)))
     }
 
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.0
     }
+
+    /// A name beside it for the socket of a generation, until that takes the place: short, since addresses are,
+    /// and the same each time, so that what a killed wrapper has left is found again.
+    fn beside(&self, generation: u32) -> PathBuf {
+        // FNV-1a: each name in a directory has its own.
+        let bytes = self.0.as_os_str().as_bytes();
+        let hash = bytes
+            .iter()
+            .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
+        self.0.with_file_name(format!(".{hash:08x}.{generation}"))
+    }
+}
+
+/// What tells a file from every other, whatever its name is.
+type FileId = (u64, u64);
+
+fn file_id(path: &Path) -> io::Result<FileId> {
+    fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// The path in a `struct sockaddr_un` (unix(7)); `None` for another family, and for names that are no path.
@@ -72,6 +84,8 @@ struct Bound {
     inode: u64,
     /// Where it is now.
     path: PathBuf,
+    /// The file that is to be there: somebody may have put another in its place.
+    file: FileId,
     /// What it was bound as, which stays with it and with the connections that it accepts.
     name: String,
     /// The workers that have bound it, the dead ones too.
@@ -80,6 +94,9 @@ struct Bound {
 
 impl Bound {
     /// Binds a new socket to a path, with the permissions that a process with this umask gives it.
+    ///
+    /// # Errors
+    /// What bind(2) says; an error without a number when the path is too long even so.
     fn new(path: PathBuf, mask: u32) -> io::Result<Self> {
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
         let (address, _directory) = short_enough(&path)?;
@@ -88,7 +105,46 @@ impl Bound {
         umask(before);
         result?;
         let name = address.as_pathname().unwrap_or(&path).to_string_lossy().into_owned();
-        Ok(Self { inode: procfs::inode(socket.as_fd())?, socket, path, name, borrowers: BTreeMap::new() })
+        let (inode, file) = (procfs::inode(socket.as_fd())?, file_id(&path)?);
+        Ok(Self { socket, inode, path, file, name, borrowers: BTreeMap::new() })
+    }
+
+    /// Takes a path in one step, with the owner and mode of the socket that is there.
+    fn take(&mut self, path: &Path) -> io::Result<()> {
+        // The directory may be a worker's own, and whoever it is now may put anything there in between: so this
+        // follows no links, and changes nothing but its own file.
+        let own = fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
+            .open(&self.path)?;
+        let metadata = own.metadata()?;
+        if (metadata.dev(), metadata.ino()) != self.file {
+            return Err(io::Error::other(format!("{} is another file by now", self.path.display())));
+        }
+        let old = fs::symlink_metadata(path).ok().filter(|old| old.file_type().is_socket());
+        if let Some(old) = old {
+            let (uid, gid) = (Some(Uid::from_raw(old.uid())), Some(Gid::from_raw(old.gid())));
+            let _ = fchownat(&own, "", uid, gid, AtFlags::AT_EMPTY_PATH);
+            let _ = fs::set_permissions(format!("/proc/self/fd/{}", own.as_raw_fd()), old.permissions());
+        }
+        fs::rename(&self.path, path)?;
+        self.path = path.to_owned();
+        Ok(())
+    }
+
+    fn is_listening(&self) -> bool {
+        self.socket.is_listener().unwrap_or(false)
+    }
+}
+
+impl Drop for Bound {
+    /// Removes its file, if that is still where it was put.
+    fn drop(&mut self) {
+        if file_id(&self.path).is_ok_and(|file| file == self.file)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            debug!("can't remove {}: {error}", self.path.display());
+        }
     }
 }
 
@@ -104,6 +160,15 @@ fn short_enough(path: &Path) -> io::Result<(SockAddr, Option<fs::File>)> {
     Ok((SockAddr::unix(by_fd)?, Some(directory)))
 }
 
+/// What has become of a path that a worker wanted to remove.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Removal {
+    /// It is there, since others have it too.
+    Kept,
+    Removed,
+    NotOurs,
+}
+
 /// The sockets of all paths, by generation.
 #[derive(Debug, Default)]
 pub struct UnixSockets(BTreeMap<Place, BTreeMap<u32, Bound>>);
@@ -113,15 +178,26 @@ impl UnixSockets {
         self.0.is_empty()
     }
 
-    /// Forgets the socket of a path that a worker removes, unless others have it as well. Returns whether the
-    /// path is the worker's to remove.
-    pub fn let_go(&mut self, place: &Place, worker: WorkerId) -> bool {
-        let Some(sockets) = self.0.get(place) else { return true };
-        let is_its_own = sockets.values().all(|bound| bound.borrowers.keys().all(|other| *other == worker));
-        if is_its_own {
-            self.0.remove(place);
+    /// Whether a name may be that of a path that is served.
+    pub fn may_have(&self, path: &Path) -> bool {
+        let of = |bound: &Bound| bound.path.file_name() == path.file_name();
+        self.0
+            .iter()
+            .any(|(place, sockets)| place.path().file_name() == path.file_name() || sockets.values().any(of))
+    }
+
+    /// What becomes of a path that a worker removes: its socket is forgotten, unless others have it as well.
+    pub fn remove(&mut self, place: &Place, worker: WorkerId) -> Removal {
+        let Some(sockets) = self.0.get(place) else {
+            // One that has yet to take its place bears another name, which the worker may have asked for.
+            let is_ours = self.0.values().flat_map(BTreeMap::values).any(|bound| bound.path == place.path());
+            return if is_ours { Removal::Kept } else { Removal::NotOurs };
+        };
+        if sockets.values().any(|bound| bound.borrowers.keys().any(|other| *other != worker)) {
+            return Removal::Kept;
         }
-        is_its_own
+        self.0.remove(place); // and the file with it, if that was still the socket's
+        if fs::symlink_metadata(place.path()).is_err() { Removal::Removed } else { Removal::NotOurs }
     }
 
     /// The inode number of the socket that a worker is to have for a place. Until [`UnixSockets::switch`] that
@@ -136,13 +212,9 @@ impl UnixSockets {
             bound.borrowers.insert(worker, pid);
             return Ok(bound.inode);
         }
-        let taken = self.0.contains_key(place);
-        let mut path = place.path.clone();
-        if taken {
-            let mut name = OsString::from(".");
-            name.push(&place.name);
-            name.push(format!(".{generation}"));
-            path.set_file_name(name);
+        let mut path = place.path().to_owned();
+        if self.0.contains_key(place) {
+            path = place.beside(generation);
             let _ = fs::remove_file(&path); // of a wrapper that was killed
         }
         let mut bound = Bound::new(path, mask)?;
@@ -176,7 +248,7 @@ impl UnixSockets {
     pub fn listen(&self, inode: u64, backlog: i32) -> io::Result<PathBuf> {
         let (place, bound) = self.find(inode).ok_or(io::ErrorKind::NotFound)?;
         bound.socket.listen(backlog)?;
-        Ok(place.path.clone())
+        Ok(place.path().to_owned())
     }
 
     fn find(&self, inode: u64) -> Option<(&Place, &Bound)> {
@@ -189,19 +261,12 @@ impl UnixSockets {
     /// mode: a worker that has changed those meant the path.
     pub fn switch(&mut self, generation: u32) {
         for (place, sockets) in &mut self.0 {
-            let Some(bound) = sockets.get_mut(&generation).filter(|bound| bound.path != place.path) else {
+            let Some(bound) = sockets.get_mut(&generation).filter(|bound| bound.path != place.path()) else {
                 continue;
             };
-            if let Ok(old) = fs::metadata(&place.path) {
-                let _ = std::os::unix::fs::chown(&bound.path, Some(old.uid()), Some(old.gid()));
-                let _ = fs::set_permissions(&bound.path, old.permissions());
-            }
-            match fs::rename(&bound.path, &place.path) {
-                Ok(()) => {
-                    debug!("{} is generation {generation}'s", place.path.display());
-                    bound.path.clone_from(&place.path);
-                }
-                Err(error) => warn!("can't hand {} over: {error}", place.path.display()),
+            match bound.take(place.path()) {
+                Ok(()) => debug!("{} is generation {generation}'s", place.path().display()),
+                Err(error) => warn!("can't hand {} over: {error}", place.path().display()),
             }
         }
     }
@@ -209,53 +274,76 @@ impl UnixSockets {
     /// Closes the sockets of all generations but these, and removes the paths that nobody has any more.
     pub fn keep(&mut self, keep: impl Fn(u32) -> bool) {
         self.0.retain(|_, sockets| {
-            let gone: Vec<(u32, Bound)> =
-                sockets.extract_if(.., |generation, _| !keep(*generation)).collect();
-            for (_, bound) in gone {
-                // The path is another's if a newer generation has taken it.
-                let taken = sockets.values().any(|other| other.path == bound.path);
-                if !taken && let Err(error) = fs::remove_file(&bound.path) {
-                    debug!("can't remove {}: {error}", bound.path.display());
-                }
-            }
+            sockets.retain(|generation, _| keep(*generation));
             !sockets.is_empty()
         });
     }
 
-    /// The inode numbers of the connections that came by any of the sockets.
+    /// The inode numbers of the connections that came by any of the sockets, as far as their clients are in this
+    /// network namespace.
     pub fn connections(&self) -> Vec<u64> {
-        match self.is_empty() {
-            true => Vec::new(),
-            false => connections(&self.0.values().flat_map(BTreeMap::values).collect::<Vec<_>>()),
+        if self.is_empty() {
+            return Vec::new();
         }
+        let names = self.names();
+        let ours = procfs::unix_sockets()
+            .into_iter()
+            .filter(|row| row.is_connected && names.contains_key(&row.name));
+        ours.map(|row| row.inode).collect()
     }
 
-    /// Whether no connection waits on the sockets of a generation, and a process and its descendants have
-    /// none open that came by them.
-    pub fn are_idle(&self, generation: u32, worker: Pid) -> bool {
-        let bound: Vec<&Bound> = self.0.values().filter_map(|sockets| sockets.get(&generation)).collect();
-        if bound.is_empty() {
-            return true;
+    /// The generations of all sockets, by what these were bound as.
+    fn names(&self) -> HashMap<String, u32> {
+        let all = self.0.values().flatten();
+        all.map(|(generation, bound)| (bound.name.clone(), *generation)).collect()
+    }
+
+    /// Those of some workers, given with their generations, which have something to do that came by a path: a
+    /// connection, or one that waits for any worker of the generation.
+    pub fn busy(&self, workers: &[(WorkerId, Pid, u32)]) -> BTreeSet<WorkerId> {
+        if self.is_empty() || workers.is_empty() {
+            return BTreeSet::new();
         }
-        let waits = |bound: &&Bound| {
+        let waits = |bound: &Bound| {
             let mut fds = [PollFd::new(bound.socket.as_fd(), PollFlags::POLLIN)];
-            poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+            bound.is_listening() && poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
         };
-        if bound.iter().any(waits) {
-            return false;
+        let waiting = self.0.values().flatten().filter(|(_, bound)| waits(bound));
+        let mut busy_generations: BTreeSet<u32> = waiting.map(|(generation, _)| *generation).collect();
+        let names = self.names();
+        let mut known: HashMap<u64, Option<u32>> = HashMap::new();
+        for row in procfs::unix_sockets() {
+            let generation = names.get(&row.name).copied().filter(|_| row.is_connected && row.inode != 0);
+            known.insert(row.inode, generation);
         }
-        let ours: HashSet<u64> = connections(&bound).into_iter().collect();
-        let mut open =
-            procfs::tree(worker).into_iter().flat_map(|pid| procfs::socket_inodes(pid).unwrap_or_default());
-        !open.any(|inode| ours.contains(&inode))
+        let mut unheld: BTreeMap<u64, u32> =
+            known.iter().filter_map(|(inode, generation)| Some((*inode, (*generation)?))).collect();
+        let mut busy_processes: HashSet<Pid> = HashSet::new();
+        for process in procfs::tree(Pid::this()).into_iter().skip(1) {
+            let Ok(sockets) = procfs::sockets(process) else {
+                busy_processes.insert(process); // for all that can be known
+                continue;
+            };
+            for (fd, inode) in sockets {
+                unheld.remove(&inode);
+                let is_ours = match known.get(&inode) {
+                    Some(generation) => generation.is_some(),
+                    // Not of this network namespace: a connection has its client's (`unix_create1`).
+                    None => procfs::socket_protocol(process, fd).is_ok_and(|name| name.starts_with("UNIX")),
+                };
+                if is_ours {
+                    busy_processes.insert(process);
+                }
+            }
+        }
+        // Accepted just now by a thread that has yet to get its number.
+        busy_generations.extend(unheld.into_values());
+        let is_busy = |(_, pid, generation): &&(WorkerId, Pid, u32)| {
+            busy_generations.contains(generation)
+                || procfs::tree(*pid).iter().any(|process| busy_processes.contains(process))
+        };
+        workers.iter().filter(is_busy).map(|(worker, ..)| *worker).collect()
     }
-}
-
-/// The inode numbers of the connections that came by some sockets.
-fn connections(bound: &[&Bound]) -> Vec<u64> {
-    let came_by = |name: &str| bound.iter().any(|bound| bound.name == name);
-    let rows = procfs::unix_sockets().into_iter().filter(|row| row.is_connected && came_by(&row.name));
-    rows.map(|row| row.inode).collect()
 }
 
 /// A path as a worker's memory holds it: up to its zero byte.
@@ -299,8 +387,8 @@ mod tests {
         std::os::unix::fs::symlink(&folder.0, folder.0.join("link")).unwrap();
         let place = |path: PathBuf| Place::of(Pid::this(), None, &path).unwrap();
         let direct = place(folder.0.join("socket"));
-        assert_eq!(place(folder.0.join("link/./socket")).directory, direct.directory);
-        assert_eq!(place(folder.0.join("link/../socket").components().collect()).name, direct.name);
+        assert_eq!(place(folder.0.join("link/./socket")), direct);
+        assert_ne!(direct.beside(2), direct.beside(3));
         assert_eq!(Place::of(Pid::this(), None, &folder.0.join("missing/socket")), None);
         assert_eq!(Place::of(Pid::this(), None, Path::new("/")), None);
     }
@@ -317,7 +405,8 @@ mod tests {
         sockets.switch(1);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
         let _client = UnixStream::connect(&path).unwrap();
-        assert!(!sockets.are_idle(1, Pid::this()), "somebody waits");
+        let workers = [(WorkerId(1), Pid::this(), 1), (WorkerId(3), Pid::this(), 2)];
+        assert_eq!(sockets.busy(&workers), BTreeSet::from([WorkerId(1)]), "somebody waits");
 
         fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
         let second = sockets.bind(&place, borrower(3, 2), 0o022).unwrap();
@@ -327,7 +416,7 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o666, "the mode is kept");
         sockets.keep(|generation| generation == 2);
         let _client = UnixStream::connect(&path).unwrap();
-        assert!(!sockets.are_idle(2, Pid::this()));
+        assert_eq!(sockets.busy(&workers), BTreeSet::from([WorkerId(3)]));
         assert_eq!(fs::read_dir(&folder.0).unwrap().count(), 1, "nothing else is left");
 
         sockets.keep(|_| false);
@@ -354,15 +443,51 @@ mod tests {
         let place = Place::of(Pid::this(), None, &folder.0.join("socket")).unwrap();
         let mut sockets = UnixSockets::default();
         let inode = sockets.bind(&place, borrower(1, 1), 0).unwrap();
-        assert!(!sockets.let_go(&place, WorkerId(2)), "it is another's");
-        assert!(sockets.let_go(&place, WorkerId(1)));
-        assert!(sockets.socket(inode).is_none() && sockets.is_empty(), "it has removed it");
-        fs::remove_file(place.path()).unwrap();
+        assert_eq!(sockets.remove(&place, WorkerId(2)), Removal::Kept, "it is another's");
+        assert_eq!(sockets.remove(&place, WorkerId(1)), Removal::Removed);
+        assert!(sockets.socket(inode).is_none() && sockets.is_empty() && !place.path().exists());
+        assert_eq!(sockets.remove(&place, WorkerId(1)), Removal::NotOurs);
         sockets.bind(&place, borrower(1, 1), 0).unwrap();
         sockets.bind(&place, borrower(2, 2), 0).unwrap();
-        assert!(!sockets.let_go(&place, WorkerId(1)) && !sockets.let_go(&place, WorkerId(2)));
+        let beside = Place(place.beside(2));
+        for place in [&place, &beside] {
+            assert_eq!(sockets.remove(place, WorkerId(1)), Removal::Kept);
+            assert_eq!(sockets.remove(place, WorkerId(2)), Removal::Kept);
+        }
+        sockets.switch(2);
         sockets.keep(|generation| generation == 2);
-        assert!(sockets.let_go(&place, WorkerId(2)), "all others have gone");
+        assert_eq!(sockets.remove(&place, WorkerId(2)), Removal::Removed, "all others have gone");
+    }
+
+    #[test]
+    fn what_somebody_has_put_in_the_place_of_a_socket_is_left_alone() {
+        let folder = Folder::new("others");
+        let path = folder.0.join("socket");
+        let place = Place::of(Pid::this(), None, &path).unwrap();
+        let mut sockets = UnixSockets::default();
+        sockets.bind(&place, borrower(1, 1), 0).unwrap();
+        fs::remove_file(&path).unwrap();
+        let _other = UnixListener::bind(&path).unwrap();
+        sockets.keep(|_| false);
+        assert!(path.exists(), "it is another's");
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_a_socket_is_not_followed() {
+        let folder = Folder::new("link");
+        let (path, victim) = (folder.0.join("socket"), folder.0.join("victim"));
+        let place = Place::of(Pid::this(), None, &path).unwrap();
+        let mut sockets = UnixSockets::default();
+        sockets.bind(&place, borrower(1, 1), 0).unwrap();
+        sockets.bind(&place, borrower(2, 2), 0).unwrap();
+        fs::write(&victim, "").unwrap();
+        fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+        let beside = place.beside(2);
+        fs::remove_file(&beside).unwrap();
+        std::os::unix::fs::symlink(&victim, &beside).unwrap();
+        sockets.switch(2);
+        assert_eq!(fs::metadata(&victim).unwrap().permissions().mode() & 0o777, 0o600);
     }
 
     #[test]

@@ -19,9 +19,13 @@ use nix::sys::socket::{
 };
 use nix::unistd::{Pid, getppid};
 
+use socket2::SockRef;
+
+use crate::address::{Address, Endpoint};
 use crate::environment::Environment;
 use crate::fleet::End;
 use crate::intercept;
+use crate::procfs;
 use crate::ready::{NodeChannel, NotifySocket, ReadyPipe};
 use crate::sys;
 
@@ -47,20 +51,24 @@ impl Program {
     ///
     /// Other programs aren't given Node's channel: those that they start inherit the variable but perhaps not
     /// the fd, and a Node among those would die of that.
-    fn leads_to_node(&self, directory: Option<&Path>) -> bool {
+    fn leads_to_node(&self, environment: &Environment) -> bool {
         let names_node = |text: &[u8]| text.windows(4).any(|word| word == b"node");
         let mut words = [&self.command].into_iter().chain(&self.args);
-        words.any(|word| names_node(word.as_bytes())) || names_node(&self.script(directory))
+        words.any(|word| names_node(word.as_bytes())) || names_node(&self.script(environment))
     }
 
     /// The text of the command, or its beginning, if that is a script.
-    fn script(&self, directory: Option<&Path>) -> Vec<u8> {
+    fn script(&self, environment: &Environment) -> Vec<u8> {
         const LONGEST: u64 = 64 * 1024;
         let command = Path::new(&self.command);
         let file = if command.components().count() > 1 {
-            Some(directory.unwrap_or(Path::new("")).join(command))
+            let directory =
+                environment.directory.as_ref().map_or(Path::new(""), |directory| &directory.physical);
+            Some(directory.join(command))
         } else {
-            let path = std::env::var_os("PATH").unwrap_or_default();
+            let set = environment.variables.iter().rev().find(|(name, _)| name == "PATH");
+            let path = set.map_or_else(|| std::env::var_os("PATH"), |(_, path)| Some(path.clone()));
+            let path = path.unwrap_or_default();
             std::env::split_paths(&path).map(|folder| folder.join(command)).find(|file| file.is_file())
         };
         let mut text = Vec::new();
@@ -128,6 +136,23 @@ impl Starter {
         Ok(Self { program, open_files, inherited, _placeholders: occupy_fds_up_to(last)? })
     }
 
+    /// The listeners that this process was given, by inode number.
+    pub fn inherited(&self) -> Vec<(u64, Endpoint)> {
+        let of = |listener: &Listener| {
+            let socket = SockRef::from(&listener.socket);
+            let address = socket.local_addr().ok()?;
+            let endpoint = match address.as_socket() {
+                Some(socket_address) => {
+                    let v6only = socket_address.is_ipv6() && socket.only_v6().unwrap_or(false);
+                    Endpoint::Tcp(Address { socket: socket_address, v6only })
+                }
+                None => Endpoint::Unix(address.as_pathname()?.to_owned()),
+            };
+            Some((procfs::inode(listener.socket.as_fd()).ok()?, endpoint))
+        };
+        self.inherited.iter().filter_map(of).collect()
+    }
+
     /// Starts one worker in a process group of its own, behind the filter.
     ///
     /// # Errors
@@ -141,8 +166,7 @@ impl Starter {
     ) -> Result<Started, StartError> {
         let (ready, ready_end) = ReadyPipe::new().map_err(|e| StartError::new("no pipe for READY_FD", &e))?;
         let directory = environment.directory.as_ref();
-        let node =
-            self.program.node_ipc && self.program.leads_to_node(directory.map(|d| d.physical.as_path()));
+        let node = self.program.node_ipc && self.program.leads_to_node(environment);
         let node = node.then(NodeChannel::new).transpose();
         let node = node.map_err(|e| StartError::new("no channel for NODE_CHANNEL_FD", &e))?;
         let (node, node_end) = node.unzip();
@@ -305,9 +329,15 @@ impl Preparation {
     fn hand_over(&self) -> io::Result<()> {
         // What reuse-run itself was told by its supervisor is not meant for workers (sd_notify(3),
         // sd_listen_fds(3), sd_watchdog_enabled(3)).
-        for name in
-            ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID", "NODE_CHANNEL_FD"]
-        {
+        for name in [
+            "LISTEN_FDS",
+            "LISTEN_PID",
+            "LISTEN_PIDFDID",
+            "LISTEN_FDNAMES",
+            "WATCHDOG_USEC",
+            "WATCHDOG_PID",
+            "NODE_CHANNEL_FD",
+        ] {
             sys::unsetenv(name.as_ref())?;
         }
         for (name, value) in &self.variables {

@@ -529,7 +529,7 @@ fn systemd_hears_of_ready_reloading_and_stopping_each_at_its_time() {
     assert_eq!(manager.heard().len(), 0, "{:?}", manager.heard());
     folder.lower("hold-1-1");
     let ready = manager.wait_for(0, "READY=1");
-    assert_eq!(ready.value("STATUS"), Some("generation 1 serves, 2 workers"));
+    assert_eq!(ready.value("STATUS"), Some("2 workers of generation 1 serve"));
 
     // A reload by SIGHUP, held up half-way.
     folder.raise("hold-2-1");
@@ -545,7 +545,7 @@ fn systemd_hears_of_ready_reloading_and_stopping_each_at_its_time() {
     folder.lower("hold-2-1");
     service.wait_for_line_after(from, "reload done");
     let ready = manager.wait_for(2, "READY=1");
-    assert_eq!(ready.value("STATUS"), Some("generation 2 serves, 2 workers"));
+    assert_eq!(ready.value("STATUS"), Some("2 workers of generation 2 serve"));
 
     // One that is abandoned.
     folder.raise("broken-3-0");
@@ -554,7 +554,7 @@ fn systemd_hears_of_ready_reloading_and_stopping_each_at_its_time() {
     manager.wait_for(3, "RELOADING=1");
     service.wait_for_line_after(from, "reload abandoned");
     let ready = manager.wait_for(4, "READY=1");
-    assert_eq!(ready.value("STATUS"), Some("generation 2 serves, 2 workers"));
+    assert_eq!(ready.value("STATUS"), Some("2 workers of generation 2 serve"));
     assert_eq!(get(addr).generation, Some(2));
 
     service.stop();
