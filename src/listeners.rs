@@ -22,7 +22,7 @@ use crate::address::Address;
 use crate::fleet::WorkerId;
 use crate::procfs;
 use crate::sockdiag::{Listener, SockDiag};
-use crate::steering::{self, MemberId, Order, Standing, Steer};
+use crate::steering::{self, MemberId, Order, Share, Standing, Steer, Targets};
 use crate::sys;
 
 /// Who wants to borrow a socket.
@@ -73,8 +73,8 @@ struct Member {
 struct Group {
     members: BTreeSet<MemberId>,
     order: Order,
-    /// The indices that the attached program chooses from.
-    named: Option<Vec<u32>>,
+    /// What the attached program chooses from.
+    targets: Option<Targets>,
     /// Members that belong to other programs, by inode number.
     strangers: BTreeMap<u32, MemberId>,
     /// When these were last looked for.
@@ -469,7 +469,7 @@ impl Pool {
     fn group(&mut self, address: Address, left: &BTreeSet<MemberId>) -> &mut Group {
         let group = self.groups.entry(address).or_default();
         if !left.is_empty() {
-            group.named = None;
+            group.targets = None;
         }
         group
     }
@@ -641,11 +641,11 @@ impl Pool {
 
     /// Has the kernel send new connections where [`steering::decide`] wants them, given each worker's
     /// standing. All new connections of an address change over in one system call.
-    pub fn steer(&mut self, standing: impl Fn(WorkerId) -> Standing, _share: steering::Share) {
+    pub fn steer(&mut self, standing: impl Fn(WorkerId) -> Standing, share: Share) {
         self.note_departures(None);
         for address in self.groups.keys().copied().collect::<Vec<_>>() {
             let steered = self
-                .steer_group(address, &standing)
+                .steer_group(address, &standing, share)
                 .and_then(|lacking| (0..lacking).try_for_each(|_| self.add_spare(address)));
             if let Err(error) = steered {
                 warn!("can't steer {address}: {error}");
@@ -658,6 +658,7 @@ impl Pool {
         &mut self,
         address: Address,
         standing: impl Fn(WorkerId) -> Standing,
+        share: Share,
     ) -> io::Result<usize> {
         let Some(group) = self.groups.get_mut(&address) else { return Ok(0) };
         let listening = |id: &MemberId| self.members[id].listening;
@@ -668,10 +669,11 @@ impl Pool {
             Holder::Lent(borrower) => standing(borrower.worker),
         };
         let standings: Vec<Standing> = ids.iter().map(standing).collect();
-        group.apply(&ids, &steering::decide(&standings), &mut self.members)?;
+        group.apply(&ids, &steering::decide(&standings), share, &mut self.members)?;
         let leaving =
             standings.iter().filter(|s| matches!(s, Standing::Draining | Standing::Leaving)).count();
-        Ok(steering::spares_lacking(group.order.len(), group.named.as_deref().unwrap_or_default(), leaving))
+        let targets = group.targets.clone().unwrap_or_default();
+        Ok(steering::spares_lacking(group.order.len(), &targets, leaving))
     }
 
     /// Adds a member that is nobody's, at the end of the array.
@@ -725,21 +727,30 @@ impl Group {
         &mut self,
         ids: &[MemberId],
         decided: &[Steer],
+        share: Share,
         members: &mut BTreeMap<MemberId, Member>,
     ) -> io::Result<()> {
         let are = |steer| ids.iter().zip(decided).filter(move |(_, s)| **s == steer).map(|(id, _)| *id);
         let named: BTreeSet<MemberId> = are(Steer::Named).collect();
-        for id in &named {
+        let tried: BTreeSet<MemberId> = are(Steer::Tried).collect();
+        for id in named.union(&tried) {
             members.get_mut(id).map_or(Ok(()), Member::let_go)?;
         }
         // Without anyone to name the program stays.
         if let Some(any) = named.first() {
-            let indices = self.order.indices(&named);
-            if self.named.as_ref() != Some(&indices) {
-                let program = steering::program(&indices);
-                sys::attach_reuseport_cbpf(members[any].socket.as_fd(), &program)?;
-                debug!("{}: new connections go to {indices:?} of {}", members[any].address, self.order.len());
-                self.named = Some(indices);
+            let (named, tried) = (self.order.indices(&named), self.order.indices(&tried));
+            let targets = Targets { named, tried, share };
+            if self.targets.as_ref() != Some(&targets) {
+                sys::attach_reuseport_cbpf(members[any].socket.as_fd(), &steering::program(&targets))?;
+                let Targets { named, tried, share } = &targets;
+                let (address, of) = (members[any].address, self.order.len());
+                match tried.is_empty() {
+                    true => debug!("{address}: new connections go to {named:?} of {of}"),
+                    false => {
+                        debug!("{address}: new connections go to {named:?}, {share} to {tried:?} of {of}")
+                    }
+                }
+                self.targets = Some(targets);
             }
         }
         for id in are(Steer::Held) {

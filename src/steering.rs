@@ -6,6 +6,7 @@
 //! program that SO_ATTACH_REUSEPORT_CBPF attaches returns an index into that array.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::rc::Rc;
 
 use libc::sock_filter;
@@ -21,6 +22,8 @@ pub struct MemberId(pub u32);
 pub enum Steer {
     /// The program names it.
     Named,
+    /// The program names it for a share of the connections.
+    Tried,
     /// The program doesn't name it, and what reaches it all the same is dropped in silence, so that the
     /// client's next attempt goes where the program then says.
     Held,
@@ -28,19 +31,28 @@ pub enum Steer {
     AsIs,
 }
 
+/// A part of all new connections, in 1/10,000.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Share(pub u32);
 
 impl Share {
+    const WHOLE: u32 = 10_000;
+
+    /// `None` for what is, rounded, nothing or everything.
     pub fn from_percent(percent: f64) -> Option<Self> {
-        let share = (percent * 100.0).round();
-        (share > 0.0 && share < 10_000.0).then_some(Self(share as u32))
+        let share = (percent / 100.0 * f64::from(Self::WHOLE)).round();
+        (share > 0.0 && share < f64::from(Self::WHOLE)).then_some(Self(share as u32))
+    }
+
+    /// How many of the 2^32 values of a random number are this share.
+    fn of_random_numbers(self) -> u32 {
+        ((u64::from(self.0) << 32) / u64::from(Self::WHOLE)) as u32
     }
 }
 
-impl std::fmt::Display for Share {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        write!(f, "{} %", f64::from(self.0) / 100.0)
+impl fmt::Display for Share {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{} %", f64::from(self.0) * 100.0 / f64::from(Self::WHOLE))
     }
 }
 
@@ -51,6 +63,7 @@ pub enum Standing {
     Starting,
     /// Borrowed by a ready worker that is to get connections.
     Ready,
+    /// Borrowed by a ready worker of a generation that is tried with a share of the connections.
     Canary,
     /// Borrowed by a worker that was replaced a moment ago: what was sent to it before may still arrive.
     Draining,
@@ -64,13 +77,14 @@ pub enum Standing {
 
 /// Decides for each member of a group, given what each of them is.
 ///
-/// Ready workers get everything. When there is none, connections wait where a replacement will take
+/// Ready workers get everything, but for a share that is tried on others. When there is none, connections wait where a replacement will take
 /// them up; when there is no such place, they are held off.
 pub fn decide(standings: &[Standing]) -> Vec<Steer> {
     let any = |standing| standings.contains(&standing);
-    let served = any(Standing::Ready);
+    let served = any(Standing::Ready) || any(Standing::Canary);
     let awaited = any(Standing::Reserved);
     let decide = |standing: &Standing| match standing {
+        Standing::Canary if any(Standing::Ready) => Steer::Tried,
         Standing::Ready | Standing::Canary => Steer::Named,
         Standing::Reserved if !served => Steer::Named,
         // It listens where its successors don't, and would never be done otherwise.
@@ -81,13 +95,23 @@ pub fn decide(standings: &[Standing]) -> Vec<Steer> {
     standings.iter().map(decide).collect()
 }
 
-/// How many free members a group lacks at the end of its array, where `named` are the indices that the
-/// program chooses from and `leaving` of the others may leave by themselves at any time.
+/// The indices that a program chooses from, each list ascending.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Targets {
+    pub named: Vec<u32>,
+    pub tried: Vec<u32>,
+    /// What `tried` gets, if there are both.
+    pub share: Share,
+}
+
+/// How many free members a group lacks at the end of its array, where a program chooses from `targets` and
+/// `leaving` of the others may leave by themselves at any time.
 ///
 /// Whoever leaves is replaced by the last member. With as many members behind the last named one as may
 /// leave, none that is named ever moves, and the program stays right whenever they do.
-pub fn spares_lacking(len: usize, named: &[u32], leaving: usize) -> usize {
-    let behind = named.last().map_or(len, |last| len.saturating_sub(*last as usize + 1));
+pub fn spares_lacking(len: usize, targets: &Targets, leaving: usize) -> usize {
+    let last = targets.named.last().max(targets.tried.last());
+    let behind = last.map_or(len, |last| len.saturating_sub(*last as usize + 1));
     leaving.saturating_sub(behind)
 }
 
@@ -157,28 +181,57 @@ impl Order {
 /// The longest program that the kernel takes (linux/bpf_common.h).
 const BPF_MAXINSNS: usize = 4096;
 
-/// A program that chooses one of `indices` (ascending) at random, each with the same chance, within
-/// O(log n) instructions. For no index at all, one that leaves the choice to the kernel: a result out of
-/// range makes it choose among all members by the connection's hash.
+/// A program that chooses one of some indices at random, each of a list with the same chance, within O(log n)
+/// instructions. For no index at all, one that leaves the choice to the kernel: a result out of range makes it
+/// choose among all members by the connection's hash.
 ///
 /// Random and not by the connection's hash: either balances, and a retransmitted SYN finds its request
 /// socket by its addresses, before any listener is looked for. When the indices are so scattered that
 /// the program would be too long for the kernel, those that fit are chosen from.
-pub fn program(indices: &[u32]) -> Vec<sock_filter> {
-    if indices.is_empty() {
-        return vec![op(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX)];
-    }
+pub fn program(targets: &Targets) -> Vec<sock_filter> {
+    let Targets { named, tried, share } = targets;
+    let (named, tried) = match (named.is_empty(), tried.is_empty()) {
+        (true, true) => return vec![op(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX)],
+        (false, false) => (named, tried),
+        (true, false) => return choose_one(tried, BPF_MAXINSNS),
+        (false, true) => return choose_one(named, BPF_MAXINSNS),
+    };
+    let choose_tried = choose_one(tried, BPF_MAXINSNS / 2 - 2);
+    let mut program = vec![op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, RANDOM)];
+    jump_if_at_least(share.of_random_numbers(), choose_tried.len(), &mut program);
+    program.extend(choose_tried);
+    program.extend(choose_one(named, BPF_MAXINSNS / 2 - 2));
+    program
+}
+
+/// Where a load finds a random number, another each time (SKF_AD_RANDOM, linux/filter.h).
+const RANDOM: u32 = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
+
+/// A program that returns one of `indices`, within so many instructions.
+fn choose_one(indices: &[u32], longest: usize) -> Vec<sock_filter> {
     let mut runs = runs(indices);
     // Each run takes two instructions, each inner node of the tree above them at most two.
-    runs.truncate((BPF_MAXINSNS - 2) / 4);
+    runs.truncate((longest - 2) / 4);
     let total: u32 = runs.iter().map(|run| run.len).sum();
-    let random = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
     let mut program = vec![
-        op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, random),
+        op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, RANDOM),
         op(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, 0, 0, total),
     ];
     choose(&runs, &mut program);
     program
+}
+
+/// Appends a jump over `len` instructions, taken if the accumulator is at least `k`.
+fn jump_if_at_least(k: u32, len: usize, program: &mut Vec<sock_filter>) {
+    const JUMP: u32 = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
+    // A conditional jump reaches 255 instructions, an unconditional one any.
+    match u8::try_from(len) {
+        Ok(len) => program.push(op(JUMP, len, 0, k)),
+        Err(_) => {
+            program.push(op(JUMP, 0, 1, k));
+            program.push(op(libc::BPF_JMP | libc::BPF_JA, 0, 0, len as u32));
+        }
+    }
 }
 
 /// Successive indices, and how many of the chosen ones come before them.
@@ -213,15 +266,7 @@ fn choose(runs: &[Run], program: &mut Vec<sock_filter>) {
     let (low, high) = runs.split_at(runs.len() / 2);
     let mut lower = Vec::new();
     choose(low, &mut lower);
-    let jump_if_high = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
-    // A conditional jump reaches 255 instructions, an unconditional one any.
-    match u8::try_from(lower.len()) {
-        Ok(len) => program.push(op(jump_if_high, len, 0, high[0].before)),
-        Err(_) => {
-            program.push(op(jump_if_high, 0, 1, high[0].before));
-            program.push(op(libc::BPF_JMP | libc::BPF_JA, 0, 0, lower.len() as u32));
-        }
-    }
+    jump_if_at_least(high[0].before, lower.len(), program);
     program.append(&mut lower);
     choose(high, program);
 }
@@ -243,15 +288,27 @@ mod tests {
         order
     }
 
-    /// Runs a steering program as the kernel would, with `random` for its random number.
+    fn named(indices: &[u32]) -> Targets {
+        Targets { named: indices.to_vec(), ..Targets::default() }
+    }
+
     fn run(program: &[sock_filter], random: u32) -> (u32, usize) {
+        run_with(program, &[random])
+    }
+
+    /// Runs a steering program as the kernel would, with these random numbers.
+    fn run_with(program: &[sock_filter], random: &[u32]) -> (u32, usize) {
+        let mut random = random.iter().copied();
         let (mut a, mut pc, mut steps) = (0u32, 0usize, 0usize);
         loop {
             let op = program[pc];
             steps += 1;
             pc += 1;
             match u32::from(op.code) {
-                code if code == libc::BPF_LD | libc::BPF_W | libc::BPF_ABS => a = random,
+                code if code == libc::BPF_LD | libc::BPF_W | libc::BPF_ABS => {
+                    assert_eq!(op.k, RANDOM);
+                    a = random.next().unwrap();
+                }
                 code if code == libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K => a %= op.k,
                 code if code == libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K => a += op.k,
                 code if code == libc::BPF_JMP | libc::BPF_JA => pc += op.k as usize,
@@ -269,7 +326,7 @@ mod tests {
         let scattered: Vec<u32> = (0..1000).map(|i| i * 2 + 1).collect();
         let sets: [&[u32]; 6] = [&[0], &[7], &[0, 1, 2, 3], &[4, 5, 6, 7], &[0, 3, 4, 9], &scattered];
         for indices in sets {
-            let program = program(indices);
+            let program = program(&named(indices));
             let chosen: Vec<u32> = (0..indices.len() as u32).map(|n| run(&program, n).0).collect();
             assert_eq!(chosen, indices);
             assert_eq!(run(&program, indices.len() as u32).0, indices[0]);
@@ -279,7 +336,7 @@ mod tests {
     #[test]
     fn a_program_for_a_thousand_scattered_members_is_short_enough_and_takes_few_steps() {
         let scattered: Vec<u32> = (0..1000).map(|i| i * 2).collect();
-        let program = program(&scattered);
+        let program = program(&named(&scattered));
         assert!(program.len() <= BPF_MAXINSNS, "{}", program.len());
         let most = (0..1000).map(|n| run(&program, n).1).max().unwrap();
         assert!(most <= 4 + 2 * 10, "{most} steps");
@@ -288,9 +345,41 @@ mod tests {
     #[test]
     fn a_program_that_would_be_too_long_names_the_members_that_fit() {
         let scattered: Vec<u32> = (0..3000).map(|i| i * 2).collect();
-        let program = program(&scattered);
+        let program = program(&named(&scattered));
         assert!(program.len() <= BPF_MAXINSNS);
         assert!((0..5000).all(|n| scattered.contains(&run(&program, n).0)));
+    }
+
+    #[test]
+    fn a_share_of_all_random_numbers_goes_to_those_that_are_tried() {
+        let scattered: Vec<u32> = (0..3000).map(|i| i * 2).collect();
+        let odd: Vec<u32> = scattered.iter().map(|index| index + 1).collect();
+        let sets: [(&[u32], &[u32]); 4] =
+            [(&[0, 1], &[2, 3]), (&[5], &[0, 7]), (&scattered, &[1]), (&odd, &scattered)];
+        for (named, tried) in sets {
+            for share in [1, 1000, 5000, 9999].map(Share) {
+                let program = program(&Targets { named: named.to_vec(), tried: tried.to_vec(), share });
+                assert!(program.len() <= BPF_MAXINSNS, "{}", program.len());
+                let border = share.of_random_numbers();
+                for second in 0..10 {
+                    assert!(tried.contains(&run_with(&program, &[0, second]).0));
+                    assert!(tried.contains(&run_with(&program, &[border - 1, second]).0));
+                    assert!(named.contains(&run_with(&program, &[border, second]).0));
+                    assert!(named.contains(&run_with(&program, &[u32::MAX, second]).0));
+                }
+                let expected = f64::from(share.0) / 10_000.0;
+                assert!((f64::from(border) / 2f64.powi(32) - expected).abs() < 1e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn a_share_is_read_in_percent_and_neither_nothing_nor_everything() {
+        assert_eq!(Share::from_percent(12.5), Some(Share(1250)));
+        assert_eq!(Share(1250).to_string(), "12.5 %");
+        for percent in [0.0, -1.0, 0.001, 99.999, 100.0, f64::NAN, f64::INFINITY] {
+            assert_eq!(Share::from_percent(percent), None, "{percent}");
+        }
     }
 
     #[test]
@@ -370,6 +459,12 @@ mod tests {
         use Standing::*;
         use Steer::*;
         assert_eq!(decide(&[Ready, Reserved, Draining, Starting, Leaving]), [Named, AsIs, AsIs, Held, AsIs]);
+        assert_eq!(decide(&[Ready, Canary, Reserved]), [Named, Tried, AsIs]);
+        assert_eq!(
+            decide(&[Canary, Reserved, Draining]),
+            [Named, AsIs, AsIs],
+            "it listens where the old don't"
+        );
         assert_eq!(decide(&[Starting, Reserved, Draining, Free]), [Held, Named, AsIs, Held]);
         assert_eq!(decide(&[Starting, Draining, Leaving, Free]), [Held, Held, AsIs, Held]);
     }
@@ -385,7 +480,9 @@ mod tests {
             let named: Vec<u32> = of_kind(0).collect();
             let mut leaving: Vec<u32> = of_kind(1).collect();
             let mut array: Vec<u32> = (0..kinds.len() as u32).collect();
-            let lacking = spares_lacking(array.len(), &named, leaving.len());
+            let (first, second) = named.split_at(named.len() / 2);
+            let targets = Targets { named: second.to_vec(), tried: first.to_vec(), share: Share(1) };
+            let lacking = spares_lacking(array.len(), &targets, leaving.len());
             array.extend((0..lacking as u32).map(|spare| 1000 + spare));
             for turn in turns {
                 if leaving.is_empty() {
