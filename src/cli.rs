@@ -97,6 +97,10 @@ struct Args {
     #[argh(option, arg_name = "file")]
     pidfile: Option<PathBuf>,
 
+    /// put slot and PID before each line that a worker prints
+    #[argh(switch)]
+    label: bool,
+
     /// print the version
     #[argh(switch, short = 'V')]
     version: bool,
@@ -197,7 +201,7 @@ const COMMANDS: [&str; 4] = ["reload", "status", "scale", "stop"];
 const USAGE: &str = "Usage: reuse-run [options] [--] command [arguments]";
 
 /// The options that stand alone; all others are followed by a value.
-const SWITCHES: [&str; 6] = ["-h", "--help", "-V", "--version", "--no-node-ipc", "--no-intercept"];
+const SWITCHES: [&str; 7] = ["-h", "--help", "-V", "--version", "--no-node-ipc", "--no-intercept", "--label"];
 
 /// The short options that may have their value in the same word.
 const VALUED: [&str; 3] = ["-n", "-l", "-C"];
@@ -314,6 +318,8 @@ pub struct Options {
     /// Addresses whose sockets workers are given.
     pub listen: Vec<Address>,
     pub pidfile: Option<PathBuf>,
+    /// Whether the workers' output passes through here, line by line.
+    pub label: bool,
 }
 
 /// What was asked for.
@@ -384,6 +390,7 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
         sources,
         listen: args.listen,
         pidfile: args.pidfile,
+        label: args.label,
     })))
 }
 

@@ -809,13 +809,12 @@ impl Fleet {
     }
 
     fn announce_serving(&mut self) {
-        let status = format!("{} serve", self.composition());
-        self.actions.push(Action::Announce(Announcement::Ready { status }));
+        self.actions.push(Action::Announce(Announcement::Ready { status: self.who_serves() }));
     }
 
     /// "4 workers of generation 3"; after a rolling reload that was given up, "2 workers of generation 3 and 2 of
     /// generation 2".
-    pub fn composition(&self) -> String {
+    fn composition(&self) -> String {
         let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
         for slot in &self.slots {
             *counts.entry(slot.generation).or_default() += 1;
@@ -827,6 +826,11 @@ impl Fleet {
             text += &format!(" and {number} of generation {generation}");
         }
         text
+    }
+
+    /// "4 workers of generation 3 serve"
+    pub fn who_serves(&self) -> String {
+        format!("{} {}", self.composition(), if self.slots.len() == 1 { "serves" } else { "serve" })
     }
 
     /// The slots that are replaced together, from the first of them on.
@@ -1194,7 +1198,7 @@ impl Fleet {
         if let Phase::Scaling { from } = self.phase {
             self.phase = Phase::Abandoning;
             self.remove_slots(from, now);
-            self.warn(format!("{why}; scaling abandoned, {} serve on", self.composition()));
+            self.warn(format!("{why}; scaling abandoned, {} on", self.who_serves()));
             self.actions.push(Action::ScaleEnded { result: Err(why.to_owned()) });
             return;
         }
@@ -1211,7 +1215,7 @@ impl Fleet {
         }
         let rest = match self.slots.iter().all(|slot| slot.generation == self.generation) {
             true => format!("generation {} serves", self.generation),
-            false => format!("{} serve", self.composition()),
+            false => self.who_serves(),
         };
         self.warn(format!("{why}; reload abandoned, {rest} on"));
         self.reload_ended(Err(why.to_owned()), culprit, now);

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::sync::{Mutex, PoisonError};
 
 use env_logger::{Builder, Env, Target};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -23,6 +24,21 @@ pub fn start() {
 /// Says on stderr why a command was of no use.
 pub fn complain(why: &str) {
     let _ = writeln!(io::stderr(), "reuse-run: {why}");
+}
+
+/// Lines of the log that wait for the end of another line, if there is one.
+static HELD: Mutex<Option<Vec<u8>>> = Mutex::new(None);
+/// No more of them are kept, in bytes.
+const MOST_HELD: usize = 64 * 1024;
+
+/// From now on lines of the log wait for [`release`].
+pub fn hold() {
+    HELD.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default();
+}
+
+/// The lines that have waited; from now on they don't.
+pub fn release() -> Vec<u8> {
+    HELD.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default()
 }
 
 /// stderr, to which a line is written at once or not at all.
@@ -74,6 +90,13 @@ fn is_writable(fd: BorrowedFd) -> bool {
 impl Write for Stderr {
     /// Takes one line, which is what env_logger writes at a time.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if let Some(held) = &mut *HELD.lock().unwrap_or_else(PoisonError::into_inner) {
+            match held.len() + line.len() <= MOST_HELD {
+                true => held.extend_from_slice(line),
+                false => self.lost += 1,
+            }
+            return Ok(line.len());
+        }
         if self.lost > 0 {
             let note =
                 format!("reuse-run[{}]: {} lines of the log were lost\n", std::process::id(), self.lost);

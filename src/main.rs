@@ -15,6 +15,7 @@ mod drain;
 mod environment;
 mod fleet;
 mod intercept;
+mod labels;
 mod listeners;
 mod logging;
 mod manager;

@@ -20,6 +20,7 @@ use crate::drain::Drain;
 use crate::environment::{Environment, Sources};
 use crate::fleet::{Action, Announcement, Event, Fleet, WorkerId, count};
 use crate::intercept::{self, Heard, Interception};
+use crate::labels::{self, Labels, PipeId, Stream};
 use crate::listeners::{Borrower, Pool, StoppedListening};
 use crate::manager::Manager;
 use crate::pidfile::PidFile;
@@ -39,6 +40,8 @@ enum Source {
     /// New control clients.
     Control,
     Client(ClientId),
+    /// A worker's output, or where it goes.
+    Label(labels::Ready),
     Filter(WorkerId),
     /// A way by which a worker can say something.
     Pipe(WorkerId),
@@ -58,6 +61,9 @@ impl Source {
             Self::Notify(WorkerId(id)) => token(5, id),
             Self::Control => token(6, 0),
             Self::Client(ClientId(id)) => token(7, id),
+            Self::Label(labels::Ready::Pipe(PipeId(id))) => token(8, id),
+            Self::Label(labels::Ready::Output(Stream::Stdout)) => token(9, 0),
+            Self::Label(labels::Ready::Output(Stream::Stderr)) => token(10, 0),
         }
     }
 
@@ -71,7 +77,10 @@ impl Source {
             4 => Self::Node(id),
             5 => Self::Notify(id),
             6 => Self::Control,
-            _ => Self::Client(ClientId(token as u32)),
+            7 => Self::Client(ClientId(token as u32)),
+            8 => Self::Label(labels::Ready::Pipe(PipeId(token as u32))),
+            9 => Self::Label(labels::Ready::Output(Stream::Stdout)),
+            _ => Self::Label(labels::Ready::Output(Stream::Stderr)),
         }
     }
 }
@@ -99,6 +108,7 @@ pub struct Supervisor {
     /// `None` when its name could not be had.
     control: Option<Control>,
     pidfile: Option<PidFile>,
+    labels: Option<Labels>,
     signals: Signals,
     starter: Starter,
     sources: Sources,
@@ -124,7 +134,7 @@ pub struct Supervisor {
 /// # Errors
 /// What keeps the wrapper from starting at all; from then on it goes on whatever happens.
 pub fn run(options: Options) -> io::Result<u8> {
-    let Options { mut program, policy, sources, listen, pidfile } = options;
+    let Options { mut program, policy, sources, listen, pidfile, label } = options;
     // First, since a SIGCHLD that is ignored keeps children from being waited for.
     let signals = Signals::new()?;
     let mut bystander = None;
@@ -165,6 +175,7 @@ pub fn run(options: Options) -> io::Result<u8> {
         manager: Manager::new(Instant::now()),
         control,
         pidfile,
+        labels: label.then(Labels::new),
         signals,
         starter,
         sources: sources.with_current_directory(),
@@ -188,6 +199,9 @@ pub fn run(options: Options) -> io::Result<u8> {
     };
     supervisor.unix.keep(|_| false);
     supervisor.all_ended(status);
+    if let Some(labels) = &mut supervisor.labels {
+        labels.finish();
+    }
     // The clients are to see an end of file only when the process, and with it every port, is free.
     std::mem::forget(supervisor.control);
     Ok(status)
@@ -214,6 +228,11 @@ impl Supervisor {
                 Source::Pool => {} // looked at below, whatever has happened
                 Source::Control => self.accept_clients(),
                 Source::Client(id) => self.attend(id),
+                Source::Label(ready) => {
+                    if let Some(labels) = &mut self.labels {
+                        labels.attend(ready, &self.epoll, |ready| Source::Label(ready).to_token());
+                    }
+                }
                 Source::Filter(worker) => self.answer(worker, event.events()),
                 source @ (Source::Pipe(worker) | Source::Node(worker) | Source::Notify(worker)) => {
                     self.hear(worker, source);
@@ -343,7 +362,10 @@ impl Supervisor {
     fn start_watched(&mut self, worker: WorkerId, slot: u32, generation: u32) -> Result<Pid, StartError> {
         let environment = self.environment(generation)?;
         let listeners = self.listeners(Borrower { worker, pid: Pid::from_raw(0), slot, generation })?;
-        let started = self.starter.start(slot, generation, &environment, listeners)?;
+        let pipes = self.labels.as_ref().map(|_| Labels::pipes()).transpose();
+        let pipes = pipes.map_err(|error| StartError::new("no pipes for its output", &error))?;
+        let (ends, output) = pipes.unzip();
+        let started = self.starter.start(slot, generation, &environment, listeners, output)?;
         let pid = started.pid;
         self.pool.has_started(worker, pid);
         let borrower = Borrower { worker, pid, slot, generation };
@@ -354,6 +376,13 @@ impl Supervisor {
             .map_or(Ok(()), |interception| watch(&self.epoll, interception, Source::Filter(worker)))
             .and_then(|()| watch(&self.epoll, &started.ready, Source::Pipe(worker)))
             .and_then(|()| watch(&self.epoll, &started.notify, Source::Notify(worker)))
+            .and_then(|()| match (&mut self.labels, ends) {
+                (Some(labels), Some(ends)) => {
+                    let token = |ready| Source::Label(ready).to_token();
+                    labels.add(worker, slot, pid, ends, &self.epoll, token)
+                }
+                _ => Ok(()),
+            })
             .and_then(|()| match &started.node {
                 Some(node) => watch(&self.epoll, node, Source::Node(worker)),
                 None => Ok(()),

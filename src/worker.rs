@@ -155,6 +155,8 @@ impl Starter {
 
     /// Starts one worker in a process group of its own, behind the filter.
     ///
+    /// `output` is its stdout and stderr, which otherwise are this process's.
+    ///
     /// # Errors
     /// Status 127 when the command isn't found, 126 when it can't be executed, 1 for all else.
     pub fn start(
@@ -163,6 +165,7 @@ impl Starter {
         generation: u32,
         environment: &Environment,
         listeners: Vec<Listener>,
+        output: Option<[OwnedFd; 2]>,
     ) -> Result<Started, StartError> {
         let (ready, ready_end) = ReadyPipe::new().map_err(|e| StartError::new("no pipe for READY_FD", &e))?;
         let directory = environment.directory.as_ref();
@@ -175,6 +178,9 @@ impl Starter {
             .map_err(|e| StartError::new("no socket to prepare it through", &e.into()))?;
         let mut command = Command::new(&self.program.command);
         command.args(&self.program.args).stdin(Stdio::null()).process_group(0);
+        if let Some([stdout, stderr]) = output {
+            command.stdout(stdout).stderr(stderr);
+        }
         let mut variables = environment.variables.clone();
         if let Some(directory) = directory {
             command.current_dir(&directory.physical);

@@ -8,6 +8,7 @@ use nix::unistd::Pid;
 use super::{Source, Supervisor};
 use crate::control::{Awaited, ClientId};
 use crate::fleet::{Event, Place, Rollout, WorkerId, count};
+use crate::labels::Labels;
 use crate::procfs::{self, Usage};
 use crate::protocol::{How, Reply, Request, Target};
 use crate::sockdiag::SockDiag;
@@ -81,7 +82,7 @@ impl Supervisor {
             return failed("there is no reload that could be aborted");
         }
         self.handle(Event::Abort);
-        Reply::Done(format!("aborted; {} serve on", self.fleet.composition()))
+        Reply::Done(format!("aborted; {} on", self.fleet.who_serves()))
     }
 
     fn scale(&mut self, to: Target, wait: bool) -> Result<Reply, (Awaited, Option<Event>)> {
@@ -126,13 +127,13 @@ impl Supervisor {
         result: Result<(), String>,
         culprit: Option<WorkerId>,
     ) {
-        let _ = culprit;
+        let last_lines = |labels: &mut Labels| culprit.map(|worker| labels.last_lines(worker));
+        let details = self.labels.as_mut().and_then(last_lines).unwrap_or_default();
         let reply = match result {
-            Ok(()) => Reply::Done(format!("{} serve", self.fleet.composition())),
-            Err(why) => Reply::Failed(
-                format!("the reload failed: {why}; {} serve on", self.fleet.composition()),
-                Vec::new(),
-            ),
+            Ok(()) => Reply::Done(self.fleet.who_serves()),
+            Err(why) => {
+                Reply::Failed(format!("the reload failed: {why}; {} on", self.fleet.who_serves()), details)
+            }
         };
         for (id, awaited) in self.waiting() {
             if awaited == Awaited::Reload(generation) {
@@ -143,14 +144,14 @@ impl Supervisor {
 
     /// Tells those that wait for it how a scaling has ended, unless what they wait for is yet to come.
     pub(super) fn scale_ended(&mut self, result: Result<(), String>) {
-        let (is, wanted) = (self.fleet.composition(), self.fleet.workers_wanted());
+        let (is, wanted) = (self.fleet.who_serves(), self.fleet.workers_wanted());
         for (id, awaited) in self.waiting() {
             let Awaited::Scale(workers) = awaited else { continue };
             let reply = match &result {
                 _ if workers != self.fleet.slots() && workers == wanted => continue,
-                Ok(()) if workers == self.fleet.slots() => Reply::Done(format!("{is} serve")),
-                Ok(()) => failed(&format!("another number of workers was asked for since: {is} serve")),
-                Err(why) => failed(&format!("the scaling failed: {why}; {is} serve on")),
+                Ok(()) if workers == self.fleet.slots() => Reply::Done(is.clone()),
+                Ok(()) => failed(&format!("another number of workers was asked for since: {is}")),
+                Err(why) => failed(&format!("the scaling failed: {why}; {is} on")),
             };
             self.finish(id, &reply);
         }
