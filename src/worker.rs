@@ -316,7 +316,10 @@ impl Preparation {
         *step = Step::Signals;
         SigSet::empty().thread_set_mask()?;
         for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, self.stop_signal] {
-            sys::signal_default(signal)?;
+            // That of SIGKILL can't be another (sigaction(2)).
+            if signal != Signal::SIGKILL {
+                sys::signal_default(signal)?;
+            }
         }
         // The signal comes when the parent dies; the parent that died before this call is not noticed by
         // it (PR_SET_PDEATHSIG(2const)).
