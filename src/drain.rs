@@ -191,7 +191,9 @@ impl Retired {
 /// to the last one left looks answered.
 fn is_quiet(connection: &Connection) -> bool {
     let traffic = connection.traffic;
-    if connection.unread > 0 || connection.unacknowledged > 0 {
+    // What was sent is the kernel's to deliver, whatever becomes of the worker; and its acknowledgement may be
+    // delayed until the next request.
+    if connection.unread > 0 || traffic.unsent > 0 {
         return false;
     }
     match (traffic.has_received, traffic.has_sent) {
@@ -210,11 +212,12 @@ mod tests {
         let traffic = Traffic {
             sent_ago: Duration::from_millis(sent_ago),
             received_ago: Duration::from_millis(received_ago),
+            unsent: 0,
             has_sent,
             has_received,
         };
         let peer = "127.0.0.1:1".parse().unwrap();
-        Connection { peer, opening: false, inode: 1, unread: 0, unacknowledged: 0, traffic }
+        Connection { peer, opening: false, inode: 1, unread: 0, traffic }
     }
 
     #[test]
@@ -228,7 +231,8 @@ mod tests {
         assert!(is_quiet(&connection(10, 1000, true, false)), "a server that speaks first has spoken");
         let answered = connection(10, 20, true, true);
         assert!(!is_quiet(&Connection { unread: 1, ..answered }));
-        assert!(!is_quiet(&Connection { unacknowledged: 1, ..answered }));
+        let unsent = Traffic { unsent: 1, ..answered.traffic };
+        assert!(!is_quiet(&Connection { traffic: unsent, ..answered }));
     }
 
     fn retired(since: Instant) -> Retired {

@@ -4,7 +4,7 @@
 //! done by the wrapper. Everything else is answered with "continue", so that the kernel says what it would
 //! have said without us. See seccomp_unotify(2).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -32,8 +32,8 @@ const ARCHITECTURE: u32 = 0xC000_00B7; // AUDIT_ARCH_AARCH64
 compile_error!("reuse-run knows the system calls of x86_64 and aarch64 only");
 
 /// The filter: notifies of bind, listen, the setsockopt calls that decide which sockets may be bound side by
-/// side (IPV6_V6ONLY, SO_REUSEPORT) and unlink, which could take a Unix socket's path from others; allows
-/// all else, calls of another ABI included.
+/// side (IPV6_V6ONLY, SO_REUSEPORT), the question whether a socket listens (SO_ACCEPTCONN), and unlink, which
+/// could take a Unix socket's path from others; allows all else, calls of another ABI included.
 ///
 /// No memory can be read here, only the numbers in `struct seccomp_data` (linux/seccomp.h).
 pub fn filter() -> Vec<sock_filter> {
@@ -52,12 +52,17 @@ pub fn filter() -> Vec<sock_filter> {
     let unlink = libc::SYS_unlinkat;
     vec![
         load(ARCH),
-        equal(ARCHITECTURE, 0, 13),
+        equal(ARCHITECTURE, 0, 18),
         load(NR),
-        equal(libc::SYS_bind as u32, 12, 0),
-        equal(libc::SYS_listen as u32, 11, 0),
-        equal(unlink as u32, 10, 0),
-        equal(libc::SYS_unlinkat as u32, 9, 0),
+        equal(libc::SYS_bind as u32, 17, 0),
+        equal(libc::SYS_listen as u32, 16, 0),
+        equal(unlink as u32, 15, 0),
+        equal(libc::SYS_unlinkat as u32, 14, 0),
+        equal(libc::SYS_getsockopt as u32, 0, 4),
+        load(arg(1)),
+        equal(libc::SOL_SOCKET as u32, 0, 10),
+        load(arg(2)),
+        equal(libc::SO_ACCEPTCONN as u32, 9, 8),
         equal(libc::SYS_setsockopt as u32, 0, 7),
         load(arg(1)),
         equal(libc::IPPROTO_IPV6 as u32, 0, 2),
@@ -118,10 +123,31 @@ pub fn probe() -> io::Result<()> {
 /// A system call that waits for its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Call {
-    Bind { fd: u32, address: u64, len: u64 },
-    Listen { fd: u32, backlog: i32 },
-    SetOption { fd: u32, option: SocketOption, value: u64, len: u64 },
-    Unlink { from: Option<u32>, path: u64 },
+    Bind {
+        fd: u32,
+        address: u64,
+        len: u64,
+    },
+    Listen {
+        fd: u32,
+        backlog: i32,
+    },
+    SetOption {
+        fd: u32,
+        option: SocketOption,
+        value: u64,
+        len: u64,
+    },
+    /// getsockopt(SO_ACCEPTCONN): does it listen?
+    DoesListen {
+        fd: u32,
+        value: u64,
+        len: u64,
+    },
+    Unlink {
+        from: Option<u32>,
+        path: u64,
+    },
     Other,
 }
 
@@ -144,6 +170,11 @@ fn decode(data: &libc::seccomp_data) -> Call {
                 _ => return Call::Other,
             };
             Call::SetOption { fd, option, value: data.args[3], len: u64::from(data.args[4] as u32) }
+        }
+        libc::SYS_getsockopt
+            if (data.args[1] as i32, data.args[2] as i32) == (libc::SOL_SOCKET, libc::SO_ACCEPTCONN) =>
+        {
+            Call::DoesListen { fd, value: data.args[3], len: data.args[4] }
         }
         #[cfg(target_arch = "x86_64")]
         libc::SYS_unlink => Call::Unlink { from: None, path: data.args[0] },
@@ -183,6 +214,8 @@ pub struct Interception {
     /// The same of a bind that was interrupted before its answer came: it will be repeated, and has
     /// succeeded already. Happens only without SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV.
     untold: Option<u64>,
+    /// Sockets that the worker has bound and not yet listened on, whatever the kernel would say.
+    bound: HashSet<u64>,
     /// Whether the worker has ended: what is behind the filter still is left to the kernel.
     retired: bool,
     /// Whether the log says already that the worker has rights of its own.
@@ -205,6 +238,7 @@ impl Interception {
             options: HashMap::new(),
             placed: None,
             untold: None,
+            bound: HashSet::new(),
             retired: false,
             warned: false,
         }
@@ -251,6 +285,7 @@ impl Interception {
                 self.note_option(tid, fd, option, value, len);
                 (NotifResponse::Continue, None)
             }
+            Call::DoesListen { fd, value, len } => (self.deny_listening(notif.id, tid, fd, value, len), None),
             Call::Other => (NotifResponse::Continue, None),
         };
         if let Err(error) = sys::seccomp_notif_send(self.notify_fd.as_fd(), notif.id, response) {
@@ -306,6 +341,7 @@ impl Interception {
     ) -> io::Result<()> {
         sys::seccomp_notif_addfd(self.notify_fd.as_fd(), id, socket, fd, close_on_exec)?;
         self.placed = Some(inode);
+        self.bound.insert(inode);
         Ok(())
     }
 
@@ -346,6 +382,23 @@ impl Interception {
                 debug!("worker {} (pid {tid}) binds {}", self.borrower.slot, place.path().display());
                 NotifResponse::Success
             }
+            Err(_) => NotifResponse::Continue,
+        }
+    }
+
+    /// A borrowed socket listens already when it is bound, and a program that asks (gunicorn, HAProxy) would then
+    /// leave its `listen` out. To it the socket is one that was merely bound.
+    fn deny_listening(&self, id: u64, tid: Pid, fd: u32, value: u64, len: u64) -> NotifResponse {
+        let inode = procfs::socket_inode(tid, fd).ok().flatten();
+        let is_bound_only = inode.is_some_and(|inode| self.bound.contains(&inode));
+        // Anything odd is left to the kernel.
+        let Ok(size) = procfs::memory(tid, len, size_of::<i32>()) else { return NotifResponse::Continue };
+        let fits = size == (size_of::<i32>() as i32).to_ne_bytes();
+        if !is_bound_only || !fits || !sys::seccomp_notif_id_valid(self.notify_fd.as_fd(), id) {
+            return NotifResponse::Continue;
+        }
+        match procfs::set_memory(tid, value, &0i32.to_ne_bytes()) {
+            Ok(()) => NotifResponse::Success,
             Err(_) => NotifResponse::Continue,
         }
     }
@@ -454,6 +507,7 @@ impl Interception {
         };
         match listens {
             Ok(endpoint) => {
+                self.bound.remove(&inode);
                 debug!("worker {} (pid {tid}) listens on {endpoint}", self.borrower.slot);
                 (NotifResponse::Success, Some(endpoint))
             }
@@ -571,7 +625,7 @@ mod tests {
     }
 
     #[test]
-    fn the_filter_stops_bind_listen_unlink_and_two_socket_options_and_nothing_else() {
+    fn the_filter_stops_bind_listen_unlink_and_three_socket_options_and_nothing_else() {
         let option = |level: i32, name: i32| {
             verdict(libc::SYS_setsockopt, ARCHITECTURE, [3, level as u64, name as u64, 0, 4, 0])
         };
@@ -584,6 +638,11 @@ mod tests {
         assert_eq!(option(libc::SOL_SOCKET, libc::IPV6_V6ONLY), allow);
         assert_eq!(option(libc::IPPROTO_TCP, libc::TCP_NODELAY), allow);
         assert_eq!(option(libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS), allow);
+        assert_eq!(verdict(libc::SYS_unlinkat, ARCHITECTURE, [0, 1, 0, 0, 0, 0]), notify);
+        let question = |name: i32| {
+            verdict(libc::SYS_getsockopt, ARCHITECTURE, [3, libc::SOL_SOCKET as u64, name as u64, 0, 0, 0])
+        };
+        assert_eq!((question(libc::SO_ACCEPTCONN), question(libc::SO_ERROR)), (notify, allow));
         for nr in [libc::SYS_accept4, libc::SYS_read, libc::SYS_connect, libc::SYS_getsockopt] {
             assert_eq!(verdict(nr, ARCHITECTURE, [3, 0, 0, 0, 0, 0]), allow);
         }
@@ -595,7 +654,9 @@ mod tests {
         /// What the filter stops is understood as what it is, whatever else is in the registers.
         #[test]
         fn a_call_is_understood_by_the_halves_of_registers_that_the_kernel_looks_at(
-            nr in prop::sample::select(vec![libc::SYS_bind, libc::SYS_listen, libc::SYS_setsockopt, libc::SYS_read]),
+            nr in prop::sample::select(vec![
+                libc::SYS_bind, libc::SYS_listen, libc::SYS_setsockopt, libc::SYS_getsockopt, libc::SYS_read,
+            ]),
             args: [u64; 6],
         ) {
             let data = libc::seccomp_data { nr: nr as i32, arch: ARCHITECTURE, instruction_pointer: 0, args };

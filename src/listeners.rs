@@ -103,6 +103,8 @@ const MANY: usize = 64;
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// How long a connection waits to be accepted before it is looked whether anyone is there to accept it.
 const QUEUE_STANDS: Duration = Duration::from_secs(1);
+/// How long later it is looked again whether a listener is closed and its worker lives.
+const CLOSED_STANDS: Duration = Duration::from_millis(200);
 /// Of sockets that workers are given, as systemd has it (systemd.socket(5)).
 const GIVEN_BACKLOG: i32 = 4096;
 /// Nobody is ever queued on a free socket; a borrower sets its own backlog.
@@ -119,6 +121,8 @@ pub struct Pool {
     /// Sockets on which a connection waited: when to look whether one still does. They are not watched for
     /// connections until then, so that traffic wakes the wrapper once in that time.
     queued: BTreeMap<MemberId, Instant>,
+    /// Those of them that were closed at the last look.
+    suspects: BTreeSet<MemberId>,
     /// Sockets that nobody borrows and on which connections may wait, for [`Pool::reset_unserved`].
     unserved: BTreeSet<MemberId>,
     stopped: Vec<StoppedListening>,
@@ -133,6 +137,7 @@ impl Pool {
             next: MemberId(0),
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             queued: BTreeMap::new(),
+            suspects: BTreeSet::new(),
             unserved: BTreeSet::new(),
             stopped: Vec::new(),
         })
@@ -489,6 +494,7 @@ impl Pool {
 
     fn remove(&mut self, id: MemberId) {
         self.queued.remove(&id);
+        self.suspects.remove(&id);
         self.unserved.remove(&id);
         if let Some(member) = self.members.remove(&id) {
             self.inodes.remove(&member.inode);
@@ -511,20 +517,26 @@ impl Pool {
             self.queued.iter().filter(|(_, at)| **at <= now).map(|(id, _)| *id).collect();
         for id in due {
             self.queued.remove(&id);
+            let was_suspect = self.suspects.remove(&id);
             let Some(member) = self.members.get(&id) else { continue };
             let Holder::Lent(Borrower { pid, .. }) = member.holder else {
                 self.watch(id); // it tells at once if connections wait still
                 continue;
             };
             let waits = sys::tcp_info(member.socket.as_fd()).is_ok_and(|info| info.accept_queue > 0);
-            if waits && !procfs::is_open_elsewhere(pid, member.inode) {
+            let is_closed = waits && !procfs::is_open_elsewhere(pid, member.inode);
+            if is_closed && was_suspect {
                 self.take_back(member.inode);
-            } else {
-                if waits {
-                    self.queued.insert(id, now + QUEUE_STANDS);
-                }
-                self.watch(id);
+                continue;
             }
+            if is_closed {
+                // A worker that ends closes its sockets a moment before its end is told.
+                self.suspects.insert(id);
+                self.queued.insert(id, now + CLOSED_STANDS);
+            } else if waits {
+                self.queued.insert(id, now + QUEUE_STANDS);
+            }
+            self.watch(id);
         }
     }
 

@@ -34,6 +34,11 @@ pub fn memory(tid: Pid, address: u64, len: usize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Writes to the memory of thread `tid` at `address`.
+pub fn set_memory(tid: Pid, address: u64, bytes: &[u8]) -> io::Result<()> {
+    File::options().write(true).open(path(tid, "mem"))?.write_all_at(bytes, address)
+}
+
 /// The inode number of the socket that fd number `fd` of thread `tid` is, if it is one.
 pub fn socket_inode(tid: Pid, fd: u32) -> io::Result<Option<u64>> {
     let link = fs::read_link(path(tid, &format!("fd/{fd}")))?;

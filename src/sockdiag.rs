@@ -23,8 +23,6 @@ pub struct Connection {
     pub inode: u32,
     /// Bytes that have not been read.
     pub unread: u32,
-    /// Bytes that the peer has not acknowledged.
-    pub unacknowledged: u32,
     pub traffic: Traffic,
 }
 
@@ -35,6 +33,8 @@ pub struct Traffic {
     pub sent_ago: Duration,
     /// Since data was received, or since the connection was made.
     pub received_ago: Duration,
+    /// Bytes that were written and not sent: the peer, or the network, takes no more.
+    pub unsent: u32,
     pub has_sent: bool,
     pub has_received: bool,
 }
@@ -45,6 +45,7 @@ impl Traffic {
         const LAST_DATA_SENT: usize = 44;
         const LAST_DATA_RECV: usize = 52;
         const BYTES_RECEIVED: usize = 128;
+        const NOTSENT_BYTES: usize = 144;
         const DATA_SEGS_OUT: usize = 156;
         let field = |at: usize| {
             let bytes = info.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
@@ -53,6 +54,7 @@ impl Traffic {
         Self {
             sent_ago: Duration::from_millis(field(LAST_DATA_SENT).into()),
             received_ago: Duration::from_millis(field(LAST_DATA_RECV).into()),
+            unsent: field(NOTSENT_BYTES),
             has_sent: field(DATA_SEGS_OUT) != 0,
             has_received: field(BYTES_RECEIVED) != 0 || field(BYTES_RECEIVED + 4) != 0,
         }
@@ -161,7 +163,6 @@ fn connection(response: &InetResponse) -> Connection {
         opening: header.state == TCP_SYN_RECV,
         inode: header.inode,
         unread: header.recv_queue,
-        unacknowledged: header.send_queue,
         traffic: info.unwrap_or_default(),
     }
 }

@@ -373,6 +373,17 @@ fn gunicorn_with_a_given_listener_loses_no_request_in_5_reloads() {
 }
 
 #[test]
+fn gunicorn_that_binds_by_itself_loses_no_request_in_5_reloads() {
+    let _turn = turn();
+    let addr = free_address();
+    // It asks the kernel whether its socket listens already (SO_ACCEPTCONN), and if so leaves that out.
+    let more = ["--workers", "2", "--bind", &addr.to_string(), "web:wsgi"];
+    let mut service = packaged("-n 2 --stop-signal TERM", "gunicorn", &more);
+    reloads_lose_nothing(&service, addr, 5, true);
+    service.stop();
+}
+
+#[test]
 fn uvicorn_with_a_given_listener_loses_no_request_in_5_reloads() {
     let _turn = turn();
     let addr = free_address();

@@ -353,3 +353,19 @@ fn get_or_none(addr: SocketAddr) -> Option<load::Origin> {
         Err(_) => None,
     }
 }
+
+#[test]
+fn clients_that_ask_again_before_their_answer_is_acknowledged_do_not_hold_up_the_drain() {
+    let _turn = turn();
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 2 --drain 100s", &naive(addr));
+    // The kernel delays an acknowledgement by up to 40 ms, to send it with the next request.
+    let mode = Mode::KeepAlive { think: Duration::from_millis(20) };
+    let load = Load::start(LoadOptions::new(addr, 4).mode(mode));
+    wait_until("answers", DEADLINE, || load.snapshot().answered > 20);
+    let took = service.reload();
+    assert!(took < Duration::from_secs(50), "{took:?}");
+    assert_eq!(service.log.count_of("was not seen idle"), 0, "{}", service.log.text());
+    load.stop(); // what a naive server cuts off is another test's business
+    service.stop();
+}

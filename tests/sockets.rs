@@ -257,3 +257,22 @@ fn a_port_in_time_wait_is_not_in_use() {
     get(addr);
     service.stop();
 }
+
+#[test]
+fn a_socket_listens_by_its_own_account_only_after_listen_though_it_is_borrowed() {
+    let addr = free_address();
+    let server = "import os, socket, sys, time\n\
+        listener = socket.socket()\n\
+        listener.bind(('127.0.0.1', int(sys.argv[1])))\n\
+        listens = lambda: listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)\n\
+        before = listens()\n\
+        listener.listen()\n\
+        print('listens:', before, listens(), flush=True)\n\
+        time.sleep(1000)";
+    let mut service = Service::run_ready("-n 1", &["python3", "-c", server, &addr.port().to_string()]);
+    for _ in 0..3 {
+        service.reload();
+    }
+    wait_until("the answers of four workers", DEADLINE, || service.out.count_of("listens: 0 1") == 4);
+    service.stop();
+}
