@@ -73,7 +73,7 @@ fn find(pid: Option<u32>) -> Result<u32, Failure> {
     }
     let sockets = procfs::unix_sockets();
     let all: BTreeSet<u32> = sockets.iter().filter_map(|socket| protocol::pid_of(&socket.name)).collect();
-    if all.contains(&1) {
+    if all.contains(&1) && connect(1).is_ok() {
         return Ok(1);
     }
     let ours: Vec<u32> = all.into_iter().filter(|pid| connect(*pid).is_ok()).collect();
@@ -98,8 +98,8 @@ fn connect(pid: u32) -> Result<UnixStream, Failure> {
         _ => format!("can't speak to process {pid}: {error}"),
     })?;
     // Anyone may have taken the name; only the right one is told what to do, and believed.
-    let (user, peer) = (nix::unistd::geteuid().as_raw(), getsockopt(&stream, PeerCredentials)?.uid());
-    if user != 0 && peer != user && peer != 0 {
+    let (user, peer) = (nix::unistd::geteuid().as_raw(), getsockopt(&stream, PeerCredentials)?);
+    if peer.pid() as u32 != pid || (user != 0 && peer.uid() != user && peer.uid() != 0) {
         return Err(format!("process {pid} is not a reuse-run of this user").into());
     }
     Ok(stream)
@@ -109,6 +109,7 @@ fn connect(pid: u32) -> Result<UnixStream, Failure> {
 fn ask(pid: u32, request: Request) -> Result<BufReader<UnixStream>, Failure> {
     let stream = connect(pid)?;
     stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
     (&stream).write_all(&protocol::line(&Envelope { version: VERSION, request }))?;
     Ok(BufReader::new(stream))
 }
@@ -122,8 +123,10 @@ fn reply(replies: &mut impl BufRead) -> io::Result<Option<Reply>> {
     }
 }
 
-fn status(pid: u32) -> Result<Box<Status>, Failure> {
-    let answer = reply(&mut ask(pid, Request::Status)?).map_err(|error| match error.kind() {
+fn status(pid: u32, request: Request, patience: Duration) -> Result<Box<Status>, Failure> {
+    let mut replies = ask(pid, request)?;
+    replies.get_ref().set_read_timeout(Some(patience))?;
+    let answer = reply(&mut replies).map_err(|error| match error.kind() {
         ErrorKind::WouldBlock => format!("process {pid} does not answer"),
         _ => format!("process {pid} can't be understood: {error}"),
     })?;
@@ -139,7 +142,7 @@ fn status(pid: u32) -> Result<Box<Status>, Failure> {
 
 fn show(pid: u32, json: bool, watch: bool) -> Result<u8, Failure> {
     loop {
-        let status = status(pid)?;
+        let status = status(pid, Request::Status, PATIENCE)?;
         let text = if json { serde_json::to_string(&status)? + "\n" } else { status.to_string() };
         // Clears what is left of the last one: to the end of each line, and below.
         let redraw = watch && !json && io::stdout().is_terminal();
@@ -156,6 +159,7 @@ fn show(pid: u32, json: bool, watch: bool) -> Result<u8, Failure> {
 fn change(pid: u32, request: Request, timeout: Option<Duration>) -> Result<u8, Failure> {
     let until = timeout.map(|timeout| Instant::now() + timeout);
     let mut replies = ask(pid, request)?;
+    let (asked, mut has_answered) = (Instant::now(), false);
     let mut screen = Screen::new(pid);
     let mut line = Vec::new();
     loop {
@@ -165,7 +169,8 @@ fn change(pid: u32, request: Request, timeout: Option<Duration>) -> Result<u8, F
             let timeout = humantime::format_duration(timeout);
             return Err(format!("it is not over after {timeout} (see --timeout), and goes on").into());
         }
-        let pause = screen.pause().into_iter().chain(left).min();
+        let patience = (!has_answered).then_some(PATIENCE);
+        let pause = screen.pause().into_iter().chain(left).chain(patience).min();
         replies.get_ref().set_read_timeout(pause)?;
         // What a time-out interrupts stays in `line`.
         match replies.read_until(b'\n', &mut line) {
@@ -175,12 +180,17 @@ fn change(pid: u32, request: Request, timeout: Option<Duration>) -> Result<u8, F
             }
             Ok(_) => {}
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                if !has_answered && asked.elapsed() >= PATIENCE {
+                    screen.clear();
+                    return Err(format!("process {pid} does not answer").into());
+                }
                 screen.draw();
                 continue;
             }
             Err(error) => return Err(error.into()),
         }
         let answer = serde_json::from_slice(&std::mem::take(&mut line))?;
+        has_answered = true;
         screen.clear();
         match answer {
             Reply::Step(step) => say(&step),
@@ -237,7 +247,7 @@ impl Screen {
         if !self.is_terminal {
             return;
         }
-        let Ok(status) = status(self.pid) else { return };
+        let Ok(status) = status(self.pid, Request::Brief, LIVE) else { return };
         self.clear();
         let line = |worker: &Worker| {
             let Worker { slot, pid, generation, state, .. } = worker;

@@ -2,6 +2,7 @@
 //! talks nonsense is dropped and holds nobody up.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -14,7 +15,9 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use crate::protocol::{self, LONGEST_REQUEST, Reply, Request};
 
 /// More at once are turned away.
-const MOST_CLIENTS: usize = 256;
+const MOST_CLIENTS: usize = 128;
+/// How many are taken in at once, lest a flood of them hold up everything else.
+const MOST_AT_ONCE: usize = 16;
 /// A client has so long to send its request.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// A client that leaves so much unread, in bytes, is dropped.
@@ -29,8 +32,11 @@ pub struct ClientId(pub u32);
 pub enum Awaited {
     /// The reload that is to bring this generation.
     Reload(u32),
-    /// So many workers.
-    Scale(u32),
+    /// The scaling with this number, to so many workers.
+    Scale {
+        number: u32,
+        workers: u32,
+    },
     Stop,
 }
 
@@ -54,6 +60,8 @@ enum State {
 #[derive(Debug)]
 pub struct Control {
     listener: UnixListener,
+    /// Given up for a moment when no other fd is to be had, so that a client can be turned away.
+    spare: Option<File>,
     clients: BTreeMap<ClientId, Client>,
     next: u32,
 }
@@ -66,12 +74,23 @@ impl Control {
     pub fn new() -> io::Result<Self> {
         let listener = UnixListener::bind_addr(&protocol::address(std::process::id())?)?;
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, clients: BTreeMap::new(), next: 0 })
+        Ok(Self { listener, spare: File::open("/dev/null").ok(), clients: BTreeMap::new(), next: 0 })
     }
 
     /// Takes new clients in, and has `epoll` tell of them by the token that `token` makes.
     pub fn accept(&mut self, epoll: &Epoll, now: Instant, token: impl Fn(ClientId) -> u64) {
-        while let Ok((stream, _)) = self.listener.accept() {
+        for _ in 0..MOST_AT_ONCE {
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    debug!("a control client is turned away: {error}");
+                    self.spare = None;
+                    drop(self.listener.accept());
+                    self.spare = File::open("/dev/null").ok();
+                    return;
+                }
+            };
             let id = ClientId(self.next);
             let may_come = self.clients.len() < MOST_CLIENTS && may_speak(&stream);
             // Edge-triggered: a client is read, and written to, until it would block.
@@ -129,6 +148,7 @@ impl Control {
     pub fn finish(&mut self, id: ClientId, reply: &Reply) {
         if let Some(client) = self.clients.get_mut(&id) {
             client.state = State::Ending;
+            client.since = Instant::now();
         }
         self.send(id, reply);
     }
@@ -156,7 +176,8 @@ impl Control {
         }
     }
 
-    fn send(&mut self, id: ClientId, reply: &Reply) {
+    /// Says something to a client.
+    pub fn send(&mut self, id: ClientId, reply: &Reply) {
         let Some(client) = self.clients.get_mut(&id) else { return };
         client.output.extend(protocol::line(reply));
         if client.flush().is_err() || client.output.len() > LONGEST_BACKLOG {

@@ -190,12 +190,18 @@ pub enum Action {
     ReloadEnded {
         generation: u32,
         result: Result<(), String>,
+        /// Who serves now.
+        serving: String,
         /// The worker that it failed by.
         culprit: Option<WorkerId>,
     },
     /// The number of slots is what [`Event::Scale`] wanted, or could not be.
     ScaleEnded {
+        /// See [`Fleet::next_scaling`].
+        number: u32,
         result: Result<(), String>,
+        serving: String,
+        culprit: Option<WorkerId>,
     },
     Exit {
         status: u8,
@@ -343,6 +349,8 @@ pub struct Fleet {
     reload_wanted: Option<Rollout>,
     /// To scale when the phase allows.
     scale_wanted: Option<u32>,
+    /// How many scalings were begun.
+    scalings: u32,
     last_reload: Option<LastReload>,
     /// Starts of the generation that serves which failed since the last that didn't.
     failures: u32,
@@ -405,6 +413,7 @@ impl Fleet {
             rollout: policy.rollout,
             reload_wanted: None,
             scale_wanted: None,
+            scalings: 0,
             last_reload: None,
             failures: 0,
             last_status: 0,
@@ -493,6 +502,16 @@ impl Fleet {
 
     pub fn slots(&self) -> u32 {
         self.slots.len() as u32
+    }
+
+    /// The number, from 1, of the scaling that is begun, or waits, if it is asked for now.
+    pub fn next_scaling(&self) -> u32 {
+        self.scalings + 1
+    }
+
+    /// How the reload goes that waits its turn, if one does.
+    pub fn waiting_reload(&self) -> Option<Rollout> {
+        self.reload_wanted
     }
 
     /// How many workers there are to be.
@@ -765,16 +784,12 @@ impl Fleet {
             self.slots[slot].reset_at = None;
             self.remember_endpoints(id);
             self.actions.push(Action::Steer);
-            match self.phase {
-                Phase::Starting => {}
-                Phase::Scaling { from } if slot >= from => {
-                    self.info(format!("{name} is ready, a new one, after {}", millis(took)));
-                }
-                _ => {
-                    self.info(format!("{name} is ready, a replacement, after {}", millis(took)));
-                    // What it has not taken up of its predecessor's it never will.
-                    self.actions.push(Action::Unreserve { slot: slot as u32, generation });
-                }
+            if self.phase != Phase::Starting {
+                let is_new = self.slots[slot].restarts == 0;
+                let what = if is_new { "a new one" } else { "a replacement" };
+                self.info(format!("{name} is ready, {what}, after {}", millis(took)));
+                // What it has not taken up of its predecessor's it never will.
+                self.actions.push(Action::Unreserve { slot: slot as u32, generation });
             }
         }
         match self.phase {
@@ -961,6 +976,15 @@ impl Fleet {
         }
     }
 
+    /// Whether a reload has replaced some slots and not all.
+    fn is_rolling(&self) -> bool {
+        match self.phase {
+            Phase::Replacing { from, .. } => from > 0,
+            Phase::Retiring { next, .. } => next < self.slots.len(),
+            _ => false,
+        }
+    }
+
     /// Whether no worker is started any more.
     fn is_over(&self) -> bool {
         matches!(self.phase, Phase::Starting | Phase::Stopping { .. })
@@ -1002,9 +1026,14 @@ impl Fleet {
             }
             _ if successor => {
                 self.actions.push(Action::Release { worker: id, successor: true });
-                self.warn(ended);
+                let is_new = worker.generation == self.newest && self.is_rolling();
                 self.restart_later(&worker, end.status(), now);
                 self.actions.push(Action::Steer);
+                if is_new {
+                    self.abandon(&ended, Some(id), now);
+                } else {
+                    self.warn(ended);
+                }
             }
             _ => {
                 self.actions.push(Action::Release { worker: id, successor: false });
@@ -1069,7 +1098,7 @@ impl Fleet {
     pub fn can_abort(&self) -> bool {
         let goes_on = match self.phase {
             Phase::Replacing { .. } | Phase::Trying { .. } => true,
-            Phase::Retiring { next, .. } => next < self.slots.len(),
+            Phase::Retiring { .. } => self.is_rolling(),
             _ => false,
         };
         goes_on || self.reload_wanted.is_some()
@@ -1078,12 +1107,13 @@ impl Fleet {
     fn abort_asked(&mut self, now: Instant) {
         match self.phase {
             Phase::Replacing { .. } | Phase::Trying { .. } => self.abandon("aborted", None, now),
-            Phase::Retiring { next, .. } if next < self.slots.len() => self.abandon("aborted", None, now),
+            Phase::Retiring { .. } if self.is_rolling() => self.abandon("aborted", None, now),
             _ => {}
         }
         if self.reload_wanted.take().is_some() {
             let (generation, result) = (self.next_generation(), Err("aborted".to_owned()));
-            self.actions.push(Action::ReloadEnded { generation, result, culprit: None });
+            let serving = self.who_serves();
+            self.actions.push(Action::ReloadEnded { generation, result, serving, culprit: None });
         }
     }
 
@@ -1109,7 +1139,7 @@ impl Fleet {
                 self.phase = Phase::Serving;
                 self.info(format!("scaling done: {}", self.composition()));
                 self.announce_serving();
-                self.actions.push(Action::ScaleEnded { result: Ok(()) });
+                self.scale_ended(Ok(()), None);
             }
             Phase::Stopping { status } if self.workers.is_empty() => {
                 self.actions.push(Action::Exit { status });
@@ -1160,6 +1190,7 @@ impl Fleet {
 
     /// Adds slots, or removes the last ones.
     fn scale(&mut self, workers: usize, now: Instant) {
+        self.scalings += 1;
         let before = self.slots.len();
         self.info(format!("scaling from {before} to {}", count(workers, "worker")));
         self.phase = Phase::Scaling { from: before.min(workers) };
@@ -1199,7 +1230,7 @@ impl Fleet {
             self.phase = Phase::Abandoning;
             self.remove_slots(from, now);
             self.warn(format!("{why}; scaling abandoned, {} on", self.who_serves()));
-            self.actions.push(Action::ScaleEnded { result: Err(why.to_owned()) });
+            self.scale_ended(Err(why.to_owned()), culprit);
             return;
         }
         let tried: Vec<WorkerId> =
@@ -1224,7 +1255,13 @@ impl Fleet {
     fn reload_ended(&mut self, result: Result<(), String>, culprit: Option<WorkerId>, now: Instant) {
         let generation = self.newest;
         self.last_reload = Some(LastReload { generation, result: result.clone(), ended: now });
-        self.actions.push(Action::ReloadEnded { generation, result, culprit });
+        let serving = self.who_serves();
+        self.actions.push(Action::ReloadEnded { generation, result, serving, culprit });
+    }
+
+    fn scale_ended(&mut self, result: Result<(), String>, culprit: Option<WorkerId>) {
+        let (number, serving) = (self.scalings, self.who_serves());
+        self.actions.push(Action::ScaleEnded { number, result, serving, culprit });
     }
 
     /// There is nothing that works: stop what there is and exit with `status`.
@@ -1515,7 +1552,7 @@ mod tests {
                     Action::ReloadEnded { generation, result, .. } => {
                         self.reloads.push((generation, result.is_ok()))
                     }
-                    Action::ScaleEnded { result } => self.scalings.push(result.is_ok()),
+                    Action::ScaleEnded { result, .. } => self.scalings.push(result.is_ok()),
                     Action::LookForStrangers | Action::Announce(_) => {}
                 }
             }
@@ -1873,6 +1910,21 @@ mod tests {
         world.event(Event::Reload(Rollout::AllAtOnce));
         world.ready_all();
         assert_eq!(world.steered_to(), [(0, 3), (1, 3), (2, 3)]);
+    }
+
+    #[test]
+    fn a_rolling_reload_stops_when_a_new_worker_dies_that_was_ready() {
+        let mut world = serving();
+        world.event(Event::Reload(Rollout::Batches(1)));
+        world.ready_all();
+        let new = *world.ids().last().unwrap();
+        world.end(new, End::Exited(1));
+        assert_eq!(world.reloads, [(2, false)]);
+        world.drain_all();
+        world.obey();
+        world.pass(Duration::from_secs(1));
+        world.ready_all();
+        assert_eq!(world.steered_to(), [(0, 2), (1, 1), (2, 1)], "no other slot is touched");
     }
 
     #[test]

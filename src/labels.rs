@@ -136,6 +136,11 @@ impl Labels {
                 stream
             }
         };
+        self.go_on(stream, epoll, token);
+    }
+
+    /// Writes what was read, and reads more or less according to that.
+    fn go_on(&mut self, stream: Stream, epoll: &Epoll, token: impl Fn(Ready) -> u64) {
         let output = self.output(stream);
         output.flush();
         output.watch(epoll, token(Ready::Output(stream)));
@@ -177,19 +182,31 @@ impl Labels {
     }
 
     /// What a worker has written last to stderr.
-    pub fn last_lines(&mut self, worker: WorkerId) -> Vec<String> {
+    pub fn last_lines(
+        &mut self,
+        worker: WorkerId,
+        epoll: &Epoll,
+        token: impl Fn(Ready) -> u64,
+    ) -> Vec<String> {
         let its = |pipe: &Pipe| pipe.worker == worker && pipe.stream == Stream::Stderr;
         let pipe = self.pipes.iter().find(|(_, pipe)| its(pipe)).map(|(id, _)| *id);
-        // A pipe holds no more than this by default; one that goes on to flood is not worth more.
-        let most = 1024 * 1024 / MOST_AT_ONCE;
-        let _ = pipe.map(|id| (0..most).take_while(|_| self.read(id)).count());
+        if let Some(id) = pipe {
+            self.read_up(id);
+            self.go_on(Stream::Stderr, epoll, token);
+        }
         self.last.get(&worker).map_or(Vec::new(), |lines| lines.iter().cloned().collect())
+    }
+
+    /// Reads what is in a pipe, which holds no more than this unless somebody has enlarged it or goes on to write.
+    fn read_up(&mut self, id: PipeId) {
+        const MOST: usize = 1024 * 1024 / MOST_AT_ONCE;
+        let _ = (0..MOST).take_while(|_| self.read(id)).count();
     }
 
     /// Writes what is left, at the end.
     pub fn finish(&mut self) {
         for id in self.pipes.keys().copied().collect::<Vec<_>>() {
-            while self.read(id) {}
+            self.read_up(id);
             if let Some(pipe) = self.pipes.get_mut(&id) {
                 let (stream, lines) = (pipe.stream, pipe.lines.end());
                 self.output(stream).queue.extend(lines);

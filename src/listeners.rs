@@ -750,7 +750,10 @@ impl Group {
         }
         // Without anyone to name the program stays.
         if let Some(any) = named.first() {
-            let (named, tried) = (self.order.indices(&named), self.order.indices(&tried));
+            let (named, mut tried) = (self.order.indices(&named), self.order.indices(&tried));
+            if named.is_empty() {
+                tried.clear(); // a share of nothing known would be everything
+            }
             let targets = Targets { named, tried, share };
             if self.targets.as_ref() != Some(&targets) {
                 sys::attach_reuseport_cbpf(members[any].socket.as_fd(), &steering::program(&targets))?;

@@ -1,7 +1,7 @@
 //! A file that holds the wrapper's PID while its workers serve.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use log::warn;
@@ -36,8 +36,14 @@ impl PidFile {
         }
         let mut name = self.path.as_os_str().to_owned();
         name.push(format!(".{}", std::process::id()));
-        let written = fs::write(&name, format!("{}\n", std::process::id()))
-            .and_then(|()| fs::rename(&name, &self.path));
+        let write = || -> io::Result<()> {
+            let _ = fs::remove_file(&name);
+            // A new file, so that no link that somebody has put there is followed.
+            let mut file = fs::OpenOptions::new().write(true).create_new(true).open(&name)?;
+            writeln!(file, "{}", std::process::id())?;
+            fs::rename(&name, &self.path)
+        };
+        let written = write();
         match written {
             Ok(()) => self.is_written = true,
             Err(error) => {

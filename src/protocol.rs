@@ -27,6 +27,8 @@ pub struct Envelope {
 #[serde(rename_all = "lowercase")]
 pub enum Request {
     Status,
+    /// The same, without what takes long to find out: connections, and what processes have used.
+    Brief,
     /// Without `how`, as a signal's reload goes. Whoever doesn't wait gets one reply at once.
     Reload {
         how: Option<How>,
@@ -131,6 +133,7 @@ mod tests {
     fn a_request_is_read_as_it_was_written() {
         for request in [
             Request::Status,
+            Request::Brief,
             Request::Reload { how: None, wait: true },
             Request::Reload { how: Some(How::Batch(2)), wait: false },
             Request::Reload { how: Some(How::Canary { percent: 2.5, seconds: 0.25 }), wait: true },

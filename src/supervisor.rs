@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use crate::address::{Address, Endpoint};
 use crate::bystander::{self, Bystander};
 use crate::cli::Options;
-use crate::control::{ClientId, Control};
+use crate::control::{Awaited, ClientId, Control};
 use crate::drain::Drain;
 use crate::environment::{Environment, Sources};
 use crate::fleet::{Action, Announcement, Event, Fleet, WorkerId, count};
@@ -330,10 +330,14 @@ impl Supervisor {
                     }
                     self.manager.announce(&announcement);
                 }
-                Action::ReloadEnded { generation, result, culprit } => {
-                    self.reload_ended(generation, result, culprit);
+                Action::ReloadEnded { generation, result, serving, culprit } => {
+                    let is_it = |awaited| awaited == Awaited::Reload(generation);
+                    self.has_ended("reload", is_it, result, serving, culprit);
                 }
-                Action::ScaleEnded { result } => self.scale_ended(result),
+                Action::ScaleEnded { number, result, serving, culprit } => {
+                    let is_it = |awaited| matches!(awaited, Awaited::Scale { number: n, .. } if n == number);
+                    self.has_ended("scaling", is_it, result, serving, culprit);
+                }
                 Action::Exit { status } => self.exit = Some(status),
             }
         }
@@ -427,7 +431,7 @@ impl Supervisor {
         for asked in self.signals.pending() {
             match asked {
                 Asked::Reap => self.reap(),
-                Asked::Reload => self.handle(Event::Reload(self.fleet.default_rollout())),
+                Asked::Reload => self.reload_by_signal(),
                 Asked::Stop(signal) => self.handle(Event::Stop { signal: signal.as_str() }),
                 Asked::Scale { more } => self.scale_by(more),
                 Asked::Forward(signal) => self.forward(signal),

@@ -277,7 +277,10 @@ fn after_200_reloads_nothing_has_piled_up() {
     }
     assert_eq!(get(addr, "/").origin.generation, Some(201));
     assert!(fds_after_2 > 0);
-    assert_eq!(service.fds(), fds_after_2, "file descriptors after 200 reloads and after 2");
+    // What belonged to an old worker may be closed a moment after its end is told.
+    wait_until("no more file descriptors after 200 reloads than after 2", DEADLINE, || {
+        service.fds() <= fds_after_2
+    });
     // Less than a KiB a reload: an allocator's page or two, but nothing that is kept each time.
     let memory = service.memory_kib();
     assert!(memory <= memory_after_20 + 128, "KiB after 20 reloads: {memory_after_20}, after 200: {memory}");

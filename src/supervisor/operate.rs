@@ -24,57 +24,69 @@ impl Supervisor {
 
     pub(super) fn attend(&mut self, id: ClientId) {
         let Some(request) = self.control.as_mut().and_then(|control| control.attend(id)) else { return };
-        let now_or_then = match request {
-            Request::Status => Ok(Reply::Status(Box::new(self.status()))),
-            _ if self.fleet.is_stopping() && !matches!(request, Request::Stop { .. }) => {
-                Ok(failed("everything is being stopped"))
-            }
+        let answer = match request {
+            Request::Status => Answer::Now(Reply::Status(Box::new(self.status(false)))),
+            Request::Brief => Answer::Now(Reply::Status(Box::new(self.status(true)))),
+            Request::Stop { wait } => self.stop(wait),
+            _ if self.fleet.is_stopping() => Answer::Now(failed("everything is being stopped")),
             Request::Reload { how, wait } => self.reload(how, wait),
-            Request::Abort => Ok(self.abort()),
+            Request::Abort => Answer::Now(self.abort()),
             Request::Scale { to, wait } => self.scale(to, wait),
-            Request::Stop { wait } => {
-                let event = Event::Stop { signal: "stop" };
-                if self.fleet.is_stopping() {
-                    Err((Awaited::Stop, None))
-                } else if wait {
-                    Err((Awaited::Stop, Some(event)))
-                } else {
-                    self.handle(event);
-                    Ok(Reply::Done("the workers are being stopped".to_owned()))
-                }
-            }
         };
-        match now_or_then {
-            Ok(reply) => self.finish(id, &reply),
+        match answer {
+            Answer::Now(reply) => self.finish(id, &reply),
             // It waits before the change begins, so that it sees all of it.
-            Err((awaited, event)) => {
+            Answer::Then(awaited, event) => {
                 if let Some(control) = &mut self.control {
                     control.have_wait(id, awaited);
+                    if event == Event::Tick {
+                        control.send(id, &Reply::Step("everything is being stopped already".to_owned()));
+                    }
                 }
-                event.into_iter().for_each(|event| self.handle(event));
+                self.handle(event);
             }
         }
     }
 
-    /// A reply, or else what the client is to wait for and how it begins.
-    fn reload(&mut self, how: Option<How>, wait: bool) -> Result<Reply, (Awaited, Option<Event>)> {
+    fn stop(&mut self, wait: bool) -> Answer {
+        let is_stopping = self.fleet.is_stopping();
+        let event = if is_stopping { Event::Tick } else { Event::Stop { signal: "stop" } };
+        if wait && !is_stopping {
+            return Answer::Then(Awaited::Stop, event);
+        }
+        self.handle(event);
+        if wait { Answer::Then(Awaited::Stop, Event::Tick) } else { done("the workers are being stopped") }
+    }
+
+    fn reload(&mut self, how: Option<How>, wait: bool) -> Answer {
+        let waiting = self.fleet.waiting_reload();
         let rollout = match how {
-            None => self.fleet.default_rollout(),
-            Some(How::Batch(0)) => return Ok(failed("a batch has at least one worker")),
+            None => waiting.unwrap_or(self.fleet.default_rollout()),
+            Some(How::Batch(0)) => return Answer::Now(failed("a batch has at least one worker")),
             Some(How::Batch(most)) => Rollout::Batches(most),
             Some(How::Canary { percent, seconds }) => {
                 match (Share::from_percent(percent), Duration::try_from_secs_f64(seconds)) {
                     (Some(share), Ok(period)) if period < LONGEST_TRIAL => Rollout::Canary { share, period },
-                    _ => return Ok(failed("no such share, or no such time")),
+                    _ => return Answer::Now(failed("no such share, or no such time")),
                 }
             }
         };
+        if waiting.is_some_and(|waiting| waiting != rollout) {
+            let why = "a reload waits its turn already, and goes another way (see reload --abort)";
+            return Answer::Now(failed(why));
+        }
         let generation = self.fleet.next_generation();
         if wait {
-            return Err((Awaited::Reload(generation), Some(Event::Reload(rollout))));
+            return Answer::Then(Awaited::Reload(generation), Event::Reload(rollout));
         }
         self.handle(Event::Reload(rollout));
-        Ok(Reply::Done(format!("the reload to generation {generation} has begun, or waits its turn")))
+        done(&format!("the reload to generation {generation} has begun, or waits its turn"))
+    }
+
+    /// SIGUSR2 and SIGHUP.
+    pub(super) fn reload_by_signal(&mut self) {
+        let rollout = self.fleet.waiting_reload().unwrap_or(self.fleet.default_rollout());
+        self.handle(Event::Reload(rollout));
     }
 
     fn abort(&mut self) -> Reply {
@@ -85,7 +97,7 @@ impl Supervisor {
         Reply::Done(format!("aborted; {} on", self.fleet.who_serves()))
     }
 
-    fn scale(&mut self, to: Target, wait: bool) -> Result<Reply, (Awaited, Option<Event>)> {
+    fn scale(&mut self, to: Target, wait: bool) -> Answer {
         let now = self.fleet.workers_wanted();
         let workers = match to {
             Target::Exactly(number) => number,
@@ -93,16 +105,22 @@ impl Supervisor {
             Target::Fewer(number) => now.saturating_sub(number),
         };
         if !(1..=MOST_WORKERS).contains(&workers) {
-            return Ok(failed(&format!("there can be 1 to {MOST_WORKERS} workers, and not {workers}")));
+            let why = format!("there can be 1 to {MOST_WORKERS} workers, and not {workers}");
+            return Answer::Now(failed(&why));
+        }
+        let number = self.fleet.next_scaling();
+        // Who waits for the same turn with another number won't get it.
+        let superseded = failed(&format!("{} were asked for since", count(workers as usize, "worker")));
+        for (id, awaited) in self.waiting() {
+            if matches!(awaited, Awaited::Scale { number: n, workers: w } if n == number && w != workers) {
+                self.finish(id, &superseded);
+            }
         }
         if wait {
-            return Err((Awaited::Scale(workers), Some(Event::Scale(workers))));
+            return Answer::Then(Awaited::Scale { number, workers }, Event::Scale(workers));
         }
         self.handle(Event::Scale(workers));
-        Ok(Reply::Done(format!(
-            "scaling to {} has begun, or waits its turn",
-            count(workers as usize, "worker")
-        )))
+        done(&format!("scaling to {} has begun, or waits its turn", count(workers as usize, "worker")))
     }
 
     /// SIGTTIN and SIGTTOU.
@@ -120,40 +138,26 @@ impl Supervisor {
         }
     }
 
-    /// Tells those that wait for it how a reload has ended.
-    pub(super) fn reload_ended(
+    /// Tells those that wait for it how a reload, or a scaling, has ended.
+    pub(super) fn has_ended(
         &mut self,
-        generation: u32,
+        what: &str,
+        is_it: impl Fn(Awaited) -> bool,
         result: Result<(), String>,
+        serving: String,
         culprit: Option<WorkerId>,
     ) {
-        let last_lines = |labels: &mut Labels| culprit.map(|worker| labels.last_lines(worker));
+        let (epoll, token) = (&self.epoll, |ready| Source::Label(ready).to_token());
+        let last_lines = |labels: &mut Labels| culprit.map(|worker| labels.last_lines(worker, epoll, token));
         let details = self.labels.as_mut().and_then(last_lines).unwrap_or_default();
         let reply = match result {
-            Ok(()) => Reply::Done(self.fleet.who_serves()),
-            Err(why) => {
-                Reply::Failed(format!("the reload failed: {why}; {} on", self.fleet.who_serves()), details)
-            }
+            Ok(()) => Reply::Done(serving),
+            Err(why) => Reply::Failed(format!("the {what} failed: {why}; {serving} on"), details),
         };
         for (id, awaited) in self.waiting() {
-            if awaited == Awaited::Reload(generation) {
+            if is_it(awaited) {
                 self.finish(id, &reply);
             }
-        }
-    }
-
-    /// Tells those that wait for it how a scaling has ended, unless what they wait for is yet to come.
-    pub(super) fn scale_ended(&mut self, result: Result<(), String>) {
-        let (is, wanted) = (self.fleet.who_serves(), self.fleet.workers_wanted());
-        for (id, awaited) in self.waiting() {
-            let Awaited::Scale(workers) = awaited else { continue };
-            let reply = match &result {
-                _ if workers != self.fleet.slots() && workers == wanted => continue,
-                Ok(()) if workers == self.fleet.slots() => Reply::Done(is.clone()),
-                Ok(()) => failed(&format!("another number of workers was asked for since: {is}")),
-                Err(why) => failed(&format!("the scaling failed: {why}; {is} on")),
-            };
-            self.finish(id, &reply);
         }
     }
 
@@ -167,7 +171,7 @@ impl Supervisor {
                 Awaited::Stop => {
                     failed(&format!("stopped with status {status}: see the log for what went wrong"))
                 }
-                Awaited::Reload(_) | Awaited::Scale(_) => failed("everything was stopped"),
+                Awaited::Reload(_) | Awaited::Scale { .. } => failed("everything was stopped"),
             };
             self.finish(id, &reply);
         }
@@ -177,15 +181,15 @@ impl Supervisor {
         self.control.as_ref().map_or(Vec::new(), |control| control.waiting())
     }
 
-    fn status(&self) -> Status {
+    fn status(&self, brief: bool) -> Status {
         let now = Instant::now();
         let millis = |since: Instant| now.saturating_duration_since(since).as_millis();
         let seconds = |since: Instant| millis(since) as f64 / 1000.0;
         let places = self.fleet.places();
-        let connections = self.connections(&places);
+        let connections = if brief { BTreeMap::new() } else { self.connections(&places) };
         let of_place = |place: &Place| {
             let pid = place.worker.map(|(_, pid)| Pid::from_raw(pid));
-            let Usage { cpu, rss_kib } = pid.map(procfs::usage).unwrap_or_default();
+            let Usage { cpu, rss_kib } = pid.filter(|_| !brief).map(procfs::usage).unwrap_or_default();
             let id = place.worker.map(|(id, _)| id);
             Worker {
                 slot: place.slot,
@@ -257,6 +261,17 @@ impl Supervisor {
 const MOST_WORKERS: u32 = u16::MAX as u32;
 /// A trial is no longer than anyone waits, so that no clock overflows.
 const LONGEST_TRIAL: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// What a client gets.
+enum Answer {
+    Now(Reply),
+    /// It waits for this, which then begins by that.
+    Then(Awaited, Event),
+}
+
+fn done(text: &str) -> Answer {
+    Answer::Now(Reply::Done(text.to_owned()))
+}
 
 fn failed(why: &str) -> Reply {
     Reply::Failed(why.to_owned(), Vec::new())
