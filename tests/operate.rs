@@ -3,17 +3,29 @@
 
 mod common;
 
+use std::ffi::OsString;
 use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::{SocketAddr, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::load::{Load, LoadOptions};
-use common::{DEADLINE, Folder, Service, free_address, get, naive, reuse_run, send, turn, wait_until};
+use common::{
+    DEADLINE, Folder, Service, app, free_address, free_port, get, holds_for, naive, own_network, reuse_run,
+    send, server, turn, wait_until,
+};
+use nix::sys::ptrace;
 use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 /// A command in words, for a given reuse-run; it is a process like that and is ended like that.
@@ -538,5 +550,673 @@ fn an_abort_between_batches_keeps_what_serves() {
     send(service.workers()[0], Signal::SIGKILL);
     service.wait_for_line("is ready, a replacement");
     assert_eq!(serving(&service), [(0, 2), (1, 1)], "each slot restarts what it had");
+    service.stop();
+}
+
+// reload --canary
+
+/// The workers that `status` shows for which `wanted` holds.
+#[track_caller]
+fn workers_where(service: &Service, wanted: impl Fn(&Value) -> bool) -> Vec<Value> {
+    let status = status(service);
+    let workers = status["workers"].as_array().expect("workers").iter();
+    workers.filter(|worker| wanted(worker)).cloned().collect()
+}
+
+#[test]
+fn a_canary_gets_its_share_of_new_connections_evenly_and_an_abort_under_load_fails_nothing() {
+    let _turn = turn();
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 4", &naive(addr));
+    let reload = begin(&service, "reload --canary 10 --for 100s");
+    reload.wait_for_output("generation 2 gets 10 % of new connections");
+    let load = Load::start(LoadOptions::new(addr, 8));
+    wait_for_answers(&load, 10_000);
+    let counts = load.snapshot();
+    run(&service, "reload --abort").assert_done("4 workers of generation 1 serve on");
+    Outcome::of(reload).assert_failed(&["aborted", "4 workers of generation 1 serve on"]);
+    let switched = load.snapshot().generations.get(&2).copied();
+    wait_for_answers(&load, 100);
+    assert_eq!(load.snapshot().generations.get(&2).copied(), switched, "the old ones have everything again");
+    load.stop().assert_nothing_failed();
+
+    let of_generation = |number: u32| counts.generations.get(&number).copied().unwrap_or(0);
+    let share = of_generation(2) as f64 * 100.0 / counts.answered as f64;
+    assert!((8.0..=12.0).contains(&share), "{share} %: {counts:?}");
+    let mut each: Vec<u64> = counts.pids.into_values().collect();
+    each.sort_unstable();
+    assert_eq!(each.len(), 8, "{each:?}");
+    for workers in [&each[..4], &each[4..]] {
+        let mean = workers.iter().sum::<u64>() as f64 / 4.0;
+        let is_even = |count: &u64| (0.7..=1.3).contains(&(*count as f64 / mean));
+        assert!(workers.iter().all(is_even), "{each:?}");
+    }
+    service.stop();
+}
+
+#[test]
+fn a_canary_that_lives_gets_everything_in_the_end_and_fails_nothing() {
+    let _turn = turn();
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 2", &naive(addr));
+    let load = Load::start(LoadOptions::new(addr, 8));
+    wait_for_answers(&load, 100);
+    run(&service, "reload --canary 10 --for 500ms").assert_done("2 workers of generation 2 serve");
+    let before = load.snapshot().generations.get(&1).copied();
+    wait_for_answers(&load, 100);
+    let report = load.stop();
+    report.assert_nothing_failed();
+    assert_eq!(report.counts.generations.get(&1).copied(), before, "{report}");
+    assert_eq!(serving(&service), [(0, 2), (1, 2)]);
+    service.stop();
+}
+
+#[test]
+fn a_canary_that_dies_ends_the_reload_and_the_old_workers_have_everything() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 2", &naive(addr));
+    let reload = begin(&service, "reload --canary 50 --for 100s");
+    reload.wait_for_output("generation 2 gets 50 % of new connections");
+    wait_until("a canary answers", DEADLINE, || get(addr).generation == Some(2));
+    let canaries = workers_where(&service, |worker| worker["generation"] == 2);
+    assert!(canaries.iter().all(|worker| worker["serves"] == false), "{canaries:?}");
+    send(canaries[1]["pid"].as_u64().expect("a pid") as u32, Signal::SIGKILL);
+    Outcome::of(reload).assert_failed(&["worker 1", "SIGKILL", "2 workers of generation 1 serve on"]);
+    for _ in 0..50 {
+        assert_eq!(get(addr).generation, Some(1));
+    }
+    service.stop();
+}
+
+// status
+
+#[track_caller]
+fn assert_fits_the_schema(status: &Value) {
+    let text = include_str!("status.schema.json");
+    let schema: Value = serde_json::from_str(text).expect("a schema in JSON");
+    let (mut schemas, mut compiler) = (boon::Schemas::new(), boon::Compiler::new());
+    compiler.add_resource("status.schema.json", schema).expect("add the schema");
+    let index = compiler.compile("status.schema.json", &mut schemas).expect("a schema");
+    schemas.validate(status, index).unwrap_or_else(|error| panic!("{error}\n{status:#}"));
+}
+
+/// Waits until a worker is in a state; what `status --json` says must fit the schema all the time.
+#[track_caller]
+fn wait_for_state(service: &Service, state: &str) -> Value {
+    let mut last = Value::Null;
+    wait_until(&format!("a worker is {state}"), DEADLINE, || {
+        last = status(service);
+        assert_fits_the_schema(&last);
+        last["workers"].as_array().expect("workers").iter().any(|worker| worker["state"] == state)
+    });
+    last
+}
+
+#[test]
+fn the_schema_refuses_what_it_does_not_describe_and_describes_each_field() {
+    let mut service = Service::run_ready("-n 1", &naive(free_address()));
+    let good = status(&service);
+    assert_fits_the_schema(&good);
+    for (pointer, value) in [("", "x"), ("/workers/0", "x"), ("/workers/0", "state")] {
+        let mut bad = good.clone();
+        bad.pointer_mut(pointer).expect("an object")[value] = Value::from("frobnicating");
+        std::panic::catch_unwind(|| assert_fits_the_schema(&bad)).expect_err("it does not fit");
+    }
+    let schema: Value = serde_json::from_str(include_str!("status.schema.json")).expect("JSON");
+    for object in ["", "/$defs/worker", "/$defs/reload"] {
+        let object = schema.pointer(object).expect("an object");
+        for (name, field) in object["properties"].as_object().expect("properties") {
+            assert!(field["description"].as_str().is_some_and(|text| text.ends_with('.')), "{name}");
+        }
+    }
+    service.stop();
+}
+
+#[test]
+fn status_tells_starting_ready_draining_and_stopping_workers_and_exits_with_4_and_0() {
+    let (addr, folder) = (free_address(), Folder::new());
+    folder.raise("hold-1-0");
+    let mut service = Service::run("-n 1 --drain 100s", &folder.server(addr, &["--ignore-int"]));
+    // Until it has its socket the command finds nobody.
+    wait_until("status answers", DEADLINE, || run(&service, "status").code != Some(1));
+    let shown = wait_for_state(&service, "starting");
+    assert_eq!((&shown["state"], &shown["ready"]), (&Value::from("starting"), &Value::from(0)));
+    assert_eq!(run(&service, "status").code, Some(4));
+    folder.lower("hold-1-0");
+    let shown = wait_for_state(&service, "ready");
+    assert_eq!(shown["addresses"], Value::from(vec![addr.to_string()]));
+    assert_eq!(shown["last_reload"], Value::Null);
+    let outcome = run(&service, "status");
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert!(outcome.out.contains(&format!("1 of 1 slots ready on {addr}")), "{outcome:?}");
+
+    let client = TcpStream::connect(addr).expect("connect");
+    wait_until("it is accepted", DEADLINE, || status(&service)["workers"][0]["connections"] == 1);
+    let reload = begin(&service, "reload");
+    let shown = wait_for_state(&service, "draining");
+    assert_eq!((&shown["state"], &shown["generation"]), (&Value::from("reloading"), &Value::from(2)));
+    assert_eq!(run(&service, "status").code, Some(0), "who drains is not missed");
+    drop(client);
+    let shown = wait_for_state(&service, "stopping");
+    let workers = shown["workers"].as_array().expect("workers");
+    let old = workers.iter().find(|worker| worker["state"] == "stopping").expect("the old one");
+    assert_eq!((&old["generation"], &old["serves"]), (&Value::from(1), &Value::from(false)));
+    send(old["pid"].as_u64().expect("a pid") as u32, Signal::SIGKILL);
+    Outcome::of(reload).assert_done("1 worker of generation 2 serve");
+    service.signal(Signal::SIGTERM);
+    wait_until("all is being stopped", DEADLINE, || {
+        let shown = status(&service);
+        assert_fits_the_schema(&shown);
+        shown["state"] == "stopping"
+    });
+    assert_eq!(run(&service, "status").code, Some(4));
+    send(service.workers()[0], Signal::SIGKILL);
+    assert_eq!(service.wait_end().code(), Some(0), "{}", service.log.text());
+}
+
+#[test]
+fn status_tells_a_worker_that_was_killed_and_has_not_ended() {
+    let mut service = Service::run_ready("-n 1 --stop-timeout 100ms", &naive(free_address()));
+    let worker = Pid::from_raw(service.workers()[0] as i32);
+    // The parent of a process that is traced hears of its end when the tracer has.
+    ptrace::seize(worker, ptrace::Options::empty()).expect("trace the worker");
+    let reload = begin(&service, "reload");
+    wait_for_state(&service, "killed");
+    while !matches!(waitpid(worker, None), Ok(WaitStatus::Signaled(..))) {}
+    Outcome::of(reload).assert_done("1 worker of generation 2 serve");
+    service.stop();
+}
+
+#[test]
+fn status_exits_with_3_while_some_slots_are_down_and_tells_restarts() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let mut service = Service::run_ready("-n 2 --max-failures 0", &folder.server(addr, &[]));
+    folder.raise("broken-1-1");
+    let victim = workers_where(&service, |worker| worker["slot"] == 1)[0]["pid"].as_u64();
+    send(victim.expect("a pid") as u32, Signal::SIGKILL);
+    let shown = wait_for_state(&service, "down");
+    assert_eq!((&shown["ready"], &shown["slots"]), (&Value::from(1), &Value::from(2)));
+    assert_eq!(run(&service, "status").code, Some(3));
+    folder.lower("broken-1-1");
+    wait_until("all are ready", DEADLINE, || run(&service, "status").code == Some(0));
+    let restarts = |slot: usize| status(&service)["workers"][slot]["restarts"].as_u64().expect("a number");
+    assert_eq!(restarts(0), 0);
+    assert!(restarts(1) >= 2, "{}", status(&service));
+    run(&service, "reload").assert_done("2 workers of generation 2 serve");
+    assert_eq!((restarts(0), restarts(1)), (0, 0));
+    service.stop();
+}
+
+#[test]
+fn status_tells_what_waits_what_is_open_and_what_it_takes() {
+    let (addr, folder) = (free_address(), Folder::new());
+    folder.raise("deaf");
+    let deaf = ["--deaf-while", &folder.path("deaf")];
+    let mut service = Service::run_ready("-n 1", &folder.server(addr, &deaf));
+    let clients: Vec<TcpStream> = (0..3).map(|_| TcpStream::connect(addr).expect("connect")).collect();
+    let worker = || status(&service)["workers"][0].clone();
+    let shown = worker();
+    assert_eq!((&shown["accept_queue"], &shown["connections"]), (&Value::from(3), &Value::from(0)));
+    assert!(shown["rss_kib"].as_u64().is_some_and(|kib| kib > 100), "{shown}");
+    assert_eq!(shown["status"], Value::Null);
+    folder.lower("deaf");
+    wait_until("three are accepted", DEADLINE, || {
+        let shown = worker();
+        shown["accept_queue"] == 0 && shown["connections"] == 3
+    });
+    drop(clients);
+    wait_until("none is open", DEADLINE, || worker()["connections"] == 0);
+    service.stop();
+}
+
+#[test]
+fn status_tells_what_a_worker_says_of_itself() {
+    let port = free_port().to_string();
+    let command = ["python3", &app("python/notify.py"), &port, "STATUS=half asleep\\nREADY=1"];
+    let mut service = Service::run_ready("-n 1 --ready notify", &command);
+    wait_until("its words", DEADLINE, || status(&service)["workers"][0]["status"] == "half asleep");
+    assert!(run(&service, "status").out.contains("half asleep"));
+    service.stop();
+}
+
+#[test]
+fn status_tells_how_the_last_reload_went() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let mut service = Service::run_ready("-n 1", &folder.server(addr, &[]));
+    run(&service, "reload").assert_done("generation 2");
+    let last = status(&service)["last_reload"].clone();
+    assert_eq!((&last["generation"], &last["ok"]), (&Value::from(2), &Value::from(true)), "{last}");
+    assert_eq!(last["reason"], Value::Null);
+    let shown = run(&service, "status").out;
+    assert!(shown.contains("last reload: generation 2") && shown.ends_with("done"), "{shown}");
+    folder.raise("broken-3-0");
+    run(&service, "reload").assert_failed(&["status 3"]);
+    let shown = status(&service);
+    assert_fits_the_schema(&shown);
+    let last = &shown["last_reload"];
+    assert_eq!((&last["generation"], &last["ok"]), (&Value::from(3), &Value::from(false)), "{last}");
+    assert!(last["reason"].as_str().is_some_and(|why| why.contains("exited with status 3")), "{last}");
+    service.stop();
+}
+
+#[test]
+fn status_with_watch_goes_on_printing() {
+    let mut service = Service::run_ready("-n 1", &naive(free_address()));
+    let watch = begin(&service, "status --watch --json");
+    wait_until("three lines", DEADLINE, || watch.out.count() >= 3);
+    for line in watch.out.all() {
+        assert_fits_the_schema(&serde_json::from_str(&line.text).expect("a line of JSON"));
+    }
+    watch.signal(Signal::SIGINT);
+    assert_eq!(Outcome::of(watch).signal, Some(Signal::SIGINT as i32));
+    service.stop();
+}
+
+// Finding it.
+
+/// A command in words, as they are.
+fn run_words(words: &str) -> Outcome {
+    let mut command = reuse_run();
+    command.args(words.split_whitespace());
+    Outcome::of(Service::spawn(command))
+}
+
+/// Copies of the program and the server where any user finds them, and commands as such a user.
+struct User {
+    folder: Folder,
+    id: u32,
+}
+
+impl User {
+    fn new(id: u32) -> User {
+        let folder = Folder::new();
+        fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o755)).expect("open the folder");
+        for (from, to) in
+            [(reuse_run().get_program().into(), "reuse-run"), (OsString::from(server()), "server")]
+        {
+            let to = folder.path(to);
+            fs::copy(from, &to).expect("copy a program");
+            fs::set_permissions(to, fs::Permissions::from_mode(0o755)).expect("let it be executed");
+        }
+        User { folder, id }
+    }
+
+    fn start(&self, words: &[String]) -> Service {
+        let mut command = Command::new("setpriv");
+        command.args([&format!("--reuid={}", self.id), &format!("--regid={}", self.id)]);
+        command.args(["--clear-groups", "--", &self.folder.path("reuse-run")]).args(words);
+        command.current_dir("/").env_remove("RUST_LOG");
+        Service::spawn(command)
+    }
+
+    fn run(&self, words: &str) -> Outcome {
+        Outcome::of(self.start(&words.split_whitespace().map(str::to_owned).collect::<Vec<_>>()))
+    }
+}
+
+#[test]
+fn where_none_runs_a_command_says_so_and_exits_with_1() {
+    own_network();
+    for words in ["status", "reload", "scale 2", "stop"] {
+        run_words(words).assert_failed(&["no reuse-run is running here"]);
+    }
+    let outcome = run_words(&format!("status {}", std::process::id()));
+    outcome.assert_failed(&["is no reuse-run that can be spoken to"]);
+}
+
+#[test]
+fn the_only_one_is_found_and_of_several_all_are_named() {
+    own_network();
+    let mut first = Service::run_ready("-n 1", &naive(free_address()));
+    run_words("reload").assert_done("1 worker of generation 2 serve");
+    let mut second = Service::run_ready("-n 1", &naive(free_address()));
+    for words in ["status", "reload", "scale 2", "stop"] {
+        let outcome = run_words(words);
+        assert_eq!((outcome.code, outcome.out.as_str()), (Some(2), ""), "{outcome:?}");
+        for pid in [first.pid(), second.pid()] {
+            let named = |line: &str| line.contains(&pid.to_string()) && line.contains("--listen");
+            assert!(outcome.err.lines().any(named), "{pid} in {outcome:?}");
+        }
+    }
+    first.stop();
+    assert_eq!(run_words("status").code, Some(0));
+    second.stop();
+}
+
+#[test]
+fn pid_1_of_a_pid_namespace_is_found_first() {
+    own_network();
+    let addr = free_address();
+    let mut unshare = Command::new("unshare");
+    unshare.args(["--pid", "--fork", "--mount-proc", "--kill-child", "--"]);
+    unshare.arg(reuse_run().get_program()).args(common::arguments("-n 1", &naive(addr)));
+    let container = Service::spawn(unshare);
+    container.wait_for_line("generation 1 is ready");
+    let inside = |words: &[String]| {
+        let mut nsenter = Command::new("nsenter");
+        nsenter.args([&format!("--target={}", container.workers()[0]), "--pid", "--mount", "--"]);
+        nsenter.arg(reuse_run().get_program()).args(words).env_remove("RUST_LOG");
+        Service::spawn(nsenter)
+    };
+    let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let other = inside(&common::arguments("-n 1", &naive(free_address())));
+    other.wait_for_line("generation 1 is ready");
+    Outcome::of(inside(&words("reload"))).assert_done("1 worker of generation 2 serve");
+    assert_eq!(get(addr).generation, Some(2));
+    let shown: Value = serde_json::from_str(&Outcome::of(inside(&words("status --json"))).out).expect("JSON");
+    assert_eq!(shown["pid"], 1);
+    run_words("status").assert_failed(&["no reuse-run is running here"]);
+}
+
+#[test]
+fn a_user_finds_their_own_even_when_it_has_secrets_and_root_does_too() {
+    own_network();
+    let user = User::new(54321);
+    let secret = user.folder.path("secret");
+    fs::write(&secret, "open sesame").expect("write a secret");
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o400)).expect("keep it");
+    std::os::unix::fs::chown(&secret, Some(54321), Some(54321)).expect("give it away");
+    let addr = free_address().to_string();
+    let command = [&user.folder.path("server"), "--listen", &addr];
+    let service = user.start(&common::arguments(&format!("-n 1 --secret WORD={secret}"), &command));
+    service.wait_for_line("generation 1 is ready");
+    user.run("reload").assert_done("1 worker of generation 2 serve");
+    assert_eq!(user.run(&format!("status {}", service.pid())).code, Some(0));
+    run_words("reload").assert_done("1 worker of generation 3 serve");
+    run(&service, "stop").assert_done("stopped");
+}
+
+#[test]
+fn another_user_is_refused_by_roots() {
+    own_network();
+    let user = User::new(54321);
+    let mut service = Service::run_ready("-n 1", &naive(free_address()));
+    for words in ["status", "reload", "stop", "scale 2"] {
+        for words in [words.to_owned(), format!("{words} {}", service.pid())] {
+            let outcome = user.run(&words);
+            assert_eq!((outcome.code, outcome.out.as_str()), (Some(1), ""), "{outcome:?}");
+            assert_eq!(outcome.err.lines().count(), 1, "{outcome:?}");
+        }
+    }
+    assert_eq!(status(&service)["generation"], 1);
+    assert_eq!(service.workers().len(), 1);
+    service.stop();
+}
+
+// The control socket.
+
+fn control(service: &Service) -> UnixStream {
+    let namespace = fs::metadata("/proc/self/ns/pid").expect("the PID namespace").ino();
+    let name = format!("reuse-run/{namespace}/{}", service.pid());
+    let address = SocketAddr::from_abstract_name(name).expect("a name");
+    let stream = UnixStream::connect_addr(&address).expect("connect to the control socket");
+    stream.set_read_timeout(Some(DEADLINE)).expect("set a time-out");
+    stream
+}
+
+/// What comes until the end, whatever end that is.
+fn rest(mut stream: UnixStream) -> String {
+    let mut bytes = Vec::new();
+    match stream.read_to_end(&mut bytes) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => panic!("it is not dropped"),
+        _ => String::from_utf8(bytes).expect("UTF-8"),
+    }
+}
+
+fn say(service: &Service, bytes: &[u8]) -> UnixStream {
+    let mut stream = control(service);
+    // What is too long may find nobody who reads on.
+    let _ = stream.write_all(bytes);
+    stream
+}
+
+/// utime and stime of a process, in clock ticks: see proc_pid_stat(5).
+fn ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the stat of a process");
+    let fields = stat[stat.rfind(')').expect("a name") + 1..].split_whitespace();
+    fields.skip(11).take(2).map(|field| field.parse::<u64>().expect("a number")).sum()
+}
+
+#[test]
+fn nonsense_on_the_control_socket_under_load_is_answered_or_dropped_and_harms_nobody() {
+    let _turn = turn();
+    let (addr, folder) = (free_address(), Folder::new());
+    let mut service = Service::run_ready("-n 2", &folder.server(addr, &[]));
+    let load = Load::start(LoadOptions::new(addr, 4));
+    wait_for_answers(&load, 100);
+    for _ in 0..10 {
+        for garbage in [&b"garbage\n"[..], b"\n", b"{}\n", b"\xff\0\n", b"[[[[[[[[\n"] {
+            assert!(rest(say(&service, garbage)).contains("not a request"));
+        }
+        let answer = rest(say(&service, b"{\"version\":1,\"request\":\"frobnicate\"}\n"));
+        assert!(answer.contains("not a request"), "{answer}");
+        let answer = rest(say(&service, b"{\"version\":2,\"request\":\"status\"}\n"));
+        assert!(answer.contains("speaks version 1") && answer.contains("not 2"), "{answer}");
+        assert_eq!(rest(say(&service, &[b'x'; 100_000])), "");
+        let half = say(&service, b"{\"version\":1,");
+        half.shutdown(Shutdown::Write).expect("say no more");
+        assert_eq!(rest(half), "");
+        let answer = rest(say(&service, b"{\"version\":1,\"request\":\"status\"}\nand more\n"));
+        assert!(answer.contains("\"slots\":2"), "{answer}");
+    }
+
+    // One waits for a reload and reads nothing of what it is told; others come and go in silence.
+    folder.raise("hold-2-0");
+    let deaf = say(&service, b"{\"version\":1,\"request\":{\"reload\":{\"how\":null,\"wait\":true}}}\n");
+    service.wait_for_line("starting generation 2");
+    drop(say(&service, b"{\"version\":1,\"request\":{\"reload\":{\"how\":null,\"wait\":true}}}\n"));
+    (0..50).for_each(|_| drop(control(&service)));
+    assert_eq!(status(&service)["state"], "reloading");
+    folder.lower("hold-2-0");
+    service.wait_for_line("generation 2 serves alone");
+    wait_until("no reload is left", DEADLINE, || status(&service)["state"] == "serving");
+    assert!(rest(deaf).contains("done"));
+    load.stop().assert_nothing_failed();
+    let before = ticks(service.pid());
+    holds_for("it is idle", Duration::from_secs(1), || ticks(service.pid()) - before <= 3);
+    service.stop();
+}
+
+#[test]
+fn a_silent_control_client_is_dropped_after_10_s() {
+    let mut service = Service::run_ready("-n 1", &naive(free_address()));
+    let begun = Instant::now();
+    let clients = [control(&service), say(&service, b"{\"version\":1,")];
+    let fds = service.fds();
+    for client in clients {
+        assert_eq!(rest(client), "");
+    }
+    let took = begun.elapsed();
+    assert!((Duration::from_secs(9)..Duration::from_secs(30)).contains(&took), "{took:?}");
+    wait_until("their sockets are closed", DEADLINE, || service.fds() < fds);
+    service.stop();
+}
+
+#[test]
+fn a_hundred_control_clients_at_once_are_all_answered() {
+    let mut service = Service::run_ready("-n 1", &naive(free_address()));
+    let fds = service.fds();
+    let mut clients: Vec<UnixStream> = (0..100).map(|_| control(&service)).collect();
+    for client in &mut clients {
+        client.write_all(b"{\"version\":1,\"request\":\"status\"}\n").expect("ask");
+    }
+    for client in clients {
+        let answer = rest(client);
+        assert!(answer.contains("\"slots\":1"), "{answer}");
+    }
+    wait_until("their sockets are closed", DEADLINE, || service.fds() <= fds);
+    let before = ticks(service.pid());
+    holds_for("it is idle", Duration::from_secs(1), || ticks(service.pid()) - before <= 3);
+    service.stop();
+}
+
+// stop and --pidfile
+
+#[test]
+fn when_stop_returns_the_port_is_free() {
+    for _ in 0..10 {
+        let addr = free_address();
+        let mut service = Service::run_ready("-n 2", &naive(addr));
+        get(addr);
+        let outcome = run(&service, "stop");
+        let bound = TcpListener::bind(addr);
+        outcome.assert_done("every worker ended by itself");
+        bound.unwrap_or_else(|error| panic!("bind {addr}: {error}"));
+        assert_eq!(service.wait_end().code(), Some(0));
+        assert_eq!(service.descendants(), [0u32; 0]);
+    }
+}
+
+#[test]
+fn stop_exits_with_1_when_a_worker_had_to_be_killed() {
+    let addr = free_address();
+    let mut command = naive(addr);
+    command.push("--ignore-int".to_owned());
+    let mut service = Service::run_ready("-n 1 --stop-timeout 200ms", &command);
+    run(&service, "stop").assert_failed(&["stopped with status 1"]);
+    TcpListener::bind(addr).expect("the port is free");
+    assert_eq!(service.wait_end().code(), Some(1));
+}
+
+#[test]
+fn stop_with_no_wait_only_begins_it_and_then_nothing_else_is_begun() {
+    let mut command = naive(free_address());
+    command.push("--ignore-int".to_owned());
+    let mut service = Service::run_ready("-n 1", &command);
+    run(&service, "stop --no-wait").assert_done("being stopped");
+    for words in ["reload", "scale 2", "reload --abort"] {
+        run(&service, words).assert_failed(&["everything is being stopped"]);
+    }
+    run(&service, "stop --timeout 100ms").assert_failed(&["100ms"]);
+    let stop = begin(&service, "stop");
+    send(service.workers()[0], Signal::SIGKILL);
+    assert_eq!(service.wait_end().code(), Some(0));
+    drop(stop);
+}
+
+#[test]
+fn the_pid_file_is_there_from_the_first_readiness_to_the_end() {
+    let folder = Folder::new();
+    let file = folder.path("pid");
+    folder.raise("hold-1-0");
+    let options = format!("-n 1 --pidfile {file}");
+    let mut service = Service::run(&options, &folder.server(free_address(), &[]));
+    wait_until("the worker runs", DEADLINE, || !service.workers().is_empty());
+    assert!(!fs::exists(&file).expect("look for it"));
+    folder.lower("hold-1-0");
+    wait_until("it is there", DEADLINE, || fs::exists(&file).expect("look for it"));
+    let expected = format!("{}\n", service.pid());
+    assert_eq!(fs::read_to_string(&file).expect("read it"), expected);
+    service.wait_for_line("generation 1 is ready");
+    service.reload();
+    assert_eq!(fs::read_to_string(&file).expect("read it"), expected);
+    let files = fs::read_dir(&folder.0).expect("list the folder").count();
+    assert_eq!(files, 1, "nothing else was left beside it");
+    service.stop();
+    assert!(!fs::exists(&file).expect("look for it"));
+}
+
+#[test]
+fn a_pid_file_that_has_become_anothers_is_left_alone() {
+    let folder = Folder::new();
+    let file = folder.path("pid");
+    let mut service = Service::run(&format!("-n 1 --pidfile {file}"), &naive(free_address()));
+    wait_until("it is there", DEADLINE, || fs::exists(&file).expect("look for it"));
+    fs::write(&file, "4194305\n").expect("take it over");
+    service.stop();
+    assert_eq!(fs::read_to_string(&file).expect("read it"), "4194305\n");
+}
+
+#[test]
+fn a_pid_file_that_cannot_be_written_ends_the_start_before_a_worker_runs() {
+    let user = User::new(54321);
+    let folder = user.folder.path("");
+    for (file, part) in [
+        (format!("{folder}none/pid"), "No such file"),
+        (format!("{folder}pid"), "Permission denied"),
+        (folder.trim_end_matches('/').to_owned(), "Is a directory"),
+    ] {
+        let outcome = user.run(&format!("--pidfile {file} -- echo ran"));
+        outcome.assert_failed(&["--pidfile", &file, part]);
+        assert_eq!((outcome.err.lines().count(), outcome.out.as_str()), (1, ""), "{outcome:?}");
+    }
+}
+
+// At a terminal.
+
+/// A terminal of its own, in which a command runs.
+struct Terminal {
+    socket: String,
+}
+
+impl Terminal {
+    fn run(command: &str) -> Terminal {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let terminal = Terminal { socket: format!("reuse-run-test-{}-{number}", std::process::id()) };
+        // It stays when the command has ended.
+        let shell = format!("{command}; echo exit status $?; exec cat");
+        terminal.tmux(&["-f", "/dev/null", "new-session", "-d", "-x", "150", "-y", "40", &shell]);
+        terminal
+    }
+
+    fn tmux(&self, words: &[&str]) -> String {
+        let mut command = Command::new("tmux");
+        command.env_remove("TMUX").args(["-L", &self.socket]).args(words);
+        let output = command.output().expect("run tmux");
+        assert!(output.status.success(), "tmux {words:?}: {output:?}");
+        String::from_utf8(output.stdout).expect("UTF-8")
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let text = self.tmux(&["capture-pane", "-p"]);
+        text.lines().map(|line| line.trim_end().to_owned()).filter(|line| !line.is_empty()).collect()
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ = Command::new("tmux").args(["-L", &self.socket, "kill-server"]).output();
+    }
+}
+
+#[test]
+fn at_a_terminal_reload_draws_a_line_for_each_worker_and_leaves_the_steps_and_the_result() {
+    let folder = Folder::new();
+    let mut service = Service::run_ready("-n 2", &folder.server(free_address(), &[]));
+    folder.raise("hold-2-1");
+    let program = reuse_run().get_program().to_string_lossy().into_owned();
+    let terminal = Terminal::run(&format!("'{program}' reload {}", service.pid()));
+    let of_worker = |line: &&String| line.starts_with("  worker ");
+    let mut seen = Vec::new();
+    wait_until("a line for each worker", DEADLINE, || {
+        seen = terminal.lines();
+        let drawn = |slot: u32, generation: u32, state: &str| {
+            let is_it = |line: &&String| {
+                line.starts_with(&format!("  worker {slot} (pid "))
+                    && line.contains(&format!("generation {generation}): {state}"))
+            };
+            seen.iter().filter(of_worker).filter(is_it).count() == 1
+        };
+        drawn(0, 1, "ready") && drawn(1, 1, "ready") && drawn(0, 2, "ready") && drawn(1, 2, "starting for 1s")
+    });
+    assert_eq!(seen.iter().filter(of_worker).count(), 4, "drawn anew, not again: {seen:#?}");
+    folder.lower("hold-2-1");
+    wait_until("the end", DEADLINE, || {
+        seen = terminal.lines();
+        seen.last().is_some_and(|line| line.starts_with("exit status"))
+    });
+    let expected = [
+        "reload: starting generation 2",
+        "generation 2 is ready after",
+        "generation 2 serves; generation 1 drains",
+        "reload done after",
+        "2 workers of generation 2 serve",
+        "exit status 0",
+    ];
+    assert_eq!(seen.len(), expected.len(), "{seen:#?}");
+    for (line, part) in seen.iter().zip(expected) {
+        assert!(line.starts_with(part), "{seen:#?}");
+    }
     service.stop();
 }
