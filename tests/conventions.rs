@@ -11,14 +11,16 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use common::load::{self, Load, LoadOptions};
 use common::{
-    DEADLINE, Service, app, arguments, free_address, node_app, own_network, reuse_run, server, turn,
+    DEADLINE, Service, app, arguments, free_address, inline, node_app, own_network, reuse_run, server, turn,
     wait_until,
 };
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
 
 /// A value that must be found nowhere but in a worker's environment.
 const SECRET: &str = "hunter2-correct-horse";
@@ -318,6 +320,20 @@ fn a_node_behind_a_script_has_its_channel() {
 }
 
 #[test]
+fn a_node_behind_a_script_that_only_the_env_files_path_leads_to_has_its_channel() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let script = format!("#!/bin/sh\nexec {}\n", node(addr, &[]).join(" "));
+    folder.write_with("serve-it", &script, 0o755);
+    let path = format!("{}:{}", folder.path(""), std::env::var("PATH").expect("a PATH"));
+    let file = folder.write("env", &format!("PATH='{path}'\n"));
+    let options = format!("-n 1 --ready notify --ready-timeout 20s --env-file {file}");
+    let mut service = Service::run(&options, &["serve-it"]);
+    wait_until_ready(&service);
+    assert!(variable(service.workers()[0], "NODE_CHANNEL_FD").is_some());
+    service.stop();
+}
+
+#[test]
 fn the_channel_that_reuse_run_itself_was_given_is_not_its_workers() {
     let addr = free_address();
     let mut command = reuse_run();
@@ -392,6 +408,101 @@ fn a_worker_that_gives_up_its_privileges_is_heard_all_the_same() {
     let mut service = Service::run("-n 1 --ready notify --ready-timeout 10s", &python(addr, &messages));
     wait_until_ready(&service);
     service.stop();
+}
+
+/// A worker that speaks to its NOTIFY_SOCKET as any user can who finds it: `say(bytes, fds)`. It is ready at
+/// once, and goes on when the file of its argument is there.
+fn stranger(program: &str, rest: &[&str]) -> Vec<String> {
+    let begin = "import os, socket, struct, sys, time\n\
+        def say(text, fds=()):\n\
+        \x20   with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:\n\
+        \x20       client.connect('\\0' + os.environ['NOTIFY_SOCKET'][1:])\n\
+        \x20       socket.send_fds(client, [text], fds)\n\
+        os.write(int(os.environ['READY_FD']), b'\\n')\n\
+        while not os.path.exists(sys.argv[1]): time.sleep(0.01)\n";
+    inline(&format!("{begin}{program}\ntime.sleep(1000)"), rest)
+}
+
+#[test]
+fn fds_that_come_with_notifications_are_closed_however_many_they_are() {
+    let folder = Folder::new();
+    // What was said before a barrier was read when that is closed.
+    let program = "user = os.fork()\n\
+        if not user:\n\
+        \x20   os.setgroups([])\n\
+        \x20   os.setuid(65534)\n\
+        for _ in range(50): say(b'X=1', [1] * 20)\n\
+        if not user: os._exit(0)\n\
+        os.waitpid(user, 0)\n\
+        say(b'X=1', [1] * 253)\n\
+        barrier, its = os.pipe()\n\
+        say(b'BARRIER=1', [its])\n\
+        os.close(its)\n\
+        os.read(barrier, 1)\n\
+        print('all was read', flush=True)";
+    let mut service = Service::run_ready("-n 1 --ready notify", &stranger(program, &[&folder.path("go")]));
+    let before = service.fds();
+    folder.write("go", "");
+    service.wait_for_output("all was read");
+    assert!(service.fds() < before + 10, "{} fds, and {before} before", service.fds());
+    service.stop();
+}
+
+#[test]
+fn a_connection_that_lingers_and_comes_with_a_notification_holds_nothing_up() {
+    let folder = Folder::new();
+    let program = "listener = socket.create_server(('127.0.0.1', 0))\n\
+        client = socket.create_connection(listener.getsockname())\n\
+        deaf, _ = listener.accept()\n\
+        client.setblocking(False)\n\
+        try:\n\
+        \x20   while True: client.send(b'x' * 65536)\n\
+        except BlockingIOError: pass\n\
+        client.setblocking(True)\n\
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 60))\n\
+        print('has sent all it can', flush=True)\n\
+        while not os.path.exists(sys.argv[2]): time.sleep(0.01)\n\
+        say(b'X=1', [client.fileno()])\n\
+        client.close()\n\
+        print('said', flush=True)";
+    let command =
+        stranger(program, &["go", "on"].map(|name| folder.path(name)).each_ref().map(String::as_str));
+    let mut service = Service::run_ready("-n 1 --ready notify", &command);
+    folder.write("go", "");
+    service.wait_for_output("has sent all it can");
+    // So that it has the last of the connection's fds.
+    service.signal(Signal::SIGSTOP);
+    folder.write("on", "");
+    service.wait_for_output("said");
+    let begun = Instant::now();
+    service.signal(Signal::SIGCONT);
+    let mut status = reuse_run();
+    let status = status.args(["status", &service.pid().to_string()]).output().expect("run reuse-run status");
+    assert_eq!(status.status.code(), Some(0), "{status:?}");
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    service.stop();
+}
+
+#[test]
+fn a_status_with_control_characters_is_shown_without_them() {
+    let folder = Folder::new();
+    let program = "say(b'STATUS=one\\r\\x1b[2J\\x07two\\xc2\\x9b3')";
+    let mut command = reuse_run();
+    let worker = stranger(program, &[&folder.path("go")]);
+    command.args(arguments("-n 1 --ready notify", &worker)).env("RUST_LOG", "debug");
+    let mut service = Service::spawn(command);
+    folder.write("go", "");
+    service.wait_for_line("says: one");
+    let pid = service.pid().to_string();
+    for arguments in [vec!["status", &pid], vec!["status", "--json", &pid]] {
+        let output = reuse_run().args(arguments).output().expect("run reuse-run status");
+        let text = String::from_utf8(output.stdout).expect("UTF-8");
+        assert!(text.contains("two"), "{text:?}");
+        assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text:?}");
+    }
+    service.stop();
+    let log = service.log.text();
+    assert!(!log.contains(|c: char| c.is_control() && c != '\n'), "{log:?}");
 }
 
 #[test]
@@ -540,6 +651,54 @@ fn an_env_file_that_is_missing_or_wrong_ends_the_start_with_one_line_and_status_
     let service = Service::run(&format!("-n 2 --env-file {wrong}"), &naive(addr));
     let log = assert_start_fails(service, &format!("{wrong}:2: "));
     assert!(!log.contains("hunter2"), "{log}");
+}
+
+#[test]
+fn an_env_file_may_begin_with_a_byte_order_mark() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let file = folder.write("env", "\u{feff}FIRST=1\r\nSECOND=2\n");
+    let mut service = Service::run(&format!("-n 1 --env-file {file}"), &naive(addr));
+    wait_until_ready(&service);
+    assert_eq!(value_in(&service, 1, "FIRST").as_deref(), Some("1"));
+    assert_eq!(value_in(&service, 1, "SECOND").as_deref(), Some("2"));
+    service.stop();
+}
+
+#[test]
+fn a_value_with_spaces_and_no_quotes_is_named_by_file_and_line_and_the_way_out_is_told() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let file = folder.write("env", "A=1\nGREETING=good morning\n");
+    let service = Service::run(&format!("-n 1 --env-file {file}"), &naive(addr));
+    let log = assert_start_fails(service, &format!("{file}:2: "));
+    assert!(log.contains("with spaces in quotes"), "{log}");
+}
+
+#[test]
+fn what_is_no_regular_file_is_refused_and_holds_nothing_up() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let place = folder.path("place");
+    let fifo = || mkfifo(Path::new(&place), Mode::S_IRUSR).expect("make a FIFO");
+    let directory = || fs::create_dir(&place).expect("make a folder");
+    let device = || symlink("/dev/zero", &place).expect("make a link");
+    let makes: [&dyn Fn(); 3] = [&fifo, &directory, &device];
+    for option in ["--env-file ", "--secret KEY="] {
+        let options = format!("-n 1 {option}{place}");
+        for make in makes {
+            make();
+            let service = Service::run(&options, &naive(addr));
+            assert_start_fails(service, &format!("{place}: not a regular file"));
+            let _ = fs::remove_file(&place).or_else(|_| fs::remove_dir(&place));
+        }
+        folder.write("place", "A=1\n");
+        let mut service = Service::run_ready(&options, &naive(addr));
+        for make in makes {
+            let _ = fs::remove_file(&place).or_else(|_| fs::remove_dir(&place));
+            make();
+            assert_reload_fails(&service, addr, &format!("{place}: not a regular file"));
+        }
+        service.stop();
+        fs::remove_file(&place).expect("remove the link");
+    }
 }
 
 #[test]

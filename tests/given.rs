@@ -8,14 +8,15 @@ use std::io::IoSliceMut;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::load::{self, Kind, Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, MARK, Service, Waiting, app, arguments, free_address, free_port, get, naive, node_app,
-    own_network, packaged, reuse_run, send, turn, wait_until,
+    DEADLINE, Folder, MARK, Service, Waiting, app, arguments, free_address, free_port, get, inline, naive,
+    node_app, own_network, packaged, reuse_run, send, turn, wait_until,
 };
 use nix::cmsg_space;
 use nix::sys::signal::Signal;
@@ -274,6 +275,101 @@ fn the_replacement_of_a_crashed_worker_that_binds_the_given_address_serves_what_
     a_queue_outlives_its_worker(&command, addr, &folder);
 }
 
+#[test]
+fn what_is_queued_on_a_given_listener_is_served_although_the_command_was_missing_for_a_while() {
+    // Alone: the queue is reset when the replacement takes long.
+    let _turn = turn();
+    let (addr, folder) = (free_address(), Folder::new());
+    folder.raise("deaf");
+    let (script, away) = (folder.path("serve"), folder.path("away"));
+    let text = format!("#!/bin/sh\nexec {} --deaf-while {}\n", naive(addr).join(" "), folder.path("deaf"));
+    fs::write(&script, text).expect("write a script");
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("make it executable");
+    let mut service = Service::run_ready(&format!("-n 1 -l {addr}"), &[&script]);
+    let first = service.workers()[0];
+    let queued = Waiting::new(addr);
+    fs::rename(&script, &away).expect("move the script away");
+    send(first, Signal::SIGKILL);
+    service.wait_for_line("can't be started");
+    let later = Waiting::new(addr);
+    fs::rename(&away, &script).expect("put the script back");
+    folder.lower("deaf");
+    for client in [queued, later] {
+        let origin = client.outcome().expect("an answer");
+        assert_eq!(origin.generation, Some(1));
+        assert_ne!(origin.pid, Some(first));
+    }
+    service.stop();
+}
+
+#[test]
+fn a_given_listener_has_a_long_queue_whatever_the_workers_before_have_done_to_it() {
+    let addr = free_address();
+    let program = "import os, signal, socket, struct, sys\n\
+        server = socket.socket(fileno=3)\n\
+        info = server.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)\n\
+        print('queue of', struct.unpack_from('I', info, 28)[0], flush=True)\n\
+        def stop(*_):\n\
+        \x20   server.shutdown(socket.SHUT_RDWR)\n\
+        \x20   sys.exit(0)\n\
+        signal.signal(signal.SIGINT, stop)\n\
+        os.write(int(os.environ['READY_FD']), b'\\n')\n\
+        while True: signal.pause()";
+    let mut service = Service::run_ready(&format!("-n 2 --ready notify -l {addr}"), &inline(program, &[]));
+    for _ in 0..3 {
+        service.reload();
+    }
+    let from = service.log.count();
+    send(service.workers()[0], Signal::SIGKILL);
+    service.wait_for_line_after(from, "a replacement");
+    wait_until("9 workers", DEADLINE, || service.out.count_of("queue of") == 9);
+    service.stop();
+    let short = |line: &common::Line| {
+        line.text
+            .strip_prefix("queue of ")
+            .and_then(|long| long.parse().ok())
+            .is_none_or(|long: u32| long < 100)
+    };
+    assert!(!service.out.all().iter().any(short), "{}", service.out.text());
+}
+
+// Listeners that workers share by themselves.
+
+#[test]
+fn without_interception_an_old_worker_may_finish_its_request_too() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let program = "import os, socket, socketserver, sys, time\n\
+        folder, port = sys.argv[1:]\n\
+        class Handler(socketserver.StreamRequestHandler):\n\
+        \x20   def handle(self):\n\
+        \x20       while self.rfile.readline().strip(): pass\n\
+        \x20       print('works', flush=True)\n\
+        \x20       while not os.path.exists(folder + 'go'): time.sleep(0.01)\n\
+        \x20       body = 'generation=' + os.environ['REUSE_RUN_GENERATION'] + '\\n'\n\
+        \x20       head = 'HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: %d\\r\\n\\r\\n'\n\
+        \x20       self.wfile.write((head % len(body) + body).encode())\n\
+        class Server(socketserver.ThreadingTCPServer):\n\
+        \x20   daemon_threads = True\n\
+        \x20   def server_bind(self):\n\
+        \x20       self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)\n\
+        \x20       super().server_bind()\n\
+        Server(('127.0.0.1', int(port)), Handler).serve_forever()";
+    let command = inline(program, &[&folder.path(""), &addr.port().to_string()]);
+    let mut service = Service::run_ready("-n 1 --no-intercept --drain 100s", &command);
+    let old = service.workers()[0];
+    let client = Waiting::new(addr);
+    service.wait_for_output("works");
+    let from = service.log.count();
+    service.signal(Signal::SIGUSR2);
+    service.wait_for_line_after(from, "generation 2 serves");
+    service.keeps(old);
+    assert!(client.waits());
+    folder.raise("go");
+    assert_eq!(client.outcome().expect("an answer").generation, Some(1));
+    service.wait_for_line_after(from, "reload done");
+    service.stop();
+}
+
 // Addresses that can't be had.
 
 /// `-l` fails: status 1, an error in one line with these parts, and no worker was started.
@@ -428,6 +524,24 @@ fn what_systemd_socket_activate_gives_reuse_run_is_shared_by_all_workers() {
     // Both generations have the one queue for a while, so that switch is not atomic.
     reloads_lose_nothing(&service, shared, 5, false);
     assert_eq!(get(own).generation, Some(6));
+    service.stop();
+}
+
+#[test]
+fn a_worker_that_listens_on_what_systemd_gave_reuse_run_is_ready() {
+    let shared = free_address();
+    let mut command = Command::new("systemd-socket-activate");
+    command.args(["--listen", &shared.to_string(), "--setenv", MARK]);
+    command.arg(reuse_run().get_program());
+    command.args(arguments("-n 2 --ready listen --ready-timeout 20s", &python("listen")));
+    let mut service = Service::spawn(command);
+    service.wait_for_line(&format!("Listening on {shared}"));
+    let first = Waiting::new(shared);
+    let over = |line: &str| line.contains("generation 1 is ready") || line.contains("giving up");
+    let line = service.wait_for_line_where(0, "tells how the start went", over);
+    assert!(line.text.contains("generation 1 is ready"), "{}", service.log.text());
+    assert_eq!(first.outcome().expect("an answer").generation, Some(1));
+    service.reload();
     service.stop();
 }
 

@@ -7,11 +7,11 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use common::load::{self, Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Service, app, arguments, free_address, packaged, reuse_run, turn, wait_until,
+    DEADLINE, Folder, Service, app, arguments, free_address, inline, own_network, packaged, reuse_run, turn,
+    wait_until,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -199,9 +199,7 @@ fn an_old_worker_may_finish_its_request_on_a_path_before_it_gets_the_stop_signal
     let from = service.log.count();
     service.signal(Signal::SIGUSR2);
     service.wait_for_line_after(from, "generation 2 serves");
-    common::holds_for("the old worker lives", Duration::from_millis(500), || {
-        service.workers().contains(&old[0])
-    });
+    service.keeps(old[0]);
     folder.raise("socket.go");
     assert_eq!(client.join().expect("an answer").generation, Some(1));
     service.wait_for_line_after(from, "reload done");
@@ -322,4 +320,270 @@ fn a_path_is_removed_when_all_is_over_whatever_the_workers_do() {
     service.signal(Signal::SIGTERM);
     service.wait_end();
     assert!(!path.exists(), "{}", service.log.text());
+}
+
+// Paths that are removed and bound at the same time.
+
+#[test]
+fn programs_that_all_remove_their_paths_and_bind_them_at_the_same_time_have_them_when_they_are_ready() {
+    let _turn = turn();
+    let folder = Folder::new();
+    for round in 0..2 {
+        // Every other path is one that an earlier run has left.
+        let path = |number: usize| folder.path(&format!("{round}-{number}"));
+        for number in (0..100).step_by(2) {
+            drop(UnixListener::bind(path(number)).expect("bind a path"));
+        }
+        let program = "import os, socket, sys, time\n\
+            folder, round = sys.argv[1:]\n\
+            open(folder + 'here-' + round + os.environ['REUSE_RUN_SLOT'], 'w').close()\n\
+            here = lambda: sum(name.startswith('here-' + round) for name in os.listdir(folder))\n\
+            while here() < 8: time.sleep(0.001)\n\
+            sockets = []\n\
+            for number in range(100):\n\
+            \x20   path = folder + round + '-' + str(number)\n\
+            \x20   time.sleep(0.02 - time.time() % 0.02)\n\
+            \x20   try: os.unlink(path)\n\
+            \x20   except FileNotFoundError: pass\n\
+            \x20   sockets.append(socket.socket(socket.AF_UNIX))\n\
+            \x20   sockets[-1].bind(path)\n\
+            \x20   sockets[-1].listen(64)\n\
+            os.write(int(os.environ['READY_FD']), b'\\n')\n\
+            time.sleep(1000)";
+        let command = inline(program, &[&folder.path(""), &round.to_string()]);
+        let mut service = Service::run_ready("-n 8 --ready notify", &command);
+        let missing: Vec<usize> = (0..100).filter(|number| !Path::new(&path(*number)).exists()).collect();
+        assert_eq!(missing, [0usize; 0], "of 100 paths");
+        service.stop();
+    }
+}
+
+// Paths where somebody else has been.
+
+/// A worker that is ready when it has its path and, from generation 2 on, PATH.go is there too.
+fn held_up(path: &str) -> Vec<String> {
+    let program = "import os, socket, sys, time\n\
+        path = sys.argv[1]\n\
+        server = socket.socket(socket.AF_UNIX)\n\
+        server.bind(path)\n\
+        server.listen(64)\n\
+        while os.environ['REUSE_RUN_GENERATION'] > '1' and not os.path.exists(path + '.go'): time.sleep(0.01)\n\
+        os.write(int(os.environ['READY_FD']), b'\\n')\n\
+        time.sleep(1000)";
+    inline(program, &[path])
+}
+
+#[test]
+fn a_link_that_the_owner_of_the_folder_lays_is_not_followed_at_the_switch() {
+    let folder = Folder::new();
+    let (path, victim) = (folder.path("socket"), folder.path("victim"));
+    let mut service = Service::run_ready("-n 1 --ready notify", &held_up(&path));
+    folder.raise("victim");
+    fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).expect("close a file");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).expect("open the path");
+    let from = service.log.count();
+    service.signal(Signal::SIGUSR2);
+    let new = || names(&folder).into_iter().find(|name| name.starts_with('.'));
+    wait_until("generation 2 has bound", DEADLINE, || new().is_some());
+    let new = folder.path(&new().expect("a name"));
+    fs::remove_file(&new).expect("remove a socket");
+    symlink(&victim, &new).expect("make a link");
+    folder.raise("socket.go");
+    service.wait_for_line_after(from, "reload done");
+    assert_eq!(mode(&victim), 0o600, "{}", service.log.text());
+    service.stop();
+}
+
+#[test]
+fn a_path_in_a_folder_that_was_replaced_is_the_next_generations_and_stays() {
+    let folder = Folder::new();
+    let inner = folder.path("run");
+    let path = folder.path("run/socket");
+    fs::create_dir(&inner).expect("make a folder");
+    let mut service = Service::run_ready("-n 2", &python(&path));
+    fs::rename(&inner, folder.path("run.old")).expect("move a folder");
+    fs::create_dir(&inner).expect("make a folder");
+    service.reload();
+    // What reuse-run does when generation 1 has ended it has done when it answers.
+    let status = reuse_run().args(["status", &service.pid().to_string()]).output();
+    assert_eq!(status.expect("run reuse-run status").status.code(), Some(0));
+    assert_eq!(get(&path).generation, Some(2));
+    service.reload();
+    assert_eq!(get(&path).generation, Some(3));
+    service.stop();
+    assert!(!Path::new(&path).exists());
+}
+
+#[test]
+fn a_socket_that_another_program_has_put_in_the_place_of_the_workers_is_left_alone() {
+    let folder = Folder::new();
+    let path = folder.path("socket");
+    let mut service = Service::run_ready("-n 2", &python(&path));
+    fs::remove_file(&path).expect("remove the path");
+    let _other = UnixListener::bind(&path).expect("bind it");
+    service.stop();
+    UnixStream::connect(&path).expect("the other program still has it");
+}
+
+// What a worker may finish.
+
+/// Waits until a worker has one more socket than it had.
+#[track_caller]
+fn accepted_one(worker: u32, before: usize) {
+    wait_until("the request is being worked on", DEADLINE, || sockets(worker) == before + 1);
+}
+
+fn sockets(pid: u32) -> usize {
+    let Ok(fds) = fs::read_dir(format!("/proc/{pid}/fd")) else { return 0 };
+    let links = fds.flatten().filter_map(|fd| fs::read_link(fd.path()).ok());
+    links.filter(|link| link.display().to_string().starts_with("socket:")).count()
+}
+
+#[test]
+fn a_request_from_another_network_namespace_is_finished_before_the_stop_signal() {
+    let folder = Folder::new();
+    let path = folder.path("socket");
+    let command = [python(&path), vec!["slow".to_owned()]].concat();
+    let mut service = Service::run_ready("-n 1 --drain 100s", &command);
+    let old = service.workers()[0];
+    let before = sockets(old);
+    let client = std::thread::spawn({
+        let path = path.clone();
+        move || {
+            own_network();
+            get(&path)
+        }
+    });
+    accepted_one(old, before);
+    let from = service.log.count();
+    service.signal(Signal::SIGUSR2);
+    service.wait_for_line_after(from, "generation 2 serves");
+    service.keeps(old);
+    folder.raise("socket.go");
+    assert_eq!(client.join().expect("an answer").generation, Some(1));
+    service.wait_for_line_after(from, "reload done");
+    service.stop();
+}
+
+#[test]
+fn a_worker_that_has_become_another_user_and_cannot_be_looked_into_has_all_of_the_drain() {
+    let folder = Folder::new();
+    fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o755)).expect("open the folder");
+    let path = folder.path("socket");
+    let program = "import os, socketserver, sys, time\n\
+        path = sys.argv[1]\n\
+        class Handler(socketserver.StreamRequestHandler):\n\
+        \x20   def handle(self):\n\
+        \x20       while self.rfile.readline().strip(): pass\n\
+        \x20       print('works', flush=True)\n\
+        \x20       while not os.path.exists(path + '.go'): time.sleep(0.01)\n\
+        \x20       body = 'generation=' + os.environ['REUSE_RUN_GENERATION'] + '\\n'\n\
+        \x20       head = 'HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: %d\\r\\n\\r\\n'\n\
+        \x20       self.wfile.write((head % len(body) + body).encode())\n\
+        server = socketserver.ThreadingUnixStreamServer(path, Handler)\n\
+        server.daemon_threads = True\n\
+        os.chmod(path, 0o777)\n\
+        os.setgroups([])\n\
+        os.setuid(65534)\n\
+        server.serve_forever()";
+    let mut command = Command::new("setpriv");
+    command.args(["--inh-caps=-sys_ptrace", "--bounding-set=-sys_ptrace", "--"]);
+    command.arg(reuse_run().get_program()).env_remove("RUST_LOG");
+    command.args(arguments("-n 1 --drain 100s", &inline(program, &[&path])));
+    let mut service = Service::spawn(command);
+    service.wait_for_line("generation 1 is ready");
+    let old = service.workers()[0];
+    let client = std::thread::spawn({
+        let path = path.clone();
+        move || get(&path)
+    });
+    service.wait_for_output("works");
+    let from = service.log.count();
+    service.signal(Signal::SIGUSR2);
+    service.wait_for_line_after(from, "generation 2 serves");
+    service.keeps(old);
+    folder.raise("socket.go");
+    assert_eq!(client.join().expect("an answer").generation, Some(1));
+    service.stop();
+}
+
+#[test]
+fn a_path_that_is_bound_and_never_listened_on_holds_no_reload_up() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let program = "import runpy, os, socket, sys\n\
+        idle = socket.socket(socket.AF_UNIX)\n\
+        idle.bind(sys.argv[1])\n\
+        sys.argv = sys.argv[2:]\n\
+        runpy.run_path(sys.argv[0], run_name='app')";
+    let rest = [&folder.path("idle"), &app("python/naive.py"), &addr.port().to_string()];
+    let command = inline(program, &rest.map(String::as_str));
+    let mut service = Service::run_ready("-n 1 --drain 100s", &command);
+    for _ in 0..2 {
+        let took = service.reload();
+        assert!(took.as_secs() < 60, "{took:?}");
+    }
+    service.stop();
+}
+
+// What a worker may not do, and what it does for itself.
+
+#[test]
+fn a_root_worker_that_may_not_override_permissions_gets_what_it_would_get_alone() {
+    let folder = Folder::new();
+    fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o555)).expect("close the folder");
+    let program = "import socket, sys\n\
+        try:\n\
+        \x20   socket.socket(socket.AF_UNIX).bind(sys.argv[1])\n\
+        \x20   print('bound')\n\
+        except OSError as error:\n\
+        \x20   print(error.strerror)";
+    let without = ["setpriv", "--inh-caps=-dac_override", "--bounding-set=-dac_override", "--"];
+    let command = [without.map(str::to_owned).to_vec(), inline(program, &[&folder.path("socket")])].concat();
+    let alone = Command::new(&command[0]).args(&command[1..]).output().expect("run it");
+    assert_eq!(String::from_utf8_lossy(&alone.stdout).trim(), "Permission denied", "{alone:?}");
+    let mut service = Service::run("-n 1 --ready notify", &command);
+    service.wait_end();
+    assert_eq!(service.out.text(), "Permission denied", "{}", service.log.text());
+    assert_eq!(names(&folder), [""; 0]);
+}
+
+#[test]
+fn a_ready_worker_may_make_and_remove_listeners_of_its_own_without_a_word_or_a_trace() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let program = "import os, socket, sys, time\n\
+        folder, port = sys.argv[1:]\n\
+        server = socket.create_server(('127.0.0.1', int(port)))\n\
+        while not os.path.exists(folder + 'go'): time.sleep(0.01)\n\
+        for number in range(300):\n\
+        \x20   path = folder + str(number)\n\
+        \x20   with socket.socket(socket.AF_UNIX) as own:\n\
+        \x20       own.bind(path)\n\
+        \x20       own.listen()\n\
+        \x20   os.unlink(path)\n\
+        print('all are gone', flush=True)\n\
+        time.sleep(1000)";
+    let command = inline(program, &[&folder.path(""), &addr.port().to_string()]);
+    let mut service = Service::run_ready("-n 1", &command);
+    let before = service.fds();
+    folder.raise("go");
+    service.wait_for_output("all are gone");
+    assert_eq!(names(&folder), ["go"]);
+    let status = reuse_run().args(["status", "--json", &service.pid().to_string()]).output();
+    let status = String::from_utf8(status.expect("run reuse-run status").stdout).expect("UTF-8");
+    assert!(status.contains(&addr.to_string()) && !status.contains(&folder.path("")), "{status}");
+    assert!(service.fds() < before + 20, "{} fds, and {before} before", service.fds());
+    service.stop();
+    assert_eq!(service.log.count_of("stopped listening"), 0, "{}", service.log.text());
+}
+
+#[test]
+fn workers_with_nothing_but_a_path_of_their_own_are_told_of_the_way_out() {
+    let folder = Folder::new();
+    let script = format!("exec python3 {} {}-$REUSE_RUN_SLOT", app("python/unix.py"), folder.path("socket"));
+    let mut service = Service::run("-n 2 --ready-timeout 4s", &["sh", "-c", &script]);
+    assert_eq!(service.wait_end().code(), Some(1), "{}", service.log.text());
+    let line = service.wait_for_line("not ready within").text;
+    for part in ["Unix sockets that no other worker has", "--ready notify"] {
+        assert!(line.contains(part), "no {part:?} in {line}");
+    }
 }

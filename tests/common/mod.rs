@@ -413,6 +413,13 @@ impl Service {
         pids().into_iter().filter(|pid| *pid != self.pid()).filter(is_ours).collect()
     }
 
+    /// Whether a process is a worker that lives on for half a second, after a reload say, which takes less
+    /// than that to stop one that has nothing to do.
+    #[track_caller]
+    pub fn keeps(&self, worker: u32) {
+        holds_for("the old worker lives", Duration::from_millis(500), || self.workers().contains(&worker));
+    }
+
     /// How many file descriptors reuse-run has open.
     pub fn fds(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.pid())).map_or(0, Iterator::count)
@@ -479,6 +486,11 @@ pub fn packaged(options: &str, module: &str, rest: &[&str]) -> Service {
     let service = Service::spawn(command);
     service.wait_for_line("generation 1 is ready");
     service
+}
+
+/// A Python program in a few lines, as a command.
+pub fn inline(program: &str, rest: &[&str]) -> Vec<String> {
+    ["python3", "-c", program].iter().chain(rest).map(|word| (*word).to_owned()).collect()
 }
 
 fn pids() -> BTreeSet<u32> {

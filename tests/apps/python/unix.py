@@ -1,5 +1,5 @@
 """Threads on a Unix socket, as the documentation of socketserver has it: nothing is unlinked, no signal
-handled. `unix.py PATH slow`: an answer takes until the file PATH.go is there."""
+handled. `unix.py PATH slow`: an answer takes until the file PATH.go is there, and a stop waits for none."""
 import os
 import socketserver
 import sys
@@ -20,4 +20,6 @@ class Handler(socketserver.StreamRequestHandler):
             len(body), body).encode())
 
 
-socketserver.ThreadingUnixStreamServer(path, Handler).serve_forever()
+server = socketserver.ThreadingUnixStreamServer(path, Handler)
+server.daemon_threads = slow
+server.serve_forever()
