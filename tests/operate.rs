@@ -464,6 +464,46 @@ fn scaling_during_a_reload_waits_for_its_end() {
 }
 
 #[test]
+fn of_scalings_that_wait_the_last_is_done_and_each_is_told_the_truth() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let mut service = Service::run_ready("-n 2", &folder.server(addr, &[]));
+    folder.raise("hold-1-2");
+    folder.raise("hold-1-3");
+    let begun = begin(&service, "scale 3");
+    begun.wait_for_output("scaling from 2 to 3");
+    let waits = begin(&service, "scale 5");
+    waits.wait_for_output("scale to 5: as soon as what goes on is over");
+    let last = begin(&service, "scale 4");
+    Outcome::of(waits).assert_failed(&["4 workers were asked for since"]);
+    folder.lower("hold-1-2");
+    Outcome::of(begun).assert_done("3 workers of generation 1 serve");
+    last.wait_for_output("scaling from 3 to 4");
+    assert!(last.out.find(0, "4 workers of generation 1 serve").is_none(), "it is not done yet");
+    folder.lower("hold-1-3");
+    Outcome::of(last).assert_done("4 workers of generation 1 serve");
+    service.stop();
+}
+
+#[test]
+fn a_reload_that_waits_its_turn_keeps_its_way_whatever_signals_come() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let mut service = Service::run_ready("-n 2", &folder.server(addr, &[]));
+    folder.raise("hold-2-0");
+    let first = begin(&service, "reload");
+    first.wait_for_output("starting generation 2");
+    let waits = begin(&service, "reload --batch 1");
+    waits.wait_for_output("once more as soon as this one is over");
+    service.signal(Signal::SIGUSR2);
+    run(&service, "reload --batch 2").assert_failed(&["goes another way"]);
+    folder.lower("hold-2-0");
+    Outcome::of(first).assert_done("2 workers of generation 2 serve");
+    let outcome = Outcome::of(waits);
+    outcome.assert_done("2 workers of generation 3 serve");
+    assert!(outcome.out.contains("generation 3 serves in 1 of 2 slots"), "{outcome:?}");
+    service.stop();
+}
+
+#[test]
 fn a_reload_during_a_scaling_waits_for_its_end() {
     let (addr, folder) = (free_address(), Folder::new());
     let mut service = Service::run_ready("-n 1", &folder.server(addr, &[]));
@@ -514,6 +554,23 @@ fn the_option_batch_is_how_a_signal_reloads() {
         service.reload();
     });
     assert_eq!(most, 5);
+}
+
+#[test]
+fn a_new_worker_that_dies_after_its_batch_ends_the_rolling_reload() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let mut service = Service::run_ready("-n 2", &folder.server(addr, &[]));
+    folder.raise("hold-2-1");
+    let reload = begin(&service, "reload --batch 1");
+    reload.wait_for_output("generation 2 serves in 1 of 2 slots");
+    let new = workers_where(&service, |worker| worker["generation"] == 2 && worker["slot"] == 0);
+    send(new[0]["pid"].as_u64().expect("a pid") as u32, Signal::SIGKILL);
+    Outcome::of(reload)
+        .assert_failed(&["was killed by SIGKILL", "1 worker of generation 2 and 1 of generation 1"]);
+    assert_eq!(serving(&service), [(0, 2), (1, 1)]);
+    service.wait_for_line("is ready, a replacement");
+    folder.lower("hold-2-1");
+    service.stop();
 }
 
 #[test]
@@ -881,6 +938,18 @@ fn the_only_one_is_found_and_of_several_all_are_named() {
     first.stop();
     assert_eq!(run_words("status").code, Some(0));
     second.stop();
+}
+
+#[test]
+fn who_has_taken_the_name_of_pid_1_is_not_taken_for_it() {
+    own_network();
+    let namespace = fs::metadata("/proc/self/ns/pid").expect("a PID namespace").ino();
+    let name = SocketAddr::from_abstract_name(format!("reuse-run/{namespace}/1")).expect("a name");
+    let _impostor = std::os::unix::net::UnixListener::bind_addr(&name).expect("take the name");
+    run_words("status 1").assert_failed(&["process 1 is not a reuse-run"]);
+    let mut service = Service::run_ready("-n 1", &naive(free_address()));
+    run_words("reload").assert_done("1 worker of generation 2 serve");
+    service.stop();
 }
 
 #[test]
