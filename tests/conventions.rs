@@ -852,13 +852,17 @@ fn follows_the_link(folder: &Folder, addr: SocketAddr, mut service: Service, log
     service.wait_for_line("generation 1 is ready");
     assert_eq!(directory(&service), releases[0]);
     assert_eq!(value_in(&service, 1, "PWD").as_deref(), Some(logical));
-    assert_eq!(service.out.count_of("release 1"), 2);
+    let printed = |line: &str, times: usize| {
+        wait_until(line, DEADLINE, || service.out.count_of(line) >= times);
+        assert_eq!(service.out.count_of(line), times, "{line}");
+    };
+    printed("release 1", 2);
 
     folder.link("current", "releases/2");
     let restarted = replace_one(&service);
     assert_eq!(directory(&service), releases[0], "one that crashed is of the old release still");
     assert_eq!(variable(restarted, "PWD").as_ref(), Some(&releases[0]), "where `current` no longer leads");
-    assert_eq!(service.out.count_of("release 1"), 3, "and so is its command");
+    printed("release 1", 3); // so is its command
     assert_eq!(service.out.count_of("release 2"), 0);
 
     let load = light_load(addr);
@@ -866,7 +870,7 @@ fn follows_the_link(folder: &Folder, addr: SocketAddr, mut service: Service, log
     answered_more(&load);
     load.stop().assert_nothing_failed();
     assert_eq!(directory(&service), releases[1]);
-    assert_eq!(service.out.count_of("release 2"), 2, "the command is of the new release too");
+    printed("release 2", 2); // the command is of the new release too
     assert_eq!(value_in(&service, 2, "PWD").as_deref(), Some(logical));
 
     fs::remove_file(folder.path("current")).expect("remove the link");
