@@ -99,11 +99,12 @@ impl Drop for Ended {
 fn what_a_child_prints_that_outlives_its_worker_is_labelled_too() {
     let folder = Folder::new();
     let text = format!(
-        r#"setsid sh -c 'while [ ! -e {0} ]; do sleep 0.02; done; echo "from the child"' & exec sleep 1000"#,
+        r#"setsid sh -c 'echo "a child"; while [ ! -e {0} ]; do sleep 0.02; done; echo "from the child"' & exec sleep 1000"#,
         folder.path("go")
     );
     let mut service = Service::run_ready("-n 1 --label --ready 1ms", &sh(&text));
     let worker = service.workers()[0];
+    service.wait_for_output(&format!("0|{worker} a child")); // which is in a group of its own by now
     kill(Pid::from_raw(worker as i32), Signal::SIGKILL).expect("kill the worker");
     service.wait_for_line("is ready, a replacement");
     folder.raise("go");
