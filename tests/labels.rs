@@ -110,6 +110,7 @@ fn what_a_child_prints_that_outlives_its_worker_is_labelled_too() {
     folder.raise("go");
     let line = service.wait_for_output(&format!("0|{worker} from the child"));
     assert_eq!(line.text, format!("0|{worker} from the child"));
+    wait_until("the children have ended", DEADLINE, || service.descendants().len() == 1);
     service.stop();
 }
 
