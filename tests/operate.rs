@@ -747,7 +747,8 @@ fn status_tells_starting_ready_draining_and_stopping_workers_and_exits_with_4_an
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     assert!(outcome.out.contains(&format!("1 of 1 slots ready on {addr}")), "{outcome:?}");
 
-    let client = TcpStream::connect(addr).expect("connect");
+    let mut client = TcpStream::connect(addr).expect("connect");
+    client.write_all(b"GET / HTTP/1.1\r\n").expect("begin a request, which is waited for");
     wait_until("it is accepted", DEADLINE, || status(&service)["workers"][0]["connections"] == 1);
     let reload = begin(&service, "reload");
     let shown = wait_for_state(&service, "draining");
