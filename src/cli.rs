@@ -489,6 +489,11 @@ fn split(words: Vec<OsString>) -> Result<(Vec<String>, Vec<OsString>, bool), Str
         } else {
             options.push(text.clone().into_owned());
             if !SWITCHES.contains(&&*text) {
+                if let Err(wrong) = understand::<Args>(&["reuse-run"], &[&text, "1"])
+                    && wrong.contains("nrecognized")
+                {
+                    return Err(wrong);
+                }
                 let value = words.next().filter(|value| value != "--");
                 let value = value.ok_or_else(|| format!("{text} needs a value (see --help)"))?;
                 options.push(value.to_string_lossy().into_owned());
@@ -555,6 +560,7 @@ mod tests {
             ("--ready soon x", "\"soon\""),
             ("--stop-signal STOP x", "\"STOP\""),
             ("--frobnicate 1 x", "--frobnicate"),
+            ("--frobnicate", "nrecognized argument: --frobnicate"),
         ];
         for (line, part) in cases {
             let error = run(line).unwrap_err();
