@@ -76,7 +76,7 @@ fn a_worker_may_bind_50_ports() {
 #[test]
 fn a_worker_may_bind_and_close_a_thousand_times() {
     let (addr, command) = resources("again", &[]);
-    let mut service = Service::run("-n 1", &command);
+    let mut service = Service::run("-n 1 --ready-timeout 10m", &command); // it takes seconds, or more on a busy machine
     let mut most = 0;
     wait_until("it serves", DEADLINE, || {
         most = most.max(service.fds());
