@@ -1,430 +1,486 @@
-//! The workers' output line by line, each with the slot and the PID of the worker before it.
+//! The workers' output, line by line with `slot|pid` before each line (--label).
 //!
-//! Writing never makes the loop wait: what stdout or stderr doesn't take is kept, and when that is much, the
-//! workers' pipes are not read until it is less, so that they wait as they would without us.
+//! Each worker has a pipe for stdout and one for stderr. What comes out of them goes to the wrapper's own
+//! stdout and stderr in whole lines. When the reader of one of these is slow its queue gets full, and until
+//! there is room again the pipes aren't read: the workers wait for it as they would without the wrapper.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::io;
+use std::ops::Bound::{Excluded, Included, Unbounded};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
-use nix::sys::socket::{MsgFlags, send};
-use nix::unistd::{self, Pid};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::unistd::{Pid, pipe2, read};
 
 use crate::fleet::WorkerId;
 use crate::logging;
+use crate::output::{self, Output, Stream};
 use crate::procfs;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Stream {
-    Stdout,
-    Stderr,
-}
-
-/// A worker's pipe; never used twice.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct PipeId(pub u32);
-
-/// What a poll loop is told by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ready {
-    Pipe(PipeId),
-    Output(Stream),
-}
-
-/// No more is read at once, so that a worker that floods doesn't hold up others, in bytes.
-const MOST_AT_ONCE: usize = 64 * 1024;
-/// A line that is longer is parted, in bytes.
+/// A longer line becomes several.
 const LONGEST_LINE: usize = 64 * 1024;
-/// When so much waits to be written, nothing more is read, in bytes.
-const MOST_WAITING: usize = 256 * 1024;
-/// What fits into a pipe whole or not at all, and without a wait when poll(2) says that it can be written to
-/// (PIPE_BUF, pipe(7)).
-const WHOLE: usize = 4096;
-/// How much is kept of what a worker said last: lines, and of how many workers.
-const LAST_LINES: usize = 5;
-const LAST_WORKERS: usize = 64;
-/// How long the last words of all wait for a slow reader.
+
+/// No more than this is read at once from a pipe, so that a worker that floods it doesn't hold up others.
+const TURN: usize = 64 * 1024;
+
+/// What a pipe may hold (/proc/sys/fs/pipe-max-size).
+const LARGEST_PIPE: usize = 1024 * 1024;
+
+/// How long a slow reader is waited for at the end.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// See the module's comment.
-pub struct Labels {
-    pipes: BTreeMap<PipeId, Pipe>,
-    next: u32,
-    stdout: Output,
-    stderr: Output,
-    /// What workers wrote last to stderr.
-    last: BTreeMap<WorkerId, VecDeque<String>>,
+/// How many of a worker's last lines are kept, and how many bytes of each.
+const LAST_LINES: usize = 5;
+const LAST_BYTES: usize = 200;
+
+/// Of how many workers that have ended it is kept what they wrote.
+const KEPT: usize = 64;
+
+/// What the epoll says when an output has room again; see also [`token`].
+const ROOM: u64 = u64::MAX;
+
+fn token(WorkerId(id): WorkerId, stream: Stream) -> u64 {
+    u64::from(id) << 1 | stream as u64
 }
 
-struct Pipe {
-    fd: OwnedFd,
-    worker: WorkerId,
-    stream: Stream,
-    lines: Lines,
+fn from_token(token: u64) -> (WorkerId, Stream) {
+    (WorkerId((token >> 1) as u32), Stream::ALL[(token & 1) as usize])
 }
 
-/// The reading ends of a worker's pipes, until it has started.
-pub struct Ends {
-    stdout: OwnedFd,
-    stderr: OwnedFd,
+/// The ends of a new worker's pipes that stay here, and those that are to be its stdout and stderr. All are
+/// close-on-exec.
+pub fn pipes() -> io::Result<([OwnedFd; 2], [OwnedFd; 2])> {
+    let pipe = || -> io::Result<_> {
+        let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+        fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        Ok((read, write))
+    };
+    let (stdout, stderr) = (pipe()?, pipe()?);
+    Ok(([stdout.0, stderr.0], [stdout.1, stderr.1]))
 }
 
-impl Labels {
-    pub fn new() -> Self {
-        Self {
-            pipes: BTreeMap::new(),
-            next: 0,
-            stdout: Output::new(Stream::Stdout),
-            stderr: Output::new(Stream::Stderr),
-            last: BTreeMap::new(),
-        }
-    }
-
-    /// Pipes for a worker's output: our ends, and its stdout and stderr.
-    pub fn pipes() -> io::Result<(Ends, [OwnedFd; 2])> {
-        let pipe = || -> io::Result<(OwnedFd, OwnedFd)> {
-            let (read, write) = unistd::pipe2(OFlag::O_CLOEXEC)?;
-            fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-            Ok((read, write))
-        };
-        let ((stdout, its_stdout), (stderr, its_stderr)) = (pipe()?, pipe()?);
-        Ok((Ends { stdout, stderr }, [its_stdout, its_stderr]))
-    }
-
-    /// Reads what a worker writes, whenever `epoll` tells of it by the token that `token` makes.
-    pub fn add(
-        &mut self,
-        worker: WorkerId,
-        slot: u32,
-        pid: Pid,
-        ends: Ends,
-        epoll: &Epoll,
-        token: impl Fn(Ready) -> u64,
-    ) -> io::Result<()> {
-        for (stream, fd) in [(Stream::Stdout, ends.stdout), (Stream::Stderr, ends.stderr)] {
-            let id = PipeId(self.next);
-            self.next = self.next.wrapping_add(1);
-            let flags = if self.output(stream).is_full { EpollFlags::empty() } else { EpollFlags::EPOLLIN };
-            epoll.add(&fd, EpollEvent::new(flags, token(Ready::Pipe(id))))?;
-            let lines = Lines::new(format!("{slot}|{pid} "));
-            self.pipes.insert(id, Pipe { fd, worker, stream, lines });
-        }
-        Ok(())
-    }
-
-    fn output(&mut self, stream: Stream) -> &mut Output {
-        match stream {
-            Stream::Stdout => &mut self.stdout,
-            Stream::Stderr => &mut self.stderr,
-        }
-    }
-
-    /// Goes on where something is ready.
-    pub fn attend(&mut self, ready: Ready, epoll: &Epoll, token: impl Fn(Ready) -> u64) {
-        let stream = match ready {
-            Ready::Output(stream) => stream,
-            Ready::Pipe(id) => {
-                let Some(stream) = self.pipes.get(&id).map(|pipe| pipe.stream) else { return };
-                self.read(id);
-                stream
-            }
-        };
-        self.go_on(stream, epoll, token);
-    }
-
-    /// Writes what was read, and reads more or less according to that.
-    fn go_on(&mut self, stream: Stream, epoll: &Epoll, token: impl Fn(Ready) -> u64) {
-        let output = self.output(stream);
-        output.flush();
-        output.watch(epoll, token(Ready::Output(stream)));
-        let is_full = output.waiting() >= MOST_WAITING;
-        if is_full != std::mem::replace(&mut output.is_full, is_full) {
-            let flags = if is_full { EpollFlags::empty() } else { EpollFlags::EPOLLIN };
-            for (id, pipe) in self.pipes.iter().filter(|(_, pipe)| pipe.stream == stream) {
-                let _ = epoll.modify(&pipe.fd, &mut EpollEvent::new(flags, token(Ready::Pipe(*id))));
-            }
-        }
-    }
-
-    /// Reads from a pipe once. Returns whether there may be more.
-    fn read(&mut self, id: PipeId) -> bool {
-        let Some(pipe) = self.pipes.get_mut(&id) else { return false };
-        let mut bytes = vec![0; MOST_AT_ONCE];
-        let (lines, goes_on) = match unistd::read(&pipe.fd, &mut bytes) {
-            Ok(count) if count > 0 => (pipe.lines.take(&bytes[..count]), true),
-            Err(Errno::EAGAIN) => return false,
-            // The end: nobody has the other end any more.
-            _ => (pipe.lines.end().into_iter().collect(), false),
-        };
-        let (worker, stream, label) = (pipe.worker, pipe.stream, pipe.lines.label.len());
-        if stream == Stream::Stderr {
-            let last = self.last.entry(worker).or_default();
-            for line in &lines {
-                last.push_back(procfs::printable(&line[label..line.len() - 1]));
-            }
-            last.drain(..last.len().saturating_sub(LAST_LINES));
-            if self.last.len() > LAST_WORKERS {
-                self.last.pop_first();
-            }
-        }
-        self.output(stream).queue.extend(lines);
-        if !goes_on {
-            self.pipes.remove(&id);
-        }
-        goes_on
-    }
-
-    /// What a worker has written last to stderr.
-    pub fn last_lines(
-        &mut self,
-        worker: WorkerId,
-        epoll: &Epoll,
-        token: impl Fn(Ready) -> u64,
-    ) -> Vec<String> {
-        let its = |pipe: &Pipe| pipe.worker == worker && pipe.stream == Stream::Stderr;
-        let pipe = self.pipes.iter().find(|(_, pipe)| its(pipe)).map(|(id, _)| *id);
-        if let Some(id) = pipe {
-            self.read_up(id);
-            self.go_on(Stream::Stderr, epoll, token);
-        }
-        self.last.get(&worker).map_or(Vec::new(), |lines| lines.iter().cloned().collect())
-    }
-
-    /// Reads what is in a pipe, which holds no more than this unless somebody has enlarged it or goes on to write.
-    fn read_up(&mut self, id: PipeId) {
-        const MOST: usize = 1024 * 1024 / MOST_AT_ONCE;
-        let _ = (0..MOST).take_while(|_| self.read(id)).count();
-    }
-
-    /// Writes what is left, at the end.
-    pub fn finish(&mut self) {
-        for id in self.pipes.keys().copied().collect::<Vec<_>>() {
-            self.read_up(id);
-            if let Some(pipe) = self.pipes.get_mut(&id) {
-                let (stream, lines) = (pipe.stream, pipe.lines.end());
-                self.output(stream).queue.extend(lines);
-            }
-        }
-        let until = Instant::now() + PATIENCE;
-        for output in [&mut self.stdout, &mut self.stderr] {
-            while !output.flush() && Instant::now() < until {
-                let left = until.saturating_duration_since(Instant::now()).as_millis() as u16;
-                let mut fds = [PollFd::new(output.fd(), PollFlags::POLLOUT)];
-                let _ = poll(&mut fds, PollTimeout::from(left.max(1)));
-            }
-        }
-    }
-}
-
-/// Parts a stream into lines, and puts the label before each.
+/// Parts a stream into lines.
+#[derive(Debug, Default)]
 struct Lines {
-    label: String,
     begun: Vec<u8>,
 }
 
 impl Lines {
-    fn new(label: String) -> Self {
-        Self { label, begun: Vec::new() }
-    }
-
-    /// The lines that are whole by now, each with its newline.
-    fn take(&mut self, bytes: &[u8]) -> Vec<Vec<u8>> {
-        let mut lines = Vec::new();
+    /// Hands each line that is complete now to `line`, without its newline.
+    fn take(&mut self, bytes: &[u8], line: &mut impl FnMut(&[u8])) {
         for part in bytes.split_inclusive(|byte| *byte == b'\n') {
-            let (text, ended) = match part.split_last() {
+            let (mut text, ended) = match part.split_last() {
                 Some((b'\n', text)) => (text, true),
                 _ => (part, false),
             };
-            let mut rest = text;
-            while self.begun.len() + rest.len() > LONGEST_LINE {
-                let (fits, more) = rest.split_at(LONGEST_LINE - self.begun.len());
+            while self.begun.len() + text.len() > LONGEST_LINE {
+                let (fits, later) = text.split_at(LONGEST_LINE - self.begun.len());
                 self.begun.extend_from_slice(fits);
-                lines.push(self.line());
-                rest = more;
+                line(&self.begun);
+                self.begun.clear();
+                text = later;
             }
-            self.begun.extend_from_slice(rest);
+            if ended && self.begun.is_empty() {
+                line(text);
+                continue;
+            }
+            self.begun.extend_from_slice(text);
             if ended {
-                lines.push(self.line());
+                line(&self.begun);
+                self.begun.clear();
             }
         }
-        lines
     }
 
-    /// What is left at the end of the stream.
-    fn end(&mut self) -> Option<Vec<u8>> {
-        (!self.begun.is_empty()).then(|| self.line())
-    }
-
-    fn line(&mut self) -> Vec<u8> {
-        let mut line = self.label.clone().into_bytes();
-        line.append(&mut self.begun);
-        line.push(b'\n');
-        line
+    /// The stream has ended: a last line without a newline is one too.
+    fn end(&mut self, line: &mut impl FnMut(&[u8])) {
+        if !self.begun.is_empty() {
+            line(&std::mem::take(&mut self.begun));
+        }
     }
 }
 
-/// stdout or stderr.
-struct Output {
-    stream: Stream,
-    sink: Sink,
-    queue: VecDeque<Vec<u8>>,
-    /// What is being written: whole lines, or the rest of one.
-    current: Vec<u8>,
-    is_watched: bool,
-    is_full: bool,
+/// The wrapper's end of a pipe.
+#[derive(Debug)]
+struct Pipe {
+    end: OwnedFd,
+    lines: Lines,
+    /// Whether epoll tells when there is something to read. (Of a pipe without a writer it tells that even
+    /// when it isn't asked, so that it must not be in there while it isn't read.)
+    watched: bool,
 }
 
-enum Sink {
-    /// Opened anew and non-blocking, which the workers and whoever else has the same pipe or terminal don't
-    /// notice.
-    Own(File),
-    Socket,
-    /// It takes whatever comes.
-    RegularFile,
-    /// It can't be opened anew: written to when it can take as much as is written.
-    Other,
+/// What a pipe holds after it was read from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Left {
+    Perhaps,
+    Nothing,
+    /// Nor will there be anything.
+    End,
 }
 
-impl Output {
-    fn new(stream: Stream) -> Self {
-        let path = format!("/proc/self/fd/{}", if stream == Stream::Stdout { 1 } else { 2 });
-        let sink = match std::fs::metadata(&path).map(|metadata| metadata.file_type()) {
-            Ok(kind) if kind.is_socket() => Sink::Socket,
-            Ok(kind) if kind.is_file() => Sink::RegularFile,
-            _ => {
-                let flags = libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
-                let own = OpenOptions::new().write(true).custom_flags(flags).open(path);
-                own.map_or(Sink::Other, Sink::Own)
-            }
-        };
-        let (queue, current) = (VecDeque::new(), Vec::new());
-        Self { stream, sink, queue, current, is_watched: false, is_full: false }
-    }
+/// A worker that runs, or that has ended and what it wrote is still of interest.
+#[derive(Debug)]
+struct Worker {
+    label: String,
+    /// By stream. Until end of file: what the worker has started may have them longer than itself.
+    pipes: [Option<Pipe>; 2],
+    last_lines: VecDeque<Vec<u8>>,
+    ended: bool,
+}
 
-    fn fd(&self) -> BorrowedFd<'_> {
-        use std::sync::LazyLock;
-        static STDOUT: LazyLock<io::Stdout> = LazyLock::new(io::stdout);
-        static STDERR: LazyLock<io::Stderr> = LazyLock::new(io::stderr);
-        match (&self.sink, self.stream) {
-            (Sink::Own(file), _) => file.as_fd(),
-            (_, Stream::Stdout) => STDOUT.as_fd(),
-            (_, Stream::Stderr) => STDERR.as_fd(),
-        }
-    }
-
-    fn waiting(&self) -> usize {
-        self.current.len() + self.queue.iter().map(Vec::len).sum::<usize>()
-    }
-
-    /// Writes as much as is taken. Returns whether nothing is left.
-    fn flush(&mut self) -> bool {
-        loop {
-            if self.current.is_empty() {
-                if self.stream == Stream::Stderr {
-                    self.current = logging::release();
+impl Worker {
+    /// Reads from a pipe until it is empty, the output is full or `most` bytes are read.
+    fn read(&mut self, stream: Stream, output: &mut Output, most: usize) -> Left {
+        let Self { label, pipes, last_lines, .. } = self;
+        let pipe = &mut pipes[stream as usize];
+        let Some(Pipe { end, lines, .. }) = pipe else { return Left::End };
+        let mut read_so_far = 0;
+        // In small pieces, as labels can make many times as much of them.
+        let mut bytes = [0; 16 * 1024];
+        while read_so_far < most && !output.is_full() {
+            let mut line = |text: &[u8]| {
+                output.push(&[label.as_bytes(), text, b"\n"]);
+                if stream == Stream::Stderr {
+                    keep(last_lines, text);
                 }
-                while let Some(line) = self.queue.front()
-                    && (self.current.is_empty() || self.current.len() + line.len() <= WHOLE)
-                {
-                    self.current.extend(self.queue.pop_front().into_iter().flatten());
-                }
-            }
-            if self.current.is_empty() {
-                return true;
-            }
-            match self.write() {
-                Ok(count) => drop(self.current.drain(..count)),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                // Nobody reads any more.
-                Err(_) => self.current.clear(),
-            }
-        }
-        // The log is written by another way, and is not to end up in the middle of a line.
-        if self.stream == Stream::Stderr {
-            logging::hold();
-        }
-        false
-    }
-
-    fn write(&self) -> io::Result<usize> {
-        match &self.sink {
-            Sink::Own(file) => (&mut &*file).write(&self.current),
-            Sink::RegularFile => Ok(unistd::write(self.fd(), &self.current)?),
-            Sink::Socket => {
-                let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-                Ok(send(self.fd().as_raw_fd(), &self.current, flags)?)
-            }
-            Sink::Other => {
-                let mut fds = [PollFd::new(self.fd(), PollFlags::POLLOUT)];
-                if poll(&mut fds, PollTimeout::ZERO)? == 0 {
-                    return Err(ErrorKind::WouldBlock.into());
-                }
-                Ok(unistd::write(self.fd(), &self.current[..self.current.len().min(WHOLE)])?)
-            }
-        }
-    }
-
-    /// Has `epoll` tell when more can be written, as long as there is something to write.
-    fn watch(&mut self, epoll: &Epoll, token: u64) {
-        let wants = !self.current.is_empty() || !self.queue.is_empty();
-        if wants != self.is_watched {
-            let changed = match wants {
-                true => epoll.add(self.fd(), EpollEvent::new(EpollFlags::EPOLLOUT, token)),
-                false => epoll.delete(self.fd()),
             };
-            self.is_watched = if changed.is_ok() { wants } else { self.is_watched };
+            match read(&*end, &mut bytes) {
+                Ok(count @ 1..) => {
+                    lines.take(&bytes[..count], &mut line);
+                    read_so_far += count;
+                }
+                Err(Errno::EAGAIN) => return Left::Nothing,
+                Err(Errno::EINTR) => {}
+                Ok(0) | Err(_) => {
+                    lines.end(&mut line);
+                    output.flush();
+                    *pipe = None; // closing it takes it out of epoll
+                    return Left::End;
+                }
+            }
+            output.flush();
+        }
+        Left::Perhaps
+    }
+
+    /// Closes a pipe, whoever still has it.
+    fn close(&mut self, stream: Stream, output: &mut Output) {
+        if let Some(mut pipe) = self.pipes[stream as usize].take() {
+            pipe.lines.end(&mut |text| output.push(&[self.label.as_bytes(), text, b"\n"]));
         }
     }
+}
+
+fn keep(last_lines: &mut VecDeque<Vec<u8>>, text: &[u8]) {
+    if last_lines.len() == LAST_LINES {
+        last_lines.pop_front();
+    }
+    last_lines.push_back(text[..text.len().min(LAST_BYTES)].to_vec());
+}
+
+/// The output of all workers on its way to stdout and stderr.
+#[derive(Debug)]
+pub struct Labels {
+    /// Of the pipes and the outputs. In the poll loop's it stands for all of them.
+    epoll: Epoll,
+    /// By stream: one and the same if they are the same file.
+    outputs: [Arc<Mutex<Output>>; 2],
+    workers: BTreeMap<WorkerId, Worker>,
+    /// Whose pipe was read last.
+    last_read: WorkerId,
+}
+
+/// Never held while something is logged: the log goes to the same output.
+fn lock(output: &Mutex<Output>) -> MutexGuard<'_, Output> {
+    output.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Labels {
+    /// From now on the log goes the same way as the workers' stderr.
+    pub fn new() -> io::Result<Self> {
+        let stderr = Arc::new(Mutex::new(Output::new(Stream::Stderr)?));
+        let stdout = if output::is_one_file() {
+            Arc::clone(&stderr)
+        } else {
+            Arc::new(Mutex::new(Output::new(Stream::Stdout)?))
+        };
+        let labels = Self::to([stdout, Arc::clone(&stderr)])?;
+        logging::go_through(stderr);
+        Ok(labels)
+    }
+
+    fn to(outputs: [Arc<Mutex<Output>>; 2]) -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        Ok(Self { epoll, outputs, workers: BTreeMap::new(), last_read: WorkerId(0) })
+    }
+
+    /// A worker has started, with the other ends of these pipes.
+    pub fn add(&mut self, worker: WorkerId, slot: u32, pid: Pid, pipes: [OwnedFd; 2]) {
+        self.forget_oldest();
+        let pipes = pipes.map(|end| Some(Pipe { end, lines: Lines::default(), watched: false }));
+        let label = format!("{slot}|{pid} ");
+        self.workers.insert(worker, Worker { label, pipes, last_lines: VecDeque::new(), ended: false });
+    }
+
+    /// A worker has ended: what it wrote is written before it is told that it has.
+    pub fn has_ended(&mut self, worker: WorkerId) {
+        self.read_all(worker);
+        if let Some(worker) = self.workers.get_mut(&worker) {
+            worker.ended = true;
+        }
+    }
+
+    /// The last lines that a worker wrote to stderr, also one that has ended.
+    pub fn last_lines(&mut self, worker: WorkerId) -> Vec<String> {
+        self.read_all(worker);
+        let Some(worker) = self.workers.get(&worker) else { return Vec::new() };
+        let mut last_lines = worker.last_lines.clone();
+        if let Some(pipe) = &worker.pipes[Stream::Stderr as usize]
+            && !pipe.lines.begun.is_empty()
+        {
+            keep(&mut last_lines, &pipe.lines.begun);
+        }
+        last_lines.iter().map(|line| procfs::printable(line)).collect()
+    }
+
+    /// Reads what there is to read, when the epoll says so.
+    pub fn read(&mut self) {
+        let mut events = [EpollEvent::empty(); 64];
+        let ready = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
+        for event in events[..ready].iter().filter(|event| event.data() != ROOM) {
+            let (id, stream) = from_token(event.data());
+            let Some(worker) = self.workers.get_mut(&id) else { continue };
+            let mut output = lock(&self.outputs[stream as usize]);
+            if !output.is_full() {
+                worker.read(stream, &mut output, TURN);
+                self.last_read = id;
+            }
+        }
+    }
+
+    /// Writes what there is room for, and has the epoll tell what matters from now on. To be called before the
+    /// poll loop waits.
+    pub fn settle(&mut self) {
+        for output in &self.outputs {
+            let mut output = lock(output);
+            output.flush();
+            output.watch(&self.epoll, ROOM);
+        }
+        // Those that are read again are so in this order: who hasn't had a turn for the longest time comes
+        // first, else some that flood would keep a slow reader from ever seeing the others.
+        for turn in [(Excluded(self.last_read), Unbounded), (Unbounded, Included(self.last_read))] {
+            for (id, worker) in self.workers.range_mut(turn) {
+                for (stream, output) in Stream::ALL.into_iter().zip(&self.outputs) {
+                    let Some(pipe) = &mut worker.pipes[stream as usize] else { continue };
+                    let output = lock(output);
+                    if pipe.watched && output.is_full() {
+                        pipe.watched = self.epoll.delete(&pipe.end).is_err();
+                    } else if !pipe.watched && output.has_much_room() {
+                        let event = EpollEvent::new(EpollFlags::EPOLLIN, token(*id, stream));
+                        pipe.watched = self.epoll.add(&pipe.end, event).is_ok();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reads and writes what is left when the wrapper ends, and waits for a slow reader, but not forever.
+    pub fn finish(mut self) {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            for worker in self.workers.values_mut() {
+                for (stream, output) in Stream::ALL.into_iter().zip(&self.outputs) {
+                    let mut output = lock(output);
+                    if worker.read(stream, &mut output, TURN) == Left::Nothing {
+                        worker.close(stream, &mut output);
+                    }
+                }
+            }
+            self.workers.retain(|_, worker| worker.pipes.iter().any(Option::is_some));
+            self.settle();
+            let left = until.saturating_duration_since(Instant::now());
+            let written = self.outputs.iter().all(|output| lock(output).is_empty());
+            if left.is_zero() || (written && self.workers.is_empty()) {
+                return;
+            }
+            if !written {
+                let left = EpollTimeout::try_from(left).unwrap_or(EpollTimeout::ZERO);
+                let _ = self.epoll.wait(&mut [EpollEvent::empty()], left);
+            }
+        }
+    }
+
+    /// Reads what is in a worker's pipes as long as there is room for it.
+    fn read_all(&mut self, worker: WorkerId) {
+        let Some(worker) = self.workers.get_mut(&worker) else { return };
+        for (stream, output) in Stream::ALL.into_iter().zip(&self.outputs) {
+            worker.read(stream, &mut lock(output), LARGEST_PIPE);
+        }
+    }
+
+    /// Keeps the number of workers that have ended within bounds. While nobody reads the wrapper's output and
+    /// workers die one after the other, what the first of them wrote is lost.
+    fn forget_oldest(&mut self) {
+        let ended: Vec<WorkerId> =
+            self.workers.iter().filter(|(_, worker)| worker.ended).map(|(id, _)| *id).collect();
+        for id in ended.iter().take(ended.len().saturating_sub(KEPT)) {
+            self.read_all(*id);
+            let Some(worker) = self.workers.get_mut(id) else { continue };
+            for pipe in &mut worker.pipes {
+                pipe.take_if(|pipe| has_no_writer(&pipe.end));
+            }
+            if worker.pipes.iter().all(Option::is_none) {
+                self.workers.remove(id);
+            }
+        }
+    }
+}
+
+impl AsFd for Labels {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
+    }
+}
+
+fn has_no_writer(pipe: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
+    let polled = poll(&mut fds, PollTimeout::ZERO);
+    polled.is_ok() && fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::io::{Read, Write};
+
     use proptest::prelude::*;
 
     use super::*;
 
-    #[test]
-    fn a_line_that_is_too_long_is_parted_and_nothing_lost() {
-        let mut lines = Lines::new("0|1 ".to_owned());
-        let text = vec![b'x'; 2 * LONGEST_LINE + 5];
-        let mut read = lines.take(&text);
-        assert_eq!(read.len(), 2);
-        read.extend(lines.take(b"y\nz"));
-        read.extend(lines.end());
-        assert_eq!(lines.end(), None);
-        assert_eq!(read[2], b"0|1 xxxxxy\n");
-        assert_eq!(read[3], b"0|1 z\n");
-        assert_eq!(read.iter().map(|line| line.len() - 5).sum::<usize>(), text.len() + 2);
+    /// A line of any length that matters.
+    fn line() -> impl Strategy<Value = Vec<u8>> {
+        let length = prop_oneof![0..100usize, LONGEST_LINE - 2..LONGEST_LINE + 3, 0..3 * LONGEST_LINE];
+        (length, any::<u8>()).prop_map(|(length, byte)| vec![if byte == b'\n' { 0 } else { byte }; length])
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
         #[test]
         fn lines_are_the_same_however_the_stream_is_cut(
-            text in proptest::collection::vec(prop_oneof![Just(b'\n'), any::<u8>()], 0..300),
-            cuts in proptest::collection::vec(1usize..50, 0..40)
+            lines in proptest::collection::vec(line(), 0..6),
+            ended: bool,
+            cuts in proptest::collection::vec(prop_oneof![1..100usize, 1..2 * LONGEST_LINE], 0..20),
         ) {
-            let (mut lines, mut rest, mut read) = (Lines::new("7|42 ".to_owned()), text.as_slice(), Vec::new());
+            let mut stream = lines.join(&b'\n');
+            if ended && !lines.is_empty() {
+                stream.push(b'\n');
+            }
+            let mut expected = Vec::new();
+            for line in stream.split_inclusive(|byte| *byte == b'\n') {
+                let text = line.strip_suffix(b"\n").unwrap_or(line);
+                expected.extend(text.chunks(LONGEST_LINE).map(<[u8]>::to_vec));
+                if text.is_empty() {
+                    expected.push(Vec::new());
+                }
+            }
+            let (mut reader, mut read, mut rest) = (Lines::default(), Vec::new(), stream.as_slice());
+            let mut take = |text: &[u8]| read.push(text.to_vec());
             for cut in cuts {
                 let (part, later) = rest.split_at(cut.min(rest.len()));
-                read.extend(lines.take(part));
+                reader.take(part, &mut take);
                 rest = later;
             }
-            read.extend(lines.take(rest));
-            read.extend(lines.end());
-            let mut expected: Vec<Vec<u8>> =
-                text.split(|byte| *byte == b'\n').map(|line| [b"7|42 ", line, b"\n"].concat()).collect();
-            if text.is_empty() || text.ends_with(b"\n") {
-                expected.pop();
-            }
-            prop_assert_eq!(read, expected);
+            reader.take(rest, &mut take);
+            reader.end(&mut take);
+            prop_assert!(read == expected, "{} lines, not {}", read.len(), expected.len());
         }
+    }
+
+    /// Labels whose stdout and stderr are pipes, and the reading ends of these.
+    fn labels() -> (Labels, [File; 2]) {
+        let [stdout, stderr] = [(), ()].map(|()| pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap());
+        let outputs = [stdout.1, stderr.1].map(|end| Arc::new(Mutex::new(Output::to_pipe(end))));
+        (Labels::to(outputs).unwrap(), [stdout.0.into(), stderr.0.into()])
+    }
+
+    fn add(labels: &mut Labels, worker: u32) -> [File; 2] {
+        let (ours, its) = pipes().unwrap();
+        labels.add(WorkerId(worker), 7, Pid::from_raw(42), ours);
+        its.map(File::from)
+    }
+
+    fn text(file: &mut File) -> String {
+        let mut bytes = vec![0; 1024 * 1024];
+        let count = file.read(&mut bytes).unwrap_or(0);
+        String::from_utf8(bytes[..count].to_vec()).unwrap()
+    }
+
+    #[test]
+    fn the_last_lines_are_those_on_stderr_in_a_printable_form() {
+        let (mut labels, [mut stdout, mut stderr]) = labels();
+        let [mut out, mut err] = add(&mut labels, 0);
+        out.write_all(b"on stdout\n").unwrap();
+        let long = "x".repeat(1000);
+        err.write_all(format!("1\n2\n3\n4\n\x1b[2J\n{long}\nnot ended").as_bytes()).unwrap();
+        let expected = ["3", "4", "\\u{1b}[2J", &long[..200], "not ended"];
+        assert_eq!(labels.last_lines(WorkerId(0)), expected);
+        drop((out, err));
+        labels.has_ended(WorkerId(0));
+        assert_eq!(labels.last_lines(WorkerId(0)), expected);
+        assert_eq!(labels.last_lines(WorkerId(1)), [""; 0]);
+        assert_eq!(text(&mut stdout), "7|42 on stdout\n");
+        assert!(text(&mut stderr).ends_with("7|42 not ended\n"));
+    }
+
+    #[test]
+    fn who_writes_little_comes_through_between_many_who_flood_a_slow_reader() {
+        let (mut labels, [mut stdout, _stderr]) = labels();
+        let mut workers: Vec<[File; 2]> = (0..8).map(|worker| add(&mut labels, worker)).collect();
+        for [out, _] in &workers {
+            fcntl(out, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        }
+        labels.settle();
+        let mut read = String::new();
+        for turn in 0.. {
+            for [out, _] in &mut workers[..7] {
+                while out.write(&[b'x'; 1024]).is_ok() {}
+            }
+            if turn == 10 {
+                workers[7][0].write_all(b"little\n").unwrap();
+            }
+            labels.read();
+            labels.settle();
+            read = text(&mut stdout);
+            if read.contains("7|42 little\n") {
+                break;
+            }
+            assert!(turn < 500, "not within {turn} turns");
+        }
+        assert!(read.len() < LARGEST_PIPE);
+    }
+
+    #[test]
+    fn workers_that_die_while_nobody_reads_are_forgotten_but_not_what_is_still_held() {
+        let (mut labels, _readers) = labels();
+        let held = add(&mut labels, 0);
+        labels.has_ended(WorkerId(0));
+        for worker in 1..1000 {
+            let [mut out, mut err] = add(&mut labels, worker);
+            out.write_all(&[b'x'; 60 * 1024]).unwrap();
+            err.write_all(&[b'x'; 60 * 1024]).unwrap();
+            drop((out, err));
+            labels.has_ended(WorkerId(worker));
+            labels.settle();
+        }
+        assert!(labels.workers.len() <= KEPT + 2, "{}", labels.workers.len());
+        assert!(labels.workers.contains_key(&WorkerId(0)));
+        drop(held);
     }
 }

@@ -19,6 +19,7 @@ mod labels;
 mod listeners;
 mod logging;
 mod manager;
+mod output;
 mod pidfile;
 mod procfs;
 mod protocol;

@@ -20,7 +20,7 @@ use crate::drain::Drain;
 use crate::environment::{Environment, Sources};
 use crate::fleet::{Action, Announcement, Event, Fleet, WorkerId, count};
 use crate::intercept::{self, Heard, Interception};
-use crate::labels::{self, Labels, PipeId, Stream};
+use crate::labels::{self, Labels};
 use crate::listeners::{Borrower, Pool, StoppedListening};
 use crate::manager::Manager;
 use crate::pidfile::PidFile;
@@ -40,8 +40,8 @@ enum Source {
     /// New control clients.
     Control,
     Client(ClientId),
-    /// A worker's output, or where it goes.
-    Label(labels::Ready),
+    /// What workers write, and the room that there is for it.
+    Labels,
     Filter(WorkerId),
     /// A way by which a worker can say something.
     Pipe(WorkerId),
@@ -61,9 +61,7 @@ impl Source {
             Self::Notify(WorkerId(id)) => token(5, id),
             Self::Control => token(6, 0),
             Self::Client(ClientId(id)) => token(7, id),
-            Self::Label(labels::Ready::Pipe(PipeId(id))) => token(8, id),
-            Self::Label(labels::Ready::Output(Stream::Stdout)) => token(9, 0),
-            Self::Label(labels::Ready::Output(Stream::Stderr)) => token(10, 0),
+            Self::Labels => token(8, 0),
         }
     }
 
@@ -78,9 +76,7 @@ impl Source {
             5 => Self::Notify(id),
             6 => Self::Control,
             7 => Self::Client(ClientId(token as u32)),
-            8 => Self::Label(labels::Ready::Pipe(PipeId(token as u32))),
-            9 => Self::Label(labels::Ready::Output(Stream::Stdout)),
-            _ => Self::Label(labels::Ready::Output(Stream::Stderr)),
+            _ => Self::Labels,
         }
     }
 }
@@ -165,6 +161,8 @@ pub fn run(options: Options) -> io::Result<u8> {
         Control::new().inspect_err(|error| warn!("no control socket, and no reload, status...: {error}"));
     let control = control.ok();
     control.as_ref().map_or(Ok(()), |control| watch(&epoll, control, Source::Control))?;
+    let labels = label.then(Labels::new).transpose()?;
+    labels.iter().try_for_each(|labels| watch(&epoll, labels, Source::Labels))?;
     let (fleet, actions) = Fleet::new(policy, Instant::now());
     let mut supervisor = Supervisor {
         fleet,
@@ -175,7 +173,7 @@ pub fn run(options: Options) -> io::Result<u8> {
         manager: Manager::new(Instant::now()),
         control,
         pidfile,
-        labels: label.then(Labels::new),
+        labels,
         signals,
         starter,
         sources: sources.with_current_directory(),
@@ -199,9 +197,7 @@ pub fn run(options: Options) -> io::Result<u8> {
     };
     supervisor.unix.keep(|_| false);
     supervisor.all_ended(status);
-    if let Some(labels) = &mut supervisor.labels {
-        labels.finish();
-    }
+    supervisor.labels.into_iter().for_each(Labels::finish);
     // The clients are to see an end of file only when the process, and with it every port, is free.
     std::mem::forget(supervisor.control);
     Ok(status)
@@ -213,6 +209,7 @@ fn watch(epoll: &Epoll, what: &impl AsFd, source: Source) -> io::Result<()> {
 
 impl Supervisor {
     fn wait_and_handle(&mut self) {
+        self.labels.iter_mut().for_each(Labels::settle);
         let mut events = [EpollEvent::empty(); 256];
         let ready = match self.epoll.wait(&mut events, self.timeout()) {
             Ok(ready) => ready,
@@ -228,11 +225,7 @@ impl Supervisor {
                 Source::Pool => {} // looked at below, whatever has happened
                 Source::Control => self.accept_clients(),
                 Source::Client(id) => self.attend(id),
-                Source::Label(ready) => {
-                    if let Some(labels) = &mut self.labels {
-                        labels.attend(ready, &self.epoll, |ready| Source::Label(ready).to_token());
-                    }
-                }
+                Source::Labels => self.labels.iter_mut().for_each(Labels::read),
                 Source::Filter(worker) => self.answer(worker, event.events()),
                 source @ (Source::Pipe(worker) | Source::Node(worker) | Source::Notify(worker)) => {
                     self.hear(worker, source);
@@ -366,7 +359,7 @@ impl Supervisor {
     fn start_watched(&mut self, worker: WorkerId, slot: u32, generation: u32) -> Result<Pid, StartError> {
         let environment = self.environment(generation)?;
         let listeners = self.listeners(Borrower { worker, pid: Pid::from_raw(0), slot, generation })?;
-        let pipes = self.labels.as_ref().map(|_| Labels::pipes()).transpose();
+        let pipes = self.labels.is_some().then(labels::pipes).transpose();
         let pipes = pipes.map_err(|error| StartError::new("no pipes for its output", &error))?;
         let (ends, output) = pipes.unzip();
         let started = self.starter.start(slot, generation, &environment, listeners, output)?;
@@ -380,13 +373,6 @@ impl Supervisor {
             .map_or(Ok(()), |interception| watch(&self.epoll, interception, Source::Filter(worker)))
             .and_then(|()| watch(&self.epoll, &started.ready, Source::Pipe(worker)))
             .and_then(|()| watch(&self.epoll, &started.notify, Source::Notify(worker)))
-            .and_then(|()| match (&mut self.labels, ends) {
-                (Some(labels), Some(ends)) => {
-                    let token = |ready| Source::Label(ready).to_token();
-                    labels.add(worker, slot, pid, ends, &self.epoll, token)
-                }
-                _ => Ok(()),
-            })
             .and_then(|()| match &started.node {
                 Some(node) => watch(&self.epoll, node, Source::Node(worker)),
                 None => Ok(()),
@@ -396,6 +382,9 @@ impl Supervisor {
             return Err(StartError { why: format!("can't watch it: {error}"), status: 1 });
         }
         debug!("worker {slot} (pid {pid}, generation {generation}) started");
+        if let (Some(labels), Some(ends)) = (&mut self.labels, ends) {
+            labels.add(worker, slot, pid, ends);
+        }
         let (pipe, node, notify) = (Some(started.ready), started.node, started.notify);
         self.workers.insert(worker, Worker { pid, generation, pipe, node, notify, status: None });
         self.interceptions.extend(interception.map(|interception| (worker, interception)));
@@ -450,6 +439,7 @@ impl Supervisor {
                 debug!("reaped orphan {}", reaped.pid);
                 continue;
             };
+            self.labels.iter_mut().for_each(|labels| labels.has_ended(worker));
             self.workers.remove(&worker); // closing its fd takes it out of epoll
             if let Some(interception) = self.interceptions.get_mut(&worker) {
                 interception.retire();

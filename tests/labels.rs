@@ -1,240 +1,260 @@
-//! `--label`: the workers' output line by line, with slot and PID before each.
+//! `--label`: the workers' output line by line, whole and with nothing lost, whatever its reader does.
 
 mod common;
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use common::load::{Load, LoadOptions};
-use common::{DEADLINE, Folder, Service, arguments, free_address, get, reuse_run, server, turn, wait_until};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, pipe};
+use common::{
+    DEADLINE, Folder, Service, arguments, free_address, get, naive, reuse_run, send, server, wait_until,
+};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 
-fn sh(text: &str) -> [&str; 3] {
-    ["sh", "-c", text]
+/// `reuse-run` with a redirection of the shell's.
+fn redirected<S: AsRef<str>>(redirection: &str, options: &str, command: &[S]) -> Command {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!(r#"exec "$0" "$@" {redirection}"#)]);
+    shell.arg(reuse_run().get_program()).args(arguments(options, command)).env_remove("RUST_LOG");
+    shell
 }
 
-/// What is behind the label of each line, by slot and PID.
+/// Starts it and waits until the workers are ready, which they are by a byte on READY_FD.
+fn start(options: &str, command: &[&str]) -> Service {
+    Service::run_ready(&format!("--label --ready notify {options}"), command)
+}
+
+/// A named pipe: its path, and a reader that reads nothing by itself and waits for nobody.
+fn named_pipe(folder: &Folder) -> (String, File) {
+    let path = folder.path("pipe");
+    nix::unistd::mkfifo(path.as_str(), nix::sys::stat::Mode::S_IRWXU).expect("make a pipe");
+    let reader =
+        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).expect("open the pipe");
+    (path, reader)
+}
+
+/// Waits until somebody has written, and lets reads wait from then on. (Before that they see an end of file.)
+fn begin_to_read(reader: &File) {
+    let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(DEADLINE).expect("a timeout");
+    assert_eq!(poll(&mut fds, timeout), Ok(1), "nobody writes");
+    nix::fcntl::fcntl(reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty())).expect("fcntl");
+}
+
+/// A labelled line: slot, pid and text.
+fn parse(line: &str) -> Option<(u32, u32, &str)> {
+    let (label, text) = line.split_once(' ')?;
+    let (slot, pid) = label.split_once('|')?;
+    Some((slot.parse().ok()?, pid.parse().ok()?, text))
+}
+
+/// The texts of each worker by pid, in the order in which they came. Every line must have a label.
 #[track_caller]
-fn by_worker(lines: &[common::Line]) -> BTreeMap<(u32, u32), Vec<String>> {
-    let mut found: BTreeMap<(u32, u32), Vec<String>> = BTreeMap::new();
-    for line in lines.iter().filter(|line| !line.text.starts_with("reuse-run[")) {
-        let parts = line.text.split_once(' ').and_then(|(label, text)| Some((label.split_once('|')?, text)));
-        let Some(((slot, pid), text)) = parts else { panic!("no label: {:?}", line.text) };
-        let number = |text: &str| text.parse::<u32>().unwrap_or_else(|_| panic!("no label: {:?}", line.text));
-        found.entry((number(slot), number(pid))).or_default().push(text.to_owned());
+fn by_pid<'a>(lines: impl IntoIterator<Item = &'a str>) -> BTreeMap<u32, Vec<&'a str>> {
+    let mut texts: BTreeMap<u32, Vec<&str>> = BTreeMap::new();
+    for line in lines {
+        let (_, pid, text) = parse(line).unwrap_or_else(|| panic!("no label: {line:?}"));
+        texts.entry(pid).or_default().push(text);
     }
-    found
+    texts
 }
 
-#[test]
-fn the_lines_of_four_workers_are_whole_and_in_order_and_none_is_missing() {
-    let _turn = turn();
-    let text = r#"i=0; while [ $i -lt 5000 ]; do echo "out $i"; echo "err $i" >&2; i=$((i+1)); done
-        printf 'the end'; exec sleep 1000"#;
-    let mut service = Service::run("-n 4 --label --ready 1ms --stop-signal KILL", &sh(text));
-    wait_until("all that is whole", DEADLINE, || {
-        service.out.count_of("out 4999") == 4 && service.log.count_of("err 4999") == 4
-    });
-    let workers = service.workers();
-    service.signal(Signal::SIGTERM); // which kills them: the last line has no newline
-    service.wait_end();
-    for (lines, name) in [(service.out.all(), "out"), (service.log.all(), "err")] {
-        let found = by_worker(&lines);
-        let pids: Vec<u32> = found.keys().map(|(_, pid)| *pid).collect();
-        assert_eq!(found.keys().map(|(slot, _)| *slot).collect::<Vec<_>>(), [0, 1, 2, 3]);
-        assert!(pids.iter().all(|pid| workers.contains(pid)), "{pids:?} of {workers:?}");
-        let mut expected: Vec<String> = (0..5000).map(|number| format!("{name} {number}")).collect();
-        if name == "out" {
-            expected.push("the end".to_owned());
-        }
-        for (worker, lines) in found {
-            assert_eq!(lines.len(), expected.len(), "{worker:?}");
-            assert_eq!(lines, expected, "{worker:?}");
-        }
-    }
+/// The processor time that a process has used, in hundredths of a second.
+fn processor_time(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the state of reuse-run");
+    let fields: Vec<&str> = stat[stat.rfind(')').expect("a name")..].split_whitespace().collect();
+    [fields[12], fields[13]].iter().map(|field| field.parse::<u64>().expect("ticks")).sum()
 }
 
+/// Prints 10,000 numbered lines on both streams, cut anywhere, and then ends: by itself in even slots,
+/// else killed. Whoever comes after it only lives.
+const TELLER: &str = r#"
+import os, random, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+folder, slot = sys.argv[1], os.environ['REUSE_RUN_SLOT']
+os.write(int(os.environ['READY_FD']), b'\n')
+if os.path.exists(folder + 'told-' + slot):
+    open(folder + 'lives-' + slot, 'w')
+    time.sleep(1000)
+text = {fd: b''.join(b'%s %d %s\n' % (name, n, b'x' * (n % 150)) for n in range(10000)) for fd, name in ((1, b'out'), (2, b'err'))}
+while text[1] or text[2]:
+    fd = random.choice([fd for fd in text if text[fd]])
+    written = os.write(fd, text[fd][:random.randint(1, 5000)])
+    text[fd] = text[fd][written:]
+open(folder + 'told-' + slot, 'w')
+if int(slot) % 2:
+    os.kill(os.getpid(), signal.SIGKILL)
+"#;
+
+/// What one teller prints on a stream.
+fn told(name: &str) -> Vec<String> {
+    (0..10_000).map(|n| format!("{name} {n} {}", "x".repeat(n % 150))).collect()
+}
+
+// Whole lines, and all of them.
+
 #[test]
-fn bytes_that_are_no_text_and_lines_of_a_megabyte_arrive_as_they_are() {
+fn four_workers_that_print_at_once_and_die_are_heard_line_by_line_to_the_last() {
     let folder = Folder::new();
-    let text = r#"printf '\377\001\n'; head -c 1048576 /dev/zero | tr '\0' x; echo; exec sleep 1000"#;
-    let output = File::create(folder.path("out")).expect("make a file");
-    let mut command = reuse_run();
-    command.args(arguments("-n 1 --label --ready 1ms", &sh(text))).stdin(Stdio::null());
-    command.stdout(output).stderr(Stdio::null());
-    let mut child = Ended(command.spawn().expect("start reuse-run"));
-    let read = || fs::read(folder.path("out")).expect("the output");
-    // It comes in labelled lines of 64 KiB, the last one of which ends with the line.
-    wait_until("all of it", DEADLINE, || read().iter().filter(|byte| **byte == b'x').count() == 1 << 20);
-    wait_until("the line's end", DEADLINE, || read().ends_with(b"x\n"));
-    let output = read();
-    let lines: Vec<&[u8]> = output.split(|byte| *byte == b'\n').collect();
-    assert!(lines[0].ends_with(b"\xff\x01"), "{:?}", lines[0]);
-    assert_eq!(lines.len(), 1 + 16 + 1, "16 lines of 64 KiB, and nothing behind the last newline");
-    child.end();
-}
-
-/// A process that is killed at the end, if it hasn't ended.
-struct Ended(Child);
-
-impl Ended {
-    fn end(&mut self) {
-        let _ = kill(Pid::from_raw(self.0.id() as i32), Signal::SIGTERM);
-        self.0.wait().expect("wait for reuse-run");
-    }
-}
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        let _ = self.0.kill(); // which kills its workers too
-        let _ = self.0.wait();
-    }
+    let mut service = start("-n 4", &["python3", "-c", TELLER, &folder.path("")]);
+    let lives = |slot| Path::new(&folder.path(&format!("lives-{slot}"))).exists();
+    wait_until("all were followed by others", DEADLINE, || (0..4).all(lives));
+    service.stop();
+    let (out, log) = (service.out.all(), service.log.all());
+    let texts = by_pid(out.iter().map(|line| line.text.as_str()));
+    assert_eq!(texts.len(), 4);
+    texts.values().for_each(|texts| assert!(*texts == told("out")));
+    let labelled = log.iter().map(|line| line.text.as_str()).filter(|line| !line.starts_with("reuse-run["));
+    let texts = by_pid(labelled);
+    assert_eq!(texts.len(), 4);
+    texts.values().for_each(|texts| assert!(*texts == told("err")));
 }
 
 #[test]
-fn what_a_child_prints_that_outlives_its_worker_is_labelled_too() {
+fn what_a_worker_said_last_comes_before_the_log_says_that_it_died_though_its_line_has_no_end() {
     let folder = Folder::new();
-    let text = format!(
-        r#"setsid sh -c 'echo "a child"; while [ ! -e {0} ]; do sleep 0.02; done; echo "from the child"' & exec sleep 1000"#,
-        folder.path("go")
-    );
-    let mut service = Service::run_ready("-n 1 --label --ready 1ms", &sh(&text));
-    let worker = service.workers()[0];
-    service.wait_for_output(&format!("0|{worker} a child")); // which is in a group of its own by now
-    kill(Pid::from_raw(worker as i32), Signal::SIGKILL).expect("kill the worker");
+    // As much as a pipe holds, so that reading takes more than one turn.
+    let text = r#"echo >&$READY_FD; [ ! -e "$0died" ] || exec sleep 1000
+        while [ ! -e "$0die" ]; do sleep 0.02; done
+        : >"$0died"; printf half
+        yes 0123456789abcde | head -c 65525 >&2; printf 'half a line' >&2; kill -KILL $$"#;
+    let mut service = start("-n 1", &["sh", "-c", text, &folder.path("")]);
+    service.signal(Signal::SIGSTOP);
+    folder.raise("die");
+    wait_until("it has died", DEADLINE, || !service.zombies().is_empty());
+    service.signal(Signal::SIGCONT);
     service.wait_for_line("is ready, a replacement");
-    folder.raise("go");
-    let line = service.wait_for_output(&format!("0|{worker} from the child"));
-    assert_eq!(line.text, format!("0|{worker} from the child"));
-    wait_until("the children have ended", DEADLINE, || service.descendants().len() == 1);
+    service.stop();
+    let log: Vec<String> = service.log.all().into_iter().map(|line| line.text).collect();
+    let last = log.iter().position(|line| line.ends_with("half a line")).expect("the line");
+    let (slot, pid, _) = parse(&log[last]).expect("a label");
+    let died = log.iter().position(|line| line.contains("was killed by SIGKILL")).expect("the death");
+    assert!(last < died, "{:#?}", &log[last.min(died)..]);
+    assert!(log[died].contains(&format!("worker {slot} (pid {pid}, ")), "{:?}", log[died]);
+    assert_eq!(service.out.text(), format!("0|{pid} half"));
+}
+
+#[test]
+fn what_is_written_while_the_wrapper_stops_is_not_lost() {
+    let text = "import os, signal, sys
+def stop(*_):
+    sys.stdout.write(''.join(f'line {n}\\n' for n in range(50000)) + 'the last')
+    sys.stdout.flush()
+    os._exit(0)
+signal.signal(signal.SIGINT, stop)
+os.write(int(os.environ['READY_FD']), b'\\n')
+while True: signal.pause()";
+    let mut service = start("-n 2", &["python3", "-c", text]);
+    service.stop();
+    let out = service.out.all();
+    let mut expected: Vec<String> = (0..50_000).map(|n| format!("line {n}")).collect();
+    expected.push("the last".to_owned());
+    let texts = by_pid(out.iter().map(|line| line.text.as_str()));
+    assert_eq!(texts.len(), 2);
+    texts.values().for_each(|texts| assert!(*texts == expected));
+}
+
+#[test]
+fn a_child_that_outlives_its_worker_is_heard_under_the_workers_label() {
+    let folder = Folder::new();
+    let text = r#"setsid sh -c ': >"$0child"; while [ ! -e "$0speak" ]; do sleep 0.02; done; echo the child' "$0" &
+        while [ ! -e "$0child" ]; do sleep 0.02; done
+        echo >&$READY_FD; exec sleep 1000"#;
+    let mut service = start("-n 1", &["sh", "-c", text, &folder.path("")]);
+    let worker = service.workers()[0];
+    send(worker, Signal::SIGKILL);
+    service.wait_for_line("was killed by SIGKILL");
+    wait_until("the next one", DEADLINE, || service.log.find(0, "is ready, a replacement").is_some());
+    folder.raise("speak");
+    service.wait_for_output(&format!("0|{worker} the child"));
     service.stop();
 }
 
 #[test]
-fn a_flood_that_nobody_reads_holds_up_neither_requests_nor_reloads_nor_signals() {
-    let _turn = turn();
-    let addr = free_address();
-    let (unread, write) = pipe().expect("a pipe");
-    let mut command = reuse_run();
-    // The server itself would wait as well if it printed to what nobody reads.
-    let text = r#"[ $REUSE_RUN_SLOT = 0 ] && yes $REUSE_RUN_GENERATION & exec "$0" --listen "$1" >/dev/null"#;
-    let worker = ["sh", "-c", text, &server(), &addr.to_string()];
-    command.args(arguments("-n 2 --label", &worker)).stdin(Stdio::null());
-    let mut wrapper = Ended({
-        command.stdout(write).stderr(Stdio::piped());
-        let child = command.spawn().expect("start reuse-run");
-        drop(command); // and its copy of the pipe's end
-        child
-    });
-    let mut log = BufReader::new(wrapper.0.stderr.take().expect("stderr is a pipe"));
-    let mut wait_for = |part: &str| {
-        let mut line = String::new();
-        while !line.contains(part) {
-            line.clear();
-            assert_ne!(log.read_line(&mut line).expect("read the log"), 0, "the end before {part:?}");
+fn a_line_of_a_mebibyte_of_any_bytes_arrives_whole_in_content() {
+    let folder = Folder::new();
+    let text = "import os, time
+os.write(2, b'ignored\\n')
+data = bytes(b if b != 10 else 0 for b in ((n * 7 + (n >> 8)) & 255 for n in range(1 << 20)))
+while data: data = data[os.write(1, data[:10007]):]
+os.write(int(os.environ['READY_FD']), b'\\n')
+time.sleep(1000)";
+    let path = folder.path("out");
+    let command = ["python3", "-c", text];
+    let mut service =
+        Service::spawn(redirected(&format!(">{path}"), "--label -n 1 --ready notify", &command));
+    service.wait_for_line("generation 1 is ready");
+    let label = format!("0|{} ", service.workers()[0]);
+    service.stop();
+    let bytes = fs::read(path).expect("the output");
+    let mut content = Vec::new();
+    for line in bytes.split_inclusive(|byte| *byte == b'\n') {
+        let line = line.strip_prefix(label.as_bytes()).expect("a label");
+        content.extend_from_slice(line.strip_suffix(b"\n").expect("a newline"));
+    }
+    let expected = (0..1usize << 20).map(|n| (n * 7 + (n >> 8)) as u8);
+    let expected: Vec<u8> = expected.map(|byte| if byte == b'\n' { 0 } else { byte }).collect();
+    assert!(content == expected, "{} bytes", content.len());
+}
+
+#[test]
+fn the_log_never_comes_amid_a_line_of_a_worker() {
+    let folder = Folder::new();
+    let (path, reader) = named_pipe(&folder);
+    let line = format!("begin {} end", "x".repeat(20_000));
+    let text = format!(
+        "import os, signal, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.write(int(os.environ['READY_FD']), b'\\n')
+while True:
+    for fd in 1, 2: os.write(fd, b'{line}\\n')
+    time.sleep(0.001)"
+    );
+    let mut command = redirected(
+        &format!(">{path} 2>&1"),
+        "--label -n 2 --ready notify --drain 100ms",
+        &["python3", "-c", &text],
+    );
+    command.env("RUST_LOG", "debug");
+    let mut service = Service::spawn(command);
+    // With so small a pipe no line fits in one piece.
+    nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096)).expect("F_SETPIPE_SZ");
+    begin_to_read(&reader);
+    let (log_line, mut reloads, mut labelled) = (format!("reuse-run[{}]: ", service.pid()), 0, 0);
+    for read in BufReader::new(reader).lines() {
+        let read = read.expect("a line of text");
+        if let Some(rest) = read.strip_prefix(&log_line) {
+            assert!(!rest.contains("begin ") && !rest.contains("xxx"), "{rest:?}");
+            if rest.contains("generation 1 is ready") || rest.contains("reload done") {
+                reloads += 1;
+                service.signal(if reloads > 5 { Signal::SIGTERM } else { Signal::SIGUSR2 });
+            }
+        } else {
+            let (_, _, text) = parse(&read).unwrap_or_else(|| panic!("no label: {read:?}"));
+            // One that is stopped may be cut short.
+            assert!(text == line || line.starts_with(text), "{text:?}");
+            labelled += usize::from(text == line);
         }
-    };
-    wait_for("generation 1 is ready");
-    let load = Load::start(LoadOptions::new(addr, 4));
-    for _ in 0..3 {
-        let answered = load.snapshot().answered;
-        wait_until("answers", DEADLINE, || load.snapshot().answered > answered + 50);
-        kill(Pid::from_raw(wrapper.0.id() as i32), Signal::SIGUSR2).expect("reload");
-        wait_for("reload done");
     }
-    load.stop().assert_nothing_failed();
-    // Who reads at last finds whole lines.
-    let mut start = vec![0; 200_000];
-    File::from(unread).read_exact(&mut start).expect("read the flood");
-    let text = String::from_utf8(start).expect("text");
-    let lines = text.lines().collect::<Vec<_>>();
-    let is_whole = |line: &&str| {
-        line.split_once(' ')
-            .is_some_and(|(label, text)| label.starts_with("0|") && ["1", "2", "3", "4"].contains(&text))
-    };
-    let odd: Vec<&&str> = lines[..lines.len() - 1].iter().filter(|line| !is_whole(line)).collect();
-    assert!(odd.is_empty(), "{odd:?}");
-    // The reader has gone by now; reuse-run ends in order all the same.
-    kill(Pid::from_raw(wrapper.0.id() as i32), Signal::SIGTERM).expect("stop");
-    wait_for("stopping");
-    assert_eq!(wrapper.0.wait().expect("wait").code(), Some(0));
-}
-
-#[test]
-fn a_worker_that_floods_does_not_starve_the_other() {
-    let _turn = turn();
-    let text = r#"[ $REUSE_RUN_SLOT = 0 ] && exec yes; i=0
-        while [ $i -lt 300 ]; do echo "number $i"; i=$((i+1)); done; exec sleep 1000"#;
-    let mut service = Service::run_ready("-n 2 --label --ready 1ms", &sh(text));
-    service.wait_for_output("number 299");
-    assert_eq!(service.out.count_of("number "), 300);
-    service.signal(Signal::SIGTERM);
-    assert_eq!(service.wait_exit().code(), Some(0));
-}
-
-#[test]
-fn lines_of_the_log_stay_whole_among_long_lines_of_workers() {
-    let _turn = turn();
-    let text = r#"line=$(head -c 20000 /dev/zero | tr '\0' x)
-        while :; do echo "$line" >&2; done"#;
-    let mut service = Service::run_ready("-n 2 --label --ready 1ms", &sh(text));
-    for _ in 0..10 {
-        service.reload();
-    }
-    service.signal(Signal::SIGTERM);
-    service.wait_end();
-    let is_whole = |line: &str| {
-        let is_log = line.starts_with("reuse-run[") && line.len() < 200;
-        is_log
-            || line.split_once(' ').is_some_and(|(label, text)| {
-                label.contains('|') && label.len() < 20 && text.bytes().all(|byte| byte == b'x')
-            })
-    };
-    let odd: Vec<String> =
-        service.log.all().into_iter().map(|line| line.text).filter(|l| !is_whole(l)).collect();
-    assert!(odd.is_empty(), "{:?}", odd.iter().map(|line| &line[..line.len().min(100)]).collect::<Vec<_>>());
-    assert_eq!(service.log.count_of("reload done"), 10);
-}
-
-#[test]
-fn without_it_the_workers_have_reuse_runs_own_stdout_and_stderr() {
-    let mut service = Service::run_ready("-n 2 --ready 1ms", &["sleep", "1000"]);
-    let link = |pid: u32, fd: u32| fs::read_link(format!("/proc/{pid}/fd/{fd}")).expect("an fd");
-    for worker in service.workers() {
-        for fd in [1, 2] {
-            assert_eq!(link(worker, fd), link(service.pid(), fd));
-        }
-    }
-    service.stop();
-}
-
-#[test]
-fn with_it_no_descriptor_piles_up_over_30_reloads() {
-    let _turn = turn();
-    let addr = free_address();
-    let mut service = Service::run_ready("-n 2 --label", &common::naive(addr));
-    let settled = |service: &Service| {
-        service.reload();
-        service.reload();
-        service.fds()
-    };
-    let before = settled(&service);
-    for _ in 0..30 {
-        service.reload();
-    }
-    wait_until("no more descriptors than before", DEADLINE, || service.fds() <= before);
-    service.stop();
+    assert_eq!(service.wait_end().code(), Some(0));
+    assert!(reloads == 6 && labelled > 100, "{reloads} reloads, {labelled} lines");
 }
 
 #[test]
 fn a_failed_reload_shows_what_the_worker_at_fault_wrote_last() {
     let text = r#"[ $REUSE_RUN_GENERATION = 1 ] && exec sleep 1000
         for word in one two three four five six seven; do echo "$word" >&2; done; printf 'no newline' >&2; exit 3"#;
-    let mut service = Service::run_ready("-n 1 --label --ready 1s", &sh(text));
+    let mut service = Service::run_ready("-n 1 --label --ready 1s", &["sh", "-c", text]);
     let mut command = reuse_run();
     let output = command.args(["reload", &service.pid().to_string()]).output().expect("reload");
     let said = String::from_utf8_lossy(&output.stderr);
@@ -244,17 +264,200 @@ fn a_failed_reload_shows_what_the_worker_at_fault_wrote_last() {
     service.stop();
 }
 
+// Readers that are slow, or gone.
+
+/// The test server; the worker in slot 0 floods stdout besides.
+const FLOODING_SERVER: &str = r#"[ $REUSE_RUN_SLOT != 0 ] || yes "a line of the flood" &
+    exec "$0" --listen "$1" >/dev/null"#;
+
 #[test]
-fn it_works_with_a_closed_stdout_and_for_a_server() {
-    let addr = free_address();
-    let mut command = Command::new("sh");
-    command.args(["-c", r#"exec "$0" "$@" >&-"#]).arg(reuse_run().get_program());
-    command.args(arguments("-n 2 --label", &common::naive(addr)));
-    let mut service = Service::spawn(command);
+fn while_nobody_reads_a_flood_the_others_serve_and_a_reload_loses_nothing() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let (path, mut reader) = named_pipe(&folder);
+    let command = ["sh", "-c", FLOODING_SERVER, &server(), &addr.to_string()];
+    let mut service = Service::spawn(redirected(&format!(">{path}"), "--label -n 2", &command));
     service.wait_for_line("generation 1 is ready");
-    assert_eq!(get(addr).generation, Some(1));
-    service.reload();
-    assert_eq!(get(addr).generation, Some(2));
-    common::holds_for("reuse-run is idle", Duration::from_millis(300), || service.workers().len() == 2);
+    let load = Load::start(LoadOptions::new(addr, 4));
+    for _ in 0..3 {
+        service.reload();
+    }
+    load.stop().assert_nothing_failed();
+    // It waits for the reader, and does nothing else.
+    let before = processor_time(service.pid());
+    let quiet = Instant::now();
+    wait_until("a second has gone by", DEADLINE, || quiet.elapsed() > Duration::from_secs(1));
+    let used = processor_time(service.pid()) - before;
+    assert!(used < 20, "{used} hundredths of a second");
+    assert!(service.memory_kib() < 16 * 1024, "{} KiB", service.memory_kib());
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.wait_exit().code(), Some(0), "{}", service.log.text());
+    let mut text = String::new();
+    let _ = reader.read_to_string(&mut text);
+    let whole = text.lines().filter_map(parse).filter(|(.., text)| *text == "a line of the flood").count();
+    // What had no room any more is missing, and with it the end of the last line.
+    assert!(whole > 1000 && whole + 1 >= text.lines().count(), "{whole} of {}", text.lines().count());
+}
+
+#[test]
+fn a_slow_reader_gets_the_lines_of_those_that_write_little_too() {
+    let folder = Folder::new();
+    let (path, reader) = named_pipe(&folder);
+    let text = r#"echo >&$READY_FD
+        [ $REUSE_RUN_SLOT = 3 ] || exec yes "a line of the flood"
+        while :; do echo little; sleep 0.05; done"#;
+    let mut service =
+        Service::spawn(redirected(&format!(">{path}"), "--label -n 4 --ready notify", &["sh", "-c", text]));
+    service.wait_for_line("generation 1 is ready");
+    begin_to_read(&reader);
+    let stop = AtomicBool::new(false);
+    let (lines, little) = thread::scope(|scope| {
+        // About 1 MB a second.
+        let slow = scope.spawn(|| {
+            let (mut lines, mut little) = (0, 0);
+            for line in BufReader::with_capacity(4096, &reader).lines() {
+                let line = line.expect("a line");
+                let (slot, _, text) = parse(&line).unwrap_or_else(|| panic!("no label: {line:?}"));
+                // A worker that is stopped may be cut short.
+                let whole = if slot == 3 { "little" } else { "a line of the flood" };
+                assert!(whole.starts_with(text), "{line:?}");
+                lines += 1;
+                little += usize::from(slot == 3);
+                if lines % 128 == 0 && !stop.load(Ordering::Relaxed) {
+                    thread::sleep(Duration::from_millis(4)); // this is what makes it slow
+                }
+                if little == 20 && !stop.swap(true, Ordering::Relaxed) {
+                    service.signal(Signal::SIGTERM);
+                }
+            }
+            (lines, little)
+        });
+        slow.join().expect("the reader")
+    });
+    assert!(lines > 1000 && little >= 20, "{lines} lines, {little} of them from the one who writes little");
+    assert_eq!(service.wait_end().code(), Some(0));
+}
+
+#[test]
+fn a_worker_whose_output_nobody_can_read_any_more_is_not_hurt() {
+    for redirection in [">PIPE", ">&-", ">/dev/null", ">/dev/full"] {
+        let folder = Folder::new();
+        let (path, reader) = named_pipe(&folder);
+        let text = r#"echo >&$READY_FD; while [ ! -e "$0go" ]; do sleep 0.02; done
+            yes | head -c 1000000; : >"$0done"; exec sleep 1000"#;
+        let command = ["sh", "-c", text, &folder.path("")];
+        let redirection = redirection.replace("PIPE", &path);
+        let options = "--label -n 1 --ready notify";
+        let mut service = Service::spawn(redirected(&redirection, options, &command));
+        service.wait_for_line("generation 1 is ready");
+        let workers = service.workers();
+        drop(reader);
+        folder.raise("go");
+        let done = folder.path("done");
+        wait_until("it has printed all", DEADLINE, || Path::new(&done).exists());
+        assert_eq!(service.workers(), workers, "{redirection}: {}", service.log.text());
+        service.stop();
+    }
+}
+
+#[test]
+fn a_socket_is_written_to_without_waiting_and_nothing_is_lost() {
+    let (ours, its) = UnixStream::pair().expect("a pair of sockets");
+    let folder = Folder::new();
+    let mut command = reuse_run();
+    let options = "--label -n 4 --ready notify";
+    command.args(arguments(options, &["python3", "-c", TELLER, &folder.path("")]));
+    let (out, err) = (its.try_clone().expect("a duplicate"), its);
+    let mut child =
+        command.stdout(OwnedFd::from(out)).stderr(OwnedFd::from(err)).spawn().expect("start reuse-run");
+    drop(command); // and its copies of the socket
+    // As long as nobody reads it waits for room, and yet heeds its signals.
+    let wait = Instant::now();
+    wait_until("its output waits", DEADLINE, || wait.elapsed() > Duration::from_millis(300));
+    let (mut counts, mut lives) = (BTreeMap::<u32, usize>::new(), 0);
+    for line in BufReader::new(ours).lines() {
+        let line = line.expect("a line");
+        if let Some((_, pid, text)) = parse(&line) {
+            let told = text.split(' ').nth(1).and_then(|n| n.parse::<usize>().ok()).expect("a number");
+            assert_eq!(text.len(), format!("out {told} ").len() + told % 150, "{line:?}");
+            *counts.entry(pid).or_default() += 1;
+        } else {
+            assert!(line.starts_with("reuse-run["), "{line:?}");
+            lives += usize::from(line.contains("is ready, a replacement"));
+            if lives == 4 {
+                send(child.id(), Signal::SIGTERM);
+                lives += 1;
+            }
+        }
+    }
+    assert!(child.wait().expect("wait").success());
+    assert_eq!(counts.into_values().collect::<Vec<_>>(), [20_000; 4]);
+}
+
+#[test]
+fn into_one_file_both_streams_and_the_log_go_line_by_line() {
+    let folder = Folder::new();
+    let path = folder.path("out");
+    let command = ["python3", "-c", TELLER, &folder.path("")];
+    let mut service =
+        Service::spawn(redirected(&format!(">{path} 2>&1"), "--label -n 4 --ready notify", &command));
+    let lives = |slot| Path::new(&folder.path(&format!("lives-{slot}"))).exists();
+    wait_until("all were followed by others", DEADLINE, || (0..4).all(lives));
     service.stop();
+    let text = fs::read_to_string(path).expect("the output");
+    let texts = by_pid(text.lines().filter(|line| !line.starts_with("reuse-run[")));
+    assert_eq!(texts.len(), 4);
+    for texts in texts.values() {
+        for name in ["out", "err"] {
+            let of_stream: Vec<&str> = texts.iter().filter(|text| text.starts_with(name)).copied().collect();
+            assert!(of_stream == told(name), "{name}");
+        }
+    }
+    assert_eq!(text.lines().filter(|line| line.contains("stopping")).count(), 1);
+}
+
+// What it costs.
+
+#[test]
+fn without_label_a_worker_has_the_very_stdout_and_stderr_of_reuse_run() {
+    let addr = free_address();
+    let links = |pid: u32| [1, 2].map(|fd| fs::read_link(format!("/proc/{pid}/fd/{fd}")).expect("a link"));
+    for (options, same) in [("-n 2", true), ("--label -n 2", false)] {
+        let mut service = Service::run_ready(options, &naive(addr));
+        for worker in service.workers() {
+            for (its, ours) in links(worker).into_iter().zip(links(service.pid())) {
+                assert_eq!(its == ours, same, "{options}: {its:?} and {ours:?}");
+            }
+        }
+        service.stop();
+    }
+}
+
+#[test]
+fn after_200_reloads_no_more_files_are_open_than_after_2_and_it_rests() {
+    let addr = free_address();
+    let mut service = Service::run_ready("--label -n 1", &naive(addr));
+    let mut after_2 = 0;
+    for reload in 1..=200 {
+        service.reload();
+        if reload == 2 {
+            after_2 = service.fds();
+        }
+    }
+    assert_eq!(service.fds(), after_2);
+    assert_eq!(get(addr).generation, Some(201));
+    let wake_ups = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", service.pid())).expect("its status");
+        status.lines().find(|line| line.starts_with("voluntary_ctxt_switches")).map(str::to_owned)
+    };
+    // It may have to look at something yet, but not for long.
+    let (mut seen, mut since) = (wake_ups(), Instant::now());
+    wait_until("two seconds without a wake-up", DEADLINE, || {
+        let now = wake_ups();
+        if now != seen {
+            (seen, since) = (now, Instant::now());
+        }
+        since.elapsed() > Duration::from_secs(2)
+    });
+    service.stop();
+    assert_eq!(service.out.count_of("listening pid="), 201);
 }

@@ -147,8 +147,7 @@ impl Supervisor {
         serving: String,
         culprit: Option<WorkerId>,
     ) {
-        let (epoll, token) = (&self.epoll, |ready| Source::Label(ready).to_token());
-        let last_lines = |labels: &mut Labels| culprit.map(|worker| labels.last_lines(worker, epoll, token));
+        let last_lines = |labels: &mut Labels| culprit.map(|worker| labels.last_lines(worker));
         let details = self.labels.as_mut().and_then(last_lines).unwrap_or_default();
         let reply = match result {
             Ok(()) => Reply::Done(serving),
