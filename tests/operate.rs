@@ -285,6 +285,30 @@ fn of_20_reloads_at_once_all_succeed_by_two() {
 }
 
 #[test]
+fn of_20_reloads_at_once_each_is_told_how_its_own_went() {
+    let folder = Folder::new();
+    let mut service = Service::run_ready("-n 1", &folder.server(free_address(), &[]));
+    ["hold-2-0", "broken-2-0"].into_iter().for_each(|flag| folder.raise(flag));
+    let reloads: Vec<Service> = (0..20).map(|_| begin(&service, "reload")).collect();
+    reloads.iter().for_each(|reload| drop(reload.wait_for_output("reload: ")));
+    folder.lower("hold-2-0");
+    let mut failed = 0;
+    for reload in reloads {
+        let is_first = reload.out.find(0, "reload: starting generation 2").is_some();
+        let outcome = Outcome::of(reload);
+        if is_first {
+            failed += 1;
+            outcome.assert_failed(&["exited with status 3", "1 worker of generation 1 serve"]);
+        } else {
+            outcome.assert_done("1 worker of generation 3 serve");
+        }
+    }
+    assert_eq!(failed, 1, "who comes later has the next: {}", service.log.text());
+    assert_eq!(service.log.count_of("reload: starting"), 2, "{}", service.log.text());
+    service.stop();
+}
+
+#[test]
 fn a_reload_before_the_first_generation_is_ready_waits_for_that() {
     let (addr, folder) = (free_address(), Folder::new());
     folder.raise("hold-1-0");
@@ -828,6 +852,21 @@ fn status_tells_what_waits_what_is_open_and_what_it_takes() {
 }
 
 #[test]
+fn status_tells_the_processor_time_of_a_worker_and_all_that_it_has_started() {
+    let busy = "(while :; do :; done) & echo >&$READY_FD; wait";
+    let mut service = Service::run_ready("-n 1 --ready notify", &["sh", "-c", busy]);
+    let number = |worker: &Value, field: &str| worker[field].as_f64().expect("a number");
+    let mut shown = Value::Null;
+    wait_until("it has used some", DEADLINE, || {
+        shown = status(&service)["workers"][0].clone();
+        number(&shown, "cpu_seconds") >= 0.2
+    });
+    // It is busy on one processor; a tick is 10 ms.
+    assert!(number(&shown, "cpu_seconds") <= number(&shown, "age_seconds") + 0.1, "{shown}");
+    service.stop();
+}
+
+#[test]
 fn status_tells_what_a_worker_says_of_itself() {
     let port = free_port().to_string();
     let command = ["python3", &app("python/notify.py"), &port, "STATUS=half asleep\\nREADY=1"];
@@ -1098,6 +1137,33 @@ fn a_silent_control_client_is_dropped_after_10_s() {
     let took = begun.elapsed();
     assert!((Duration::from_secs(9)..Duration::from_secs(30)).contains(&took), "{took:?}");
     wait_until("their sockets are closed", DEADLINE, || service.fds() <= before);
+    service.stop();
+}
+
+#[test]
+fn a_control_client_that_reads_nothing_is_dropped_before_it_takes_much_memory() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let mut service = Service::run_ready("-n 1", &folder.server(addr, &[]));
+    folder.raise("hold-2-0");
+    let deaf = say(&service, b"{\"version\":1,\"request\":{\"reload\":{\"how\":null,\"wait\":true}}}\n");
+    service.wait_for_line("starting generation 2");
+    let before = ticks(service.pid());
+    holds_for("it is idle while one waits", Duration::from_secs(1), || ticks(service.pid()) - before <= 3);
+    let (fds, memory) = (service.fds(), service.memory_kib());
+    // Each is a line of the log, which whoever waits is told.
+    let scale = b"{\"version\":1,\"request\":{\"scale\":{\"to\":{\"exactly\":2},\"wait\":false}}}\n";
+    wait_until("it is dropped", DEADLINE, || {
+        (0..100).for_each(|_| assert!(rest(say(&service, scale)).contains("waits its turn")));
+        service.fds() < fds
+    });
+    let more = service.memory_kib().saturating_sub(memory);
+    assert!(more < 2048, "{more} KiB more");
+    let told = rest(deaf);
+    assert!(told.contains("scale to 2") && !told.contains("done"), "not to its end: {} bytes", told.len());
+    assert_eq!(get(addr).generation, Some(1));
+    folder.lower("hold-2-0");
+    service.wait_for_line("generation 2 serves alone");
+    service.wait_for_line("scaling done: 2 workers");
     service.stop();
 }
 
