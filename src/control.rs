@@ -46,6 +46,8 @@ struct Client {
     since: Instant,
     input: Vec<u8>,
     output: Vec<u8>,
+    /// The step that it was told of last.
+    told: String,
     state: State,
 }
 
@@ -100,8 +102,9 @@ impl Control {
                 && epoll.add(&stream, EpollEvent::new(flags, token(id))).is_ok();
             if watched {
                 self.next = self.next.wrapping_add(1);
-                let (input, output, state) = (Vec::new(), Vec::new(), State::Asking);
-                self.clients.insert(id, Client { stream, since: now, input, output, state });
+                let (input, output, told) = (Vec::new(), Vec::new(), String::new());
+                let client = Client { stream, since: now, input, output, told, state: State::Asking };
+                self.clients.insert(id, client);
             }
         }
     }
@@ -169,10 +172,13 @@ impl Control {
         self.clients.iter().filter_map(|(id, client)| Some((*id, awaited(client)?))).collect()
     }
 
-    /// Tells all that wait of a step.
+    /// Tells all that wait of a step; of one that comes again at once, as when many ask for the same, only once.
     pub fn tell(&mut self, step: &str) {
         for (id, _) in self.waiting() {
-            self.send(id, &Reply::Step(step.to_owned()));
+            if let Some(client) = self.clients.get_mut(&id).filter(|client| client.told != step) {
+                client.told = step.to_owned();
+                self.send(id, &Reply::Step(step.to_owned()));
+            }
         }
     }
 

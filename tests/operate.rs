@@ -13,7 +13,7 @@ use std::os::unix::net::{SocketAddr, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -277,6 +277,7 @@ fn of_20_reloads_at_once_all_succeed_by_two() {
     reloads.iter().for_each(|reload| drop(reload.wait_for_output("reload: ")));
     folder.lower("hold-2-0");
     for reload in reloads {
+        assert!(reload.out.count_of("once more as soon as") <= 1, "{}", reload.out.text());
         Outcome::of(reload).assert_done("serve");
     }
     // What came during the first waited for one more, which was for all of them.
@@ -1150,10 +1151,17 @@ fn a_control_client_that_reads_nothing_is_dropped_before_it_takes_much_memory() 
     let before = ticks(service.pid());
     holds_for("it is idle while one waits", Duration::from_secs(1), || ticks(service.pid()) - before <= 3);
     let (fds, memory) = (service.fds(), service.memory_kib());
-    // Each is a line of the log, which whoever waits is told.
-    let scale = b"{\"version\":1,\"request\":{\"scale\":{\"to\":{\"exactly\":2},\"wait\":false}}}\n";
+    // Each is a line of the log, other than the last, which whoever waits is told.
+    let scale = |workers: u32| {
+        format!(
+            "{{\"version\":1,\"request\":{{\"scale\":{{\"to\":{{\"exactly\":{workers}}},\"wait\":false}}}}}}\n"
+        )
+    };
     wait_until("it is dropped", DEADLINE, || {
-        (0..100).for_each(|_| assert!(rest(say(&service, scale)).contains("waits its turn")));
+        for workers in [3, 2].repeat(50) {
+            let answer = rest(say(&service, scale(workers).as_bytes()));
+            assert!(answer.contains("waits its turn"), "{answer}");
+        }
         service.fds() < fds
     });
     let more = service.memory_kib().saturating_sub(memory);
@@ -1281,23 +1289,27 @@ fn a_pid_file_that_cannot_be_written_ends_the_start_before_a_worker_runs() {
 
 /// A terminal of its own, in which a command runs.
 struct Terminal {
-    socket: String,
+    folder: Folder,
 }
 
 impl Terminal {
     fn run(command: &str) -> Terminal {
-        static NEXT: AtomicUsize = AtomicUsize::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let terminal = Terminal { socket: format!("reuse-run-test-{}-{number}", std::process::id()) };
+        let terminal = Terminal { folder: Folder::new() };
         // It stays when the command has ended.
         let shell = format!("{command}; echo exit status $?; exec cat");
         terminal.tmux(&["-f", "/dev/null", "new-session", "-d", "-x", "150", "-y", "40", &shell]);
         terminal
     }
 
-    fn tmux(&self, words: &[&str]) -> String {
+    fn command(&self) -> Command {
         let mut command = Command::new("tmux");
-        command.env_remove("TMUX").args(["-L", &self.socket]).args(words);
+        command.env_remove("TMUX").args(["-S", &self.folder.path("tmux")]);
+        command
+    }
+
+    fn tmux(&self, words: &[&str]) -> String {
+        let mut command = self.command();
+        command.args(words);
         let output = command.output().expect("run tmux");
         assert!(output.status.success(), "tmux {words:?}: {output:?}");
         String::from_utf8(output.stdout).expect("UTF-8")
@@ -1311,7 +1323,7 @@ impl Terminal {
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        let _ = Command::new("tmux").args(["-L", &self.socket, "kill-server"]).output();
+        let _ = self.command().arg("kill-server").output();
     }
 }
 
