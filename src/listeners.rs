@@ -21,6 +21,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::address::Address;
 use crate::fleet::WorkerId;
 use crate::procfs;
+use crate::queues::Queues;
 use crate::sockdiag::{Listener, SockDiag};
 use crate::steering::{self, MemberId, Order, Share, Standing, Steer, Targets};
 use crate::sys;
@@ -110,19 +111,26 @@ const GIVEN_BACKLOG: i32 = 4096;
 /// Nobody is ever queued on a free socket; a borrower sets its own backlog.
 const SPARE_BACKLOG: i32 = 1;
 
+/// What the pool's epoll says when the queues are to be looked at.
+const QUEUES: u64 = u64::MAX;
+const TOLD_ONCE: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLONESHOT);
+
 #[derive(Debug)]
 pub struct Pool {
     members: BTreeMap<MemberId, Member>,
     groups: BTreeMap<Address, Group>,
     inodes: HashMap<u64, MemberId>,
     next: MemberId,
-    /// Tells which listeners were shut down (EPOLLHUP) and on which a connection waits (EPOLLIN).
+    /// Tells which listeners were shut down (EPOLLHUP), on which of those that nobody borrows a connection
+    /// waits (EPOLLIN), and when the queues of the others are to be looked at.
     epoll: Epoll,
-    /// Sockets on which a connection waited: when to look whether one still does. They are not watched for
-    /// connections until then, so that traffic wakes the wrapper once in that time.
-    queued: BTreeMap<MemberId, Instant>,
+    queues: Queues,
+    /// When to look whether a listener is closed whose queue stands.
+    checks: BTreeMap<MemberId, Instant>,
     /// Those of them that were closed at the last look.
     suspects: BTreeSet<MemberId>,
+    /// When to try again to reset what waits on a socket that nobody borrows.
+    retries: BTreeMap<MemberId, Instant>,
     /// Sockets that nobody borrows and on which connections may wait, for [`Pool::reset_unserved`].
     unserved: BTreeSet<MemberId>,
     stopped: Vec<StoppedListening>,
@@ -130,13 +138,17 @@ pub struct Pool {
 
 impl Pool {
     pub fn new() -> io::Result<Self> {
+        let (epoll, queues) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Queues::new(CLOSED_STANDS)?);
+        epoll.add(&queues, EpollEvent::new(TOLD_ONCE, QUEUES))?;
         Ok(Self {
             members: BTreeMap::new(),
             groups: BTreeMap::new(),
             inodes: HashMap::new(),
             next: MemberId(0),
-            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
-            queued: BTreeMap::new(),
+            epoll,
+            queues,
+            checks: BTreeMap::new(),
+            retries: BTreeMap::new(),
             suspects: BTreeSet::new(),
             unserved: BTreeSet::new(),
             stopped: Vec::new(),
@@ -430,6 +442,10 @@ impl Pool {
         loop {
             let count = self.epoll.wait(&mut ready, EpollTimeout::ZERO).unwrap_or(0);
             for event in &ready[..count] {
+                if event.data() == QUEUES {
+                    self.queues.begin(Instant::now());
+                    continue;
+                }
                 let id = MemberId(event.data() as u32);
                 let Some(member) = self.members.get_mut(&id) else { continue };
                 if !member.listening {
@@ -443,11 +459,9 @@ impl Pool {
                     }
                 } else if event.events().intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
                     let _ = self.epoll.delete(&member.socket);
+                    self.queues.forget(id, member.socket.as_fd());
                     member.listening = false;
                     departed.entry(member.address).or_default().insert(id);
-                } else if matches!(member.holder, Holder::Lent(_)) {
-                    self.queued.insert(id, Instant::now() + QUEUE_STANDS);
-                    self.watch(id);
                 } else {
                     self.unserved.insert(id);
                     self.watch(id);
@@ -493,10 +507,14 @@ impl Pool {
     }
 
     fn remove(&mut self, id: MemberId) {
-        self.queued.remove(&id);
+        self.checks.remove(&id);
         self.suspects.remove(&id);
+        self.retries.remove(&id);
         self.unserved.remove(&id);
         if let Some(member) = self.members.remove(&id) {
+            // A worker may have a duplicate yet, and then its end takes nothing out of an epoll.
+            let _ = self.epoll.delete(&member.socket);
+            self.queues.forget(id, member.socket.as_fd());
             self.inodes.remove(&member.inode);
             if let Some(group) = self.groups.get_mut(&member.address) {
                 group.members.remove(&id);
@@ -506,42 +524,50 @@ impl Pool {
 
     /// When to call [`Pool::look_at_queues`] at the latest.
     pub fn deadline(&self) -> Option<Instant> {
-        self.queued.values().min().copied()
+        self.queues.deadline().into_iter().chain(self.retries.values().copied()).min()
+    }
+
+    /// Looks who takes connections and who doesn't, when it is time to.
+    pub fn look_at_queues(&mut self, now: Instant) {
+        for (id, _) in self.retries.extract_if(.., |_, at| *at <= now).collect::<Vec<_>>() {
+            self.watch(id); // it tells at once if connections wait still
+        }
+        let listener = |id| self.members.get(&id).map(|member| member.socket.as_fd());
+        let Some(standing) = self.queues.look(now, listener) else { return };
+        let standing: BTreeSet<MemberId> = standing.keys().copied().collect();
+        if self.queues.rests() {
+            let armed = self.epoll.modify(&self.queues, &mut EpollEvent::new(TOLD_ONCE, QUEUES));
+            armed.unwrap_or_else(|error| warn!("can't watch accept queues: {error}"));
+        }
+        self.take_back_unheard(&standing, now);
     }
 
     /// Finds out which workers have closed a listener and live on. The wrapper's duplicate keeps it open,
-    /// so that only a connection which nobody accepts shows it, and /proc proves it. Such a socket becomes
-    /// nobody's.
-    pub fn look_at_queues(&mut self, now: Instant) {
-        let due: Vec<MemberId> =
-            self.queued.iter().filter(|(_, at)| **at <= now).map(|(id, _)| *id).collect();
-        for id in due {
-            self.queued.remove(&id);
-            let was_suspect = self.suspects.remove(&id);
-            let Some(member) = self.members.get(&id) else { continue };
-            let Holder::Lent(Borrower { pid, .. }) = member.holder else {
-                self.watch(id); // it tells at once if connections wait still
+    /// so that only a queue that stands shows it, and /proc proves it. Such a socket becomes nobody's.
+    fn take_back_unheard(&mut self, standing: &BTreeSet<MemberId>, now: Instant) {
+        self.checks.retain(|id, _| standing.contains(id));
+        for id in standing {
+            let check = self.checks.entry(*id).or_insert(now + QUEUE_STANDS);
+            let Some(Member { inode, holder: Holder::Lent(Borrower { pid, .. }), .. }) = self.members.get(id)
+            else {
                 continue;
             };
-            let waits = sys::tcp_info(member.socket.as_fd()).is_ok_and(|info| info.accept_queue > 0);
-            let is_closed = waits && !procfs::is_open_elsewhere(pid, member.inode);
-            if is_closed && was_suspect {
-                self.take_back(member.inode);
+            if *check > now {
                 continue;
             }
-            if is_closed {
-                // A worker that ends closes its sockets a moment before its end is told.
-                self.suspects.insert(id);
-                self.queued.insert(id, now + CLOSED_STANDS);
-            } else if waits {
-                self.queued.insert(id, now + QUEUE_STANDS);
+            let is_closed = !procfs::is_open_elsewhere(*pid, *inode);
+            *check = now + if is_closed { CLOSED_STANDS } else { QUEUE_STANDS };
+            // A worker that ends closes its sockets a moment before its end is told.
+            let was_closed = if is_closed { !self.suspects.insert(*id) } else { !self.suspects.remove(id) };
+            if is_closed && was_closed {
+                self.take_back(*inode);
             }
-            self.watch(id);
         }
+        self.suspects.retain(|id| standing.contains(id));
     }
 
     /// Has epoll tell what matters of a listening socket: that it was shut down, and that a connection
-    /// waits on it.
+    /// waits on it, of one that is lent by way of the queues.
     ///
     /// Of a socket that is bound only, each change of state. (Level-triggered, it would tell without end
     /// that it is closed.)
@@ -549,14 +575,22 @@ impl Pool {
         let Some(member) = self.members.get(&id) else { return };
         let flags = match member.holder {
             _ if !member.listening => EpollFlags::EPOLLOUT | EpollFlags::EPOLLET,
-            _ if self.queued.contains_key(&id) || self.unserved.contains(&id) => EpollFlags::empty(),
-            Holder::Reserved { overdue: false, .. } => EpollFlags::empty(),
-            Holder::Free | Holder::Reserved { overdue: true, .. } | Holder::Lent(_) => EpollFlags::EPOLLIN,
+            _ if self.retries.contains_key(&id) || self.unserved.contains(&id) => EpollFlags::empty(),
+            Holder::Reserved { overdue: false, .. } | Holder::Lent(_) => EpollFlags::empty(),
+            Holder::Free | Holder::Reserved { overdue: true, .. } => EpollFlags::EPOLLIN,
         };
+        let is_lent = matches!(member.holder, Holder::Lent(_));
         let mut event = EpollEvent::new(flags, u64::from(id.0));
         let watched = self.epoll.modify(&member.socket, &mut event).or_else(|_| {
             let event = EpollEvent::new(flags, u64::from(id.0));
             self.epoll.add(&member.socket, event)
+        });
+        let watched = watched.map_err(io::Error::from).and_then(|()| match is_lent && member.listening {
+            true => self.queues.watch(id, member.socket.as_fd()),
+            false => {
+                self.queues.forget(id, member.socket.as_fd());
+                Ok(())
+            }
         });
         if let Err(error) = watched {
             warn!("can't watch a listener of {}: {error}", member.address);
@@ -633,7 +667,7 @@ impl Pool {
         if let Err(error) = result {
             // Without a free fd, say, they stay in the queue, and to look again at once would be in vain.
             warn!("can't reset what waits on {address}: {error}");
-            self.queued.insert(id, Instant::now() + QUEUE_STANDS);
+            self.retries.insert(id, Instant::now() + QUEUE_STANDS);
         }
         self.watch(id);
         Some((address, connections))

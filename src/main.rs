@@ -23,6 +23,7 @@ mod output;
 mod pidfile;
 mod procfs;
 mod protocol;
+mod queues;
 mod ready;
 mod signals;
 mod sockdiag;

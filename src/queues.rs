@@ -1,0 +1,149 @@
+//! The accept queues of lent listeners, looked at only while connections come.
+//!
+//! The epoll in here tells of each listener on which a connection waits. It is itself watched by the pool's,
+//! which tells of it once (EPOLLONESHOT). From that moment on the queues are looked at every so often, and
+//! when nothing has waited at a few looks in a row, the pool's epoll is asked to tell again. So there is no
+//! timer without traffic, and no traffic wakes the wrapper more often than the timer.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use crate::steering::MemberId;
+use crate::sys;
+
+/// After so many looks at which nothing waited the epoll tells again.
+const QUIET_LOOKS: u32 = 4;
+/// A queue that has stood for so long is looked at more seldom, lest one that stands forever cost as much
+/// as traffic.
+pub const LONG: Duration = Duration::from_secs(1);
+/// How often that is.
+const SELDOM: Duration = Duration::from_millis(100);
+
+/// An accept queue that isn't empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Queue {
+    /// How many connections wait.
+    pub length: u32,
+    /// The first of the looks since which it wasn't empty at any.
+    pub since: Instant,
+}
+
+/// See the module's comment.
+#[derive(Debug)]
+pub struct Queues {
+    epoll: Epoll,
+    every: Duration,
+    /// At how many looks in a row nothing waited; `None` while it is the epoll that tells.
+    quiet: Option<u32>,
+    next_look: Option<Instant>,
+    watched: BTreeSet<MemberId>,
+    standing: BTreeMap<MemberId, Queue>,
+    /// Those that have stood for long, of which the epoll doesn't tell.
+    aside: BTreeSet<MemberId>,
+}
+
+impl Queues {
+    /// Queues that are looked at so often while connections come.
+    pub fn new(every: Duration) -> io::Result<Self> {
+        Ok(Self {
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            every,
+            quiet: None,
+            next_look: None,
+            watched: BTreeSet::new(),
+            standing: BTreeMap::new(),
+            aside: BTreeSet::new(),
+        })
+    }
+
+    /// Looks at this listener's queue too.
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2).
+    pub fn watch(&mut self, id: MemberId, listener: BorrowedFd) -> io::Result<()> {
+        if !self.watched.contains(&id) {
+            self.epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, u64::from(id.0)))?;
+            self.watched.insert(id);
+        }
+        Ok(())
+    }
+
+    /// Doesn't any more.
+    pub fn forget(&mut self, id: MemberId, listener: BorrowedFd) {
+        if self.watched.remove(&id) {
+            let _ = self.epoll.delete(listener);
+            self.standing.remove(&id);
+            self.aside.remove(&id);
+        }
+    }
+
+    /// The epoll has told that something waits.
+    pub fn begin(&mut self, now: Instant) {
+        self.quiet = Some(0);
+        self.next_look = Some(now + self.every);
+    }
+
+    /// Whether the epoll is to tell when something waits.
+    pub fn rests(&self) -> bool {
+        self.quiet.is_none()
+    }
+
+    /// When to call [`Queues::look`] at the latest.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.next_look
+    }
+
+    /// The queues that aren't empty, if it is time for a look.
+    pub fn look<'a>(
+        &mut self,
+        now: Instant,
+        listener: impl Fn(MemberId) -> Option<BorrowedFd<'a>>,
+    ) -> Option<&BTreeMap<MemberId, Queue>> {
+        self.next_look.take_if(|at| *at <= now)?;
+        let mut events = vec![EpollEvent::empty(); self.watched.len().max(1)];
+        let count = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
+        let told: BTreeSet<MemberId> =
+            events[..count].iter().map(|event| MemberId(event.data() as u32)).collect();
+        let before = std::mem::take(&mut self.standing);
+        for id in told.union(&self.aside.clone()).copied() {
+            let Some(fd) = listener(id) else { continue };
+            let length = sys::tcp_info(fd).map_or(0, |info| info.accept_queue);
+            let since = before.get(&id).map_or(now, |queue| queue.since);
+            let is_aside = length > 0 && now.saturating_duration_since(since) >= LONG;
+            if is_aside != self.aside.contains(&id) {
+                self.set_aside(id, fd, is_aside);
+            }
+            if length > 0 {
+                self.standing.insert(id, Queue { length, since });
+            }
+        }
+        self.quiet = match told.is_empty() {
+            true => self.quiet.map(|looks| looks + 1).filter(|looks| *looks < QUIET_LOOKS),
+            false => Some(0),
+        };
+        self.next_look = match self.rests() {
+            true => (!self.aside.is_empty()).then_some(now + SELDOM.max(self.every)),
+            false => Some(now + self.every),
+        };
+        Some(&self.standing)
+    }
+
+    fn set_aside(&mut self, id: MemberId, listener: BorrowedFd, is_aside: bool) {
+        let flags = if is_aside { EpollFlags::empty() } else { EpollFlags::EPOLLIN };
+        let _ = self.epoll.modify(listener, &mut EpollEvent::new(flags, u64::from(id.0)));
+        match is_aside {
+            true => self.aside.insert(id),
+            false => self.aside.remove(&id),
+        };
+    }
+}
+
+impl AsFd for Queues {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
+    }
+}
