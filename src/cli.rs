@@ -10,6 +10,7 @@ use argh::{EarlyExit, FromArgs};
 use nix::sys::signal::Signal;
 
 use crate::address::Address;
+use crate::balance::Balancing;
 use crate::client::{Command, What};
 use crate::environment::{Secret, Sources};
 use crate::fleet::{Policy, Readiness, Rollout};
@@ -61,6 +62,10 @@ struct Args {
     /// is ready; 0: never (default 10)
     #[argh(option, default = "10", arg_name = "count")]
     max_failures: u32,
+
+    /// who gets new connections: load, which spares workers that are stuck with some, or random (default load)
+    #[argh(option, default = "Balancing::Load", arg_name = "how")]
+    balance: Balancing,
 
     /// an address to listen on for the workers, which get it as systemd's sockets: 3000, 127.0.0.1:3000,
     /// [::1]:3000 (repeatable)
@@ -229,6 +234,18 @@ impl FromStr for Workers {
 #[derive(Debug, PartialEq)]
 struct Percent(f64);
 
+impl FromStr for Balancing {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "load" => Ok(Self::Load),
+            "random" => Ok(Self::Random),
+            _ => Err(format!("{text:?} is neither load nor random")),
+        }
+    }
+}
+
 impl FromStr for Percent {
     type Err = String;
 
@@ -317,6 +334,7 @@ pub struct Options {
     pub sources: Sources,
     /// Addresses whose sockets workers are given.
     pub listen: Vec<Address>,
+    pub balance: Balancing,
     pub pidfile: Option<PathBuf>,
     /// Whether the workers' output passes through here, line by line.
     pub label: bool,
@@ -389,6 +407,7 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
         policy,
         sources,
         listen: args.listen,
+        balance: args.balance,
         pidfile: args.pidfile,
         label: args.label,
     })))

@@ -8,20 +8,22 @@
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::fmt;
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use log::{debug, warn};
+use log::{debug, info, warn};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::unistd::Pid;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::address::Address;
+use crate::balance::{Balance, Balancing, Change, Load};
 use crate::fleet::WorkerId;
 use crate::procfs;
-use crate::queues::Queues;
+use crate::queues::{self, Queues};
 use crate::sockdiag::{Listener, SockDiag};
 use crate::steering::{self, MemberId, Order, Share, Standing, Steer, Targets};
 use crate::sys;
@@ -33,6 +35,12 @@ pub struct Borrower {
     pub pid: Pid,
     pub slot: u32,
     pub generation: u32,
+}
+
+impl fmt::Display for Borrower {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "worker {} (pid {}, generation {})", self.slot, self.pid, self.generation)
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,6 +114,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 const QUEUE_STANDS: Duration = Duration::from_secs(1);
 /// How long later it is looked again whether a listener is closed and its worker lives.
 const CLOSED_STANDS: Duration = Duration::from_millis(200);
+/// How often accept queues are looked at while connections come.
+const LOOK_AT_LOAD_EVERY: Duration = Duration::from_millis(2);
 /// Of sockets that workers are given, as systemd has it (systemd.socket(5)).
 const GIVEN_BACKLOG: i32 = 4096;
 /// Nobody is ever queued on a free socket; a borrower sets its own backlog.
@@ -125,6 +135,8 @@ pub struct Pool {
     /// waits (EPOLLIN), and when the queues of the others are to be looked at.
     epoll: Epoll,
     queues: Queues,
+    /// `None` when lots are drawn among all.
+    balance: Option<Balance>,
     /// When to look whether a listener is closed whose queue stands.
     checks: BTreeMap<MemberId, Instant>,
     /// Those of them that were closed at the last look.
@@ -137,8 +149,10 @@ pub struct Pool {
 }
 
 impl Pool {
-    pub fn new() -> io::Result<Self> {
-        let (epoll, queues) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Queues::new(CLOSED_STANDS)?);
+    pub fn new(balancing: Balancing) -> io::Result<Self> {
+        let balance = (balancing == Balancing::Load).then(Balance::default);
+        let every = if balance.is_some() { LOOK_AT_LOAD_EVERY } else { CLOSED_STANDS };
+        let (epoll, queues) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Queues::new(every)?);
         epoll.add(&queues, EpollEvent::new(TOLD_ONCE, QUEUES))?;
         Ok(Self {
             members: BTreeMap::new(),
@@ -147,6 +161,7 @@ impl Pool {
             next: MemberId(0),
             epoll,
             queues,
+            balance,
             checks: BTreeMap::new(),
             retries: BTreeMap::new(),
             suspects: BTreeSet::new(),
@@ -460,6 +475,7 @@ impl Pool {
                 } else if event.events().intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
                     let _ = self.epoll.delete(&member.socket);
                     self.queues.forget(id, member.socket.as_fd());
+                    self.balance.iter_mut().for_each(|balance| balance.forget(id));
                     member.listening = false;
                     departed.entry(member.address).or_default().insert(id);
                 } else {
@@ -515,6 +531,7 @@ impl Pool {
             // A worker may have a duplicate yet, and then its end takes nothing out of an epoll.
             let _ = self.epoll.delete(&member.socket);
             self.queues.forget(id, member.socket.as_fd());
+            self.balance.iter_mut().for_each(|balance| balance.forget(id));
             self.inodes.remove(&member.inode);
             if let Some(group) = self.groups.get_mut(&member.address) {
                 group.members.remove(&id);
@@ -527,26 +544,51 @@ impl Pool {
         self.queues.deadline().into_iter().chain(self.retries.values().copied()).min()
     }
 
-    /// Looks who takes connections and who doesn't, when it is time to.
-    pub fn look_at_queues(&mut self, now: Instant) {
+    /// Looks who takes connections and who doesn't, when it is time to. Returns whether [`Pool::steer`] would
+    /// steer otherwise since.
+    pub fn look_at_queues(&mut self, now: Instant) -> bool {
         for (id, _) in self.retries.extract_if(.., |_, at| *at <= now).collect::<Vec<_>>() {
             self.watch(id); // it tells at once if connections wait still
         }
         let listener = |id| self.members.get(&id).map(|member| member.socket.as_fd());
-        let Some(standing) = self.queues.look(now, listener) else { return };
-        let standing: BTreeSet<MemberId> = standing.keys().copied().collect();
+        let Some(lengths) = self.queues.look(now, listener) else { return false };
         if self.queues.rests() {
             let armed = self.epoll.modify(&self.queues, &mut EpollEvent::new(TOLD_ONCE, QUEUES));
             armed.unwrap_or_else(|error| warn!("can't watch accept queues: {error}"));
         }
-        self.take_back_unheard(&standing, now);
+        self.take_back_unheard(&lengths, now);
+        let is_busy = |id| match self.members.get(&id).map(|member| member.holder) {
+            Some(Holder::Lent(Borrower { pid, .. })) => procfs::is_busy(pid),
+            _ => None,
+        };
+        let changes = self.balance.as_mut().map(|balance| balance.look(&lengths, is_busy, now));
+        let changes = changes.unwrap_or_default();
+        changes.iter().for_each(|(id, change)| self.tell(*id, *change));
+        changes.iter().any(|(_, change)| *change != Change::StuckLong)
+    }
+
+    fn tell(&self, id: MemberId, change: Change) {
+        let Some(Member { address, holder: Holder::Lent(borrower), .. }) = self.members.get(&id) else {
+            return;
+        };
+        match change {
+            Change::To(Load::Stuck, _) => debug!("{borrower} takes no connections on {address}: spared"),
+            Change::To(Load::Busy, _) => debug!("{borrower} is busy: spared"),
+            Change::To(Load::Free, lasted) if lasted >= queues::LONG => {
+                info!("{borrower} takes connections on {address} again, after {:.1} s", lasted.as_secs_f64());
+            }
+            Change::To(Load::Free, _) => debug!("{borrower} is spared no more"),
+            Change::StuckLong => {
+                info!("{borrower} has taken no connection on {address} for {} s", queues::LONG.as_secs());
+            }
+        }
     }
 
     /// Finds out which workers have closed a listener and live on. The wrapper's duplicate keeps it open,
     /// so that only a queue that stands shows it, and /proc proves it. Such a socket becomes nobody's.
-    fn take_back_unheard(&mut self, standing: &BTreeSet<MemberId>, now: Instant) {
-        self.checks.retain(|id, _| standing.contains(id));
-        for id in standing {
+    fn take_back_unheard(&mut self, lengths: &BTreeMap<MemberId, u32>, now: Instant) {
+        self.checks.retain(|id, _| lengths.contains_key(id));
+        for id in lengths.keys() {
             let check = self.checks.entry(*id).or_insert(now + QUEUE_STANDS);
             let Some(Member { inode, holder: Holder::Lent(Borrower { pid, .. }), .. }) = self.members.get(id)
             else {
@@ -563,7 +605,7 @@ impl Pool {
                 self.take_back(*inode);
             }
         }
-        self.suspects.retain(|id| standing.contains(id));
+        self.suspects.retain(|id| lengths.contains_key(id));
     }
 
     /// Has epoll tell what matters of a listening socket: that it was shut down, and that a connection
@@ -589,6 +631,7 @@ impl Pool {
             true => self.queues.watch(id, member.socket.as_fd()),
             false => {
                 self.queues.forget(id, member.socket.as_fd());
+                self.balance.iter_mut().for_each(|balance| balance.forget(id));
                 Ok(())
             }
         });
@@ -715,11 +758,11 @@ impl Pool {
             Holder::Lent(borrower) => standing(borrower.worker),
         };
         let standings: Vec<Standing> = ids.iter().map(standing).collect();
-        group.apply(&ids, &steering::decide(&standings), share, &mut self.members)?;
+        let load = |id| self.balance.as_ref().map_or(Load::Free, |balance| balance.load(id));
+        let last = group.apply(&ids, &steering::decide(&standings), share, load, &mut self.members)?;
         let leaving =
             standings.iter().filter(|s| matches!(s, Standing::Draining | Standing::Leaving)).count();
-        let targets = group.targets.clone().unwrap_or_default();
-        Ok(steering::spares_lacking(group.order.len(), &targets, leaving))
+        Ok(steering::spares_lacking(group.order.len(), last, leaving))
     }
 
     /// Adds a member that is nobody's, at the end of the array.
@@ -756,6 +799,12 @@ impl Pool {
         infos.filter(|info| info.listening).map(|info| info.accept_queue).sum()
     }
 
+    /// How the worker is off, on the address where it is worst.
+    pub fn load(&self, worker: WorkerId) -> Load {
+        let load = |(id, _)| self.balance.as_ref().map_or(Load::Free, |balance| balance.load(id));
+        self.lent_to(worker).map(load).max().unwrap_or(Load::Free)
+    }
+
     fn lent_to(&self, worker: WorkerId) -> impl Iterator<Item = (MemberId, &Member)> {
         let lent = move |member: &Member| matches!(member.holder, Holder::Lent(b) if b.worker == worker);
         self.members.iter().filter(move |(_, member)| lent(member)).map(|(id, member)| (*id, member))
@@ -769,22 +818,30 @@ impl AsFd for Pool {
 }
 
 impl Group {
+    /// Has the kernel do what is decided for each of `ids`, and of those that are to be named name the ones that
+    /// are best off. Returns the last index that may be named.
     fn apply(
         &mut self,
         ids: &[MemberId],
         decided: &[Steer],
         share: Share,
+        load: impl Fn(MemberId) -> Load,
         members: &mut BTreeMap<MemberId, Member>,
-    ) -> io::Result<()> {
+    ) -> io::Result<Option<u32>> {
         let are = |steer| ids.iter().zip(decided).filter(move |(_, s)| **s == steer).map(|(id, _)| *id);
         let named: BTreeSet<MemberId> = are(Steer::Named).collect();
         let tried: BTreeSet<MemberId> = are(Steer::Tried).collect();
         for id in named.union(&tried) {
             members.get_mut(id).map_or(Ok(()), Member::let_go)?;
         }
+        let last = self.order.indices(&named).last().max(self.order.indices(&tried).last()).copied();
         // Without anyone to name the program stays.
         if let Some(any) = named.first() {
-            let (named, mut tried) = (self.order.indices(&named), self.order.indices(&tried));
+            let aim = |members: &BTreeSet<MemberId>| {
+                let indices = self.order.indices(&steering::best_off(members, &load));
+                if indices.is_empty() { self.order.indices(members) } else { indices }
+            };
+            let (named, mut tried) = (aim(&named), aim(&tried));
             if named.is_empty() {
                 tried.clear(); // a share of nothing known would be everything
             }
@@ -805,7 +862,7 @@ impl Group {
         for id in are(Steer::Held) {
             members.get_mut(&id).map_or(Ok(()), Member::hold)?;
         }
-        Ok(())
+        Ok(last)
     }
 }
 

@@ -6,6 +6,7 @@
 compile_error!("reuse-run needs Linux: it stands on seccomp user notification and SO_REUSEPORT programs");
 
 mod address;
+mod balance;
 mod bpf;
 mod bystander;
 mod cli;

@@ -289,6 +289,31 @@ pub struct Usage {
     pub rss_kib: u64,
 }
 
+/// Whether the main thread of a process does, or waits for, something other than connections and requests, if
+/// that can be known (proc_pid_syscall(5)).
+pub fn is_busy(pid: Pid) -> Option<bool> {
+    let text = fs::read_to_string(path(pid, "syscall")).ok()?;
+    let number = text.split(' ').next().and_then(|number| number.parse().ok());
+    Some(!number.is_some_and(|number| WAITS.contains(&number))) // else it says "running", or where it sleeps
+}
+
+/// The system calls in which programs wait for connections and requests.
+const WAITS: &[libc::c_long] = &[
+    libc::SYS_accept,
+    libc::SYS_accept4,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_ppoll,
+    libc::SYS_pselect6,
+    libc::SYS_io_uring_enter,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_epoll_wait,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_select,
+];
+
 /// What a process and its descendants have used.
 pub fn usage(pid: Pid) -> Usage {
     let mut sum = Usage::default();

@@ -17,20 +17,11 @@ use crate::sys;
 
 /// After so many looks at which nothing waited the epoll tells again.
 const QUIET_LOOKS: u32 = 4;
-/// A queue that has stood for so long is looked at more seldom, lest one that stands forever cost as much
-/// as traffic.
+/// A queue that has been filled for so long is looked at more seldom, lest one that stays so cost as much as
+/// traffic does.
 pub const LONG: Duration = Duration::from_secs(1);
 /// How often that is.
 const SELDOM: Duration = Duration::from_millis(100);
-
-/// An accept queue that isn't empty.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Queue {
-    /// How many connections wait.
-    pub length: u32,
-    /// The first of the looks since which it wasn't empty at any.
-    pub since: Instant,
-}
 
 /// See the module's comment.
 #[derive(Debug)]
@@ -41,8 +32,9 @@ pub struct Queues {
     quiet: Option<u32>,
     next_look: Option<Instant>,
     watched: BTreeSet<MemberId>,
-    standing: BTreeMap<MemberId, Queue>,
-    /// Those that have stood for long, of which the epoll doesn't tell.
+    /// The queues that weren't empty at the last look: since which they haven't been at any.
+    filled: BTreeMap<MemberId, Instant>,
+    /// Those that have been filled for long, of which the epoll doesn't tell.
     aside: BTreeSet<MemberId>,
 }
 
@@ -55,7 +47,7 @@ impl Queues {
             quiet: None,
             next_look: None,
             watched: BTreeSet::new(),
-            standing: BTreeMap::new(),
+            filled: BTreeMap::new(),
             aside: BTreeSet::new(),
         })
     }
@@ -76,7 +68,7 @@ impl Queues {
     pub fn forget(&mut self, id: MemberId, listener: BorrowedFd) {
         if self.watched.remove(&id) {
             let _ = self.epoll.delete(listener);
-            self.standing.remove(&id);
+            self.filled.remove(&id);
             self.aside.remove(&id);
         }
     }
@@ -97,28 +89,30 @@ impl Queues {
         self.next_look
     }
 
-    /// The queues that aren't empty, if it is time for a look.
+    /// How many connections wait in each queue that isn't empty, if it is time for a look.
     pub fn look<'a>(
         &mut self,
         now: Instant,
         listener: impl Fn(MemberId) -> Option<BorrowedFd<'a>>,
-    ) -> Option<&BTreeMap<MemberId, Queue>> {
+    ) -> Option<BTreeMap<MemberId, u32>> {
         self.next_look.take_if(|at| *at <= now)?;
         let mut events = vec![EpollEvent::empty(); self.watched.len().max(1)];
         let count = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
         let told: BTreeSet<MemberId> =
             events[..count].iter().map(|event| MemberId(event.data() as u32)).collect();
-        let before = std::mem::take(&mut self.standing);
+        let before = std::mem::take(&mut self.filled);
+        let mut lengths = BTreeMap::new();
         for id in told.union(&self.aside.clone()).copied() {
             let Some(fd) = listener(id) else { continue };
             let length = sys::tcp_info(fd).map_or(0, |info| info.accept_queue);
-            let since = before.get(&id).map_or(now, |queue| queue.since);
+            let since = before.get(&id).copied().unwrap_or(now);
             let is_aside = length > 0 && now.saturating_duration_since(since) >= LONG;
             if is_aside != self.aside.contains(&id) {
                 self.set_aside(id, fd, is_aside);
             }
             if length > 0 {
-                self.standing.insert(id, Queue { length, since });
+                lengths.insert(id, length);
+                self.filled.insert(id, since);
             }
         }
         self.quiet = match told.is_empty() {
@@ -129,7 +123,7 @@ impl Queues {
             true => (!self.aside.is_empty()).then_some(now + SELDOM.max(self.every)),
             false => Some(now + self.every),
         };
-        Some(&self.standing)
+        Some(lengths)
     }
 
     fn set_aside(&mut self, id: MemberId, listener: BorrowedFd, is_aside: bool) {

@@ -35,6 +35,8 @@ pub struct Worker {
     pub seconds: Option<f64>,
     /// Of the slot, since the last reload.
     pub restarts: u32,
+    /// `busy` or `stuck` if others get the new connections: see [`crate::balance::Load`].
+    pub load: String,
     /// Connections that wait to be accepted.
     pub accept_queue: u32,
     /// Connections that were accepted.
@@ -114,7 +116,11 @@ impl fmt::Display for Status {
 
 impl Worker {
     fn row(&self) -> [String; 11] {
-        let state = if self.serves { self.state.clone() } else { format!("({})", self.state) };
+        let state = match self.load.as_str() {
+            _ if !self.serves => format!("({})", self.state),
+            "free" => self.state.clone(),
+            load => format!("{}, {load}", self.state),
+        };
         let cpu = self.age_seconds.filter(|age| *age > 0.0).map(|age| self.cpu_seconds / age * 100.0);
         let of_process = |text: String| if self.pid.is_some() { text } else { "-".to_owned() };
         [

@@ -11,6 +11,7 @@ use std::rc::Rc;
 
 use libc::sock_filter;
 
+use crate::balance::Load;
 use crate::bpf::op;
 
 /// A socket of the pool, for as long as the pool lives.
@@ -95,6 +96,12 @@ pub fn decide(standings: &[Standing]) -> Vec<Steer> {
     standings.iter().map(decide).collect()
 }
 
+/// Those of some members that are best off: someone is named however badly all are.
+pub fn best_off(members: &BTreeSet<MemberId>, load: impl Fn(MemberId) -> Load) -> BTreeSet<MemberId> {
+    let best = members.iter().map(|id| load(*id)).min();
+    members.iter().copied().filter(|id| Some(load(*id)) == best).collect()
+}
+
 /// The indices that a program chooses from, each list ascending.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Targets {
@@ -104,14 +111,13 @@ pub struct Targets {
     pub share: Share,
 }
 
-/// How many free members a group lacks at the end of its array, where a program chooses from `targets` and
-/// `leaving` of the others may leave by themselves at any time.
+/// How many free members a group lacks at the end of its array, where `last` is the last index that a program
+/// may choose and `leaving` of the others may leave by themselves at any time.
 ///
 /// Whoever leaves is replaced by the last member. With as many members behind the last named one as may
 /// leave, none that is named ever moves, and the program stays right whenever they do.
-pub fn spares_lacking(len: usize, targets: &Targets, leaving: usize) -> usize {
-    let last = targets.named.last().max(targets.tried.last());
-    let behind = last.map_or(len, |last| len.saturating_sub(*last as usize + 1));
+pub fn spares_lacking(len: usize, last: Option<u32>, leaving: usize) -> usize {
+    let behind = last.map_or(len, |last| len.saturating_sub(last as usize + 1));
     leaving.saturating_sub(behind)
 }
 
@@ -470,6 +476,16 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn someone_is_named_and_nobody_who_is_worse_off_than_another(loads in vec(0u8..3, 1..12)) {
+            let load = |id: MemberId| [Load::Free, Load::Busy, Load::Stuck][usize::from(loads[id.0 as usize])];
+            let all: BTreeSet<MemberId> = (0..loads.len() as u32).map(MemberId).collect();
+            let best = best_off(&all, load);
+            prop_assert!(!best.is_empty() && best.is_subset(&all));
+            prop_assert!(best.iter().all(|id| all.iter().all(|other| load(*id) <= load(*other))));
+            prop_assert!(all.difference(&best).all(|id| best.iter().all(|other| load(*id) > load(*other))));
+        }
+
         /// In whatever order members leave that were counted as leaving, those that are named stay put.
         #[test]
         fn with_enough_spares_no_named_member_ever_moves(
@@ -480,9 +496,7 @@ mod tests {
             let named: Vec<u32> = of_kind(0).collect();
             let mut leaving: Vec<u32> = of_kind(1).collect();
             let mut array: Vec<u32> = (0..kinds.len() as u32).collect();
-            let (first, second) = named.split_at(named.len() / 2);
-            let targets = Targets { named: second.to_vec(), tried: first.to_vec(), share: Share(1) };
-            let lacking = spares_lacking(array.len(), &targets, leaving.len());
+            let lacking = spares_lacking(array.len(), named.last().copied(), leaving.len());
             array.extend((0..lacking as u32).map(|spare| 1000 + spare));
             for turn in turns {
                 if leaving.is_empty() {

@@ -130,7 +130,7 @@ pub struct Supervisor {
 /// # Errors
 /// What keeps the wrapper from starting at all; from then on it goes on whatever happens.
 pub fn run(options: Options) -> io::Result<u8> {
-    let Options { mut program, policy, sources, listen, pidfile, label } = options;
+    let Options { mut program, policy, sources, listen, balance, pidfile, label } = options;
     // First, since a SIGCHLD that is ignored keeps children from being waited for.
     let signals = Signals::new()?;
     let mut bystander = None;
@@ -151,7 +151,7 @@ pub fn run(options: Options) -> io::Result<u8> {
     let stop_signal = program.stop_signal;
     let starter = Starter::new(program, listen.len())?;
     let inherited = starter.inherited();
-    let mut pool = Pool::new()?;
+    let mut pool = Pool::new(balance)?;
     listen.iter().try_for_each(|address| pool.take(*address))?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     watch(&epoll, &signals, Source::Signals)?;
@@ -240,7 +240,9 @@ impl Supervisor {
         if let Some(control) = &mut self.control {
             control.drop_idle(Instant::now());
         }
-        self.pool.look_at_queues(Instant::now());
+        if self.pool.look_at_queues(Instant::now()) {
+            self.pool.steer(self.fleet.standing(), self.fleet.share());
+        }
         for StoppedListening { worker, address } in self.pool.stopped_listening() {
             self.handle(Event::StoppedListening { worker, endpoint: address.into() });
         }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use nix::unistd::Pid;
 
 use super::{Source, Supervisor};
+use crate::balance::Load;
 use crate::control::{Awaited, ClientId};
 use crate::fleet::{Event, Place, Rollout, WorkerId, count};
 use crate::labels::Labels;
@@ -198,6 +199,7 @@ impl Supervisor {
                 state: place.state.to_owned(),
                 seconds: place.since.map(seconds),
                 restarts: place.restarts,
+                load: id.map_or(Load::Free, |id| self.pool.load(id)).to_string(),
                 accept_queue: id.map_or(0, |id| self.pool.accept_queue(id)),
                 connections: pid.and_then(|pid| connections.get(&pid).copied()).unwrap_or(0),
                 rss_kib,

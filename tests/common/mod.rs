@@ -465,9 +465,10 @@ pub fn reuse_run() -> Command {
     command
 }
 
-/// `OPTIONS -- COMMAND` as arguments.
+/// `OPTIONS -- COMMAND` as arguments, the options of REUSE_RUN_TEST_OPTIONS before them.
 pub fn arguments<S: AsRef<str>>(options: &str, command: &[S]) -> Vec<String> {
-    let options = options.split_whitespace();
+    let always = std::env::var("REUSE_RUN_TEST_OPTIONS").unwrap_or_default();
+    let options = always.split_whitespace().chain(options.split_whitespace());
     options.chain(["--"]).chain(command.iter().map(AsRef::as_ref)).map(str::to_owned).collect()
 }
 
