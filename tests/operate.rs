@@ -629,6 +629,9 @@ fn an_abort_between_batches_keeps_what_serves() {
     aborted.assert_done("1 worker of generation 2 and 1 of generation 1 serve on");
     Outcome::of(reload).assert_failed(&["aborted", "1 worker of generation 2 and 1 of generation 1"]);
     assert_eq!(serving(&service), [(0, 2), (1, 1)]);
+    wait_until("the replaced one and the new one that is given up have ended", DEADLINE, || {
+        service.workers().len() == 2
+    });
     send(service.workers()[0], Signal::SIGKILL);
     service.wait_for_line("is ready, a replacement");
     assert_eq!(serving(&service), [(0, 2), (1, 1)], "each slot restarts what it had");
