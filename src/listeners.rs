@@ -771,9 +771,11 @@ impl Pool {
         self.begin_to_listen(id, SPARE_BACKLOG)
     }
 
-    /// Which workers have stopped listening since the last call. Look after [`Pool::as_fd`] became readable.
-    pub fn stopped_listening(&mut self) -> Vec<StoppedListening> {
-        self.note_departures(None);
+    /// Which workers have stopped listening since the last call; `told` is whether [`Pool::as_fd`] became readable.
+    pub fn stopped_listening(&mut self, told: bool) -> Vec<StoppedListening> {
+        if told {
+            self.note_departures(None);
+        }
         mem::take(&mut self.stopped)
     }
 

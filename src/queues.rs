@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::time::{ClockId, clock_gettime};
 
 use crate::steering::MemberId;
 use crate::sys;
@@ -22,6 +23,10 @@ const QUIET_LOOKS: u32 = 4;
 pub const LONG: Duration = Duration::from_secs(1);
 /// How often that is.
 const SELDOM: Duration = Duration::from_millis(100);
+/// The next look is put off so far that what the wrapper has done since the last one is no more than one part in
+/// so many of a CPU's time. As that may have been other work than this, it is not put off longer than this.
+const SHARE: u32 = 100;
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// See the module's comment.
 #[derive(Debug)]
@@ -31,6 +36,8 @@ pub struct Queues {
     /// At how many looks in a row nothing waited; `None` while it is the epoll that tells.
     quiet: Option<u32>,
     next_look: Option<Instant>,
+    /// What the wrapper had used of a CPU at the last look.
+    used: Duration,
     watched: BTreeSet<MemberId>,
     /// The queues that weren't empty at the last look: since which they haven't been at any.
     filled: BTreeMap<MemberId, Instant>,
@@ -46,6 +53,7 @@ impl Queues {
             every,
             quiet: None,
             next_look: None,
+            used: cpu_time(),
             watched: BTreeSet::new(),
             filled: BTreeMap::new(),
             aside: BTreeSet::new(),
@@ -119,9 +127,11 @@ impl Queues {
             true => self.quiet.map(|looks| looks + 1).filter(|looks| *looks < QUIET_LOOKS),
             false => Some(0),
         };
+        let used_before = std::mem::replace(&mut self.used, cpu_time());
+        let pause = ((self.used - used_before) * SHARE).min(LONGEST_PAUSE);
         self.next_look = match self.rests() {
             true => (!self.aside.is_empty()).then_some(now + SELDOM.max(self.every)),
-            false => Some(now + self.every),
+            false => Some(now + self.every.max(pause)),
         };
         Some(lengths)
     }
@@ -134,6 +144,10 @@ impl Queues {
             false => self.aside.remove(&id),
         };
     }
+}
+
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 impl AsFd for Queues {

@@ -219,10 +219,11 @@ impl Supervisor {
                 0
             }
         };
+        let mut pool_told = false;
         for event in &events[..ready] {
             match Source::from_token(event.data()) {
                 Source::Signals => self.take_signals(),
-                Source::Pool => {} // looked at below, whatever has happened
+                Source::Pool => pool_told = true, // looked at below, after what has happened
                 Source::Control => self.accept_clients(),
                 Source::Client(id) => self.attend(id),
                 Source::Labels => self.labels.iter_mut().for_each(Labels::read),
@@ -243,7 +244,7 @@ impl Supervisor {
         if self.pool.look_at_queues(Instant::now()) {
             self.pool.steer(self.fleet.standing(), self.fleet.share());
         }
-        for StoppedListening { worker, address } in self.pool.stopped_listening() {
+        for StoppedListening { worker, address } in self.pool.stopped_listening(pool_told) {
             self.handle(Event::StoppedListening { worker, endpoint: address.into() });
         }
         self.handle(Event::Tick);
