@@ -116,6 +116,11 @@ impl Balance {
         self.members.get(&id).map_or(Load::Free, |member| member.load)
     }
 
+    /// Whether someone was stuck not long ago.
+    pub fn has_suspects(&self, now: Instant) -> bool {
+        self.members.values().any(|member| member.is_suspect(now))
+    }
+
     pub fn forget(&mut self, id: MemberId) {
         self.members.remove(&id);
     }

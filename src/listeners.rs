@@ -551,12 +551,13 @@ impl Pool {
             self.watch(id); // it tells at once if connections wait still
         }
         let listener = |id| self.members.get(&id).map(|member| member.socket.as_fd());
-        let Some(lengths) = self.queues.look(now, listener) else { return false };
+        let suspects = self.balance.as_ref().is_some_and(|balance| balance.has_suspects(now));
+        let Some(lengths) = self.queues.look(now, suspects, listener) else { return false };
         if self.queues.rests() {
             let armed = self.epoll.modify(&self.queues, &mut EpollEvent::new(TOLD_ONCE, QUEUES));
             armed.unwrap_or_else(|error| warn!("can't watch accept queues: {error}"));
         }
-        self.take_back_unheard(&lengths, now);
+        let found = self.take_back_unheard(&lengths, now);
         let is_busy = |id| match self.members.get(&id).map(|member| member.holder) {
             Some(Holder::Lent(Borrower { pid, .. })) => procfs::is_busy(pid),
             _ => None,
@@ -564,7 +565,7 @@ impl Pool {
         let changes = self.balance.as_mut().map(|balance| balance.look(&lengths, is_busy, now));
         let changes = changes.unwrap_or_default();
         changes.iter().for_each(|(id, change)| self.tell(*id, *change));
-        changes.iter().any(|(_, change)| *change != Change::StuckLong)
+        found || changes.iter().any(|(_, change)| *change != Change::StuckLong)
     }
 
     fn tell(&self, id: MemberId, change: Change) {
@@ -586,7 +587,9 @@ impl Pool {
 
     /// Finds out which workers have closed a listener and live on. The wrapper's duplicate keeps it open,
     /// so that only a queue that stands shows it, and /proc proves it. Such a socket becomes nobody's.
-    fn take_back_unheard(&mut self, lengths: &BTreeMap<MemberId, u32>, now: Instant) {
+    /// Returns whether there is one.
+    fn take_back_unheard(&mut self, lengths: &BTreeMap<MemberId, u32>, now: Instant) -> bool {
+        let mut found = false;
         self.checks.retain(|id, _| lengths.contains_key(id));
         for id in lengths.keys() {
             let check = self.checks.entry(*id).or_insert(now + QUEUE_STANDS);
@@ -603,9 +606,11 @@ impl Pool {
             let was_closed = if is_closed { !self.suspects.insert(*id) } else { !self.suspects.remove(id) };
             if is_closed && was_closed {
                 self.take_back(*inode);
+                found = true;
             }
         }
         self.suspects.retain(|id| lengths.contains_key(id));
+        found
     }
 
     /// Has epoll tell what matters of a listening socket: that it was shut down, and that a connection

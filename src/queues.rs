@@ -24,8 +24,11 @@ pub const LONG: Duration = Duration::from_secs(1);
 /// How often that is.
 const SELDOM: Duration = Duration::from_millis(100);
 /// The next look is put off so far that what the wrapper has done since the last one is no more than one part in
-/// so many of a CPU's time. As that may have been other work than this, it is not put off longer than this.
+/// so many of a CPU's time.
 const SHARE: u32 = 100;
+/// The same while a look may spare somebody much.
+const SHARE_FOR_SUSPECTS: u32 = 25;
+/// As the wrapper may have done other work than this, it is not put off longer than this.
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// See the module's comment.
@@ -97,10 +100,12 @@ impl Queues {
         self.next_look
     }
 
-    /// How many connections wait in each queue that isn't empty, if it is time for a look.
+    /// How many connections wait in each queue that isn't empty, if it is time for a look. With suspects the next
+    /// one comes sooner.
     pub fn look<'a>(
         &mut self,
         now: Instant,
+        suspects: bool,
         listener: impl Fn(MemberId) -> Option<BorrowedFd<'a>>,
     ) -> Option<BTreeMap<MemberId, u32>> {
         self.next_look.take_if(|at| *at <= now)?;
@@ -128,7 +133,8 @@ impl Queues {
             false => Some(0),
         };
         let used_before = std::mem::replace(&mut self.used, cpu_time());
-        let pause = ((self.used - used_before) * SHARE).min(LONGEST_PAUSE);
+        let share = if suspects { SHARE_FOR_SUSPECTS } else { SHARE };
+        let pause = ((self.used - used_before) * share).min(LONGEST_PAUSE);
         self.next_look = match self.rests() {
             true => (!self.aside.is_empty()).then_some(now + SELDOM.max(self.every)),
             false => Some(now + self.every.max(pause)),

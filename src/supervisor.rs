@@ -203,6 +203,13 @@ pub fn run(options: Options) -> io::Result<u8> {
     Ok(status)
 }
 
+/// Rounded up, lest it wake up a moment too early over and over.
+fn timeout(deadline: Option<Instant>) -> EpollTimeout {
+    let Some(deadline) = deadline else { return EpollTimeout::NONE };
+    let left = deadline.saturating_duration_since(Instant::now()).as_micros().div_ceil(1000);
+    EpollTimeout::try_from(left.min(60_000) as i32).unwrap_or(EpollTimeout::ZERO)
+}
+
 fn watch(epoll: &Epoll, what: &impl AsFd, source: Source) -> io::Result<()> {
     Ok(epoll.add(what.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, source.to_token()))?)
 }
@@ -210,8 +217,10 @@ fn watch(epoll: &Epoll, what: &impl AsFd, source: Source) -> io::Result<()> {
 impl Supervisor {
     fn wait_and_handle(&mut self) {
         self.labels.iter_mut().for_each(Labels::settle);
+        let deadline = self.deadline();
         let mut events = [EpollEvent::empty(); 256];
-        let ready = match self.epoll.wait(&mut events, self.timeout()) {
+        let timeout = timeout(deadline.into_iter().chain(self.pool.deadline()).min());
+        let ready = match self.epoll.wait(&mut events, timeout) {
             Ok(ready) => ready,
             Err(Errno::EINTR) => 0,
             Err(error) => {
@@ -233,6 +242,12 @@ impl Supervisor {
                 }
             }
         }
+        let changed = self.pool.look_at_queues(Instant::now());
+        if changed {
+            self.pool.steer(self.fleet.standing(), self.fleet.share());
+        } else if ready == 0 && deadline.is_none_or(|at| at > Instant::now()) {
+            return; // It was for that look alone, as it is several hundred times a second while connections come.
+        }
         for worker in self.drain.look(&self.pool, &self.unix, Instant::now()) {
             self.handle(Event::Drained { worker });
         }
@@ -240,9 +255,6 @@ impl Supervisor {
         self.manager.is_alive(Instant::now());
         if let Some(control) = &mut self.control {
             control.drop_idle(Instant::now());
-        }
-        if self.pool.look_at_queues(Instant::now()) {
-            self.pool.steer(self.fleet.standing(), self.fleet.share());
         }
         for StoppedListening { worker, address } in self.pool.stopped_listening(pool_told) {
             self.handle(Event::StoppedListening { worker, endpoint: address.into() });
@@ -264,19 +276,16 @@ impl Supervisor {
         }
     }
 
-    fn timeout(&self) -> EpollTimeout {
+    /// When there is something to do at the latest, but for looks at accept queues.
+    fn deadline(&self) -> Option<Instant> {
         let deadlines = [
             self.fleet.deadline(),
             self.drain.deadline(),
-            self.pool.deadline(),
             self.manager.deadline(),
             self.bystander.as_ref().and_then(Bystander::deadline),
             self.control.as_ref().and_then(Control::deadline),
         ];
-        let Some(deadline) = deadlines.into_iter().flatten().min() else { return EpollTimeout::NONE };
-        // Rounded up, lest it wake up a moment too early over and over.
-        let left = deadline.saturating_duration_since(Instant::now()).as_micros().div_ceil(1000);
-        EpollTimeout::try_from(left.min(60_000) as i32).unwrap_or(EpollTimeout::ZERO)
+        deadlines.into_iter().flatten().min()
     }
 
     fn handle(&mut self, event: Event) {
