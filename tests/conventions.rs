@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use common::load::{self, Load, LoadOptions};
 use common::{
-    DEADLINE, Service, app, arguments, free_address, inline, node_app, own_network, reuse_run, server, turn,
-    wait_until,
+    DEADLINE, Service, answered_more, app, arguments, free_address, inline, node_app, own_network, reuse_run,
+    server, turn, wait_until,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
@@ -57,12 +57,6 @@ fn light_load(addr: SocketAddr) -> Load {
     let load = Load::start(LoadOptions::new(addr, 4).rate(200.0));
     answered_more(&load);
     load
-}
-
-#[track_caller]
-fn answered_more(load: &Load) {
-    let before = load.snapshot().answered;
-    wait_until("more answers", DEADLINE, || load.snapshot().answered > before);
 }
 
 /// Reloads `times` times under a load at full speed; not one request fails.

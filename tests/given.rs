@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use common::load::{self, Kind, Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, MARK, Service, Waiting, app, arguments, free_address, free_port, get, inline, naive,
-    node_app, own_network, packaged, reuse_run, send, turn, wait_until,
+    DEADLINE, Folder, MARK, Service, Waiting, answered_more, app, arguments, free_address, free_port, get,
+    inline, naive, node_app, own_network, packaged, reuse_run, send, turn, wait_until,
 };
 use nix::cmsg_space;
 use nix::sys::signal::Signal;
@@ -54,13 +54,6 @@ fn word<'a>(line: &'a str, name: &str) -> &'a str {
 #[track_caller]
 fn listeners(line: &str) -> Vec<Vec<&str>> {
     word(line, "listeners").split(',').map(|listener| listener.split('/').collect()).collect()
-}
-
-/// Waits until the load has got answers from now on.
-#[track_caller]
-fn answered_more(load: &Load) {
-    let answered = load.snapshot().answered;
-    wait_until("answers", DEADLINE, || load.snapshot().answered > answered);
 }
 
 /// Reloads under load, with a new connection for each request: none fails, every generation answers, and

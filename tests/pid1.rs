@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use common::load::{self, Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Process, Service, app, arguments, free_address, get, naive, reuse_run, send, server,
-    signals_in, wait_until,
+    DEADLINE, Folder, Process, Service, app, arguments, children, free_address, get, naive, reuse_run, send,
+    server, signals_in, wait_until,
 };
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 
@@ -38,11 +38,6 @@ fn pid_1(service: &Service) -> u32 {
         name.is_some_and(|name| name.trim() == "reuse-run")
     });
     pid.expect("the pid of reuse-run")
-}
-
-fn children(pid: u32) -> Vec<u32> {
-    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
 }
 
 fn is_zombie(pid: u32) -> bool {

@@ -56,6 +56,12 @@ pub fn own_network() {
     netns::enter().expect("a network namespace of its own: the tests need root (CAP_SYS_ADMIN)");
 }
 
+/// The network of a process for this test's thread and everything that it starts from now on.
+#[track_caller]
+pub fn join_network(pid: u32) {
+    netns::join(pid).expect("the network namespace of another process");
+}
+
 /// The turn of a test that keeps every processor busy; the next one starts when it is dropped.
 pub fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
@@ -392,9 +398,7 @@ impl Service {
 
     /// The children of reuse-run, zombies included.
     pub fn workers(&self) -> Vec<u32> {
-        let pid = self.pid();
-        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-        children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+        children(self.pid())
     }
 
     /// The children of reuse-run that are dead and not reaped.
@@ -494,6 +498,12 @@ pub fn inline(program: &str, rest: &[&str]) -> Vec<String> {
     ["python3", "-c", program].iter().chain(rest).map(|word| (*word).to_owned()).collect()
 }
 
+/// The children of a process, zombies included.
+pub fn children(pid: u32) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
 fn pids() -> BTreeSet<u32> {
     let entries = fs::read_dir("/proc").expect("read /proc").flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
@@ -527,6 +537,13 @@ pub fn get(addr: SocketAddr) -> load::Origin {
         Ok(answer) => answer.origin,
         Err(failure) => panic!("GET / from {addr}: {failure:?}"),
     }
+}
+
+/// Waits until the load has got answers from now on.
+#[track_caller]
+pub fn answered_more(load: &load::Load) {
+    let answered = load.snapshot().answered;
+    wait_until("answers", DEADLINE, || load.snapshot().answered > answered);
 }
 
 /// Sends a signal to a process, which must exist.

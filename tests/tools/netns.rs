@@ -2,11 +2,12 @@
 #![allow(dead_code)]
 
 use std::cell::Cell;
+use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::AsRawFd;
 
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 
 /// Moves this thread, and whatever it will start, into a new network namespace with its loopback up.
 /// Once for a thread: a second call changes nothing. Needs root (CAP_SYS_ADMIN).
@@ -21,6 +22,11 @@ pub fn enter() -> io::Result<()> {
     bring_loopback_up()?;
     ENTERED.set(true);
     Ok(())
+}
+
+/// Moves this thread, and whatever it will start, into the network namespace of a process.
+pub fn join(pid: u32) -> io::Result<()> {
+    Ok(setns(File::open(format!("/proc/{pid}/ns/net"))?, CloneFlags::CLONE_NEWNET)?)
 }
 
 /// See netdevice(7).

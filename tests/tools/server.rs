@@ -3,12 +3,13 @@
 //!
 //! It answers `pid=… generation=… slot=… port=… work=…`. `/sleep/MS` takes that long; a request with
 //! `?id=X` has the server print `begun X` when it was read and `done X` when its answer was written.
-//! With `--announce` it prints `accepted pid=…` and `closed pid=…` for every connection.
+//! With `--share` it sets SO_REUSEPORT, with `--given` it serves the listeners of LISTEN_FDS too, and with
+//! `--announce` it prints `accepted pid=…` and `closed pid=…` for every connection.
 
 use std::env;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::path::PathBuf;
 use std::process::exit;
@@ -19,14 +20,17 @@ use std::time::{Duration, Instant};
 
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
+use socket2::{Domain, Socket, Type};
 
-const USAGE: &str = "usage: server [--listen HOST:PORT]... [--listen-after MS] [--ready-after MS] \
+const USAGE: &str = "usage: server [--listen HOST:PORT]... [--share] [--given] [--listen-after MS] [--ready-after MS] \
     [--exit-after MS] [--exit-status N] [--shutdown-on-int] [--ignore-int] [--hang] [--keep-alive] \
     [--announce] [--deaf-while FILE]";
 
 #[derive(Default)]
 struct Options {
     listen: Vec<String>,
+    share: bool,
+    given: bool,
     listen_after: Duration,
     ready_after: Option<Duration>,
     exit_after: Option<Duration>,
@@ -46,6 +50,8 @@ fn parse() -> Options {
         let mut value = || args.next().unwrap_or_else(|| wrong(&format!("{arg} needs a value")));
         match arg.as_str() {
             "--listen" => options.listen.push(value()),
+            "--share" => options.share = true,
+            "--given" => options.given = true,
             "--listen-after" => options.listen_after = milliseconds(&value()),
             "--ready-after" => options.ready_after = Some(milliseconds(&value())),
             "--exit-after" => options.exit_after = Some(milliseconds(&value())),
@@ -115,13 +121,18 @@ fn main() {
     let mut listeners = Vec::new();
     if !options.hang {
         for addr in &options.listen {
-            match TcpListener::bind(addr) {
+            match if options.share { bind_shared(addr) } else { TcpListener::bind(addr) } {
                 Ok(listener) => listeners.push(listener),
                 Err(error) => {
                     eprintln!("server: bind {addr}: {error}");
                     exit(error.raw_os_error().unwrap_or(1))
                 }
             }
+        }
+        if options.given {
+            let count: i32 = env::var("LISTEN_FDS").expect("LISTEN_FDS").parse().expect("a number");
+            // SAFETY: these were left open for us under these numbers and nobody else here uses them.
+            listeners.extend((3..3 + count).map(|fd| unsafe { TcpListener::from_raw_fd(fd) }));
         }
         say(&format!(
             "listening pid={} generation={} slot={}",
@@ -166,6 +177,17 @@ fn main() {
     loop {
         thread::park();
     }
+}
+
+/// As `TcpListener::bind`, and with SO_REUSEPORT.
+fn bind_shared(addr: &str) -> io::Result<TcpListener> {
+    let addr: SocketAddr = addr.parse().unwrap_or_else(|_| wrong("--share needs an address in numbers"));
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    socket.bind(&addr.into())?;
+    socket.listen(128)?;
+    Ok(socket.into())
 }
 
 fn accept(server: &Arc<Server>, listener: &TcpListener) {
