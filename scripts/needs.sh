@@ -40,11 +40,11 @@ install_node_packages() {
   fi
 }
 
-# The packages of the Python apps, into the folder $1; nothing to do when they are there.
+# The packages that $2 lists, into the folder $1; nothing to do when they are there.
 install_python_packages() {
-  if [[ ! $1/requirements.txt -nt tests/apps/python/requirements.txt ]]; then
+  if [[ ! $1/requirements.txt -nt $2 ]]; then
     python3 -m pip install -q --disable-pip-version-check --root-user-action ignore --no-deps \
-      --upgrade --target "$1" --requirement tests/apps/python/requirements.txt
-    cp tests/apps/python/requirements.txt "$1/"
+      --upgrade --target "$1" --requirement "$2"
+    cp "$2" "$1/requirements.txt"
   fi
 }

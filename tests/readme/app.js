@@ -1,0 +1,7 @@
+// The app of the README's examples.
+const http = require('http');
+const { REUSE_RUN_GENERATION: generation, REUSE_RUN_SLOT: slot, GREETING: greeting } = process.env;
+
+http.createServer((req, res) => {
+  res.end(`pid=${process.pid} generation=${generation} slot=${slot} greeting=${greeting}\n`);
+}).listen(3000);
