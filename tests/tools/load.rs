@@ -28,7 +28,7 @@ const CLOSE_WAIT: Duration = Duration::from_secs(1);
 /// How a client uses its connections.
 #[derive(Clone, Copy, Debug)]
 pub enum Mode {
-    /// A new connection for each request, with `Connection: close`.
+    /// A new connection for each request, with `Connection: close`, see [`LoadOptions::pause`].
     NewConnection,
     /// Requests one after the other on one connection, with a pause between an answer and the next
     /// request. `think` zero is full speed.
@@ -50,6 +50,8 @@ pub struct LoadOptions {
     pub timeout: Duration,
     /// Requests a second of all clients together; `None` is full speed.
     pub rate: Option<f64>,
+    /// How long a client of new connections waits between an answer and its next request.
+    pub pause: Duration,
     /// Keep start, end and generation of every answer, for [`Report::stale`].
     pub record: bool,
 }
@@ -64,6 +66,7 @@ impl LoadOptions {
             path: "/".to_owned(),
             timeout: Duration::from_secs(15),
             rate: None,
+            pause: Duration::ZERO,
             record: false,
         }
     }
@@ -82,6 +85,10 @@ impl LoadOptions {
 
     pub fn rate(self, requests_per_second: f64) -> Self {
         LoadOptions { rate: Some(requests_per_second), ..self }
+    }
+
+    pub fn pause(self, pause: Duration) -> Self {
+        LoadOptions { pause, ..self }
     }
 
     pub fn record(self) -> Self {
@@ -182,8 +189,11 @@ pub struct Answer {
 /// When an answer came and from which generation.
 #[derive(Clone, Copy, Debug)]
 pub struct Record {
+    /// Just before the request, or the connection if it needed one, was begun.
+    pub begin: Instant,
     pub connect_start: Instant,
     pub end: Instant,
+    /// 0 if the answer doesn't say.
     pub generation: u32,
 }
 
@@ -477,10 +487,12 @@ impl Client {
                 }
             }
             idle = self.one_request(n, idle);
-            if let Mode::KeepAlive { think } = self.options.mode
-                && !think.is_zero()
-            {
-                self.pause_until(Instant::now() + think);
+            let pause = match self.options.mode {
+                Mode::KeepAlive { think } => think,
+                Mode::NewConnection => self.options.pause,
+            };
+            if !pause.is_zero() {
+                self.pause_until(Instant::now() + pause);
             }
         }
     }
@@ -518,7 +530,7 @@ impl Client {
         });
         match result {
             Ok((connection, answer)) => {
-                self.count_answer(&answer, answer.end - begin);
+                self.count_answer(&answer, begin);
                 if connection.last {
                     connection.finish();
                     None
@@ -533,7 +545,7 @@ impl Client {
         }
     }
 
-    fn count_answer(&self, answer: &Answer, latency: Duration) {
+    fn count_answer(&self, answer: &Answer, begin: Instant) {
         let mut tally = lock(&self.tally);
         let counts = &mut tally.counts;
         counts.requests += 1;
@@ -547,9 +559,11 @@ impl Client {
         if let Some(pid) = answer.origin.pid {
             *counts.pids.entry(pid).or_default() += 1;
         }
-        tally.latencies.push(latency);
-        if let (true, Some(generation)) = (self.options.record, answer.origin.generation) {
-            tally.records.push(Record { connect_start: answer.connect_start, end: answer.end, generation });
+        tally.latencies.push(answer.end - begin);
+        if self.options.record {
+            let generation = answer.origin.generation.unwrap_or(0);
+            let Answer { connect_start, end, .. } = *answer;
+            tally.records.push(Record { begin, connect_start, end, generation });
         }
     }
 

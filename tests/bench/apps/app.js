@@ -1,0 +1,47 @@
+// The application that every peer runs: node app.js naive|polite [PORT]
+//
+// A naive one has no idea that it might be replaced. A polite one, told to stop, takes no more connections,
+// ends those that it has with their next answer, and itself with the last of them.
+//
+// With BENCH_HEAVY=COUNT the workers of the first COUNT slots block for 200 ms in each request whose id says so,
+// which is every fiftieth: drawn by BENCH_SEED from what the client says, so that it is the same for all peers.
+// Appends a line to the file BENCH_READY when it listens.
+const fs = require('node:fs');
+const http = require('node:http');
+const net = require('node:net');
+
+const [manner, port] = process.argv.slice(2);
+const { BENCH_HEAVY = 0, BENCH_SEED, NODE_APP_INSTANCE: slot, REUSE_RUN_GENERATION: generation } = process.env;
+const blocks = Number(slot) < Number(BENCH_HEAVY);
+const clock = new Int32Array(new SharedArrayBuffer(4));
+let stopping = false;
+
+function isHeavy(id) {
+  let hash = Number(BENCH_SEED);
+  for (const character of id) hash = Math.imul(hash ^ character.charCodeAt(0), 0x01000193);
+  hash = Math.imul(hash ^ (hash >>> 16), 0x85ebca6b);
+  return ((hash ^ (hash >>> 13)) >>> 0) % 50 === 0;
+}
+
+const server = http.createServer((req, res) => {
+  const id = req.url.split('?id=')[1] ?? '-';
+  // Sleeps, so that it takes time from this worker's clients and from nobody else.
+  if (blocks && isHeavy(id)) Atomics.wait(clock, 0, 0, 200);
+  if (stopping) res.setHeader('Connection', 'close');
+  res.end(`pid=${process.pid} generation=${generation} slot=${slot} work=${id}\n`);
+});
+
+// Server::Starter and the bench itself hand down a listener, all others have it listen by itself.
+const given = process.env.SERVER_STARTER_PORT?.split('=')[1] ?? (process.env.LISTEN_FDS && 3);
+server.listen(given ? { fd: Number(given) } : { port: Number(port ?? 3000) }, () => {
+  fs.appendFileSync(process.env.BENCH_READY, `${process.pid}\n`);
+  process.send?.('ready');
+});
+
+function stop() {
+  stopping = true;
+  // Not http.Server's own: it ends idle connections, on which a request may be under way.
+  net.Server.prototype.close.call(server);
+  setInterval(() => server.getConnections((_, count) => count || process.exit()), 20);
+}
+if (manner === 'polite') process.on('SIGINT', stop).on('SIGTERM', stop);

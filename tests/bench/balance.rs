@@ -1,0 +1,257 @@
+//! How evenly load is shared out, and what becomes of the tail when a worker is slow.
+
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde::Serialize;
+
+use crate::load::{Load, LoadOptions, Mode, Report};
+use crate::peers::{self, App, Peer, Server};
+use crate::report::{self, Latencies, median, table};
+use crate::{Context, Options, Result, isolated, length, process};
+
+const WORKERS: u32 = 4;
+const THINK: Duration = Duration::from_millis(10);
+const STOPPED_FOR: Duration = Duration::from_secs(2);
+
+struct Experiment {
+    name: &'static str,
+    what: &'static str,
+    clients: usize,
+    mode: Mode,
+    pause: Duration,
+    /// So many workers block now and then.
+    heavy: u32,
+    /// One worker is stopped for a while.
+    stops: bool,
+    /// So often all connections are made anew.
+    rounds: u32,
+}
+
+const EXPERIMENTS: [Experiment; 5] = [
+    Experiment {
+        name: "blocking",
+        what: "Two of four workers block for 200 ms in 2 % of their requests; 16 clients, a new connection \
+               for each request, 10 ms between an answer and the next request.",
+        clients: 16,
+        mode: Mode::NewConnection,
+        pause: THINK,
+        heavy: 2,
+        stops: false,
+        rounds: 1,
+    },
+    Experiment {
+        name: "stopped",
+        what: "One of four workers is stopped (SIGSTOP) for 2 s; clients as above.",
+        clients: 16,
+        mode: Mode::NewConnection,
+        pause: THINK,
+        heavy: 0,
+        stops: true,
+        rounds: 1,
+    },
+    Experiment {
+        name: "long-lived",
+        what: "20 connections are kept open over four workers, 10 ms between an answer and the next request, \
+               ten times anew.",
+        clients: 20,
+        mode: Mode::KeepAlive { think: THINK },
+        pause: Duration::ZERO,
+        heavy: 0,
+        stops: false,
+        rounds: 10,
+    },
+    Experiment {
+        name: "saturated, new connections",
+        what: "More load than the CPUs can bear: 32 clients at full speed, a new connection for each request.",
+        clients: 32,
+        mode: Mode::NewConnection,
+        pause: Duration::ZERO,
+        heavy: 0,
+        stops: false,
+        rounds: 1,
+    },
+    Experiment {
+        name: "saturated, keep-alive",
+        what: "More load than the CPUs can bear: 32 clients at full speed, each on one connection.",
+        clients: 32,
+        mode: Mode::KeepAlive { think: Duration::ZERO },
+        pause: Duration::ZERO,
+        heavy: 0,
+        stops: false,
+        rounds: 1,
+    },
+];
+
+#[derive(Serialize)]
+struct Run {
+    experiment: &'static str,
+    peer: String,
+    run: u32,
+    requests: u64,
+    failed: u64,
+    requests_per_second: f64,
+    latency_ms: Latencies,
+    /// CPU time of the server, all its processes together.
+    cpu_us_per_request: f64,
+    /// Parts of all requests, of the busiest worker first; where connections were made anew, on average.
+    shares_of_workers: Vec<f64>,
+}
+
+/// Those who are compared: reuse-run in each of its ways, if it has them.
+fn peers(options: &Options) -> Result<Vec<Peer>> {
+    let help = std::process::Command::new(&options.binary).arg("--help").output();
+    let help = help.context(&options.binary.display().to_string())?.stdout;
+    let ours = match String::from_utf8_lossy(&help).contains("--balance") {
+        true => ["random", "load"].map(|way| Peer::ReuseRun(vec!["--balance".into(), way.into()])).into(),
+        false => vec![Peer::ReuseRun(Vec::new())],
+    };
+    let others = [Peer::Reuseport, Peer::SharedQueue, Peer::Cluster, Peer::Pm2 { wait_ready: false }];
+    Ok([ours, others.into()].concat())
+}
+
+pub fn run(options: &Options) -> Result<()> {
+    let peers = peers(options)?;
+    let mut runs = Vec::new();
+    for experiment in &EXPERIMENTS {
+        if options.only.as_ref().is_some_and(|only| !experiment.name.contains(only)) {
+            continue;
+        }
+        for run in 0..options.runs.unwrap_or(if options.quick { 1 } else { 5 }) {
+            // Alternated, and nobody always comes after the same other.
+            for turn in 0..peers.len() {
+                let peer = &peers[(turn + run as usize) % peers.len()];
+                eprintln!("balance: {}, run {run}, {}", experiment.name, peer.name());
+                runs.push(isolated(|| measure(experiment, peer, run, options))?);
+            }
+        }
+    }
+    let markdown = markdown(&peers, &runs);
+    report::write(options, "balance", &runs, &markdown)
+}
+
+fn measure(experiment: &Experiment, peer: &Peer, run: u32, options: &Options) -> Result<Run> {
+    let seed = options.seed.wrapping_mul(1000).wrapping_add(run);
+    let environment = [("BENCH_HEAVY", experiment.heavy.to_string()), ("BENCH_SEED", seed.to_string())];
+    let app = App { workers: WORKERS, manner: "naive", environment: &environment };
+    let server = Server::start(peer, &app, options)?;
+    let load = |mode| LoadOptions::new(peers::address(), experiment.clients).mode(mode).path("/?id={id}");
+    // Until code is compiled, which Node does as it goes.
+    let warm = Load::start(load(Mode::NewConnection));
+    thread::sleep(length(options, 1.0, 0.3));
+    let workers: Vec<i32> = warm.stop().counts.pids.into_keys().map(|pid| pid as i32).collect();
+
+    let cpu_before = process::cpu_time(&process::tree());
+    let length = length(options, 10.0, 3.0) / experiment.rounds;
+    let reports = (0..experiment.rounds).map(|_| {
+        let load = Load::start(load(experiment.mode).pause(experiment.pause));
+        match experiment.stops {
+            true => stop_one(workers[0], length),
+            false => thread::sleep(length),
+        }
+        load.stop()
+    });
+    let reports: Vec<Report> = reports.collect();
+    let cpu = process::cpu_time(&process::tree()) - cpu_before;
+    server.end();
+    Ok(figures(experiment, peer, run, &reports, cpu))
+}
+
+/// Stops a worker in the midst of this time.
+fn stop_one(worker: i32, length: Duration) {
+    let pause = length.saturating_sub(STOPPED_FOR) / 2;
+    thread::sleep(pause);
+    process::signal(worker, Signal::SIGSTOP);
+    thread::sleep(STOPPED_FOR);
+    process::signal(worker, Signal::SIGCONT);
+    thread::sleep(pause);
+}
+
+fn figures(experiment: &Experiment, peer: &Peer, run: u32, reports: &[Report], cpu: Duration) -> Run {
+    let all = Latencies::of(reports);
+    let requests = reports.iter().map(|report| report.counts.requests).sum();
+    let seconds: f64 = reports.iter().map(|report| report.elapsed.as_secs_f64()).sum();
+    let mut shares = vec![0.0; WORKERS as usize];
+    for report in reports {
+        let mut of_workers: Vec<u64> = report.counts.pids.values().copied().collect();
+        of_workers.sort_by(|a, b| b.cmp(a));
+        for (share, requests) in shares.iter_mut().zip(of_workers) {
+            *share += requests as f64 / report.counts.answered as f64 / reports.len() as f64;
+        }
+    }
+    Run {
+        experiment: experiment.name,
+        peer: peer.name(),
+        run,
+        requests,
+        failed: reports.iter().map(|report| report.counts.failed).sum(),
+        requests_per_second: requests as f64 / seconds,
+        latency_ms: all,
+        cpu_us_per_request: cpu.as_secs_f64() * 1e6 / requests as f64,
+        shares_of_workers: shares,
+    }
+}
+
+fn markdown(peers: &[Peer], runs: &[Run]) -> String {
+    let mut text = String::new();
+    for experiment in &EXPERIMENTS {
+        let of = |peer: &Peer| -> Vec<&Run> {
+            let name = peer.name();
+            runs.iter().filter(|run| run.experiment == experiment.name && run.peer == name).collect()
+        };
+        if peers.iter().all(|peer| of(peer).is_empty()) {
+            continue;
+        }
+        let rows: Vec<Vec<String>> = peers.iter().map(|peer| row(peer, &of(peer), runs)).collect();
+        let header = [
+            "",
+            "requests/s",
+            "to the best peer",
+            "p50 ms",
+            "p99 ms",
+            "p99.9 ms",
+            "to the best peer",
+            "longest ms",
+            "busiest worker's share",
+            "idlest's",
+            "CPU µs a request",
+            "failed",
+        ];
+        text += &format!("### {}\n\n{}\n\n{}\n", experiment.name, experiment.what, table(&header, &rows));
+    }
+    text
+}
+
+/// Medians over all runs. The ratios are taken in each run, against the best in the same that is not
+/// reuse-run.
+fn row(peer: &Peer, own: &[&Run], all: &[Run]) -> Vec<String> {
+    let others = |run: &Run| -> Vec<&Run> {
+        let same = |other: &&Run| other.experiment == run.experiment && other.run == run.run;
+        all.iter().filter(same).filter(|other| !other.peer.starts_with("reuse-run")).collect()
+    };
+    let of = |figure: fn(&Run) -> f64| median(own.iter().map(|run| figure(run)));
+    let rate_ratio = own.iter().map(|run| {
+        let best = others(run).iter().map(|other| other.requests_per_second).fold(0.0, f64::max);
+        run.requests_per_second / best
+    });
+    let tail_ratio = own.iter().map(|run| {
+        let best = others(run).iter().map(|other| other.latency_ms.p999).fold(f64::INFINITY, f64::min);
+        run.latency_ms.p999 / best
+    });
+    let share = |place: usize| 100.0 * median(own.iter().map(|run| run.shares_of_workers[place]));
+    vec![
+        peer.name(),
+        format!("{:.0}", of(|run| run.requests_per_second)),
+        format!("{:.2}", median(rate_ratio)),
+        format!("{:.1}", of(|run| run.latency_ms.p50)),
+        format!("{:.1}", of(|run| run.latency_ms.p99)),
+        format!("{:.1}", of(|run| run.latency_ms.p999)),
+        format!("{:.2}", median(tail_ratio)),
+        format!("{:.0}", own.iter().map(|run| run.latency_ms.longest).fold(0.0, f64::max)),
+        format!("{:.0} %", share(0)),
+        format!("{:.0} %", share(WORKERS as usize - 1)),
+        format!("{:.0}", of(|run| run.cpu_us_per_request)),
+        own.iter().map(|run| run.failed).sum::<u64>().to_string(),
+    ]
+}

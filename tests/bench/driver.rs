@@ -1,0 +1,128 @@
+//! Measures reuse-run against what a user would take instead; see scripts/bench.
+
+mod balance;
+#[path = "../tools/load.rs"]
+mod load;
+mod machine;
+#[path = "../tools/netns.rs"]
+mod netns;
+mod peers;
+mod process;
+mod report;
+
+use std::fmt::Display;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+/// The error is what a person is told.
+pub type Result<T> = std::result::Result<T, String>;
+
+pub trait Context<T> {
+    fn context(self, what: &str) -> Result<T>;
+}
+
+impl<T, E: Display> Context<T> for std::result::Result<T, E> {
+    fn context(self, what: &str) -> Result<T> {
+        self.map_err(|error| format!("{what}: {error}"))
+    }
+}
+
+/// What is measured, by the name on the command line.
+type Experiment = fn(&Options) -> Result<()>;
+const EXPERIMENTS: [(&str, Experiment); 1] = [("balance", balance::run)];
+
+pub struct Options {
+    /// Less of everything, so that all of it is done within five minutes.
+    pub quick: bool,
+    pub runs: Option<u32>,
+    pub seed: u32,
+    /// The reuse-run that is measured.
+    pub binary: PathBuf,
+    /// Where results are written.
+    pub out: PathBuf,
+    /// Where everything else is.
+    pub work: PathBuf,
+    /// Only parts of an experiment with this in their name.
+    pub only: Option<String>,
+}
+
+fn main() -> ExitCode {
+    match parse().and_then(|(options, names)| run(&options, &names)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("bench: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn parse() -> Result<(Options, Vec<String>)> {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    // target/PROFILE/examples/bench finds target/PROFILE/reuse-run.
+    let own = std::env::current_exe().context("own path")?;
+    let built = own.ancestors().nth(2).ok_or("own path is too short")?;
+    let mut options = Options {
+        quick: false,
+        runs: None,
+        seed: 1,
+        binary: built.join("reuse-run"),
+        out: root.join("scripts/bench-results"),
+        work: built.join("bench"),
+        only: None,
+    };
+    let mut names = Vec::new();
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().ok_or(format!("{arg} needs a value"));
+        match arg.as_str() {
+            "--quick" => options.quick = true,
+            "--runs" => options.runs = Some(value()?.parse().context("--runs")?),
+            "--seed" => options.seed = value()?.parse().context("--seed")?,
+            "--binary" => options.binary = std::path::absolute(value()?).context("--binary")?,
+            "--out" => options.out = std::path::absolute(value()?).context("--out")?,
+            "--only" => options.only = Some(value()?),
+            name if EXPERIMENTS.iter().any(|(known, _)| *known == name) => names.push(arg),
+            _ => return Err(format!("unknown argument {arg} (see scripts/bench --help)")),
+        }
+    }
+    Ok((options, names))
+}
+
+/// Runs the experiments of these names, or all.
+fn run(options: &Options, names: &[String]) -> Result<()> {
+    std::env::set_current_dir(env!("CARGO_MANIFEST_DIR")).context("the repository")?;
+    for folder in [&options.out, &options.work] {
+        std::fs::create_dir_all(folder).context(&folder.display().to_string())?;
+    }
+    process::adopt_orphans()?;
+    for (name, experiment) in EXPERIMENTS {
+        if names.is_empty() || names.iter().any(|wanted| wanted == name) {
+            experiment(options)?;
+        }
+    }
+    Ok(())
+}
+
+/// Does `work` in a network of its own, in which port 3000 is free and nothing is left of what was
+/// measured before, and ends all that it has started.
+pub fn isolated<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            netns::enter().context("no network namespace of its own (root has them)")?;
+            let result = work();
+            process::end_all(&[]);
+            result
+        });
+        thread.join().unwrap_or_else(|_| {
+            process::end_all(&[]);
+            Err("the bench itself failed".to_owned())
+        })
+    })
+}
+
+/// `long`, or `short` for --quick.
+pub fn length(options: &Options, long: f64, short: f64) -> Duration {
+    Duration::from_secs_f64(if options.quick { short } else { long })
+}

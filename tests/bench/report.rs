@@ -1,0 +1,75 @@
+//! Figures of many runs as one, and the files in which they are kept.
+
+use std::fs;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::load::Report;
+use crate::machine::Machine;
+use crate::{Context, Options, Result};
+
+/// Of answered requests, in milliseconds.
+#[derive(Clone, Copy, Serialize)]
+pub struct Latencies {
+    pub p50: f64,
+    pub p99: f64,
+    pub p999: f64,
+    pub longest: f64,
+}
+
+impl Latencies {
+    pub fn of(reports: &[Report]) -> Latencies {
+        let mut all: Vec<Duration> =
+            reports.iter().flat_map(|report| report.latencies.iter().copied()).collect();
+        all.sort_unstable();
+        let at = |part: f64| {
+            let index = (all.len().saturating_sub(1) as f64 * part).round() as usize;
+            all.get(index).map_or(0.0, |latency| latency.as_secs_f64() * 1e3)
+        };
+        Latencies { p50: at(0.5), p99: at(0.99), p999: at(0.999), longest: at(1.0) }
+    }
+}
+
+/// The middle of some figures; 0 of none.
+pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => 0.0,
+        len if len % 2 == 1 => values[len / 2],
+        len => (values[len / 2 - 1] + values[len / 2]) / 2.0,
+    }
+}
+
+/// A Markdown table; the first column is text, the others are figures.
+pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+    let mut text = line(&header.iter().map(|cell| cell.to_string()).collect::<Vec<_>>());
+    text += &format!("|---|{}\n", "--:|".repeat(header.len() - 1));
+    rows.iter().for_each(|row| text += &line(row));
+    text
+}
+
+/// Writes NAME.json, the machine with it, and NAME.md, and prints the latter.
+pub fn write(options: &Options, name: &str, data: &impl Serialize, markdown: &str) -> Result<()> {
+    #[derive(Serialize)]
+    struct File<'a, T> {
+        machine: Machine,
+        quick: bool,
+        seed: u32,
+        data: &'a T,
+    }
+    let file =
+        File { machine: Machine::this(&options.binary), quick: options.quick, seed: options.seed, data };
+    let json = serde_json::to_string_pretty(&file).context(name)?;
+    save(options, &format!("{name}.json"), &(json + "\n"))?;
+    save(options, &format!("{name}.md"), markdown)?;
+    println!("{markdown}");
+    Ok(())
+}
+
+pub fn save(options: &Options, file: &str, text: &str) -> Result<()> {
+    let path = options.out.join(file);
+    fs::write(&path, text).context(&path.display().to_string())
+}
