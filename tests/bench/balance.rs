@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use serde::Serialize;
 
 use crate::load::{Load, LoadOptions, Mode, Report};
-use crate::peers::{self, App, Peer, Server};
+use crate::peers::{App, Peer, Program, Server};
 use crate::report::{self, Latencies, median, table};
 use crate::{Context, Options, Result, isolated, length, process};
 
@@ -104,10 +104,15 @@ fn peers(options: &Options) -> Result<Vec<Peer>> {
     let help = std::process::Command::new(&options.binary).arg("--help").output();
     let help = help.context(&options.binary.display().to_string())?.stdout;
     let ours = match String::from_utf8_lossy(&help).contains("--balance") {
-        true => ["random", "load"].map(|way| Peer::ReuseRun(vec!["--balance".into(), way.into()])).into(),
+        true => ["random", "load"].map(|way| Peer::ReuseRun(vec!["--balance", way])).into(),
         false => vec![Peer::ReuseRun(Vec::new())],
     };
-    let others = [Peer::Reuseport, Peer::SharedQueue, Peer::Cluster, Peer::Pm2 { wait_ready: false }];
+    let others = [
+        Peer::Reuseport { migrate: false },
+        Peer::SharedQueue,
+        Peer::Cluster,
+        Peer::Pm2 { wait_ready: false },
+    ];
     Ok([ours, others.into()].concat())
 }
 
@@ -133,16 +138,16 @@ pub fn run(options: &Options) -> Result<()> {
 
 fn measure(experiment: &Experiment, peer: &Peer, run: u32, options: &Options) -> Result<Run> {
     let seed = options.seed.wrapping_mul(1000).wrapping_add(run);
-    let environment = [("BENCH_HEAVY", experiment.heavy.to_string()), ("BENCH_SEED", seed.to_string())];
-    let app = App { workers: WORKERS, manner: "naive", environment: &environment };
+    let mut app = App::new(Program::Naive, WORKERS);
+    app.environment = vec![("BENCH_HEAVY", experiment.heavy.to_string()), ("BENCH_SEED", seed.to_string())];
     let server = Server::start(peer, &app, options)?;
-    let load = |mode| LoadOptions::new(peers::address(), experiment.clients).mode(mode).path("/?id={id}");
+    let load = |mode| LoadOptions::new(server.address(), experiment.clients).mode(mode).path("/?id={id}");
     // Until code is compiled, which Node does as it goes.
     let warm = Load::start(load(Mode::NewConnection));
     thread::sleep(length(options, 1.0, 0.3));
     let workers: Vec<i32> = warm.stop().counts.pids.into_keys().map(|pid| pid as i32).collect();
 
-    let cpu_before = process::cpu_time(&process::tree());
+    let cpu_before = process::cpu_time(&server.pids());
     let length = length(options, 10.0, 3.0) / experiment.rounds;
     let reports = (0..experiment.rounds).map(|_| {
         let load = Load::start(load(experiment.mode).pause(experiment.pause));
@@ -153,7 +158,7 @@ fn measure(experiment: &Experiment, peer: &Peer, run: u32, options: &Options) ->
         load.stop()
     });
     let reports: Vec<Report> = reports.collect();
-    let cpu = process::cpu_time(&process::tree()) - cpu_before;
+    let cpu = process::cpu_time(&server.pids()) - cpu_before;
     server.end();
     Ok(figures(experiment, peer, run, &reports, cpu))
 }

@@ -1,13 +1,16 @@
 //! Measures reuse-run against what a user would take instead; see scripts/bench.
 
 mod balance;
+mod latency;
 #[path = "../tools/load.rs"]
 mod load;
 mod machine;
 #[path = "../tools/netns.rs"]
 mod netns;
 mod peers;
+mod plots;
 mod process;
+mod reload;
 mod report;
 
 use std::fmt::Display;
@@ -31,7 +34,8 @@ impl<T, E: Display> Context<T> for std::result::Result<T, E> {
 
 /// What is measured, by the name on the command line.
 type Experiment = fn(&Options) -> Result<()>;
-const EXPERIMENTS: [(&str, Experiment); 1] = [("balance", balance::run)];
+const EXPERIMENTS: [(&str, Experiment); 3] =
+    [("balance", balance::run), ("reload", reload::run), ("latency", latency::run)];
 
 pub struct Options {
     /// Less of everything, so that all of it is done within five minutes.
@@ -40,6 +44,8 @@ pub struct Options {
     pub seed: u32,
     /// The reuse-run that is measured.
     pub binary: PathBuf,
+    /// target/PROFILE, where the examples are.
+    pub binary_folder: PathBuf,
     /// Where results are written.
     pub out: PathBuf,
     /// Where everything else is.
@@ -68,6 +74,7 @@ fn parse() -> Result<(Options, Vec<String>)> {
         runs: None,
         seed: 1,
         binary: built.join("reuse-run"),
+        binary_folder: built.to_owned(),
         out: root.join("scripts/bench-results"),
         work: built.join("bench"),
         only: None,

@@ -5,34 +5,43 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
 
+use crate::load;
 use crate::process::{self, wait_for};
 use crate::{Context, Options, Result};
 
-/// The port of every application.
+/// The port of every application, unless it is told another.
 pub const PORT: u16 = 3000;
 const APPS: &str = "tests/bench/apps";
+/// How long a start or a reload may take.
+const LIMIT: Duration = Duration::from_secs(60);
 
-pub fn address() -> SocketAddr {
-    SocketAddr::from((Ipv4Addr::LOCALHOST, PORT))
-}
-
+/// What keeps copies of a program running and replaces them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Peer {
     /// With these options.
-    ReuseRun(Vec<String>),
-    /// A listener with SO_REUSEPORT for each worker: the kernel chooses by the connection's hash.
-    Reuseport,
-    /// One listener that all workers have inherited.
+    ReuseRun(Vec<&'static str>),
+    /// Nothing: one copy, which is stopped and started again.
+    Bare,
+    /// A listener with SO_REUSEPORT for each worker: the kernel chooses by the connection's hash. New workers
+    /// start with listeners of their own, then the old ones are told to stop.
+    Reuseport {
+        migrate: bool,
+    },
+    /// One listener that all workers have inherited; it isn't reloaded.
     SharedQueue,
     /// Node's module, by a script of the size that its documentation has.
     Cluster,
     Pm2 {
         wait_ready: bool,
     },
+    ServerStarter,
+    /// The program itself, by SIGHUP.
+    Itself,
 }
 
 impl Peer {
@@ -40,111 +49,340 @@ impl Peer {
         match self {
             Peer::ReuseRun(options) if options.is_empty() => "reuse-run".to_owned(),
             Peer::ReuseRun(options) => format!("reuse-run {}", options.join(" ")),
-            Peer::Reuseport => "SO_REUSEPORT".to_owned(),
+            Peer::Bare => "bare, stopped and started".to_owned(),
+            Peer::Reuseport { migrate } => format!("SO_REUSEPORT, tcp_migrate_req {}", *migrate as u8),
             Peer::SharedQueue => "shared queue".to_owned(),
             Peer::Cluster => "Node's cluster".to_owned(),
             Peer::Pm2 { wait_ready: false } => "PM2".to_owned(),
             Peer::Pm2 { wait_ready: true } => "PM2 wait_ready".to_owned(),
+            Peer::ServerStarter => "Server::Starter".to_owned(),
+            Peer::Itself => "its own reload".to_owned(),
         }
     }
 }
 
-/// A server of some workers that runs.
-pub struct Server {
-    /// What was started; all else descends from it, but for daemons.
-    main: Vec<i32>,
-    pm2_home: Option<PathBuf>,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Program {
+    /// The seed's Express app.
+    Express,
+    /// tests/bench/apps/app.js, naive.
+    Naive,
+    /// tests/bench/apps/app.js, polite.
+    Polite,
+    Gunicorn,
+    Uvicorn,
+    Nginx,
+    /// tests/tools/server.rs.
+    Trivial,
 }
 
-/// What is started: an application and how many workers of it.
-pub struct App<'a> {
+impl Program {
+    pub fn name(self) -> &'static str {
+        match self {
+            Program::Express => "Express app",
+            Program::Naive => "naive Node app",
+            Program::Polite => "polite Node app",
+            Program::Gunicorn => "gunicorn",
+            Program::Uvicorn => "uvicorn",
+            Program::Nginx => "nginx",
+            Program::Trivial => "trivial server",
+        }
+    }
+
+    /// The signal on which it ends in order, if it knows any.
+    fn stop_signal(self) -> &'static str {
+        match self {
+            Program::Gunicorn => "TERM",
+            Program::Nginx => "QUIT",
+            _ => "INT",
+        }
+    }
+
+    /// It writes the PIDs of its workers to the file BENCH_READY when they listen.
+    fn tells(self) -> bool {
+        matches!(self, Program::Naive | Program::Polite)
+    }
+}
+
+/// A program and how many workers of it there are to be.
+#[derive(Clone)]
+pub struct App {
+    pub program: Program,
     pub workers: u32,
-    /// Of tests/bench/apps/app.js.
-    pub manner: &'a str,
-    pub environment: &'a [(&'a str, String)],
+    pub port: u16,
+    pub environment: Vec<(&'static str, String)>,
+    /// How long replaced workers get to finish what they have.
+    pub patience: Duration,
 }
 
-impl Server {
-    /// Starts it and waits until all workers listen.
-    pub fn start(peer: &Peer, app: &App, options: &Options) -> Result<Server> {
-        let ready = options.work.join("ready");
-        File::create(&ready).context("ready")?;
-        let log = process::log_file(&options.work.join(format!("{}.log", peer.name().replace('/', " "))))?;
+impl App {
+    pub fn new(program: Program, workers: u32) -> App {
+        let patience = Duration::from_secs(10); // As reuse-run's --drain is by default.
+        App { program, workers, port: PORT, environment: Vec::new(), patience }
+    }
+
+    /// The file to which workers write that they listen.
+    fn ready(&self, options: &Options) -> PathBuf {
+        options.work.join(format!("ready-{}", self.port))
+    }
+
+    /// The words of the command that runs it, with so many workers if it has a way to say so.
+    fn command(&self, workers: u32, options: &Options) -> Result<Vec<String>> {
+        let (port, workers) = (self.port.to_string(), workers.to_string());
+        let words = |text: &str| text.split(' ').map(str::to_owned).collect();
+        Ok(match self.program {
+            Program::Express => words("node tests/apps/express/app.js"),
+            Program::Naive => words(&format!("node {APPS}/app.js naive {port}")),
+            Program::Polite => words(&format!("node {APPS}/app.js polite {port}")),
+            Program::Gunicorn => words(&format!(
+                "python3 -m gunicorn --chdir tests/apps/python --worker-class gthread --threads 4 \
+                 --workers {workers} --bind 0.0.0.0:{port} web:wsgi"
+            )),
+            Program::Uvicorn if workers == "1" => words(&format!("{UVICORN} --port {port} web:asgi")),
+            Program::Uvicorn => words(&format!("{UVICORN} --workers {workers} --port {port} web:asgi")),
+            Program::Nginx => {
+                let file = options.work.join(format!("nginx-{workers}.conf"));
+                fs::write(&file, nginx_conf(&workers, &port, &options.work)).context("nginx.conf")?;
+                words(&format!("nginx -c {}", file.display()))
+            }
+            Program::Trivial => {
+                let server = options.binary_folder.join("examples/server").display().to_string();
+                [server, "--listen".to_owned(), format!("0.0.0.0:{port}"), "--keep-alive".to_owned()].into()
+            }
+        })
+    }
+}
+
+const UVICORN: &str =
+    "python3 -m uvicorn --app-dir tests/apps/python --host 0.0.0.0 --lifespan off --no-access-log";
+
+fn nginx_conf(workers: &str, port: &str, work: &Path) -> String {
+    let work = work.display();
+    format!(
+        "daemon off;\nworker_processes {workers};\npid {work}/nginx.pid;\nerror_log {work}/nginx.log;\n\
+         events {{ worker_connections 1024; }}\n\
+         http {{\n  access_log off;\n  server {{\n    listen {port};\n    \
+         location / {{ return 200 \"pid=$pid\\n\"; }}\n  }}\n}}\n"
+    )
+}
+
+/// A server of some workers that runs.
+pub struct Server<'a> {
+    peer: Peer,
+    app: App,
+    options: &'a Options,
+    log: File,
+    /// What stays over a reload, or the workers themselves if there is nothing else.
+    main: Vec<i32>,
+}
+
+impl Server<'_> {
+    /// Starts it and waits until all workers listen, as far as they can be asked.
+    pub fn start<'a>(peer: &Peer, app: &App, options: &'a Options) -> Result<Server<'a>> {
+        File::create(app.ready(options)).context("ready")?;
+        let log = process::log_file(&options.work.join("servers.log"))?;
+        let mut server = Server { peer: peer.clone(), app: app.clone(), options, log, main: Vec::new() };
+        if let Peer::Reuseport { migrate } = peer {
+            fs::write("/proc/sys/net/ipv4/tcp_migrate_req", if *migrate { "1" } else { "0" })
+                .context("tcp_migrate_req")?;
+        }
+        server.launch()?;
+        server.wait_until_ready(0)?;
+        Ok(server)
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, self.app.port))
+    }
+
+    /// All its processes.
+    pub fn pids(&self) -> Vec<i32> {
+        let descendants = self.main.iter().flat_map(|pid| process::descendants(*pid));
+        self.main.iter().copied().chain(descendants).collect()
+    }
+
+    /// What a reload is to replace.
+    fn replaceable(&self) -> Vec<i32> {
+        match self.peer {
+            Peer::Bare | Peer::Reuseport { .. } | Peer::SharedQueue => self.pids(),
+            _ => {
+                let mut pids = self.pids();
+                pids.retain(|pid| {
+                    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                    // Of Python's multiprocessing: one for the life of its parent.
+                    !self.main.contains(pid) && !String::from_utf8_lossy(&line).contains("resource_tracker")
+                });
+                pids
+            }
+        }
+    }
+
+    fn command(&self, words: &[String]) -> Command {
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).env_remove("RUST_LOG");
+        command.env("BENCH_READY", self.app.ready(self.options));
+        command.env("BENCH_PATIENCE_MS", self.app.patience.as_millis().to_string());
+        command.env("PYTHONPATH", Path::new(env!("CARGO_MANIFEST_DIR")).join("target/python"));
+        command.env("PM2_HOME", self.options.work.join("pm2"));
+        command.envs(self.app.environment.iter().map(|(name, value)| (*name, value)));
+        command
+    }
+
+    fn spawn(&self, words: &[String]) -> Result<i32> {
+        Ok(process::spawn(&mut self.command(words), &self.log, None)?.id() as i32)
+    }
+
+    /// A worker for each slot, with one of these listeners in turn.
+    fn spawn_each(&self, listeners: &[OwnedFd]) -> Result<Vec<i32>> {
+        let words = self.app.command(1, self.options)?;
+        let spawn = |slot: u32| {
+            let mut command = self.command(&words);
+            command.env("NODE_APP_INSTANCE", slot.to_string());
+            let listener = &listeners[slot as usize % listeners.len()];
+            Ok(process::spawn(&mut command, &self.log, Some(listener))?.id() as i32)
+        };
+        (0..self.app.workers).map(spawn).collect()
+    }
+
+    /// Runs PM2's command line to its end.
+    fn pm2(&self, arguments: &[&str]) -> Result<()> {
+        let pm2 = std::path::absolute(format!("{APPS}/node_modules/.bin/pm2")).context("pm2")?;
+        let mut command = self.command(&[pm2.display().to_string()]);
+        command.args(arguments);
+        let mut child = process::spawn(&mut command, &self.log, None)?;
+        let status = wait_for("pm2", LIMIT, || child.try_wait().transpose())?.context("pm2")?;
+        status.success().then_some(()).ok_or(format!("pm2 {}: {status}", arguments[0]))
+    }
+
+    fn launch(&mut self) -> Result<()> {
+        let (app, options) = (&self.app, self.options);
         let workers = app.workers.to_string();
-        let script = format!("{APPS}/app.js");
-        let command = |program: &Path, args: &[&str]| {
-            let mut command = Command::new(program);
-            command.args(args).env_remove("RUST_LOG").env("BENCH_READY", &ready);
-            command.envs(app.environment.iter().map(|(name, value)| (*name, value)));
-            command
+        let one = app.command(1, options)?;
+        let words = |first: &[&str]| -> Vec<String> {
+            first.iter().map(|word| word.to_string()).chain(one.clone()).collect()
         };
-        let node = Path::new("node");
-        let mut server = Server { main: Vec::new(), pm2_home: None };
-        let each = |listeners: &[OwnedFd]| -> Result<Vec<i32>> {
-            let start = |slot| {
-                let mut command = command(node, &[&script, app.manner]);
-                command.env("NODE_APP_INSTANCE", u32::to_string(&slot));
-                let listener = &listeners[slot as usize % listeners.len()];
-                Ok(process::spawn(&mut command, &log, Some(listener))?.id() as i32)
-            };
-            (0..app.workers).map(start).collect()
-        };
-        server.main = match peer {
-            Peer::ReuseRun(args) => {
-                let mut command = command(&options.binary, &["-n", &workers]);
-                command.args(args).args(["--", "node", &script, app.manner]);
-                vec![process::spawn(&mut command, &log, None)?.id() as i32]
+        self.main = match &self.peer {
+            Peer::ReuseRun(given) => {
+                let patience = format!("{}ms", app.patience.as_millis());
+                let binary = options.binary.display().to_string();
+                let signal = app.program.stop_signal();
+                let mut first = vec![&*binary, "-n", &workers, "--drain", &patience, "--stop-signal", signal];
+                first.extend(given);
+                first.push("--");
+                vec![self.spawn(&words(&first))?]
             }
-            Peer::Reuseport => {
-                each(&(0..app.workers).map(|_| listener()).collect::<Result<Vec<OwnedFd>>>()?)?
+            Peer::Bare => vec![self.spawn(&one)?],
+            Peer::Reuseport { .. } => {
+                let listeners = (0..app.workers).map(|_| listener(app.port)).collect::<Result<Vec<_>>>()?;
+                self.spawn_each(&listeners)?
             }
-            Peer::SharedQueue => each(&[listener()?])?,
+            Peer::SharedQueue => self.spawn_each(&[listener(app.port)?])?,
             Peer::Cluster => {
-                let cluster = format!("{APPS}/cluster.js");
-                let mut command = command(node, &[&cluster, &workers, &script, app.manner]);
-                vec![process::spawn(&mut command, &log, None)?.id() as i32]
+                let script: Vec<String> =
+                    [&["node", &format!("{APPS}/cluster.js"), &workers].map(str::to_owned), &one[1..]]
+                        .concat();
+                vec![self.spawn(&script)?]
             }
             Peer::Pm2 { wait_ready } => {
-                let home = options.work.join("pm2");
-                let _ = fs::remove_dir_all(&home);
-                let pm2 = std::path::absolute(format!("{APPS}/node_modules/.bin/pm2")).context("pm2")?;
-                let mut command = command(
-                    &pm2,
-                    &["start", &script, "-n", "app", "-i", &workers, "--kill-timeout", "10000"],
-                );
-                if *wait_ready {
-                    command.arg("--wait-ready");
+                let _ = fs::remove_dir_all(options.work.join("pm2"));
+                let patience = app.patience.as_millis().to_string();
+                let script = match app.program {
+                    Program::Express if *wait_ready => "tests/apps/express-process-send/app.js",
+                    _ => &one[1],
+                };
+                let mut arguments =
+                    vec!["start", script, "-n", "app", "-i", &workers, "--kill-timeout", &patience];
+                arguments.extend(wait_ready.then_some("--wait-ready"));
+                if one.len() > 2 {
+                    arguments.push("--");
+                    arguments.extend(one[2..].iter().map(String::as_str));
                 }
-                command.args(["--", app.manner]).env("PM2_HOME", &home);
-                server.pm2_home = Some(home);
-                let status = process::spawn(&mut command, &log, None)?.wait().context("pm2 start")?;
-                if !status.success() {
-                    return Err(format!("pm2 start: {status}"));
-                }
-                // The daemon, which is ours since it is an orphan.
-                process::tree().into_iter().take(1).collect()
+                self.pm2(&arguments)?;
+                // The daemon is ours since it is an orphan.
+                let is_daemon = |pid: &i32| {
+                    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                    String::from_utf8_lossy(&line).starts_with("PM2 ")
+                };
+                vec![process::tree().into_iter().find(is_daemon).ok_or("PM2 has no daemon")?]
             }
+            Peer::ServerStarter => {
+                let prefork = format!("{APPS}/prefork.sh");
+                vec![self.spawn(&words(&[
+                    "start_server",
+                    "--port",
+                    &app.port.to_string(),
+                    "--",
+                    &prefork,
+                    &workers,
+                ]))?]
+            }
+            Peer::Itself => vec![self.spawn(&app.command(app.workers, options)?)?],
         };
-        let listening = || fs::read_to_string(&ready).unwrap_or_default().lines().count() as u32;
-        let all = || (listening() >= app.workers).then_some(());
-        wait_for(&format!("{} to listen", peer.name()), Duration::from_secs(30), all)?;
-        Ok(server)
+        Ok(())
+    }
+
+    /// Waits until `before` and then all workers have said that they listen, or, of programs that don't say
+    /// so, until one answers.
+    fn wait_until_ready(&self, before: u32) -> Result<()> {
+        let workers = if self.peer == Peer::Bare { 1 } else { self.app.workers };
+        let what = format!("{} to listen ({})", self.peer.name(), self.app.program.name());
+        if self.app.program.tells() {
+            return wait_for(&what, LIMIT, || (self.told() >= before + workers).then_some(()));
+        }
+        let answers = || load::get(self.address(), "/", Duration::from_secs(1)).is_ok();
+        wait_for(&what, LIMIT, || (answers() && self.replaceable().len() as u32 >= workers).then_some(()))
+    }
+
+    /// How many workers have said yet that they listen.
+    fn told(&self) -> u32 {
+        fs::read_to_string(self.app.ready(self.options)).unwrap_or_default().lines().count() as u32
+    }
+
+    /// Replaces all workers; how long it took until the last of the old ones was gone.
+    pub fn reload(&mut self) -> Result<Duration> {
+        let begun = Instant::now();
+        let old = self.replaceable();
+        let told = self.told();
+        match self.peer {
+            Peer::ReuseRun(_) | Peer::Cluster => process::signal(self.main[0], Signal::SIGUSR2),
+            Peer::ServerStarter | Peer::Itself => process::signal(self.main[0], Signal::SIGHUP),
+            Peer::Pm2 { .. } => self.pm2(&["reload", "app"])?,
+            Peer::Bare => {
+                process::signal(self.main[0], Signal::SIGINT);
+                self.wait_for_end(&old)?;
+                self.launch()?;
+                self.wait_until_ready(told)?;
+            }
+            Peer::Reuseport { .. } => {
+                self.launch()?;
+                self.wait_until_ready(told)?;
+                old.iter().for_each(|pid| process::signal(*pid, Signal::SIGINT));
+            }
+            Peer::SharedQueue => return Err("a shared queue alone has no reload".to_owned()),
+        }
+        self.wait_for_end(&old)?;
+        Ok(begun.elapsed())
+    }
+
+    fn wait_for_end(&self, old: &[i32]) -> Result<()> {
+        let what = format!("the old workers of {} to end", self.peer.name());
+        wait_for(&what, LIMIT, || (!old.iter().any(|pid| process::lives(*pid))).then_some(()))
     }
 
     /// Ends it, and whatever else has been started.
     pub fn end(self) {
         // What PM2 starts is killed with it and not restarted by it.
-        process::end_all(if self.pm2_home.is_some() { &[] } else { &self.main });
+        process::end_all(if matches!(self.peer, Peer::Pm2 { .. }) { &[] } else { &self.main });
     }
 }
 
-/// A listener with SO_REUSEPORT on the port of the applications.
-fn listener() -> Result<OwnedFd> {
+/// A listener with SO_REUSEPORT.
+fn listener(port: u16) -> Result<OwnedFd> {
     let listen = || -> std::io::Result<Socket> {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
         socket.set_reuse_address(true)?;
         socket.set_reuse_port(true)?;
-        socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, PORT)).into())?;
+        socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)).into())?;
         socket.listen(511)?; // As Node does.
         Ok(socket)
     };
