@@ -1,6 +1,8 @@
 //! Measures reuse-run against what a user would take instead; see scripts/bench.
 
 mod balance;
+mod cost;
+mod filter;
 mod latency;
 #[path = "../tools/load.rs"]
 mod load;
@@ -12,12 +14,16 @@ mod plots;
 mod process;
 mod reload;
 mod report;
+mod wrapper;
 
 use std::fmt::Display;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 /// The error is what a person is told.
 pub type Result<T> = std::result::Result<T, String>;
@@ -34,8 +40,14 @@ impl<T, E: Display> Context<T> for std::result::Result<T, E> {
 
 /// What is measured, by the name on the command line.
 type Experiment = fn(&Options) -> Result<()>;
-const EXPERIMENTS: [(&str, Experiment); 3] =
-    [("balance", balance::run), ("reload", reload::run), ("latency", latency::run)];
+const EXPERIMENTS: [(&str, Experiment); 6] = [
+    ("balance", balance::run),
+    ("reload", reload::run),
+    ("latency", latency::run),
+    ("cost", cost::run),
+    ("wrapper", wrapper::run),
+    ("filter", filter::run),
+];
 
 pub struct Options {
     /// Less of everything, so that all of it is done within five minutes.
@@ -55,6 +67,9 @@ pub struct Options {
 }
 
 fn main() -> ExitCode {
+    if let Some(file) = std::env::var_os(filter::PROBE) {
+        return filter::probe(&file);
+    }
     match parse().and_then(|(options, names)| run(&options, &names)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
@@ -104,6 +119,12 @@ fn run(options: &Options, names: &[String]) -> Result<()> {
         std::fs::create_dir_all(folder).context(&folder.display().to_string())?;
     }
     process::adopt_orphans()?;
+    let mut signals = Signals::new([SIGINT, SIGTERM]).context("catch SIGINT")?;
+    thread::spawn(move || {
+        signals.forever().next();
+        process::end_all(&[]);
+        std::process::exit(1);
+    });
     for (name, experiment) in EXPERIMENTS {
         if names.is_empty() || names.iter().any(|wanted| wanted == name) {
             experiment(options)?;

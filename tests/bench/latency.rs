@@ -93,6 +93,7 @@ fn measure(peer: &Peer, run: u32, options: &Options) -> Result<Run> {
     let begun = Instant::now();
     let reload = server.reload()?;
     thread::sleep(length(options, 2.0, 1.0).max(AFTER));
+    let stopped = Instant::now();
     let report = load.stop();
     server.end();
 
@@ -104,7 +105,7 @@ fn measure(peer: &Peer, run: u32, options: &Options) -> Result<Run> {
         failed: report.counts.failed,
         without_ms: latencies(&report, |begin| begin < begun)?,
         through_ms: latencies(&report, |begin| begun <= begin && begin < end)?,
-        timeline: timeline(&report, begun, reload),
+        timeline: timeline(&report, begun, reload, stopped),
     })
 }
 
@@ -122,11 +123,11 @@ fn latencies(report: &Report, wanted: impl Fn(Instant) -> bool) -> Result<Latenc
     Ok(Latencies { p50: at(0.5), p99: at(0.99), p999: at(0.999), longest: histogram.max() as f64 / 1e3 })
 }
 
-fn timeline(report: &Report, begun: Instant, reload: Duration) -> Timeline {
+fn timeline(report: &Report, begun: Instant, reload: Duration, stopped: Instant) -> Timeline {
     let before = begun - report.started;
     let start = begun - before.min(Duration::from_secs(2));
     let before_reload = (begun - start).as_secs_f64();
-    let count = ((report.elapsed - (start - report.started)).as_secs_f64() / Timeline::BUCKET) as usize;
+    let count = ((stopped - start).as_secs_f64() / Timeline::BUCKET) as usize;
     let second = |index: usize| index as f64 * Timeline::BUCKET - before_reload;
     let mut buckets: Vec<Bucket> =
         (0..count).map(|index| Bucket { second: second(index), ..Bucket::default() }).collect();

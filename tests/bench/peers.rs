@@ -49,7 +49,7 @@ impl Peer {
         match self {
             Peer::ReuseRun(options) if options.is_empty() => "reuse-run".to_owned(),
             Peer::ReuseRun(options) => format!("reuse-run {}", options.join(" ")),
-            Peer::Bare => "bare, stopped and started".to_owned(),
+            Peer::Bare => "the bare program".to_owned(),
             Peer::Reuseport { migrate } => format!("SO_REUSEPORT, tcp_migrate_req {}", *migrate as u8),
             Peer::SharedQueue => "shared queue".to_owned(),
             Peer::Cluster => "Node's cluster".to_owned(),

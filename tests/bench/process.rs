@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::time::clock_getcpuclockid;
 use nix::unistd::Pid;
 
 use crate::{Context, Result};
@@ -97,16 +98,10 @@ pub fn tree() -> Vec<i32> {
     descendants(std::process::id() as i32)
 }
 
-/// The time that the threads of `pids` have spent on a CPU, user and system together, to the
-/// nanosecond (/proc/PID/task/TID/schedstat), and not in ticks.
+/// The time that `pids` have spent on a CPU, user and system together, threads that have ended included.
 pub fn cpu_time(pids: &[i32]) -> Duration {
-    let threads =
-        pids.iter().flat_map(|pid| fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten());
-    let nanoseconds = threads.filter_map(|thread| {
-        let text = fs::read_to_string(thread.path().join("schedstat")).ok()?;
-        text.split(' ').next()?.parse::<u64>().ok()
-    });
-    Duration::from_nanos(nanoseconds.sum())
+    let of = |pid: &i32| clock_getcpuclockid(Pid::from_raw(*pid)).and_then(|clock| clock.now());
+    pids.iter().filter_map(|pid| of(pid).ok()).map(Duration::from).sum()
 }
 
 /// Sends a signal; that the process is gone is no error.

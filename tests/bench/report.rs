@@ -33,13 +33,19 @@ impl Latencies {
 
 /// The middle of some figures; 0 of none.
 pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    quartiles(values)[1]
+}
+
+/// A quarter, a half and three quarters of some figures are at most as large as these.
+pub fn quartiles(values: impl IntoIterator<Item = f64>) -> [f64; 3] {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => 0.0,
-        len if len % 2 == 1 => values[len / 2],
-        len => (values[len / 2 - 1] + values[len / 2]) / 2.0,
-    }
+    let last = values.len().saturating_sub(1) as f64;
+    [0.25, 0.5, 0.75].map(|part| {
+        let place = last * part;
+        let at = |place: f64| values.get(place as usize).copied().unwrap_or(0.0);
+        at(place.floor()) + (at(place.ceil()) - at(place.floor())) * place.fract()
+    })
 }
 
 /// A Markdown table; the first column is text, the others are figures.

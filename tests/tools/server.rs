@@ -227,25 +227,30 @@ fn serve(server: &Server, mut stream: TcpStream, port: u16) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut bytes = Vec::new();
     loop {
-        let Some(target) = read_head(&mut stream, &mut bytes)? else { return Ok(()) };
+        let Some((target, close)) = read_head(&mut stream, &mut bytes)? else { return Ok(()) };
         if !server.keep_alive {
-            return answer(server, &mut stream, port, &target);
+            return answer(server, &mut stream, port, &target, true);
         }
         server.in_hand.fetch_add(1, Ordering::SeqCst);
-        let answered = answer(server, &mut stream, port, &target);
+        let answered = answer(server, &mut stream, port, &target, close);
         server.in_hand.fetch_sub(1, Ordering::SeqCst);
         answered?;
+        if close {
+            return Ok(());
+        }
     }
 }
 
-/// Reads one request's head and returns its target; `None` at the end of the connection.
-fn read_head(stream: &mut TcpStream, bytes: &mut Vec<u8>) -> io::Result<Option<String>> {
+/// Reads one request's head and returns its target, and whether it is the connection's last; `None` at the
+/// end of the connection.
+fn read_head(stream: &mut TcpStream, bytes: &mut Vec<u8>) -> io::Result<Option<(String, bool)>> {
     let mut chunk = [0; 4096];
     loop {
         if let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n") {
             let head: Vec<u8> = bytes.drain(..end + 4).collect();
             let head = String::from_utf8_lossy(&head).into_owned();
-            return Ok(Some(head.split(' ').nth(1).unwrap_or("/").to_owned()));
+            let close = head.contains("\r\nConnection: close\r\n");
+            return Ok(Some((head.split(' ').nth(1).unwrap_or("/").to_owned(), close)));
         }
         match stream.read(&mut chunk)? {
             0 => return Ok(None),
@@ -254,7 +259,7 @@ fn read_head(stream: &mut TcpStream, bytes: &mut Vec<u8>) -> io::Result<Option<S
     }
 }
 
-fn answer(server: &Server, stream: &mut TcpStream, port: u16, target: &str) -> io::Result<()> {
+fn answer(server: &Server, stream: &mut TcpStream, port: u16, target: &str, close: bool) -> io::Result<()> {
     let begun = Instant::now();
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let id = query.split('&').find_map(|pair| pair.strip_prefix("id="));
@@ -271,7 +276,7 @@ fn answer(server: &Server, stream: &mut TcpStream, port: u16, target: &str) -> i
         server.slot,
         id.unwrap_or("-"),
     );
-    let connection = if server.keep_alive { "keep-alive" } else { "close" };
+    let connection = if close { "close" } else { "keep-alive" };
     let response = format!(
         "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: {connection}\r\n\r\n{body}",
         body.len(),

@@ -1,0 +1,172 @@
+//! What it costs to run under reuse-run: throughput and CPU time, against the same program without it.
+
+use std::thread;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::load::{Load, LoadOptions, Mode};
+use crate::peers::{App, PORT, Peer, Program, Server};
+use crate::report::{self, median, quartiles, table};
+use crate::{Options, Result, isolated, length, process};
+
+const CLIENTS: [(&str, Mode); 2] =
+    [("new connections", Mode::NewConnection), ("keep-alive", Mode::KeepAlive { think: Duration::ZERO })];
+
+/// Servers that stand side by side and are loaded in turns. All is compared to the first.
+struct Group {
+    name: &'static str,
+    program: Program,
+    workers: u32,
+    clients: usize,
+    peers: Vec<Peer>,
+}
+
+fn groups() -> [Group; 3] {
+    let ours = Peer::ReuseRun(Vec::new());
+    let pair = || vec![Peer::Bare, ours.clone()];
+    [
+        Group {
+            name: "one trivial server",
+            program: Program::Trivial,
+            workers: 1,
+            clients: 4,
+            peers: pair(),
+        },
+        Group { name: "one Node app", program: Program::Naive, workers: 1, clients: 8, peers: pair() },
+        Group {
+            name: "four Node apps",
+            program: Program::Naive,
+            workers: 4,
+            clients: 16,
+            peers: vec![
+                Peer::Reuseport { migrate: false },
+                ours,
+                Peer::SharedQueue,
+                Peer::Cluster,
+                Peer::Pm2 { wait_ready: false },
+            ],
+        },
+    ]
+}
+
+#[derive(Serialize)]
+struct Figure {
+    group: &'static str,
+    clients: &'static str,
+    peer: String,
+    run: u32,
+    requests_per_second: f64,
+    cpu_us_per_request: f64,
+    /// To the group's first in the same run.
+    throughput_ratio: f64,
+    cpu_ratio: f64,
+    failed: u64,
+}
+
+/// What has been measured of one server yet.
+#[derive(Default, Clone)]
+struct Sum {
+    requests: u64,
+    failed: u64,
+    seconds: f64,
+    cpu: Duration,
+}
+
+pub fn run(options: &Options) -> Result<()> {
+    let mut figures = Vec::new();
+    for group in groups() {
+        if options.only.as_ref().is_some_and(|only| !group.name.contains(only)) {
+            continue;
+        }
+        for run in 0..options.runs.unwrap_or(if options.quick { 1 } else { 7 }) {
+            eprintln!("cost: {}, run {run}", group.name);
+            figures.extend(isolated(|| measure(&group, run, options))?);
+        }
+    }
+    let markdown = markdown(&figures);
+    report::write(options, "cost", &figures, &markdown)
+}
+
+fn measure(group: &Group, run: u32, options: &Options) -> Result<Vec<Figure>> {
+    let start = |(port, peer): (u16, &Peer)| {
+        let app = App { port, ..App::new(group.program, group.workers) };
+        Server::start(peer, &app, options)
+    };
+    let servers = (PORT..).zip(&group.peers).map(start).collect::<Result<Vec<Server>>>()?;
+    let mut figures = Vec::new();
+    for (clients, mode) in CLIENTS {
+        let slice = |server: &Server, time| {
+            let before = process::cpu_time(&server.pids());
+            let load = Load::start(LoadOptions::new(server.address(), group.clients).mode(mode));
+            thread::sleep(time);
+            let report = load.stop();
+            let cpu = process::cpu_time(&server.pids()) - before;
+            let (requests, failed) = (report.counts.requests, report.counts.failed);
+            Sum { requests, failed, seconds: report.elapsed.as_secs_f64(), cpu }
+        };
+        servers.iter().for_each(|server| drop(slice(server, length(options, 1.0, 0.3))));
+        let mut sums = vec![Sum::default(); servers.len()];
+        for turn in 0..if options.quick { 8 } else { 30 } {
+            // In turns short enough that what else the machine does hits all of them alike, forth and back.
+            for place in 0..servers.len() {
+                let index = if turn % 2 == 0 { place } else { servers.len() - 1 - place };
+                let more = slice(&servers[index], Duration::from_millis(250));
+                let sum = &mut sums[index];
+                sum.requests += more.requests;
+                sum.failed += more.failed;
+                sum.seconds += more.seconds;
+                sum.cpu += more.cpu;
+            }
+        }
+        let rate = |sum: &Sum| sum.requests as f64 / sum.seconds;
+        let cpu = |sum: &Sum| sum.cpu.as_secs_f64() * 1e6 / sum.requests as f64;
+        figures.extend(group.peers.iter().zip(&sums).map(|(peer, sum)| Figure {
+            group: group.name,
+            clients,
+            peer: peer.name(),
+            run,
+            requests_per_second: rate(sum),
+            cpu_us_per_request: cpu(sum),
+            throughput_ratio: rate(sum) / rate(&sums[0]),
+            cpu_ratio: cpu(sum) / cpu(&sums[0]),
+            failed: sum.failed,
+        }));
+    }
+    Ok(figures)
+}
+
+fn markdown(figures: &[Figure]) -> String {
+    let mut text = "Side by side on one machine and loaded in turns of 250 ms. Ratios are to the bare program, \
+                    which is the first line of each table: their median over all runs, and the quartiles. CPU is \
+                    user and system time of all processes of the server.\n\n"
+        .to_owned();
+    let mut tables: Vec<(&str, &str)> = figures.iter().map(|figure| (figure.group, figure.clients)).collect();
+    tables.dedup();
+    for (group, clients) in tables {
+        let own: Vec<&Figure> =
+            figures.iter().filter(|figure| (figure.group, figure.clients) == (group, clients)).collect();
+        let mut peers: Vec<&str> = own.iter().map(|figure| &*figure.peer).collect();
+        let first_run = own.iter().filter(|figure| figure.run == 0).count();
+        peers.truncate(first_run);
+        let rows = peers.iter().map(|peer| {
+            let own = || own.iter().filter(|figure| figure.peer == *peer);
+            let ratio = |figure: fn(&Figure) -> f64| {
+                let [low, middle, high] = quartiles(own().map(|own| figure(own)));
+                format!("{middle:.3} ({low:.3} to {high:.3})")
+            };
+            vec![
+                peer.to_string(),
+                format!("{:.0}", median(own().map(|figure| figure.requests_per_second))),
+                ratio(|figure| figure.throughput_ratio),
+                format!("{:.1}", median(own().map(|figure| figure.cpu_us_per_request))),
+                ratio(|figure| figure.cpu_ratio),
+                own().map(|figure| figure.failed).sum::<u64>().to_string(),
+            ]
+        });
+        let title = format!("{group}, {clients}");
+        let header = [&*title, "requests/s", "ratio", "CPU µs a request", "ratio", "failed"];
+        text += &format!("{}\n", table(&header, &rows.collect::<Vec<_>>()));
+    }
+    text
+}
