@@ -14,6 +14,7 @@ mod client;
 mod control;
 mod drain;
 mod environment;
+mod filter;
 mod fleet;
 mod intercept;
 mod labels;
