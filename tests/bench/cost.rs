@@ -105,7 +105,9 @@ fn measure(group: &Group, run: u32, options: &Options) -> Result<Vec<Figure>> {
             let (requests, failed) = (report.counts.requests, report.counts.failed);
             Sum { requests, failed, seconds: report.elapsed.as_secs_f64(), cpu }
         };
-        servers.iter().for_each(|server| drop(slice(server, length(options, 1.0, 0.3))));
+        for server in &servers {
+            slice(server, length(options, 1.0, 0.3));
+        }
         let mut sums = vec![Sum::default(); servers.len()];
         for turn in 0..if options.quick { 8 } else { 30 } {
             // In turns short enough that what else the machine does hits all of them alike, forth and back.
