@@ -7,6 +7,7 @@ mod latency;
 #[path = "../tools/load.rs"]
 mod load;
 mod machine;
+mod micro;
 #[path = "../tools/netns.rs"]
 mod netns;
 mod peers;
@@ -40,13 +41,14 @@ impl<T, E: Display> Context<T> for std::result::Result<T, E> {
 
 /// What is measured, by the name on the command line.
 type Experiment = fn(&Options) -> Result<()>;
-const EXPERIMENTS: [(&str, Experiment); 6] = [
+const EXPERIMENTS: [(&str, Experiment); 7] = [
     ("balance", balance::run),
     ("reload", reload::run),
     ("latency", latency::run),
     ("cost", cost::run),
     ("wrapper", wrapper::run),
     ("filter", filter::run),
+    ("micro", micro::run),
 ];
 
 pub struct Options {

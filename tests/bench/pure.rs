@@ -1,0 +1,122 @@
+//! Micro-benchmarks of what is pure and hot, for several n: it is how the cost grows that is to be guarded.
+//!
+//! The crate is a binary, so its modules are compiled into this one.
+// Much of them is for the rest of the program, or for their own tests, which have no harness here.
+#![allow(dead_code, unused_imports)]
+
+#[path = "../../src/address.rs"]
+mod address;
+#[path = "../../src/bpf.rs"]
+mod bpf;
+#[path = "../../src/filter.rs"]
+mod filter;
+#[path = "../../src/fleet.rs"]
+mod fleet;
+#[path = "../../src/procfs.rs"]
+mod procfs;
+#[path = "../../src/steering.rs"]
+mod steering;
+#[path = "../../src/sys.rs"]
+mod sys;
+
+use std::collections::VecDeque;
+use std::hint::black_box;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+
+use address::{Address, Endpoint};
+use fleet::{Action, End, Event, Fleet, Policy, Readiness, Rollout};
+use steering::{Share, Targets};
+
+const SIZES: [u32; 3] = [10, 100, 1000];
+
+/// The program for n members of which no two are neighbours, which is the longest.
+fn programs(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("steering program");
+    for n in SIZES {
+        let targets =
+            Targets { named: (0..n).map(|i| i * 2).collect(), tried: Vec::new(), share: Share::default() };
+        group.throughput(Throughput::Elements(n.into()));
+        group.bench_with_input(BenchmarkId::from_parameter(n), &targets, |bencher, targets| {
+            bencher.iter(|| steering::program(black_box(targets)));
+        });
+    }
+}
+
+fn decoding(criterion: &mut Criterion) {
+    let args = [3, 0x7fff_0000_0000, 16, 0, 0, 0];
+    let bind = libc::seccomp_data { nr: libc::SYS_bind as i32, arch: 0, instruction_pointer: 0, args };
+    criterion.bench_function("decode a notification", |bencher| {
+        bencher.iter(|| filter::decode(black_box(&bind)));
+    });
+}
+
+/// A whole reload of n workers, from the wish for it to the end of the last old one.
+fn reloads(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("reload in the state machine");
+    for n in SIZES {
+        let mut world = World::new(n);
+        group.throughput(Throughput::Elements(n.into()));
+        group.bench_function(BenchmarkId::from_parameter(n), |bencher| {
+            bencher.iter(|| world.event(Event::Reload(Rollout::AllAtOnce)));
+        });
+        assert!(world.fleet.generation() > 1 && world.fleet.oldest_generation() == world.fleet.generation());
+    }
+}
+
+/// A fleet whose workers listen at once, have nothing to finish and end when they are told to.
+struct World {
+    fleet: Fleet,
+    now: Instant,
+    endpoint: Endpoint,
+}
+
+impl World {
+    fn new(workers: u32) -> World {
+        let policy = Policy {
+            workers,
+            readiness: Readiness::Listen,
+            ready_timeout: Duration::from_secs(60),
+            drain: Duration::from_secs(10),
+            stop_timeout: Duration::from_secs(30),
+            stop_signal: "SIGINT",
+            max_failures: 10,
+            rollout: Rollout::AllAtOnce,
+        };
+        let now = Instant::now();
+        let (fleet, actions) = Fleet::new(policy, now);
+        let socket = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 3000));
+        let endpoint = Endpoint::Tcp(Address { socket, v6only: false });
+        let mut world = World { fleet, now, endpoint };
+        world.carry_out(actions);
+        world
+    }
+
+    fn event(&mut self, event: Event) {
+        let actions = self.fleet.handle(event, self.now);
+        self.carry_out(actions);
+    }
+
+    fn carry_out(&mut self, actions: Vec<Action>) {
+        let mut actions = VecDeque::from(actions);
+        while let Some(action) = actions.pop_front() {
+            let answers = match action {
+                Action::Start { worker, .. } => vec![
+                    Event::Started { worker, pid: worker.0 as i32 + 100 },
+                    Event::Listens { worker, endpoint: self.endpoint.clone() },
+                ],
+                Action::Drain { worker } => vec![Event::Drained { worker }],
+                Action::Signal { worker } => vec![Event::Ended { worker, end: End::Exited(0) }],
+                _ => Vec::new(),
+            };
+            for answer in answers {
+                actions.extend(self.fleet.handle(answer, self.now));
+            }
+        }
+    }
+}
+
+criterion_group!(benches, programs, decoding, reloads);
+criterion_main!(benches);
