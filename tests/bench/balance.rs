@@ -13,7 +13,6 @@ use crate::{Context, Options, Result, isolated, length, process};
 
 const WORKERS: u32 = 4;
 const THINK: Duration = Duration::from_millis(10);
-const STOPPED_FOR: Duration = Duration::from_secs(2);
 
 struct Experiment {
     name: &'static str,
@@ -43,7 +42,7 @@ const EXPERIMENTS: [Experiment; 5] = [
     },
     Experiment {
         name: "stopped",
-        what: "One of four workers is stopped (SIGSTOP) for 2 s; clients as above.",
+        what: "One of four workers is stopped (SIGSTOP) for 2 s (1 s in a hurry); clients as above.",
         clients: 16,
         mode: Mode::NewConnection,
         pause: THINK,
@@ -120,13 +119,12 @@ pub fn run(options: &Options) -> Result<()> {
     let peers = peers(options)?;
     let mut runs = Vec::new();
     for experiment in &EXPERIMENTS {
-        if options.only.as_ref().is_some_and(|only| !experiment.name.contains(only)) {
-            continue;
-        }
+        let wanted = |peer: &&Peer| options.wants(&format!("{}, {}", experiment.name, peer.name()));
+        let peers: Vec<&Peer> = peers.iter().filter(wanted).collect();
         for run in 0..options.runs.unwrap_or(if options.quick { 1 } else { 5 }) {
             // Alternated, and nobody always comes after the same other.
             for turn in 0..peers.len() {
-                let peer = &peers[(turn + run as usize) % peers.len()];
+                let peer = peers[(turn + run as usize) % peers.len()];
                 eprintln!("balance: {}, run {run}, {}", experiment.name, peer.name());
                 runs.push(isolated(|| measure(experiment, peer, run, options))?);
             }
@@ -148,11 +146,11 @@ fn measure(experiment: &Experiment, peer: &Peer, run: u32, options: &Options) ->
     let workers: Vec<i32> = warm.stop().counts.pids.into_keys().map(|pid| pid as i32).collect();
 
     let cpu_before = process::cpu_time(&server.pids());
-    let length = length(options, 10.0, 3.0) / experiment.rounds;
+    let length = length(options, 10.0, 2.0) / experiment.rounds;
     let reports = (0..experiment.rounds).map(|_| {
         let load = Load::start(load(experiment.mode).pause(experiment.pause));
         match experiment.stops {
-            true => stop_one(workers[0], length),
+            true => stop_one(workers[0], length, options),
             false => thread::sleep(length),
         }
         load.stop()
@@ -164,11 +162,12 @@ fn measure(experiment: &Experiment, peer: &Peer, run: u32, options: &Options) ->
 }
 
 /// Stops a worker in the midst of this time.
-fn stop_one(worker: i32, length: Duration) {
-    let pause = length.saturating_sub(STOPPED_FOR) / 2;
+fn stop_one(worker: i32, time: Duration, options: &Options) {
+    let stopped = length(options, 2.0, 1.0);
+    let pause = time.saturating_sub(stopped) / 2;
     thread::sleep(pause);
     process::signal(worker, Signal::SIGSTOP);
-    thread::sleep(STOPPED_FOR);
+    thread::sleep(stopped);
     process::signal(worker, Signal::SIGCONT);
     thread::sleep(pause);
 }
@@ -205,10 +204,11 @@ fn markdown(peers: &[Peer], runs: &[Run]) -> String {
             let name = peer.name();
             runs.iter().filter(|run| run.experiment == experiment.name && run.peer == name).collect()
         };
-        if peers.iter().all(|peer| of(peer).is_empty()) {
+        let measured = peers.iter().filter(|peer| !of(peer).is_empty());
+        let rows: Vec<Vec<String>> = measured.map(|peer| row(peer, &of(peer), runs)).collect();
+        if rows.is_empty() {
             continue;
         }
-        let rows: Vec<Vec<String>> = peers.iter().map(|peer| row(peer, &of(peer), runs)).collect();
         let header = [
             "",
             "requests/s",

@@ -68,6 +68,13 @@ pub struct Options {
     pub only: Option<String>,
 }
 
+impl Options {
+    /// Whether the part of this name is to be measured.
+    pub fn wants(&self, name: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| name.contains(only))
+    }
+}
+
 fn main() -> ExitCode {
     if let Some(file) = std::env::var_os(filter::PROBE) {
         return filter::probe(&file);

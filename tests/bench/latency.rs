@@ -27,7 +27,8 @@ struct Run {
     failed: u64,
     without_ms: Latencies,
     through_ms: Latencies,
-    timeline: Timeline,
+    /// Of the first run of those that are drawn.
+    timeline: Option<Timeline>,
 }
 
 #[derive(Serialize)]
@@ -56,8 +57,13 @@ pub struct Bucket {
     pub failed: u64,
 }
 
+/// Those whose first run is drawn, side by side.
+fn drawn() -> [Peer; 2] {
+    [Peer::ReuseRun(Vec::new()), Peer::Pm2 { wait_ready: false }]
+}
+
 pub fn run(options: &Options) -> Result<()> {
-    let mut peers = vec![Peer::ReuseRun(Vec::new()), Peer::Pm2 { wait_ready: false }];
+    let mut peers = drawn().to_vec();
     if !options.quick {
         peers.insert(1, Peer::ReuseRun(vec!["--batch", "1"]));
         peers.extend([Peer::Pm2 { wait_ready: true }, Peer::Cluster]);
@@ -69,12 +75,9 @@ pub fn run(options: &Options) -> Result<()> {
             runs.push(isolated(|| measure(peer, run, options))?);
         }
     }
-    let first = |peer: &Peer| runs.iter().find(|run| run.peer == peer.name()).map(|run| &run.timeline);
-    let columns = [Peer::ReuseRun(Vec::new()), Peer::Pm2 { wait_ready: false }];
-    let names = columns.each_ref().map(Peer::name);
-    let shown: Vec<_> =
-        names.iter().zip(&columns).filter_map(|(name, peer)| Some((&**name, first(peer)?))).collect();
-    plots::timelines(&options.out.join("reload.svg"), &shown)?;
+    let columns: Vec<(&str, &Timeline)> =
+        runs.iter().filter_map(|run| Some((&*run.peer, run.timeline.as_ref()?))).collect();
+    plots::timelines(&options.out.join("reload.svg"), &columns)?;
     let markdown = markdown(&peers, &runs);
     report::write(options, "latency", &runs, &markdown)
 }
@@ -105,7 +108,7 @@ fn measure(peer: &Peer, run: u32, options: &Options) -> Result<Run> {
         failed: report.counts.failed,
         without_ms: latencies(&report, |begin| begin < begun)?,
         through_ms: latencies(&report, |begin| begun <= begin && begin < end)?,
-        timeline: timeline(&report, begun, reload, stopped),
+        timeline: (run == 0 && drawn().contains(peer)).then(|| timeline(&report, begun, reload, stopped)),
     })
 }
 

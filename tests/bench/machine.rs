@@ -1,7 +1,7 @@
 //! What the figures were measured on.
 
-use std::fs;
 use std::process::Command;
+use std::{fmt, fs};
 
 use serde::Serialize;
 
@@ -29,6 +29,7 @@ impl Machine {
             (binary.to_str().unwrap_or("reuse-run"), "--version"),
             ("node", "--version"),
             ("nginx", "-v"),
+            ("python3", "--version"),
             ("rustc", "--version"),
         ];
         let name = |program: &str| program.rsplit('/').next().unwrap_or_default().to_owned();
@@ -42,6 +43,14 @@ impl Machine {
                 .map(|(program, option)| (name(program), first_line(program, &[option])))
                 .into(),
         }
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Machine { cpu, cores, memory_gib, kernel, date, versions } = self;
+        write!(f, "Measured on {date} UTC: {cpu}, {cores} cores, {memory_gib} GiB, Linux {kernel}")?;
+        versions.iter().try_for_each(|(_, version)| write!(f, ", {version}"))
     }
 }
 

@@ -64,7 +64,7 @@ pub fn run(options: &Options) -> Result<()> {
     let rows = rows(options);
     for (program, peer) in &rows {
         let name = format!("{}, {}", program.name(), peer.name());
-        if options.only.as_ref().is_some_and(|only| !name.contains(only)) {
+        if !options.wants(&name) {
             continue;
         }
         eprintln!("reload: {name}");
@@ -81,7 +81,8 @@ fn measure(program: Program, peer: &Peer, options: &Options) -> Result<Vec<Cell>
     let reloads = options.runs.unwrap_or(if options.quick { 1 } else { 5 });
     let mut cells = Vec::new();
     for (clients, count, mode) in CLIENTS {
-        let load = LoadOptions::new(server.address(), count).mode(mode).timeout(Duration::from_secs(5));
+        let load = LoadOptions::new(server.address(), count).mode(mode);
+        let load = load.timeout(length(options, 5.0, 2.0));
         let load = Load::start(load);
         let rest = length(options, 0.5, 0.2);
         thread::sleep(rest);

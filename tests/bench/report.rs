@@ -4,6 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::load::Report;
 use crate::machine::Machine;
@@ -57,25 +58,32 @@ pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Writes NAME.json, the machine with it, and NAME.md, and prints the latter.
+/// Writes NAME.json and NAME.md, the machine with each, and prints the latter.
 pub fn write(options: &Options, name: &str, data: &impl Serialize, markdown: &str) -> Result<()> {
-    #[derive(Serialize)]
-    struct File<'a, T> {
-        machine: Machine,
-        quick: bool,
-        seed: u32,
-        data: &'a T,
-    }
-    let file =
-        File { machine: Machine::this(&options.binary), quick: options.quick, seed: options.seed, data };
-    let json = serde_json::to_string_pretty(&file).context(name)?;
-    save(options, &format!("{name}.json"), &(json + "\n"))?;
-    save(options, &format!("{name}.md"), markdown)?;
+    let machine = Machine::this(&options.binary);
+    let text = |value: &Value| serde_json::to_string(value).context(name);
+    // A line for each run, so that what has changed can be seen.
+    let data = match serde_json::to_value(data).context(name)? {
+        Value::Array(runs) => {
+            format!("[\n{}\n]", runs.iter().map(text).collect::<Result<Vec<_>>>()?.join(",\n"))
+        }
+        other => text(&other)?,
+    };
+    let json = format!(
+        "{{\n\"machine\": {},\n\"quick\": {},\n\"seed\": {},\n\"data\": {data}\n}}\n",
+        serde_json::to_string(&machine).context(name)?,
+        options.quick,
+        options.seed,
+    );
+    let markdown =
+        format!("{markdown}\n{machine}{}\n", if options.quick { ", in a hurry (--quick)" } else { "" });
+    save(options, &format!("{name}.json"), &json)?;
+    save(options, &format!("{name}.md"), &markdown)?;
     println!("{markdown}");
     Ok(())
 }
 
-pub fn save(options: &Options, file: &str, text: &str) -> Result<()> {
+fn save(options: &Options, file: &str, text: &str) -> Result<()> {
     let path = options.out.join(file);
     fs::write(&path, text).context(&path.display().to_string())
 }
