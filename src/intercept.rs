@@ -198,6 +198,9 @@ impl Interception {
             }
         };
         let Some(socket) = pool.lent(self.borrower.worker, inode) else { return NotifResponse::Continue };
+        if let Some(own) = &bind.own {
+            carry_options_over(own.as_fd(), socket);
+        }
         match self.place(id, socket, fd, bind.close_on_exec, inode) {
             Ok(()) => {
                 debug!("worker {} (pid {tid}) binds {}", self.borrower.slot, bind.wish.address);
@@ -341,12 +344,15 @@ impl Interception {
         if !family_fits || address.socket.port() == 0 || !may_bind(tid, address.socket.port()) {
             return None;
         }
-        if is_bound(tid, fd) {
+        // Where it is refused, the socket is taken for a new one without options.
+        let own = procfs::process_of(tid).and_then(|pid| sys::pidfd_getfd(pid.as_raw(), fd)).ok();
+        if own.as_ref().is_some_and(is_bound) {
             return None; // which the kernel refuses
         }
         let flags = procfs::fd_flags(tid, fd).ok()?;
         Some(Bind {
             inode,
+            own,
             close_on_exec: flags & libc::O_CLOEXEC != 0,
             wish: Wish { address, nonblocking: flags & libc::O_NONBLOCK != 0, shares: options.shares },
         })
@@ -427,6 +433,7 @@ impl AsFd for Interception {
 struct Bind {
     /// Of the socket that the worker made.
     inode: u64,
+    own: Option<OwnedFd>,
     close_on_exec: bool,
     wish: Wish,
 }
@@ -450,12 +457,46 @@ fn same_rights(tid: Pid) -> bool {
     matches!((procfs::credentials(tid), procfs::credentials(Pid::this())), (Ok(its), Ok(ours)) if its == ours)
 }
 
-/// Whether a socket has a port already, by its connection or by a bind that was not ours. Where that can't
-/// be found out it is taken for a new one.
-fn is_bound(tid: Pid, fd: u32) -> bool {
-    let copy = procfs::process_of(tid).and_then(|pid| sys::pidfd_getfd(pid.as_raw(), fd));
-    let address = copy.and_then(|copy| socket2::SockRef::from(&copy).local_addr());
+/// Whether a socket has a port already, by its connection or by a bind that was not ours.
+fn is_bound(socket: &OwnedFd) -> bool {
+    let address = socket2::SockRef::from(socket).local_addr();
     address.is_ok_and(|address| address.as_socket().is_some_and(|address| address.port() != 0))
+}
+
+/// Options that a connection has from its listener and that programs set before they bind: level and name.
+const CARRIED_OVER: [(i32, i32); 13] = [
+    (libc::IPPROTO_TCP, libc::TCP_NODELAY),
+    (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT),
+    (libc::IPPROTO_TCP, libc::TCP_FASTOPEN),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPCNT),
+    (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT),
+    (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT),
+    (libc::IPPROTO_IP, libc::IP_TOS),
+    (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
+    (libc::SOL_SOCKET, libc::SO_PRIORITY),
+    (libc::SOL_SOCKET, libc::SO_RCVBUF),
+    (libc::SOL_SOCKET, libc::SO_SNDBUF),
+];
+
+/// Gives `ours` the options of a worker's own socket. Those of the worker that had it before go, too.
+fn carry_options_over(own: BorrowedFd, ours: BorrowedFd) {
+    for (level, name) in CARRIED_OVER {
+        let (Ok(wanted), Ok(had)) =
+            (sys::socket_option(own, level, name), sys::socket_option(ours, level, name))
+        else {
+            continue;
+        };
+        // The kernel tells twice what was asked for: socket(7).
+        let is_buffer = level == libc::SOL_SOCKET && [libc::SO_RCVBUF, libc::SO_SNDBUF].contains(&name);
+        let value = if is_buffer { wanted / 2 } else { wanted };
+        if wanted != had
+            && let Err(error) = sys::set_socket_option(ours, level, name, value)
+        {
+            debug!("socket option {level}/{name} is not carried over: {error}");
+        }
+    }
 }
 
 /// Whether a thread could do itself what the wrapper would do for it: it is in the same network namespace,

@@ -169,10 +169,25 @@ pub fn set_min_ttl(socket: BorrowedFd, ipv6: bool, ttl: u8) -> io::Result<()> {
     const IPV6_MINHOPCOUNT: c_int = 73; // linux/in6.h
     let (level, option) =
         if ipv6 { (libc::IPPROTO_IPV6, IPV6_MINHOPCOUNT) } else { (libc::IPPROTO_IP, libc::IP_MINTTL) };
-    let ttl = c_int::from(ttl);
-    let length = size_of::<c_int>() as libc::socklen_t;
+    set_socket_option(socket, level, option, ttl.into())
+}
+
+/// getsockopt(2) of an option whose value is an int.
+pub fn socket_option(socket: BorrowedFd, level: c_int, name: c_int) -> io::Result<c_int> {
+    let mut value: c_int = 0;
+    let mut len = size_of::<c_int>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, one int, through the pointer.
+    check(unsafe {
+        libc::getsockopt(socket.as_raw_fd(), level, name, (&raw mut value).cast(), &raw mut len)
+    })?;
+    Ok(value)
+}
+
+/// setsockopt(2) of an option whose value is an int.
+pub fn set_socket_option(socket: BorrowedFd, level: c_int, name: c_int, value: c_int) -> io::Result<()> {
+    let len = size_of::<c_int>() as libc::socklen_t;
     // SAFETY: the kernel reads one int through the pointer.
-    check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const ttl).cast(), length) })?;
+    check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), len) })?;
     Ok(())
 }
 

@@ -93,6 +93,26 @@ fn ipv4_and_ipv6_wildcards_on_one_port_are_two_addresses() {
 }
 
 #[test]
+fn options_that_are_set_before_bind_are_there_after_it_and_gone_with_the_program_that_set_them() {
+    let port = free_port();
+    let command = ["python3", &app("python/binds.py"), "options", &port.to_string()].map(str::to_owned);
+    let mut service = Service::run_ready("-n 1", &command);
+    service.reload();
+    service.reload(); // to the socket that the first generation had
+    wait_until("three have told", DEADLINE, || service.out.count_of("options: ") == 3);
+    let lines = service.out.all().into_iter().map(|line| line.text);
+    let told: Vec<(String, String)> = lines
+        .filter_map(|line| {
+            let (before, after) = line.strip_prefix("options: ")?.split_once(" before, ")?;
+            Some((before.to_owned(), after.strip_suffix(" after")?.to_owned()))
+        })
+        .collect();
+    assert!(told.iter().all(|(before, after)| before == after), "{told:?}");
+    assert_ne!(told[0], told[2], "only the first sets any");
+    service.stop();
+}
+
+#[test]
 fn a_replacement_that_listens_on_some_of_the_addresses_is_named_and_given_up() {
     let (kept, missing) = (free_address(), free_address());
     let deployment = Deployment::new(&format!("--listen {kept} --listen {missing}"));

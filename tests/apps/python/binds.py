@@ -2,6 +2,7 @@
 
 others:    a UDP socket on the same number, a Unix socket, and a TCP socket on port 0
 wildcards: the port on 0.0.0.0 and on [::], two listeners
+options:   the port; in the first generation with options set before, and says which there were before and after
 """
 import os
 import socket
@@ -30,6 +31,28 @@ class Server6(ThreadingHTTPServer):
     def server_bind(self):
         self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         super().server_bind()
+
+
+class Server4(ThreadingHTTPServer):
+    def options(self):
+        names = [
+            (socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE), (socket.SOL_SOCKET, socket.SO_SNDBUF),
+            (socket.IPPROTO_IP, socket.IP_TOS), (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+        ]
+        return [self.socket.getsockopt(*name) for name in names]
+
+    def server_bind(self):
+        if os.environ.get('REUSE_RUN_GENERATION') == '1':
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 77)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 50000)
+            self.socket.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, 16)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1234)
+        before = self.options()
+        super().server_bind()
+        say('options: {} before, {} after'.format(before, self.options()))
 
 
 def say(line):
@@ -63,6 +86,8 @@ if what == 'others':
     servers = [ThreadingHTTPServer(('127.0.0.1', port), Handler)]
 elif what == 'wildcards':
     servers = [Server6(('::', port), Handler), ThreadingHTTPServer(('0.0.0.0', port), Handler)]
+elif what == 'options':
+    servers = [Server4(('127.0.0.1', port), Handler)]
 
 for server in servers[1:]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
