@@ -143,7 +143,8 @@ fn markdown(figures: &[Figure]) -> String {
                     which is the first line of each table: their median over all runs, and the quartiles. CPU is \
                     user and system time of all processes of the server.\n\n"
         .to_owned();
-    let mut tables: Vec<(&str, &str)> = figures.iter().map(|figure| (figure.group, figure.clients)).collect();
+    let first_runs = figures.iter().filter(|figure| figure.run == 0);
+    let mut tables: Vec<(&str, &str)> = first_runs.map(|figure| (figure.group, figure.clients)).collect();
     tables.dedup();
     for (group, clients) in tables {
         let own: Vec<&Figure> =
