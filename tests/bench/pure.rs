@@ -6,6 +6,8 @@
 
 #[path = "../../src/address.rs"]
 mod address;
+#[path = "../../src/balance.rs"]
+mod balance;
 #[path = "../../src/bpf.rs"]
 mod bpf;
 #[path = "../../src/filter.rs"]
@@ -14,12 +16,14 @@ mod filter;
 mod fleet;
 #[path = "../../src/procfs.rs"]
 mod procfs;
+#[path = "../../src/queues.rs"]
+mod queues;
 #[path = "../../src/steering.rs"]
 mod steering;
 #[path = "../../src/sys.rs"]
 mod sys;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::hint::black_box;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -27,8 +31,9 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 use address::{Address, Endpoint};
+use balance::Balance;
 use fleet::{Action, End, Event, Fleet, Policy, Readiness, Rollout};
-use steering::{Share, Targets};
+use steering::{MemberId, Share, Targets};
 
 const SIZES: [u32; 3] = [10, 100, 1000];
 
@@ -41,6 +46,19 @@ fn programs(criterion: &mut Criterion) {
         group.throughput(Throughput::Elements(n.into()));
         group.bench_with_input(BenchmarkId::from_parameter(n), &targets, |bencher, targets| {
             bencher.iter(|| steering::program(black_box(targets)));
+        });
+    }
+}
+
+/// What a look at n accept queues has found, each with a connection that waits.
+fn looks(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("look at accept queues");
+    for n in SIZES {
+        let queues: BTreeMap<MemberId, u32> = (0..n).map(|id| (MemberId(id), 1)).collect();
+        let (mut balance, now) = (Balance::default(), Instant::now());
+        group.throughput(Throughput::Elements(n.into()));
+        group.bench_function(BenchmarkId::from_parameter(n), |bencher| {
+            bencher.iter(|| balance.look(black_box(&queues), |_| None, now));
         });
     }
 }
@@ -118,5 +136,5 @@ impl World {
     }
 }
 
-criterion_group!(benches, programs, decoding, reloads);
+criterion_group!(benches, programs, looks, decoding, reloads);
 criterion_main!(benches);
