@@ -125,6 +125,8 @@ fn the_dockerfile_is_one_to_buildkit_and_its_entrypoint_starts_and_its_healthche
     let instructions = parse("dockerfile", "Dockerfile");
     let all: Vec<&Value> = instructions.as_array().expect("a list").iter().collect();
     let last = |name: &str| *all.iter().rfind(|instruction| instruction["cmd"] == name).expect(name);
+    let known = ["FROM", "COPY", "RUN", "WORKDIR", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT", "CMD"];
+    assert!(all.iter().all(|instruction| known.iter().any(|known| instruction["cmd"] == *known)));
     for in_exec_form in ["ENTRYPOINT", "CMD", "HEALTHCHECK"] {
         assert_eq!(last(in_exec_form)["json"], true, "{in_exec_form}");
     }

@@ -270,7 +270,8 @@ impl Container {
 
     #[track_caller]
     pub fn wait_until_ready(&self) {
-        let over = |line: &str| !line.starts_with("reuse-run[") || line.contains("generation 1 is ready");
+        // Otherwise it is an error, the runtime's or reuse-run's.
+        let over = |line: &str| line.contains("generation 1 is ready") || line.contains("error");
         let line = self.service.wait_for_line_where(0, "tells how the start went", over);
         assert!(line.text.contains("reuse-run[1]: generation 1 is ready"), "{}", self.service.log.text());
     }
