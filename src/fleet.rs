@@ -441,9 +441,9 @@ impl Fleet {
             Event::Abort => self.abort_asked(now),
             Event::Scale(workers) => self.scale_asked(workers),
             Event::Stop { signal } => self.stop_asked(signal, now),
-            Event::Tick => {}
+            Event::Tick => self.tick(now),
         }
-        self.tick(now);
+        self.restart(now);
         self.settle(now);
         std::mem::take(&mut self.actions)
     }
@@ -685,10 +685,8 @@ impl Fleet {
     }
 
     fn listens(&mut self, id: WorkerId, endpoint: Endpoint, now: Instant) {
-        let others =
-            self.workers.iter().filter(|(other, _)| **other != id).map(|(_, worker)| &worker.endpoints);
-        let before = self.slots.iter().map(|slot| &slot.endpoints);
-        if others.chain(before).any(|endpoints| endpoints.contains(&endpoint)) {
+        let newly_shared = !self.is_public(&endpoint) && self.is_anothers(id, &endpoint);
+        if newly_shared {
             self.shared.insert(endpoint.clone());
         }
         let Some(worker) = self.workers.get_mut(&id) else { return };
@@ -696,7 +694,7 @@ impl Fleet {
         match worker.state {
             State::Starting { ready_by, hint_at } if self.policy.readiness == Readiness::Listen => {
                 worker.state = State::Starting { ready_by, hint_at: hint_at.or(Some(now + HINT_AFTER)) };
-                self.look_again(now);
+                if newly_shared { self.look_again(now) } else { self.look_again_at(id, now) }
             }
             State::Ready => {
                 self.remember_endpoints(id);
@@ -704,6 +702,14 @@ impl Fleet {
             }
             _ => {}
         }
+    }
+
+    /// Whether another worker than this one listens there, or has.
+    fn is_anothers(&self, id: WorkerId, endpoint: &Endpoint) -> bool {
+        let others = self.workers.iter().filter(|(other, _)| **other != id);
+        let others = others.map(|(_, worker)| &worker.endpoints);
+        let before = self.slots.iter().map(|slot| &slot.endpoints);
+        others.chain(before).any(|endpoints| endpoints.contains(endpoint))
     }
 
     fn stopped_listening(&mut self, id: WorkerId, endpoint: &Endpoint, now: Instant) {
@@ -725,20 +731,21 @@ impl Fleet {
         self.actions.push(Action::Steer);
     }
 
-    /// A worker that starts may have what it takes by now: another listens where it does, or its predecessor
-    /// has stopped to.
+    /// Workers that start may have what it takes by now: another listens where they do, or their predecessors
+    /// have stopped to.
     fn look_again(&mut self, now: Instant) {
-        if self.policy.readiness != Readiness::Listen {
-            return;
-        }
         let starting = |worker: &Worker| matches!(worker.state, State::Starting { .. });
         let candidates = self.workers.iter().filter(|(_, worker)| starting(worker)).map(|(id, _)| *id);
-        for id in candidates.collect::<Vec<_>>() {
-            let is_public = |endpoint| self.is_public(endpoint);
-            let listens = self.workers.get(&id).is_some_and(|worker| worker.endpoints.iter().any(is_public));
-            if listens && self.missing(id).is_empty() {
-                self.ready(id, now);
-            }
+        candidates.collect::<Vec<_>>().into_iter().for_each(|id| self.look_again_at(id, now));
+    }
+
+    fn look_again_at(&mut self, id: WorkerId, now: Instant) {
+        let Some(worker) = self.workers.get(&id) else { return };
+        let is_starting = matches!(worker.state, State::Starting { .. });
+        let listens = worker.endpoints.iter().any(|endpoint| self.is_public(endpoint));
+        if self.policy.readiness == Readiness::Listen && is_starting && listens && self.missing(id).is_empty()
+        {
+            self.ready(id, now);
         }
     }
 
@@ -1119,23 +1126,23 @@ impl Fleet {
 
     /// Ends what has nothing left to wait for, and begins what waited for that.
     fn settle(&mut self, now: Instant) {
-        let other = self.workers.values().any(|worker| !self.serves(worker));
+        let other = || self.workers.values().any(|worker| !self.serves(worker));
         match self.phase {
-            Phase::Retiring { since, next } if !other && next < self.slots.len() => {
+            Phase::Retiring { since, next } if !other() && next < self.slots.len() => {
                 self.start_batch(since, next, now);
             }
-            Phase::Retiring { since, .. } if !other => {
+            Phase::Retiring { since, .. } if !other() => {
                 self.phase = Phase::Serving;
                 let (generation, took) = (self.generation, millis(now - since));
                 self.info(format!("reload done after {took}: generation {generation} serves alone"));
                 self.announce_serving();
                 self.reload_ended(Ok(()), None, now);
             }
-            Phase::Abandoning if !other => {
+            Phase::Abandoning if !other() => {
                 self.phase = Phase::Serving;
                 self.announce_serving();
             }
-            Phase::Scaling { from } if !other && self.are_scaled(from) => {
+            Phase::Scaling { from } if !other() && self.are_scaled(from) => {
                 self.phase = Phase::Serving;
                 self.info(format!("scaling done: {}", self.composition()));
                 self.announce_serving();
@@ -1303,6 +1310,13 @@ impl Fleet {
         {
             self.switch(since, 0, now);
         }
+        for id in self.workers.keys().copied().collect::<Vec<_>>() {
+            self.tick_worker(id, now);
+        }
+    }
+
+    /// Starts workers whose time has come, which is at once after some events.
+    fn restart(&mut self, now: Instant) {
         for slot in 0..self.slots.len() {
             let generation = self.slots[slot].generation;
             if self.slots[slot].restart_at.is_some_and(|at| at <= now) {
@@ -1313,9 +1327,6 @@ impl Fleet {
                 self.slots[slot].reset_at = None;
                 self.actions.push(Action::ResetQueue { slot: slot as u32, generation });
             }
-        }
-        for id in self.workers.keys().copied().collect::<Vec<_>>() {
-            self.tick_worker(id, now);
         }
     }
 
