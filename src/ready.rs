@@ -1,8 +1,12 @@
 //! The ways a worker says that it is ready: a byte on a pipe, a message on Node's IPC channel, or one to
 //! a socket as systemd has it. Reading them never blocks.
 
+use std::env;
+use std::fs::{self, Permissions};
+use std::hash::{BuildHasher, RandomState};
 use std::io::{self, IoSliceMut, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -130,8 +134,8 @@ impl Lines {
     }
 }
 
-/// A worker's own NOTIFY_SOCKET (sd_notify(3)), in the abstract namespace (unix(7)), so that it needs no
-/// directory to write to and leaves nothing behind.
+/// A worker's own NOTIFY_SOCKET (sd_notify(3)). It has a path, since Puma ends when it is given an abstract
+/// name; where there is no folder to write to it has one all the same (unix(7)).
 #[derive(Debug)]
 pub struct NotifySocket {
     socket: OwnedFd,
@@ -142,8 +146,11 @@ impl NotifySocket {
     pub fn new() -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket = socket(AddressFamily::Unix, SockType::Datagram, flags, None)?;
-        // Anyone in the network namespace can find the name: whoever isn't us is not listened to.
+        // Anyone can find it: whoever isn't us is not listened to.
         setsockopt(&socket, sockopt::PassCred, &true)?;
+        if let Some(name) = bind_to_path(&socket) {
+            return Ok(Self { name, socket });
+        }
         // Bound to no name, it gets a unique one from the kernel ("autobind").
         bind(socket.as_raw_fd(), &UnixAddr::new_unnamed())?;
         let address: UnixAddr = getsockname(socket.as_raw_fd())?;
@@ -200,6 +207,26 @@ impl NotifySocket {
         }
         said
     }
+}
+
+impl Drop for NotifySocket {
+    fn drop(&mut self) {
+        if self.name.starts_with('/') {
+            let _ = fs::remove_file(&self.name);
+        }
+    }
+}
+
+/// Gives a socket a path that nobody has, if it can be.
+fn bind_to_path(socket: &OwnedFd) -> Option<String> {
+    // Random, for what was killed has left its own behind.
+    let name = format!("reuse-run-notify-{:016x}", RandomState::new().hash_one(()));
+    let path = env::temp_dir().join(name);
+    let path = path.to_str().filter(|path| path.starts_with('/'))?.to_owned();
+    bind(socket.as_raw_fd(), &UnixAddr::new(path.as_str()).ok()?).ok()?;
+    // For a worker that has become another user.
+    let _ = fs::set_permissions(&path, Permissions::from_mode(0o666));
+    Some(path)
 }
 
 impl AsFd for NotifySocket {
@@ -289,7 +316,7 @@ mod tests {
         use nix::sys::socket::{ControlMessage, sendmsg};
         let notify = NotifySocket::new().unwrap();
         let worker = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::empty(), None).unwrap();
-        let address = UnixAddr::new_abstract(&notify.name().as_bytes()[1..]).unwrap();
+        let address = UnixAddr::new(notify.name()).unwrap();
         let send = |text: &[u8], rights: &[RawFd]| {
             let rights = [ControlMessage::ScmRights(rights)];
             let rights = if rights[0] == ControlMessage::ScmRights(&[]) { &[][..] } else { &rights[..] };
@@ -302,5 +329,8 @@ mod tests {
         drop(its);
         assert_eq!(notify.read(Pid::this()), [Said::Ready]);
         assert_eq!(unistd::read(&barrier, &mut [0]), Ok(0), "the wrapper has closed its copy");
+        let path = notify.name().to_owned();
+        drop(notify);
+        assert!(!fs::exists(path).unwrap(), "nothing is left behind");
     }
 }

@@ -410,7 +410,7 @@ fn stranger(program: &str, rest: &[&str]) -> Vec<String> {
     let begin = "import os, socket, struct, sys, time\n\
         def say(text, fds=()):\n\
         \x20   with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:\n\
-        \x20       client.connect('\\0' + os.environ['NOTIFY_SOCKET'][1:])\n\
+        \x20       client.connect(os.environ['NOTIFY_SOCKET'])\n\
         \x20       socket.send_fds(client, [text], fds)\n\
         os.write(int(os.environ['READY_FD']), b'\\n')\n\
         while not os.path.exists(sys.argv[1]): time.sleep(0.01)\n";
