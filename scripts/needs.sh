@@ -1,11 +1,13 @@
 # To be sourced: what the scripts need that isn't this project's.
 
 # need COMMAND=PACKAGE...: installs the Debian packages of the commands that are missing, which takes
-# root; anywhere else it names the commands and ends the script.
+# root; anywhere else it names the commands and ends the script. A file's path will do for a command.
 need() {
   local pair missing=() packages=()
   for pair; do
-    command -v "${pair%%=*}" >/dev/null && continue
+    if [[ -e ${pair%%=*} ]] || command -v "${pair%%=*}" >/dev/null; then
+      continue
+    fi
     missing+=("${pair%%=*}")
     packages+=("${pair#*=}")
   done
@@ -15,13 +17,23 @@ need() {
   if [[ -e /etc/debian_version && $EUID -eq 0 ]]; then
     echo "${0##*/}: installing ${packages[*]}" >&2
     apt-get -qq update
-    # In runlevel 1 no service is started with its package (invoke-rc.d(8)).
-    RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends "${packages[@]}" >/dev/null
+    install_debian_packages "${packages[@]}"
   else
     echo "${0##*/}: missing: ${missing[*]} (Debian packages: ${packages[*]})" >&2
     exit 1
   fi
 }
+
+# Installs packages without starting the services in them.
+install_debian_packages() (
+  policy=/usr/sbin/policy-rc.d
+  if [[ ! -e $policy ]]; then
+    trap 'rm -f "$policy"' EXIT
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod +x "$policy"
+  fi
+  DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends "$@" >/dev/null
+)
 
 # Rust comes from rustup: what distributions have is often too old.
 need_rust() {
@@ -47,4 +59,9 @@ install_python_packages() {
       --upgrade --target "$1" --requirement "$2"
     cp "$2" "$1/requirements.txt"
   fi
+}
+
+# What the servers in tests/servers need, as pairs for `need`.
+servers_needs() {
+  sed -n 's/^needs = "\(.*\)"$/\1/p' tests/servers/*/server.toml | tr ' ' '\n' | sort -u
 }

@@ -1,0 +1,449 @@
+//! Software that knows nothing of reuse-run, replaced five times under load: a test for each folder of
+//! tests/servers, which is a server and its `server.toml`. What becomes of the requests is written to
+//! target/servers.md, and with UPDATE_SERVERS=1 to tests/servers/RESULTS.md if all went well.
+
+mod common;
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::net::SocketAddr;
+use std::num::NonZero;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use common::load::{Failure, Kind, Load, LoadOptions, Mode, Report};
+use common::{DEADLINE, Folder, Service, arguments, free_port, reuse_run, wait_until};
+use libtest_mimic::{Arguments, Trial};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::Deserialize;
+
+const RELOADS: u32 = 5;
+/// Clients at each address that open a connection for each request.
+const NEW_CONNECTIONS: usize = 6;
+/// Their requests a second. Not full speed: what is tested are the servers' ways to start and to stop.
+const RATE: f64 = 300.0;
+/// Clients at each address that keep theirs, and think between an answer and the next request.
+const KEEP_ALIVE: usize = 8;
+const THINK: Duration = Duration::from_millis(100);
+
+/// In the place of numbers: there are no connections to keep.
+const CLOSES: &str = "closes";
+
+/// A server: what its `server.toml` says. Commands are given to a shell, in the server's folder and with
+/// the variables of [`environment`].
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Manifest {
+    title: String,
+    /// `COMMAND=PACKAGE`, separated by spaces: the Debian packages that scripts/test installs.
+    #[serde(default, rename = "needs")]
+    _needs: String,
+    /// Prints the version, which is the first word with a digit and a dot.
+    version: String,
+    /// Prepares the server: compiles it, say.
+    build: Option<String>,
+    /// Where it is asked.
+    #[serde(default = "loopback")]
+    addresses: Vec<String>,
+    /// How often, if it can't answer [`RATE`] new connections a second.
+    #[serde(default = "usual_rate")]
+    rate: f64,
+    /// As it is, without any handling of signals.
+    naive: Option<Variant>,
+    /// With the graceful stop that its platform has.
+    graceful: Option<Variant>,
+}
+
+fn loopback() -> Vec<String> {
+    vec!["127.0.0.1:$PORT".to_owned()]
+}
+
+fn usual_rate() -> f64 {
+    RATE
+}
+
+/// A way to run a server.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Variant {
+    run: String,
+    /// Options of reuse-run.
+    #[serde(default)]
+    options: String,
+    /// Why requests on new connections fail, which otherwise they must not.
+    loses: Option<String>,
+    /// Why requests on kept connections fail otherwise than by a connection that was closed under them.
+    loses_kept: Option<String>,
+    /// What else there is to say about requests on kept connections.
+    note: Option<String>,
+}
+
+/// What became of the requests to one variant, a report for each address.
+struct Outcome {
+    new: Vec<Report>,
+    kept: Vec<Report>,
+}
+
+/// A row of the table.
+struct Row {
+    manifest: Manifest,
+    version: String,
+    naive: Option<Outcome>,
+    graceful: Option<Outcome>,
+}
+
+type Rows = BTreeMap<String, Row>;
+
+fn main() {
+    let servers = servers();
+    let update = std::env::var_os("UPDATE_SERVERS").is_some();
+    let rows: Arc<Mutex<Rows>> = Arc::default();
+    let mut trials: Vec<Trial> = servers
+        .iter()
+        .cloned()
+        .map(|name| {
+            let rows = Arc::clone(&rows);
+            Trial::test(name.clone(), move || Ok(test(&name, &rows)?))
+        })
+        .collect();
+    if !update {
+        trials.push(Trial::test("the_table_is_of_these_servers", || Ok(results_are_of_these_servers()?)));
+    }
+    let arguments = Arguments::from_args();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    let rows = rows.lock().unwrap_or_else(PoisonError::into_inner);
+    if !rows.is_empty() {
+        let table = table(&rows);
+        fs::write(target().join("servers.md"), &table).expect("write the table");
+        if update && rows.len() == servers.len() && !conclusion.has_failed() {
+            fs::write(folder("RESULTS.md"), &table).expect("write the table");
+        }
+    }
+    conclusion.exit();
+}
+
+/// Whether tests/servers/RESULTS.md, but for its numbers, is what a run would write now.
+fn results_are_of_these_servers() -> Result<(), String> {
+    let mut rows = Rows::new();
+    for name in servers() {
+        let row = Row { manifest: manifest(&name)?, version: String::new(), naive: None, graceful: None };
+        rows.insert(name, row);
+    }
+    let without_numbers = |text: &str| {
+        let lines = text.lines().filter(|line| !line.starts_with(MEASURED));
+        lines
+            .map(|line| line.split_inclusive(" | ").next().unwrap_or_default().to_owned())
+            .collect::<Vec<_>>()
+    };
+    let results = fs::read_to_string(folder("RESULTS.md")).map_err(|error| format!("RESULTS.md: {error}"))?;
+    let (is, should) = (without_numbers(&results), without_numbers(&table(&rows)));
+    if is == should {
+        return Ok(());
+    }
+    let first = is.iter().zip(&should).find(|(is, should)| is != should);
+    Err(format!(
+        "stale, write it by UPDATE_SERVERS=1 scripts/test --test servers; the first difference: {first:?}"
+    ))
+}
+
+fn manifest(name: &str) -> Result<Manifest, String> {
+    let text = fs::read_to_string(folder(name).join("server.toml")).map_err(|error| error.to_string())?;
+    toml::from_str(&text).map_err(|error| format!("{name}/server.toml: {error}"))
+}
+
+/// The names of the folders that hold a server.
+fn servers() -> Vec<String> {
+    let entries = fs::read_dir(folder("")).expect("read tests/servers").flatten();
+    let mut names: Vec<String> = entries
+        .filter(|entry| entry.path().join("server.toml").exists())
+        .map(|entry| entry.file_name().into_string().expect("a name in UTF-8"))
+        .collect();
+    names.sort();
+    names
+}
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/servers").join(name)
+}
+
+fn target() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("target")
+}
+
+/// Runs all there is of a server; the error says what was wrong with each variant.
+fn test(name: &str, rows: &Mutex<Rows>) -> Result<(), String> {
+    let manifest = manifest(name)?;
+    let mut errors = Vec::new();
+
+    if let Some(build) = &manifest.build {
+        output(&mut shell(name, build, &environment(name)))?;
+    }
+    let version = version(&output(&mut shell(name, &manifest.version, &environment(name)))?);
+    let mut run = |kind: &str, variant: &Option<Variant>| {
+        let variant = variant.as_ref()?;
+        // On a thread of its own, which has a network of its own; this one's reaches the registries.
+        let outcome = thread::scope(|scope| {
+            let thread = scope.spawn(|| reload_under_load(name, &manifest, variant));
+            thread.join().map_err(|panic| panic_message(&*panic))
+        });
+        let outcome = match outcome {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                errors.push(format!("{kind}: {error}"));
+                return None;
+            }
+        };
+        for report in &outcome.new {
+            println!("{name} {kind}, new connections: {report}");
+        }
+        for report in &outcome.kept {
+            println!("{name} {kind}, kept connections: {report}");
+        }
+        if let Err(error) = check(kind, variant, &outcome) {
+            errors.push(format!("{kind}: {error}"));
+        }
+        Some(outcome)
+    };
+    let naive = run("naive", &manifest.naive);
+    let graceful = run("graceful", &manifest.graceful);
+    let row = Row { manifest, version, naive, graceful };
+    rows.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), row);
+    if errors.is_empty() { Ok(()) } else { Err(errors.join("\n")) }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic").to_owned()
+}
+
+/// Two workers under load from all sides, replaced five times.
+fn reload_under_load(name: &str, manifest: &Manifest, variant: &Variant) -> Outcome {
+    let scratch = Folder::new();
+    for generation in 1..=RELOADS + 1 {
+        let site = scratch.path(&format!("site/{generation}"));
+        fs::create_dir_all(&site).expect("make a site");
+        fs::write(format!("{site}/index.html"), format!("generation={generation}\n")).expect("write a page");
+    }
+    let ports = [free_port(), free_port()].map(|port| port.to_string());
+    let mut variables = environment(name);
+    variables.insert("PORT", ports[0].clone());
+    variables.insert("PORT_2", ports[1].clone());
+    variables.insert("SCRATCH", scratch.path("").trim_end_matches('/').to_owned());
+    variables.insert("SITE", scratch.path("site"));
+    // Some servers write there, two of them to the same file.
+    variables.insert("HOME", variables["SCRATCH"].clone());
+    let addresses: Vec<SocketAddr> = manifest
+        .addresses
+        .iter()
+        .map(|text| text.replace("$PORT_2", &ports[1]).replace("$PORT", &ports[0]))
+        .map(|text| text.parse().expect("an address"))
+        .collect();
+
+    let _leftovers = Leftovers;
+    let mut command = reuse_run();
+    command.args(arguments(&format!("-n 2 {}", variant.options), &["sh", "-c", &variant.run]));
+    command.current_dir(folder(name)).envs(&variables);
+    let mut service = Service::spawn(command);
+    service.wait_for_line("generation 1 is ready");
+
+    let load = |mode: Mode, clients: usize, rate: Option<f64>| {
+        let each = addresses.iter().map(|addr| {
+            Load::start(LoadOptions { rate, ..LoadOptions::new(*addr, clients) }.mode(mode).record())
+        });
+        each.collect::<Vec<Load>>()
+    };
+    let new = load(Mode::NewConnection, NEW_CONNECTIONS, Some(manifest.rate / addresses.len() as f64));
+    let kept = load(Mode::KeepAlive { think: THINK }, KEEP_ALIVE, None);
+    // A server that loses answers all the same before long; one that never does shows here.
+    let answers = |generation: u32| {
+        wait_until(&format!("answers of generation {generation} at every address"), DEADLINE, || {
+            let of = |load: &Load| load.snapshot().generations.get(&generation).copied().unwrap_or(0);
+            new.iter().all(|load| of(load) >= 50) && kept.iter().all(|load| of(load) >= 20)
+        });
+    };
+    answers(1);
+    for reload in 1..=RELOADS {
+        service.reload();
+        answers(reload + 1);
+    }
+    let stop = |loads: Vec<Load>| loads.into_iter().map(Load::stop).collect();
+    let outcome = Outcome { kept: stop(kept), new: stop(new) };
+    service.signal(Signal::SIGTERM);
+    let status = service.wait_end();
+    // Those that are known to get stuck have a --stop-timeout of their own, past which they are killed.
+    let in_order = status.success() || variant.options.contains("--stop-timeout");
+    assert!(in_order, "{status} of reuse-run after SIGTERM; log:\n{}", service.log.text());
+    let left = neighbours();
+    assert!(left.is_empty(), "left behind: {left:?}; log:\n{}", service.log.text());
+    outcome
+}
+
+/// What a variant's manifest promises.
+fn check(kind: &str, variant: &Variant, outcome: &Outcome) -> Result<(), String> {
+    let all: Vec<u32> = (1..=RELOADS + 1).collect();
+    for report in outcome.new.iter().chain(&outcome.kept) {
+        let generations: Vec<u32> = report.counts.generations.keys().copied().collect();
+        if generations != all {
+            return Err(format!("answered by generations {generations:?}"));
+        }
+    }
+    for report in &outcome.new {
+        if report.counts.failed > 0 && variant.loses.is_none() {
+            return Err(format!("requests on new connections failed: {report}"));
+        }
+        if !report.stale().is_empty() {
+            return Err(format!("{} answers of a generation after a newer one's", report.stale().len()));
+        }
+    }
+    for report in &outcome.kept {
+        let tolerated = |failure: &&Failure| {
+            let closed_under_it = match failure.kind {
+                Kind::EndOfFile | Kind::Reset => true,
+                // It ends wherever it is, be it in the middle of an answer.
+                Kind::Truncated => kind == "naive",
+                _ => false,
+            };
+            failure.on_reused_connection && (closed_under_it || variant.loses_kept.is_some())
+        };
+        let others = report.counts.failed - report.failures.iter().filter(tolerated).count() as u64;
+        if others > 0 {
+            return Err(format!("{others} requests failed, but not by a kept connection's end: {report}"));
+        }
+    }
+    Ok(())
+}
+
+/// The variables that every command finds. While the server runs there are moreover: PORT and PORT_2, which
+/// are free; SCRATCH, an empty folder; SITE, one with a static site `$SITE/$REUSE_RUN_GENERATION` for each.
+fn environment(name: &str) -> BTreeMap<&'static str, String> {
+    let text = |path: PathBuf| path.into_os_string().into_string().expect("a path in UTF-8");
+    let build = target().join("servers").join(name);
+    fs::create_dir_all(&build).expect("make the folder of what is built");
+    let path = std::env::var("PATH").unwrap_or_default();
+    let commands = text(folder("node_modules/.bin"));
+    BTreeMap::from([
+        // What the server's `build` makes is kept here.
+        ("BUILD", text(build)),
+        // Some servers are where ordinary users do not look, or come from npm.
+        ("PATH", format!("{path}:/usr/sbin:/sbin:{commands}")),
+        ("PYTHONPATH", text(target().join("servers-python"))),
+        ("PYTHONDONTWRITEBYTECODE", "1".to_owned()),
+    ])
+}
+
+fn shell(name: &str, text: &str, variables: &BTreeMap<&str, String>) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-e", "-c", text]).current_dir(folder(name)).envs(variables).stdin(Stdio::null());
+    command
+}
+
+/// What a command that must succeed printed.
+fn output(command: &mut Command) -> Result<String, String> {
+    let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    if output.status.success() { Ok(text) } else { Err(format!("{command:?}: {}\n{text}", output.status)) }
+}
+
+/// The first word that looks like a version, without what a distribution adds.
+fn version(text: &str) -> String {
+    let is_part = |c: char| c.is_ascii_digit() || c == '.';
+    let words = text.split(|c: char| c.is_whitespace() || "/\"'(),".contains(c));
+    let words = words.map(|word| word.trim_start_matches(|c: char| !c.is_ascii_digit()));
+    let mut versions = words.map(|word| word.split(|c| !is_part(c)).next().unwrap_or_default());
+    versions.find(|word| word.contains('.')).unwrap_or("unknown").to_owned()
+}
+
+/// The other processes in this thread's network namespace, which are all that its server ever started.
+fn neighbours() -> Vec<i32> {
+    let network = fs::read_link("/proc/thread-self/ns/net").expect("a network namespace");
+    let pids = fs::read_dir("/proc").expect("read /proc").flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let is_near = |pid: &i32| fs::read_link(format!("/proc/{pid}/ns/net")).is_ok_and(|its| its == network);
+    pids.filter(|pid| *pid != std::process::id() as i32).filter(is_near).collect()
+}
+
+/// Ends whatever a test leaves behind, even what hid from [`Service`] by another environment.
+struct Leftovers;
+
+impl Drop for Leftovers {
+    fn drop(&mut self) {
+        for pid in neighbours() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
+/// How the line of the results begins that says where they were had.
+const MEASURED: &str = "Measured by ";
+
+/// The results in Markdown.
+fn table(rows: &Rows) -> String {
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut text = format!(
+        "<!-- Written by tests/servers.rs. -->\n\n\
+         # Servers that know nothing of reuse-run\n\n\
+         Two workers of each, replaced {RELOADS} times under load: how many requests failed, of how many. Naive: as\n\
+         it is. Graceful: with the stop of its platform that lets requests finish.\n\n\
+         Keep-alive: clients think for {think} ms between an answer and the next request on their connection. A\n\
+         request that comes in the moment in which a server that ends closes its connection fails, whoever has\n\
+         it end. That moment takes milliseconds when a signal kills the server, as the kernel frees its memory\n\
+         before it closes its connections. {CLOSES:?} are servers that close each one after the answer.\n\n\
+         {MEASURED}reuse-run {version} on Linux {kernel} with {cpus} CPUs.\n\n\
+         | server | version | naive | graceful | keep-alive, naive | keep-alive, graceful |\n\
+         |---|---|---|---|---|---|\n",
+        think = THINK.as_millis(),
+        version = env!("CARGO_PKG_VERSION"),
+        kernel = version(&kernel),
+        cpus = thread::available_parallelism().map_or(0, NonZero::get),
+    );
+    let new = |outcome: &Outcome| lost(&outcome.new);
+    let kept = |outcome: &Outcome| {
+        let keeps = |report: &Report| report.counts.connections < report.counts.requests;
+        if outcome.kept.iter().any(keeps) { lost(&outcome.kept) } else { CLOSES.to_owned() }
+    };
+    let cell = |outcome: &Option<Outcome>, show: &dyn Fn(&Outcome) -> String| {
+        outcome.as_ref().map_or_else(|| "–".to_owned(), show)
+    };
+    let mut notes: Vec<&String> = Vec::new();
+    for Row { manifest, version, naive, graceful } in rows.values() {
+        let mut cells = vec![manifest.title.clone(), version.clone()];
+        let variants = [(&manifest.naive, naive), (&manifest.graceful, graceful)];
+        for (variant, outcome) in variants {
+            let reasons = variant.iter().flat_map(|variant| &variant.loses);
+            cells.push(cell(outcome, &new) + &marks(&mut notes, reasons));
+        }
+        for (variant, outcome) in variants {
+            let reasons = variant.iter().flat_map(|variant| [&variant.loses_kept, &variant.note]).flatten();
+            cells.push(cell(outcome, &kept) + &marks(&mut notes, reasons));
+        }
+        let _ = writeln!(text, "| {} |", cells.join(" | "));
+    }
+    for (index, note) in notes.into_iter().enumerate() {
+        let _ = write!(text, "\n{}. {note}", index + 1);
+    }
+    text.trim_end().to_owned() + "\n"
+}
+
+/// Where in the notes these are, to be shown behind a number.
+fn marks<'a>(notes: &mut Vec<&'a String>, these: impl Iterator<Item = &'a String>) -> String {
+    let mark = |note| {
+        let index = notes.iter().position(|known| *known == note).unwrap_or_else(|| {
+            notes.push(note);
+            notes.len() - 1
+        });
+        format!(" [{}]", index + 1)
+    };
+    these.map(mark).collect()
+}
+
+fn lost(reports: &[Report]) -> String {
+    let sum = |number: fn(&Report) -> u64| reports.iter().map(number).sum::<u64>();
+    format!("{} of {}", sum(|report| report.counts.failed), sum(|report| report.counts.requests))
+}

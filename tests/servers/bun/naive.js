@@ -1,0 +1,4 @@
+Bun.serve({
+  port: process.env.PORT,
+  fetch: () => new Response(`pid=${process.pid} generation=${process.env.REUSE_RUN_GENERATION}\n`),
+});

@@ -1,0 +1,5 @@
+const http = require('http');
+
+http.createServer((req, res) => {
+  res.end(`pid=${process.pid} generation=${process.env.REUSE_RUN_GENERATION}\n`);
+}).listen(process.env.PORT, '127.0.0.1');

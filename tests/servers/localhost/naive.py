@@ -1,0 +1,17 @@
+import asyncio
+import os
+
+import tornado.web
+
+
+class Index(tornado.web.RequestHandler):
+    def get(self):
+        self.write(f"pid={os.getpid()} generation={os.environ['REUSE_RUN_GENERATION']}\n")
+
+
+async def main():
+    tornado.web.Application([("/", Index)]).listen(int(os.environ["PORT"]), "localhost")
+    await asyncio.Event().wait()
+
+
+asyncio.run(main())

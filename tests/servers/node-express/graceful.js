@@ -1,0 +1,9 @@
+const express = require('express');
+
+const app = express();
+app.get('/', (req, res) => {
+  res.send(`pid=${process.pid} generation=${process.env.REUSE_RUN_GENERATION}\n`);
+});
+const server = app.listen(process.env.PORT);
+
+process.on('SIGINT', () => server.close());

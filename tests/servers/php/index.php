@@ -1,0 +1,2 @@
+<?php
+echo 'pid=' . getmypid() . ' generation=' . getenv('REUSE_RUN_GENERATION') . "\n";
