@@ -61,8 +61,8 @@ const LOOKS: u32 = 2;
 const LOOKS_AT_SUSPECTS: u32 = 1;
 /// At most, whatever was granted.
 const MOST_LOOKS: u32 = 8;
-/// Whose queue stood at so many looks more was stuck in earnest.
-const EARNEST: u32 = 4;
+/// Whose queue stood for so long, and at one look more at least, was stuck in earnest.
+const EARNEST: Duration = Duration::from_millis(8);
 /// How long it is remembered that a member was left out without need.
 const DOUBT: Duration = Duration::from_secs(1);
 /// How long it is remembered that a member was stuck.
@@ -121,6 +121,11 @@ impl Balance {
         self.members.values().any(|member| member.is_suspect(now))
     }
 
+    /// Whether someone is left out though nothing waits there, of which no connection would tell when it is over.
+    pub fn has_busy(&self) -> bool {
+        self.members.values().any(|member| member.load == Load::Busy)
+    }
+
     pub fn forget(&mut self, id: MemberId) {
         self.members.remove(&id);
     }
@@ -175,7 +180,7 @@ impl Member {
 
     /// It was stuck, and has taken a connection since the last look.
     fn learn(&mut self, now: Instant) {
-        if self.out >= EARNEST {
+        if self.out > 0 && now.saturating_duration_since(self.since) >= EARNEST {
             (self.stuck, self.was_idle, self.doubts) = (Some(now), false, 0);
         } else if self.out == 0 {
             self.doubts = (self.doubts_at(now) + 1).min(MOST_LOOKS.ilog2());

@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::ops::Bound::{Excluded, Included, Unbounded};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -192,8 +191,8 @@ pub struct Labels {
     /// By stream: one and the same if they are the same file.
     outputs: [Arc<Mutex<Output>>; 2],
     workers: BTreeMap<WorkerId, Worker>,
-    /// Whose pipe was read last.
-    last_read: WorkerId,
+    /// Which pipe was read last for each of the outputs, by its token.
+    last_read: [u64; 2],
 }
 
 /// Never held while something is logged: the log goes to the same output.
@@ -217,7 +216,7 @@ impl Labels {
 
     fn to(outputs: [Arc<Mutex<Output>>; 2]) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        Ok(Self { epoll, outputs, workers: BTreeMap::new(), last_read: WorkerId(0) })
+        Ok(Self { epoll, outputs, workers: BTreeMap::new(), last_read: [0; 2] })
     }
 
     /// A worker has started, with the other ends of these pipes.
@@ -228,7 +227,7 @@ impl Labels {
         self.workers.insert(worker, Worker { label, pipes, last_lines: VecDeque::new(), ended: false });
     }
 
-    /// A worker has ended: what it wrote is written before it is told that it has.
+    /// A worker has ended: what it wrote is written, as far as there is room, before it is told that it has.
     pub fn has_ended(&mut self, worker: WorkerId) {
         self.read_all(worker);
         if let Some(worker) = self.workers.get_mut(&worker) {
@@ -259,7 +258,8 @@ impl Labels {
             let mut output = lock(&self.outputs[stream as usize]);
             if !output.is_full() {
                 worker.read(stream, &mut output, TURN);
-                self.last_read = id;
+                drop(output);
+                self.last_read[self.output_of(stream)] = event.data();
             }
         }
     }
@@ -272,22 +272,32 @@ impl Labels {
             output.flush();
             output.watch(&self.epoll, ROOM);
         }
-        // Those that are read again are so in this order: who hasn't had a turn for the longest time comes
-        // first, else some that flood would keep a slow reader from ever seeing the others.
-        for turn in [(Excluded(self.last_read), Unbounded), (Unbounded, Included(self.last_read))] {
-            for (id, worker) in self.workers.range_mut(turn) {
-                for (stream, output) in Stream::ALL.into_iter().zip(&self.outputs) {
+        // Those that are read again are so in this order: the pipe that hasn't had a turn for the longest time
+        // comes first, else some that flood would keep a slow reader from ever seeing the others.
+        let last_read = Stream::ALL.map(|stream| self.last_read[self.output_of(stream)]);
+        for is_next in [true, false] {
+            for (id, worker) in &mut self.workers {
+                for stream in Stream::ALL {
                     let Some(pipe) = &mut worker.pipes[stream as usize] else { continue };
-                    let output = lock(output);
+                    let token = token(*id, stream);
+                    if (token > last_read[stream as usize]) != is_next {
+                        continue;
+                    }
+                    let output = lock(&self.outputs[stream as usize]);
                     if pipe.watched && output.is_full() {
                         pipe.watched = self.epoll.delete(&pipe.end).is_err();
                     } else if !pipe.watched && output.has_much_room() {
-                        let event = EpollEvent::new(EpollFlags::EPOLLIN, token(*id, stream));
+                        let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
                         pipe.watched = self.epoll.add(&pipe.end, event).is_ok();
                     }
                 }
             }
         }
+    }
+
+    /// The first stream that goes where this one goes.
+    fn output_of(&self, stream: Stream) -> usize {
+        if Arc::ptr_eq(&self.outputs[0], &self.outputs[1]) { 0 } else { stream as usize }
     }
 
     /// Reads and writes what is left when the wrapper ends, and waits for a slow reader, but not forever.
@@ -464,6 +474,54 @@ mod tests {
             assert!(turn < 500, "not within {turn} turns");
         }
         assert!(read.len() < LARGEST_PIPE);
+    }
+
+    /// Has some streams flood, by worker and stream, and waits until a line of another comes through.
+    #[track_caller]
+    fn comes_through(
+        labels: &mut Labels,
+        workers: &mut [[File; 2]],
+        reader: &mut File,
+        floods: &[(usize, usize)],
+    ) {
+        for (worker, stream) in floods {
+            fcntl(&workers[*worker][*stream], FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        }
+        labels.settle();
+        for turn in 0.. {
+            for (worker, stream) in floods {
+                while workers[*worker][*stream].write(&[b'\n'; 1024]).is_ok() {}
+            }
+            labels.read();
+            labels.settle();
+            if text(reader).contains("7|42 little\n") {
+                break;
+            }
+            assert!(turn < 500, "not within {turn} turns");
+        }
+    }
+
+    #[test]
+    fn one_stream_of_a_worker_comes_through_while_its_other_floods_the_same_slow_reader() {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
+        let output = Arc::new(Mutex::new(Output::to_pipe(writer)));
+        let mut labels = Labels::to([Arc::clone(&output), output]).unwrap();
+        let mut workers = [add(&mut labels, 0)];
+        workers[0][1].write_all(b"little\n").unwrap();
+        comes_through(&mut labels, &mut workers, &mut reader.into(), &[(0, 0)]);
+    }
+
+    #[test]
+    fn who_is_read_on_one_output_does_not_change_the_turns_on_the_other() {
+        let (mut labels, [mut stdout, _stderr]) = labels();
+        let mut workers: Vec<[File; 2]> = (0..8).map(|worker| add(&mut labels, worker)).collect();
+        workers[7][0].write_all(b"little\n").unwrap();
+        let floods: Vec<(usize, usize)> = (1..7).map(|worker| (worker, 0)).collect();
+        for worker in &workers[..1] {
+            fcntl(&worker[1], FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        }
+        let floods = [&floods[..], &[(0, 1)]].concat();
+        comes_through(&mut labels, &mut workers, &mut stdout, &floods);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -140,7 +141,7 @@ pub struct Pool {
     /// When to look whether a listener is closed whose queue stands.
     checks: BTreeMap<MemberId, Instant>,
     /// Those of them that were closed at the last look.
-    suspects: BTreeSet<MemberId>,
+    closed: BTreeSet<MemberId>,
     /// When to try again to reset what waits on a socket that nobody borrows.
     retries: BTreeMap<MemberId, Instant>,
     /// Sockets that nobody borrows and on which connections may wait, for [`Pool::reset_unserved`].
@@ -164,7 +165,7 @@ impl Pool {
             balance,
             checks: BTreeMap::new(),
             retries: BTreeMap::new(),
-            suspects: BTreeSet::new(),
+            closed: BTreeSet::new(),
             unserved: BTreeSet::new(),
             stopped: Vec::new(),
         })
@@ -524,7 +525,7 @@ impl Pool {
 
     fn remove(&mut self, id: MemberId) {
         self.checks.remove(&id);
-        self.suspects.remove(&id);
+        self.closed.remove(&id);
         self.retries.remove(&id);
         self.unserved.remove(&id);
         if let Some(member) = self.members.remove(&id) {
@@ -544,28 +545,57 @@ impl Pool {
         self.queues.deadline().into_iter().chain(self.retries.values().copied()).min()
     }
 
-    /// Looks who takes connections and who doesn't, when it is time to. Returns whether [`Pool::steer`] would
-    /// steer otherwise since.
-    pub fn look_at_queues(&mut self, now: Instant) -> bool {
+    /// Looks who takes connections and who doesn't, when it is time to, and steers accordingly. Returns whether
+    /// anything has changed.
+    pub fn look_at_queues(
+        &mut self,
+        standing: impl Fn(WorkerId) -> Standing,
+        share: Share,
+        now: Instant,
+    ) -> bool {
         for (id, _) in self.retries.extract_if(.., |_, at| *at <= now).collect::<Vec<_>>() {
             self.watch(id); // it tells at once if connections wait still
         }
         let listener = |id| self.members.get(&id).map(|member| member.socket.as_fd());
-        let suspects = self.balance.as_ref().is_some_and(|balance| balance.has_suspects(now));
-        let Some(lengths) = self.queues.look(now, suspects, listener) else { return false };
+        let begun = cpu_time();
+        let Some(lengths) = self.queues.look(now, listener) else { return false };
+        let changed = self.weigh(&lengths, &standing, now);
+        let found = self.take_back_unheard(&lengths, now);
         if self.queues.rests() {
             let armed = self.epoll.modify(&self.queues, &mut EpollEvent::new(TOLD_ONCE, QUEUES));
             armed.unwrap_or_else(|error| warn!("can't watch accept queues: {error}"));
         }
-        let found = self.take_back_unheard(&lengths, now);
-        let is_busy = |id| match self.members.get(&id).map(|member| member.holder) {
-            Some(Holder::Lent(Borrower { pid, .. })) => procfs::is_busy(pid),
-            _ => None,
+        if changed || found {
+            self.steer(standing, share);
+        }
+        let suspects = self.balance.as_ref().is_some_and(|balance| balance.has_suspects(now));
+        let busy = self.balance.as_ref().is_some_and(Balance::has_busy);
+        self.queues.has_looked(cpu_time().saturating_sub(begun), suspects, busy, now);
+        changed || found
+    }
+
+    /// Finds out from the queues of ready workers how these are off. Returns whether that has changed.
+    fn weigh(
+        &mut self,
+        lengths: &BTreeMap<MemberId, u32>,
+        standing: impl Fn(WorkerId) -> Standing,
+        now: Instant,
+    ) -> bool {
+        let Some(balance) = &mut self.balance else { return false };
+        let borrower = |id: &MemberId| match self.members.get(id)?.holder {
+            Holder::Lent(borrower) => Some(borrower),
+            Holder::Free | Holder::Reserved { .. } => None,
         };
-        let changes = self.balance.as_mut().map(|balance| balance.look(&lengths, is_busy, now));
-        let changes = changes.unwrap_or_default();
+        let is_ready = |id: &MemberId| {
+            let standing = borrower(id).map(|borrower| standing(borrower.worker));
+            matches!(standing, Some(Standing::Ready | Standing::Canary))
+        };
+        let lengths =
+            lengths.iter().filter(|(id, _)| is_ready(id)).map(|(id, length)| (*id, *length)).collect();
+        let is_busy = |id| procfs::is_busy(borrower(&id)?.pid);
+        let changes = balance.look(&lengths, is_busy, now);
         changes.iter().for_each(|(id, change)| self.tell(*id, *change));
-        found || changes.iter().any(|(_, change)| *change != Change::StuckLong)
+        changes.iter().any(|(_, change)| *change != Change::StuckLong)
     }
 
     fn tell(&self, id: MemberId, change: Change) {
@@ -603,13 +633,13 @@ impl Pool {
             let is_closed = !procfs::is_open_elsewhere(*pid, *inode);
             *check = now + if is_closed { CLOSED_STANDS } else { QUEUE_STANDS };
             // A worker that ends closes its sockets a moment before its end is told.
-            let was_closed = if is_closed { !self.suspects.insert(*id) } else { !self.suspects.remove(id) };
+            let was_closed = if is_closed { !self.closed.insert(*id) } else { !self.closed.remove(id) };
             if is_closed && was_closed {
                 self.take_back(*inode);
                 found = true;
             }
         }
-        self.suspects.retain(|id| lengths.contains_key(id));
+        self.closed.retain(|id| lengths.contains_key(id));
         found
     }
 
@@ -784,6 +814,11 @@ impl Pool {
         mem::take(&mut self.stopped)
     }
 
+    /// Whether there is something to call [`Pool::stopped_listening`] or [`Pool::reset_unserved`] for.
+    pub fn has_news(&self) -> bool {
+        !self.stopped.is_empty() || !self.unserved.is_empty()
+    }
+
     /// The addresses on which a worker listens.
     pub fn addresses(&self, worker: WorkerId) -> BTreeSet<Address> {
         self.lent_to(worker)
@@ -925,6 +960,10 @@ impl Member {
             }
         }
     }
+}
+
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 fn describe(stranger: &Listener) -> String {

@@ -3,7 +3,7 @@
 //! The epoll in here tells of each listener on which a connection waits. It is itself watched by the pool's,
 //! which tells of it once (EPOLLONESHOT). From that moment on the queues are looked at every so often, and
 //! when nothing has waited at a few looks in a row, the pool's epoll is asked to tell again. So there is no
-//! timer without traffic, and no traffic wakes the wrapper more often than the timer.
+//! timer without traffic, and under load the wrapper wakes up hardly more often than the timer has it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -11,24 +11,23 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::time::{ClockId, clock_gettime};
 
 use crate::steering::MemberId;
 use crate::sys;
 
 /// After so many looks at which nothing waited the epoll tells again.
 const QUIET_LOOKS: u32 = 4;
-/// A queue that has been filled for so long is looked at more seldom, lest one that stays so cost as much as
-/// traffic does.
+/// A queue that stands for so long is looked at more seldom, lest one that does so forever cost as much as
+/// traffic.
 pub const LONG: Duration = Duration::from_secs(1);
 /// How often that is.
 const SELDOM: Duration = Duration::from_millis(100);
-/// The next look is put off so far that what the wrapper has done since the last one is no more than one part in
-/// so many of a CPU's time.
-const SHARE: u32 = 100;
+/// The next look is put off so far that this one has taken no more than one part in so many of a CPU's time. (To
+/// wake up takes about as much again.)
+const SHARE: u32 = 200;
 /// The same while a look may spare somebody much.
-const SHARE_FOR_SUSPECTS: u32 = 25;
-/// As the wrapper may have done other work than this, it is not put off longer than this.
+const SHARE_FOR_SUSPECTS: u32 = 50;
+/// It is not put off longer than this.
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// See the module's comment.
@@ -39,12 +38,11 @@ pub struct Queues {
     /// At how many looks in a row nothing waited; `None` while it is the epoll that tells.
     quiet: Option<u32>,
     next_look: Option<Instant>,
-    /// What the wrapper had used of a CPU at the last look.
-    used: Duration,
     watched: BTreeSet<MemberId>,
-    /// The queues that weren't empty at the last look: since which they haven't been at any.
-    filled: BTreeMap<MemberId, Instant>,
-    /// Those that have been filled for long, of which the epoll doesn't tell.
+    /// The queues that weren't empty at the last look: how long they were, and since which look they haven't become
+    /// shorter.
+    filled: BTreeMap<MemberId, (u32, Instant)>,
+    /// Those that have stood for long, of which the epoll doesn't tell.
     aside: BTreeSet<MemberId>,
 }
 
@@ -56,7 +54,6 @@ impl Queues {
             every,
             quiet: None,
             next_look: None,
-            used: cpu_time(),
             watched: BTreeSet::new(),
             filled: BTreeMap::new(),
             aside: BTreeSet::new(),
@@ -100,12 +97,10 @@ impl Queues {
         self.next_look
     }
 
-    /// How many connections wait in each queue that isn't empty, if it is time for a look. With suspects the next
-    /// one comes sooner.
+    /// How many connections wait in each queue that isn't empty, if it is time for a look.
     pub fn look<'a>(
         &mut self,
         now: Instant,
-        suspects: bool,
         listener: impl Fn(MemberId) -> Option<BorrowedFd<'a>>,
     ) -> Option<BTreeMap<MemberId, u32>> {
         self.next_look.take_if(|at| *at <= now)?;
@@ -118,28 +113,35 @@ impl Queues {
         for id in told.union(&self.aside.clone()).copied() {
             let Some(fd) = listener(id) else { continue };
             let length = sys::tcp_info(fd).map_or(0, |info| info.accept_queue);
-            let since = before.get(&id).copied().unwrap_or(now);
+            let stands = before.get(&id).filter(|(before, _)| *before <= length);
+            let since = stands.map_or(now, |(_, since)| *since);
             let is_aside = length > 0 && now.saturating_duration_since(since) >= LONG;
             if is_aside != self.aside.contains(&id) {
                 self.set_aside(id, fd, is_aside);
             }
             if length > 0 {
                 lengths.insert(id, length);
-                self.filled.insert(id, since);
+                self.filled.insert(id, (length, since));
             }
         }
         self.quiet = match told.is_empty() {
             true => self.quiet.map(|looks| looks + 1).filter(|looks| *looks < QUIET_LOOKS),
             false => Some(0),
         };
-        let used_before = std::mem::replace(&mut self.used, cpu_time());
-        let share = if suspects { SHARE_FOR_SUSPECTS } else { SHARE };
-        let pause = ((self.used - used_before) * share).min(LONGEST_PAUSE);
         self.next_look = match self.rests() {
             true => (!self.aside.is_empty()).then_some(now + SELDOM.max(self.every)),
-            false => Some(now + self.every.max(pause)),
+            false => Some(now + self.every),
         };
         Some(lengths)
+    }
+
+    /// The last look has taken so much of a CPU's time. With suspects the next one comes sooner; it comes also if
+    /// the epoll doesn't tell, when one is `wanted`.
+    pub fn has_looked(&mut self, took: Duration, suspects: bool, wanted: bool, now: Instant) {
+        let share = if suspects { SHARE_FOR_SUSPECTS } else { SHARE };
+        let earliest = now + (took * share).min(LONGEST_PAUSE);
+        let wanted = wanted.then_some(now + SELDOM);
+        self.next_look = self.next_look.or(wanted).map(|next| next.max(earliest));
     }
 
     fn set_aside(&mut self, id: MemberId, listener: BorrowedFd, is_aside: bool) {
@@ -150,10 +152,6 @@ impl Queues {
             false => self.aside.remove(&id),
         };
     }
-}
-
-fn cpu_time() -> Duration {
-    clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 impl AsFd for Queues {

@@ -242,10 +242,8 @@ impl Supervisor {
                 }
             }
         }
-        let changed = self.pool.look_at_queues(Instant::now());
-        if changed {
-            self.pool.steer(self.fleet.standing(), self.fleet.share());
-        } else if ready == 0 && deadline.is_none_or(|at| at > Instant::now()) {
+        let changed = self.pool.look_at_queues(self.fleet.standing(), self.fleet.share(), Instant::now());
+        if !changed && ready == 0 && deadline.is_none_or(|at| at > Instant::now()) {
             return; // It was for that look alone, as it is several hundred times a second while connections come.
         }
         for worker in self.drain.look(&self.pool, &self.unix, Instant::now()) {
@@ -284,6 +282,7 @@ impl Supervisor {
             self.manager.deadline(),
             self.bystander.as_ref().and_then(Bystander::deadline),
             self.control.as_ref().and_then(Control::deadline),
+            self.pool.has_news().then(Instant::now),
         ];
         deadlines.into_iter().flatten().min()
     }

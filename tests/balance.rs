@@ -75,35 +75,30 @@ fn took(record: &Record) -> Duration {
 }
 
 #[test]
-fn a_stopped_worker_traps_who_hits_it_before_the_first_look_and_all_others_are_answered_within_50_ms() {
+fn a_stopped_worker_traps_few_and_all_others_are_answered_within_50_ms() {
     let _turn = turn();
     // A machine that is busy otherwise delays answers too; that is no matter of who got the connection.
     let mut slow = Vec::new();
     for _ in 0..20 {
         let (report, at) = with_a_stopped_worker("-n 4");
         let trapped: Vec<&Record> = report.records.iter().filter(|r| took(r) > STOP / 2).collect();
-        assert!(
-            trapped.len() < CLIENTS,
-            "not all clients, as without balancing: {}\n{report}",
-            trapped.len()
-        );
         let late = trapped.iter().filter(|r| r.connect_start > at + STOP / 4).count();
         assert_eq!(late, 0, "it was found out long before\n{report}");
         let others = report.records.iter().filter(|r| took(r) <= STOP / 2).map(took).max().expect("answers");
-        if others < Duration::from_millis(50) {
+        if others < Duration::from_millis(50) && trapped.len() <= CLIENTS / 2 {
             return;
         }
-        slow.push(others);
+        slow.push((others, trapped.len()));
     }
-    panic!("the slowest of the other answers: {slow:?}");
+    panic!("the slowest of the other answers, and how many were trapped: {slow:?}");
 }
 
 #[test]
-fn at_random_a_stopped_worker_traps_all_clients() {
+fn at_random_a_stopped_worker_traps_most_clients() {
     let _turn = turn();
     let (report, _) = with_a_stopped_worker("-n 4 --balance random");
     let trapped = report.records.iter().filter(|r| took(r) > STOP / 2).count();
-    assert_eq!(trapped, CLIENTS, "{report}");
+    assert!(trapped > CLIENTS / 2, "{trapped}\n{report}");
 }
 
 #[test]
@@ -116,9 +111,12 @@ fn when_all_are_stuck_connections_wait_for_all_of_them() {
         clients.push(Waiting::new(addr));
         loads(&service) == ["stuck"; 3]
     });
-    clients.extend((0..20).map(|_| Waiting::new(addr)));
+    let later: Vec<Waiting> = (0..60).map(|_| Waiting::new(addr)).collect();
     drop(stopped);
-    let pids = clients.into_iter().map(|client| client.outcome().expect("an answer").pid);
+    for client in clients {
+        client.outcome().expect("an answer");
+    }
+    let pids = later.into_iter().map(|client| client.outcome().expect("an answer").pid);
     assert_eq!(pids.collect::<std::collections::BTreeSet<_>>().len(), 3);
     wait_until("all are free again", DEADLINE, || loads(&service) == ["free"; 3]);
     service.stop();
@@ -285,13 +283,12 @@ fn after_the_last_connection_it_sleeps_and_one_that_waits_for_long_takes_few_loo
 fn reloads_while_a_worker_is_stuck_lose_nothing_but_what_it_had() {
     let _turn = turn();
     let (addr, folder) = (free_address(), Folder::new());
-    let mut service =
-        Service::run_ready("-n 4 --drain 200ms --stop-timeout 500ms", &folder.server(addr, &[]));
+    let mut service = Service::run_ready("-n 4 --drain 200ms", &folder.server(addr, &[]));
     let load = load(addr);
     for generation in 2..=4 {
         let stopped = Stopped::new(service.workers()[0]);
         wait_for_answers(&load, 100);
-        // It goes on before it is stopped, so that what waits for it is answered.
+        // It goes on before it is killed, so that what waits for it is answered.
         thread::scope(|scope| {
             scope.spawn(|| service.reload());
             service.wait_for_line(&format!("generation {generation} serves"));

@@ -177,6 +177,7 @@ fn a_child_that_outlives_its_worker_is_heard_under_the_workers_label() {
     wait_until("the next one", DEADLINE, || service.log.find(0, "is ready, a replacement").is_some());
     folder.raise("speak");
     service.wait_for_output(&format!("0|{worker} the child"));
+    wait_until("the child has ended", DEADLINE, || service.descendants().len() == 1);
     service.stop();
 }
 
