@@ -476,13 +476,15 @@ mod tests {
         assert!(read.len() < LARGEST_PIPE);
     }
 
-    /// Has some streams flood, by worker and stream, and waits until a line of another comes through.
+    /// Has some streams flood, by worker and stream, and waits until a line of another, written meanwhile, comes
+    /// through.
     #[track_caller]
     fn comes_through(
         labels: &mut Labels,
         workers: &mut [[File; 2]],
         reader: &mut File,
         floods: &[(usize, usize)],
+        quiet: (usize, usize),
     ) {
         for (worker, stream) in floods {
             fcntl(&workers[*worker][*stream], FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
@@ -491,6 +493,9 @@ mod tests {
         for turn in 0.. {
             for (worker, stream) in floods {
                 while workers[*worker][*stream].write(&[b'\n'; 1024]).is_ok() {}
+            }
+            if turn == 10 {
+                workers[quiet.0][quiet.1].write_all(b"little\n").unwrap();
             }
             labels.read();
             labels.settle();
@@ -507,21 +512,16 @@ mod tests {
         let output = Arc::new(Mutex::new(Output::to_pipe(writer)));
         let mut labels = Labels::to([Arc::clone(&output), output]).unwrap();
         let mut workers = [add(&mut labels, 0)];
-        workers[0][1].write_all(b"little\n").unwrap();
-        comes_through(&mut labels, &mut workers, &mut reader.into(), &[(0, 0)]);
+        comes_through(&mut labels, &mut workers, &mut reader.into(), &[(0, 0)], (0, 1));
     }
 
     #[test]
     fn who_is_read_on_one_output_does_not_change_the_turns_on_the_other() {
         let (mut labels, [mut stdout, _stderr]) = labels();
         let mut workers: Vec<[File; 2]> = (0..8).map(|worker| add(&mut labels, worker)).collect();
-        workers[7][0].write_all(b"little\n").unwrap();
         let floods: Vec<(usize, usize)> = (1..7).map(|worker| (worker, 0)).collect();
-        for worker in &workers[..1] {
-            fcntl(&worker[1], FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
-        }
         let floods = [&floods[..], &[(0, 1)]].concat();
-        comes_through(&mut labels, &mut workers, &mut stdout, &floods);
+        comes_through(&mut labels, &mut workers, &mut stdout, &floods, (7, 0));
     }
 
     #[test]
