@@ -146,7 +146,7 @@ fn measure(experiment: &Experiment, peer: &Peer, run: u32, options: &Options) ->
     let workers: Vec<i32> = warm.stop().counts.pids.into_keys().map(|pid| pid as i32).collect();
 
     let cpu_before = process::cpu_time(&server.pids());
-    let length = length(options, 10.0, 2.0) / experiment.rounds;
+    let length = length(options, 10.0, 1.5) / experiment.rounds;
     let reports = (0..experiment.rounds).map(|_| {
         let load = Load::start(load(experiment.mode).pause(experiment.pause));
         match experiment.stops {

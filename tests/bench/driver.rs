@@ -21,7 +21,7 @@ use std::fmt::Display;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -136,7 +136,9 @@ fn run(options: &Options, names: &[String]) -> Result<()> {
     });
     for (name, experiment) in EXPERIMENTS {
         if names.is_empty() || names.iter().any(|wanted| wanted == name) {
+            let begun = Instant::now();
             experiment(options)?;
+            eprintln!("{name}: took {:.0} s", begun.elapsed().as_secs_f64());
         }
     }
     Ok(())

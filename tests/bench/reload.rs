@@ -53,6 +53,9 @@ fn rows(options: &Options) -> Vec<(Program, Peer)> {
     for program in [Program::Naive, Program::Polite] {
         rows.extend(node.iter().chain(&given).map(|peer| (program, peer.clone())));
     }
+    if options.quick {
+        rows.retain(|(_, peer)| !matches!(peer, Peer::Bare | Peer::Reuseport { migrate: true }));
+    }
     for program in [Program::Nginx, Program::Gunicorn, Program::Uvicorn] {
         rows.extend([(program, ours.clone()), (program, Peer::Itself)]);
     }
