@@ -505,7 +505,8 @@ fn an_address_whose_workers_have_all_closed_it_refuses_and_comes_back_when_one_l
         clients.extend(connected);
         refused
     });
-    assert_eq!(service.log.count_of("has stopped listening on"), 2, "{}", service.log.text());
+    // Which is said when it is so, hence a moment later.
+    wait_until("both are told of", DEADLINE, || service.log.count_of("has stopped listening on") == 2);
     assert_eq!(service.workers(), workers, "they live on");
 
     folder.lower("close-0");
