@@ -113,7 +113,7 @@ fn the_static_binary_works_in_debian_with_a_server_that_needs_its_glibc() {
 #[test]
 fn a_containers_exit_status_is_that_of_reuse_run() {
     let cases: [(&[&str], i32); 5] = [
-        (&["--", "/server", "--listen", "0.0.0.0:8080", "--exit-after", "0", "--exit-status", "42"], 42),
+        (&["--", "/busybox", "sh", "-c", "exit 42"], 42),
         (&["--", "/busybox", "sh", "-c", "kill -KILL $$"], 128 + 9),
         (&["--", "/proc/version"], 126),
         (&["--", "/no-such-program"], 127),
