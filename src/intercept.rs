@@ -4,7 +4,7 @@
 //! done by the wrapper. Everything else is answered with "continue", so that the kernel says what it would
 //! have said without us. See seccomp_unotify(2).
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -23,20 +23,28 @@ use crate::procfs;
 use crate::sys::{self, NotifResponse};
 use crate::unix::{self, Place, Removal, UnixSockets};
 
+/// What becomes of the answers to stopped calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answers {
+    Arrive,
+    /// A signal can have the caller repeat its call although it was answered, without a word of it to us.
+    MayBeLost,
+}
+
 /// Installs the filter on the calling thread, for it and all that it starts, and returns the fd that
 /// tells of what it stops. Sets no_new_privs where the process has no right to do without.
 ///
 /// # Errors
 /// EBUSY when the process already is under such a filter; ENOSYS and EINVAL on kernels without.
-pub fn install() -> io::Result<OwnedFd> {
+pub fn install() -> io::Result<(OwnedFd, Answers)> {
     let install = || {
         let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
         let killable = flags | libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV; // Linux 5.19
         match sys::seccomp_set_mode_filter(killable, &filter()) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                sys::seccomp_set_mode_filter(flags, &filter())
+                sys::seccomp_set_mode_filter(flags, &filter()).map(|fd| (fd, Answers::MayBeLost))
             }
-            result => result,
+            result => result.map(|fd| (fd, Answers::Arrive)),
         }
     };
     match install() {
@@ -48,20 +56,25 @@ pub fn install() -> io::Result<OwnedFd> {
     }
 }
 
-/// Whether workers can be intercepted, tried in a process of its own that ends at once.
+/// How workers can be intercepted, tried in a process of its own that ends at once.
 ///
 /// # Errors
-/// Why not.
-pub fn probe() -> io::Result<()> {
+/// Why they can't.
+pub fn probe() -> io::Result<Answers> {
     let mut child = Command::new("/");
     // What the child is stopped from executing by isn't an error of seccomp(2).
-    const WORKS: i32 = libc::ECANCELED;
+    const ANSWERS_ARRIVE: i32 = libc::ECANCELED;
+    const ANSWERS_MAY_BE_LOST: i32 = libc::ERESTART;
     sys::before_exec(&mut child, || {
-        let _notify_fd = install()?;
-        Err(io::Error::from_raw_os_error(WORKS))
+        let (_notify_fd, answers) = install()?;
+        Err(io::Error::from_raw_os_error(match answers {
+            Answers::Arrive => ANSWERS_ARRIVE,
+            Answers::MayBeLost => ANSWERS_MAY_BE_LOST,
+        }))
     });
     match child.spawn() {
-        Err(error) if error.raw_os_error() == Some(WORKS) => Ok(()),
+        Err(error) if error.raw_os_error() == Some(ANSWERS_ARRIVE) => Ok(Answers::Arrive),
+        Err(error) if error.raw_os_error() == Some(ANSWERS_MAY_BE_LOST) => Ok(Answers::MayBeLost),
         Err(error) => Err(error),
         Ok(_) => Err(io::ErrorKind::Other.into()), // it can't have executed a directory
     }
@@ -91,13 +104,9 @@ pub struct Interception {
     inherited: Rc<[(u64, Endpoint)]>,
     /// By inode number.
     options: HashMap<u64, Options>,
-    /// The socket that the bind being answered has put into the place of the worker's own.
-    placed: Option<u64>,
-    /// The same of a bind that was interrupted before its answer came: it will be repeated, and has
-    /// succeeded already. Happens only without SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV.
-    untold: Option<u64>,
-    /// Sockets that the worker has bound and not yet listened on, whatever the kernel would say.
-    bound: HashSet<u64>,
+    answers: Answers,
+    /// Sockets that the worker has bound and not yet listened on, whatever the kernel would say, by inode number.
+    bound: HashMap<u64, Endpoint>,
     /// Whether the worker has ended: what is behind the filter still is left to the kernel.
     retired: bool,
     /// Whether the log says already that the worker has rights of its own.
@@ -112,15 +121,19 @@ const LONGEST_ADDRESS: u64 = size_of::<libc::sockaddr_storage>() as u64;
 const MOST_OPTIONS: usize = 1024;
 
 impl Interception {
-    pub fn new(notify_fd: OwnedFd, borrower: Borrower, inherited: Rc<[(u64, Endpoint)]>) -> Self {
+    pub fn new(
+        notify_fd: OwnedFd,
+        borrower: Borrower,
+        inherited: Rc<[(u64, Endpoint)]>,
+        answers: Answers,
+    ) -> Self {
         Self {
             notify_fd,
             borrower,
             inherited,
             options: HashMap::new(),
-            placed: None,
-            untold: None,
-            bound: HashSet::new(),
+            answers,
+            bound: HashMap::new(),
             retired: false,
             warned: false,
         }
@@ -172,9 +185,7 @@ impl Interception {
         };
         if let Err(error) = sys::seccomp_notif_send(self.notify_fd.as_fd(), notif.id, response) {
             debug!("worker {}: an answer came too late: {error}", self.borrower.slot);
-            self.untold = self.placed;
         }
-        self.placed = None;
         heard
     }
 
@@ -184,10 +195,10 @@ impl Interception {
         if !sys::seccomp_notif_id_valid(self.notify_fd.as_fd(), id) {
             return NotifResponse::Continue;
         }
-        if self.untold.take_if(|inode| *inode == bind.inode).is_some() {
+        if self.may_be_repeated(bind.inode, &bind.wish.address.into()) {
             return NotifResponse::Success;
         }
-        if pool.lent(self.borrower.worker, bind.inode).is_some() {
+        if pool.lent(self.borrower.worker, bind.inode).is_some() || bind.own.as_ref().is_some_and(is_bound) {
             return NotifResponse::Continue; // bound already, which the kernel refuses
         }
         let inode = match pool.lend(self.borrower, bind.wish) {
@@ -201,8 +212,9 @@ impl Interception {
         if let Some(own) = &bind.own {
             carry_options_over(own.as_fd(), socket);
         }
-        match self.place(id, socket, fd, bind.close_on_exec, inode) {
+        match sys::seccomp_notif_addfd(self.notify_fd.as_fd(), id, socket, fd, bind.close_on_exec) {
             Ok(()) => {
+                self.bound.insert(inode, bind.wish.address.into());
                 debug!("worker {} (pid {tid}) binds {}", self.borrower.slot, bind.wish.address);
                 self.options.remove(&bind.inode);
                 NotifResponse::Success
@@ -215,19 +227,10 @@ impl Interception {
         }
     }
 
-    /// Puts a socket in the place of the worker's own.
-    fn place(
-        &mut self,
-        id: u64,
-        socket: BorrowedFd,
-        fd: u32,
-        close_on_exec: bool,
-        inode: u64,
-    ) -> io::Result<()> {
-        sys::seccomp_notif_addfd(self.notify_fd.as_fd(), id, socket, fd, close_on_exec)?;
-        self.placed = Some(inode);
-        self.bound.insert(inode);
-        Ok(())
+    /// Whether a bind was done before and perhaps not told, so that this is the same again. A program that binds
+    /// a socket to its own address for a second time can't be told from that.
+    fn may_be_repeated(&self, inode: u64, endpoint: &Endpoint) -> bool {
+        self.answers == Answers::MayBeLost && self.bound.get(&inode) == Some(endpoint)
     }
 
     /// Has a worker share its generation's socket of a path.
@@ -246,7 +249,7 @@ impl Interception {
         if !sys::seccomp_notif_id_valid(self.notify_fd.as_fd(), id) {
             return NotifResponse::Continue;
         }
-        if self.untold.take_if(|inode| *inode == own).is_some() {
+        if self.may_be_repeated(own, &Endpoint::Unix(place.path().to_owned())) {
             return NotifResponse::Success;
         }
         if unix.socket(own).is_some() {
@@ -259,11 +262,13 @@ impl Interception {
         };
         let Some(socket) = unix.socket(inode) else { return NotifResponse::Continue };
         // All workers of the generation share these flags, as they share the socket.
-        let nonblocking = flags & libc::O_NONBLOCK != 0;
-        let placed = (socket2::SockRef::from(&socket).set_nonblocking(nonblocking))
-            .and_then(|()| self.place(id, socket, fd, flags & libc::O_CLOEXEC != 0, inode));
+        let (nonblocking, close_on_exec) = (flags & libc::O_NONBLOCK != 0, flags & libc::O_CLOEXEC != 0);
+        let placed = (socket2::SockRef::from(&socket).set_nonblocking(nonblocking)).and_then(|()| {
+            sys::seccomp_notif_addfd(self.notify_fd.as_fd(), id, socket.as_fd(), fd, close_on_exec)
+        });
         match placed {
             Ok(()) => {
+                self.bound.insert(inode, Endpoint::Unix(place.path().to_owned()));
                 debug!("worker {} (pid {tid}) binds {}", self.borrower.slot, place.path().display());
                 NotifResponse::Success
             }
@@ -275,7 +280,7 @@ impl Interception {
     /// leave its `listen` out. To it the socket is one that was merely bound.
     fn deny_listening(&self, id: u64, tid: Pid, fd: u32, value: u64, len: u64) -> NotifResponse {
         let inode = procfs::socket_inode(tid, fd).ok().flatten();
-        let is_bound_only = inode.is_some_and(|inode| self.bound.contains(&inode));
+        let is_bound_only = inode.is_some_and(|inode| self.bound.contains_key(&inode));
         // Anything odd is left to the kernel.
         let Ok(size) = procfs::memory(tid, len, size_of::<i32>()) else { return NotifResponse::Continue };
         let fits = size == (size_of::<i32>() as i32).to_ne_bytes();
@@ -346,9 +351,6 @@ impl Interception {
         }
         // Where it is refused, the socket is taken for a new one without options.
         let own = procfs::process_of(tid).and_then(|pid| sys::pidfd_getfd(pid.as_raw(), fd)).ok();
-        if own.as_ref().is_some_and(is_bound) {
-            return None; // which the kernel refuses
-        }
         let flags = procfs::fd_flags(tid, fd).ok()?;
         Some(Bind {
             inode,

@@ -19,7 +19,7 @@ use crate::control::{Awaited, ClientId, Control};
 use crate::drain::Drain;
 use crate::environment::{Environment, Sources};
 use crate::fleet::{Action, Announcement, Event, Fleet, WorkerId, count};
-use crate::intercept::{self, Heard, Interception};
+use crate::intercept::{self, Answers, Heard, Interception};
 use crate::labels::{self, Labels};
 use crate::listeners::{Borrower, Pool, StoppedListening};
 use crate::manager::Manager;
@@ -114,6 +114,8 @@ pub struct Supervisor {
     listen: Vec<Address>,
     /// What this process was given, by inode number.
     inherited: Rc<[(u64, Endpoint)]>,
+    /// What becomes of answers to workers.
+    answers: Answers,
     stop_signal: Signal,
     workers: BTreeMap<WorkerId, Worker>,
     /// One for each worker, and for each that has ended as long as a process that it started lives on.
@@ -134,13 +136,11 @@ pub fn run(options: Options) -> io::Result<u8> {
     // First, since a SIGCHLD that is ignored keeps children from being waited for.
     let signals = Signals::new()?;
     let mut bystander = None;
-    let obstacle =
-        if program.intercept { intercept::probe().err().map(|error| error.to_string()) } else { None };
-    if obstacle.is_some() || !program.intercept {
-        let why = obstacle.map_or("workers are not intercepted".to_owned(), |error| {
-            format!("workers can't be intercepted ({error})")
-        });
-        bystander::announce(&why, !listen.is_empty(), policy.readiness)?;
+    let answers = program.intercept.then(intercept::probe).transpose();
+    let answers = answers.map_err(|error| format!("workers can't be intercepted ({error})"));
+    let answers = answers.and_then(|answers| answers.ok_or("workers are not intercepted".to_owned()));
+    if let Err(why) = &answers {
+        bystander::announce(why, !listen.is_empty(), policy.readiness)?;
         program.intercept = false;
         bystander = Some(Bystander::default());
     }
@@ -180,6 +180,7 @@ pub fn run(options: Options) -> io::Result<u8> {
         environments: BTreeMap::new(),
         listen,
         inherited: inherited.into(),
+        answers: answers.unwrap_or(Answers::Arrive), // or nobody asks
         stop_signal,
         workers: BTreeMap::new(),
         interceptions: BTreeMap::new(),
@@ -377,9 +378,9 @@ impl Supervisor {
         let pid = started.pid;
         self.pool.has_started(worker, pid);
         let borrower = Borrower { worker, pid, slot, generation };
-        let interception = started
-            .notify_fd
-            .map(|notify_fd| Interception::new(notify_fd, borrower, Rc::clone(&self.inherited)));
+        let interception = started.notify_fd.map(|notify_fd| {
+            Interception::new(notify_fd, borrower, Rc::clone(&self.inherited), self.answers)
+        });
         let watched = (interception.as_ref())
             .map_or(Ok(()), |interception| watch(&self.epoll, interception, Source::Filter(worker)))
             .and_then(|()| watch(&self.epoll, &started.ready, Source::Pipe(worker)))

@@ -331,7 +331,7 @@ impl Preparation {
         *step = Step::Fds;
         self.hand_over()?;
         *step = Step::Filter;
-        self.intercept.then(intercept::install).transpose()
+        Ok(self.intercept.then(intercept::install).transpose()?.map(|(notify_fd, _)| notify_fd))
     }
 
     /// Gives the worker its environment, and its fds their numbers.

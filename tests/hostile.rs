@@ -47,14 +47,24 @@ fn odd_calls_get_what_the_kernel_would_have_said() {
     let mut service = Service::run("-n 1 --ready notify", &probe);
     assert_eq!(service.wait_end().code(), Some(0), "{}", service.log.text());
     let wrapped = service.out.text();
+    // Before Linux 5.19 a signal may have a bind repeated, which can't be told from a second one.
+    let known = "second bind, same address: ";
+    let is_known = |line: &str| line.starts_with(known) && kernel() < (5, 19);
     let differences: Vec<String> = bare
         .lines()
         .zip(wrapped.lines())
-        .filter(|(bare, wrapped)| bare != wrapped)
+        .filter(|(bare, wrapped)| bare != wrapped && !is_known(bare))
         .map(|(bare, wrapped)| format!("alone    {bare}\nwrapped  {wrapped}"))
         .collect();
     assert!(differences.is_empty(), "{}", differences.join("\n"));
     assert_eq!(bare.lines().count(), wrapped.lines().count(), "{wrapped}");
+}
+
+/// Major and minor version.
+fn kernel() -> (u32, u32) {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("the kernel's release");
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse().expect("a number"));
+    (numbers.next().expect("a version"), numbers.next().expect("a version"))
 }
 
 // What a worker may bind.
