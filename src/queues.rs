@@ -24,7 +24,7 @@ pub const LONG: Duration = Duration::from_secs(1);
 const SELDOM: Duration = Duration::from_millis(100);
 /// The next look is put off so far that this one has taken no more than one part in so many of a CPU's time. (To
 /// wake up takes about as much again.)
-const SHARE: u32 = 400;
+const SHARE: u32 = 200;
 /// The same while a look may spare somebody much.
 const SHARE_FOR_SUSPECTS: u32 = 50;
 /// It is not put off longer than this.
