@@ -136,8 +136,9 @@ pub struct Pool {
     /// waits (EPOLLIN), and when the queues of the others are to be looked at.
     epoll: Epoll,
     queues: Queues,
-    /// `None` when lots are drawn among all.
-    balance: Option<Balance>,
+    balancing: Balancing,
+    /// All are free in it when `balancing` is random.
+    balance: Balance,
     /// When to look whether a listener is closed whose queue stands.
     checks: BTreeMap<MemberId, Instant>,
     /// Those of them that were closed at the last look.
@@ -151,8 +152,10 @@ pub struct Pool {
 
 impl Pool {
     pub fn new(balancing: Balancing) -> io::Result<Self> {
-        let balance = (balancing == Balancing::Load).then(Balance::default);
-        let every = if balance.is_some() { LOOK_AT_LOAD_EVERY } else { CLOSED_STANDS };
+        let every = match balancing {
+            Balancing::Load => LOOK_AT_LOAD_EVERY,
+            Balancing::Random => CLOSED_STANDS,
+        };
         let (epoll, queues) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Queues::new(every)?);
         epoll.add(&queues, EpollEvent::new(TOLD_ONCE, QUEUES))?;
         Ok(Self {
@@ -162,7 +165,8 @@ impl Pool {
             next: MemberId(0),
             epoll,
             queues,
-            balance,
+            balancing,
+            balance: Balance::default(),
             checks: BTreeMap::new(),
             retries: BTreeMap::new(),
             closed: BTreeSet::new(),
@@ -476,7 +480,7 @@ impl Pool {
                 } else if event.events().intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
                     let _ = self.epoll.delete(&member.socket);
                     self.queues.forget(id, member.socket.as_fd());
-                    self.balance.iter_mut().for_each(|balance| balance.forget(id));
+                    self.balance.forget(id);
                     member.listening = false;
                     departed.entry(member.address).or_default().insert(id);
                 } else {
@@ -532,7 +536,7 @@ impl Pool {
             // A worker may have a duplicate yet, and then its end takes nothing out of an epoll.
             let _ = self.epoll.delete(&member.socket);
             self.queues.forget(id, member.socket.as_fd());
-            self.balance.iter_mut().for_each(|balance| balance.forget(id));
+            self.balance.forget(id);
             self.inodes.remove(&member.inode);
             if let Some(group) = self.groups.get_mut(&member.address) {
                 group.members.remove(&id);
@@ -556,20 +560,21 @@ impl Pool {
         for (id, _) in self.retries.extract_if(.., |_, at| *at <= now).collect::<Vec<_>>() {
             self.watch(id); // it tells at once if connections wait still
         }
-        let listener = |id| self.members.get(&id).map(|member| member.socket.as_fd());
+        if self.queues.deadline().is_none_or(|at| at > now) {
+            return false;
+        }
         let begun = cpu_time();
-        let Some(lengths) = self.queues.look(now, listener) else { return false };
-        let changed = self.weigh(&lengths, &standing, now);
+        let lengths = self.queues.look(now, |id| self.members.get(&id).map(|member| member.socket.as_fd()));
+        let changed = self.balancing == Balancing::Load && self.weigh(&lengths, &standing, now);
         let found = self.take_back_unheard(&lengths, now);
         if self.queues.rests() {
             let armed = self.epoll.modify(&self.queues, &mut EpollEvent::new(TOLD_ONCE, QUEUES));
             armed.unwrap_or_else(|error| warn!("can't watch accept queues: {error}"));
         }
-        if changed || found {
+        if changed {
             self.steer(standing, share);
         }
-        let suspects = self.balance.as_ref().is_some_and(|balance| balance.has_suspects(now));
-        let busy = self.balance.as_ref().is_some_and(Balance::has_busy);
+        let (suspects, busy) = (self.balance.has_suspects(now), self.balance.has_busy());
         self.queues.has_looked(cpu_time().saturating_sub(begun), suspects, busy, now);
         changed || found
     }
@@ -581,7 +586,6 @@ impl Pool {
         standing: impl Fn(WorkerId) -> Standing,
         now: Instant,
     ) -> bool {
-        let Some(balance) = &mut self.balance else { return false };
         let borrower = |id: &MemberId| match self.members.get(id)?.holder {
             Holder::Lent(borrower) => Some(borrower),
             Holder::Free | Holder::Reserved { .. } => None,
@@ -593,7 +597,7 @@ impl Pool {
         let lengths =
             lengths.iter().filter(|(id, _)| is_ready(id)).map(|(id, length)| (*id, *length)).collect();
         let is_busy = |id| procfs::is_busy(borrower(&id)?.pid);
-        let changes = balance.look(&lengths, is_busy, now);
+        let changes = self.balance.look(&lengths, is_busy, now);
         changes.iter().for_each(|(id, change)| self.tell(*id, *change));
         changes.iter().any(|(_, change)| *change != Change::StuckLong)
     }
@@ -666,7 +670,7 @@ impl Pool {
             true => self.queues.watch(id, member.socket.as_fd()),
             false => {
                 self.queues.forget(id, member.socket.as_fd());
-                self.balance.iter_mut().for_each(|balance| balance.forget(id));
+                self.balance.forget(id);
                 Ok(())
             }
         });
@@ -793,7 +797,7 @@ impl Pool {
             Holder::Lent(borrower) => standing(borrower.worker),
         };
         let standings: Vec<Standing> = ids.iter().map(standing).collect();
-        let load = |id| self.balance.as_ref().map_or(Load::Free, |balance| balance.load(id));
+        let load = |id| self.balance.load(id);
         let last = group.apply(&ids, &steering::decide(&standings), share, load, &mut self.members)?;
         let leaving =
             standings.iter().filter(|s| matches!(s, Standing::Draining | Standing::Leaving)).count();
@@ -843,8 +847,7 @@ impl Pool {
 
     /// How the worker is off, on the address where it is worst.
     pub fn load(&self, worker: WorkerId) -> Load {
-        let load = |(id, _)| self.balance.as_ref().map_or(Load::Free, |balance| balance.load(id));
-        self.lent_to(worker).map(load).max().unwrap_or(Load::Free)
+        self.lent_to(worker).map(|(id, _)| self.balance.load(id)).max().unwrap_or(Load::Free)
     }
 
     fn lent_to(&self, worker: WorkerId) -> impl Iterator<Item = (MemberId, &Member)> {
@@ -876,14 +879,19 @@ impl Group {
         for id in named.union(&tried) {
             members.get_mut(id).map_or(Ok(()), Member::let_go)?;
         }
-        let last = self.order.indices(&named).last().max(self.order.indices(&tried).last()).copied();
+        let (all_named, all_tried) = (self.order.indices(&named), self.order.indices(&tried));
+        let last = all_named.last().max(all_tried.last()).copied();
         // Without anyone to name the program stays.
         if let Some(any) = named.first() {
-            let aim = |members: &BTreeSet<MemberId>| {
-                let indices = self.order.indices(&steering::best_off(members, &load));
-                if indices.is_empty() { self.order.indices(members) } else { indices }
+            let aim = |members: &BTreeSet<MemberId>, all: Vec<u32>| {
+                let best = steering::best_off(members, &load);
+                if best.len() == members.len() {
+                    return all;
+                }
+                let indices = self.order.indices(&best);
+                if indices.is_empty() { all } else { indices }
             };
-            let (named, mut tried) = (aim(&named), aim(&tried));
+            let (named, mut tried) = (aim(&named, all_named), aim(&tried, all_tried));
             if named.is_empty() {
                 tried.clear(); // a share of nothing known would be everything
             }

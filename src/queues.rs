@@ -92,18 +92,17 @@ impl Queues {
         self.quiet.is_none()
     }
 
-    /// When to call [`Queues::look`] at the latest.
+    /// When to call [`Queues::look`].
     pub fn deadline(&self) -> Option<Instant> {
         self.next_look
     }
 
-    /// How many connections wait in each queue that isn't empty, if it is time for a look.
+    /// How many connections wait in each queue that isn't empty. To be followed by [`Queues::has_looked`].
     pub fn look<'a>(
         &mut self,
         now: Instant,
         listener: impl Fn(MemberId) -> Option<BorrowedFd<'a>>,
-    ) -> Option<BTreeMap<MemberId, u32>> {
-        self.next_look.take_if(|at| *at <= now)?;
+    ) -> BTreeMap<MemberId, u32> {
         let mut events = vec![EpollEvent::empty(); self.watched.len().max(1)];
         let count = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
         let told: BTreeSet<MemberId> =
@@ -132,7 +131,7 @@ impl Queues {
             true => (!self.aside.is_empty()).then_some(now + SELDOM.max(self.every)),
             false => Some(now + self.every),
         };
-        Some(lengths)
+        lengths
     }
 
     /// The last look has taken so much of a CPU's time. With suspects the next one comes sooner; it comes also if
