@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use common::load::{Load, LoadOptions, Record, Report};
 use common::{
-    DEADLINE, Folder, Service, Waiting, free_address, get, naive, reuse_run, send, turn, wait_until,
+    DEADLINE, Folder, Service, Waiting, free_address, get, naive, reuse_run, send, turn, wait_for_answers,
+    wait_until, wake_ups,
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -46,11 +47,6 @@ impl Drop for Stopped {
 /// Clients that pause between two requests, 16 of them, 300 requests a second in all.
 fn load(addr: SocketAddr) -> Load {
     Load::start(LoadOptions::new(addr, CLIENTS).rate(300.0).record())
-}
-
-fn wait_for_answers(load: &Load, more: u64) {
-    let before = load.snapshot().answered;
-    wait_until("answers", DEADLINE, || load.snapshot().answered > before + more);
 }
 
 /// Stops a worker for a while under load: what the clients saw, and when it was stopped.
@@ -225,13 +221,6 @@ http.server.HTTPServer(('127.0.0.1', int(os.environ['TEST_PORT'])), Handler).ser
     service.stop();
 }
 
-/// How often the wrapper has slept and been woken.
-fn wake_ups(service: &Service) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", service.pid())).expect("its status");
-    let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-    count.and_then(|count| count.trim().parse().ok()).expect("a number")
-}
-
 #[test]
 fn however_many_connections_come_the_wrapper_wakes_up_a_few_hundred_times_a_second() {
     let _turn = turn();
@@ -241,9 +230,9 @@ fn however_many_connections_come_the_wrapper_wakes_up_a_few_hundred_times_a_seco
         let options = LoadOptions { rate, ..LoadOptions::new(addr, CLIENTS) };
         let load = Load::start(options);
         wait_for_answers(&load, 50);
-        let (before, begun) = (wake_ups(&service), Instant::now());
+        let (before, begun) = (wake_ups(service.pid()), Instant::now());
         wait_until("two seconds", DEADLINE, || begun.elapsed() > Duration::from_secs(2));
-        let per_second = (wake_ups(&service) - before) as f64 / begun.elapsed().as_secs_f64();
+        let per_second = (wake_ups(service.pid()) - before) as f64 / begun.elapsed().as_secs_f64();
         assert!(per_second < 600.0, "{per_second} at a rate of {rate:?}");
         load.stop().assert_nothing_failed();
     }
@@ -258,21 +247,21 @@ fn after_the_last_connection_it_sleeps_and_one_that_waits_for_long_takes_few_loo
     let load = load(addr);
     wait_for_answers(&load, 100);
     load.stop().assert_nothing_failed();
-    let mut before = wake_ups(&service);
+    let mut before = wake_ups(service.pid());
     wait_until("it sleeps", DEADLINE, || {
         thread::sleep(Duration::from_millis(100));
-        let (now, was) = (wake_ups(&service), before);
+        let (now, was) = (wake_ups(service.pid()), before);
         before = now;
         now == was
     });
-    common::holds_for("it sleeps", Duration::from_secs(10), || wake_ups(&service) == before);
+    common::holds_for("it sleeps", Duration::from_secs(10), || wake_ups(service.pid()) == before);
 
     let stopped: Vec<Stopped> = service.workers().into_iter().map(Stopped::new).collect();
     let client = Waiting::new(addr);
     service.wait_for_line("has taken no connection");
-    let (before, begun) = (wake_ups(&service), Instant::now());
+    let (before, begun) = (wake_ups(service.pid()), Instant::now());
     wait_until("three seconds", DEADLINE, || begun.elapsed() > Duration::from_secs(3));
-    let per_second = (wake_ups(&service) - before) as f64 / begun.elapsed().as_secs_f64();
+    let per_second = (wake_ups(service.pid()) - before) as f64 / begun.elapsed().as_secs_f64();
     assert!(per_second < 20.0, "{per_second}");
     drop(stopped);
     client.outcome().expect("an answer");

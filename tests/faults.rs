@@ -7,7 +7,10 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use common::load::{self, Kind, Load, LoadOptions};
-use common::{DEADLINE, Folder, Service, Waiting, app, free_address, get, naive, send, turn, wait_until};
+use common::{
+    DEADLINE, Folder, Service, Waiting, app, free_address, get, naive, send, turn, wait_for_answers,
+    wait_until,
+};
 use nix::sys::signal::Signal;
 
 /// Connections that worker `pid` had accepted and not closed, going by what it printed.
@@ -41,8 +44,7 @@ fn a_worker_that_dies_under_load_fails_only_requests_that_it_had_accepted() {
     let load = Load::start(LoadOptions::new(addr, 8));
     let mut killed = Vec::new();
     for _ in 0..4 {
-        let answered = load.snapshot().answered;
-        wait_until("answers", DEADLINE, || load.snapshot().answered > answered + 100);
+        wait_for_answers(&load, 100);
         let from = service.log.count();
         let victim = worker_of_slot(&service, 0);
         send(victim, Signal::SIGKILL);

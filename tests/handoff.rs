@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use common::load::{self, Kind, Load, LoadOptions, Mode};
 use common::{
-    DEADLINE, Deployment, Service, app, free_address, node_app, own_network, server, turn, wait_until,
+    DEADLINE, Deployment, Service, answered_more, app, free_address, node_app, own_network, server, turn,
+    wait_until,
 };
 use nix::sys::signal::Signal;
 
@@ -134,8 +135,7 @@ fn a_replacement_that_listens_but_never_says_ready_gets_no_connection() {
     assert!(log.contains("not ready within 2s"), "{log}");
     assert_eq!(service.out.count_of("listening "), 4, "both replacements listened:\n{}", service.out.text());
 
-    let answered = load.snapshot().answered;
-    wait_until("answers after the reload", DEADLINE, || load.snapshot().answered > answered);
+    answered_more(&load);
     let report = load.stop();
     println!("{report}");
     report.assert_nothing_failed();
@@ -298,8 +298,7 @@ fn a_worker_that_dies_is_replaced_in_its_slot_and_no_connection_is_refused() {
     let mut service = Service::run_ready("-n 2", &naive(addr));
     let load = Load::start(LoadOptions::new(addr, 8));
     for _ in 0..5 {
-        let answered = load.snapshot().answered;
-        wait_until("answers", DEADLINE, || load.snapshot().answered > answered);
+        answered_more(&load);
         let before = service.workers();
         let from = service.log.count();
         let victim = get(addr, "/").origin;

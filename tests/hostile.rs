@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use common::load::{Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Service, Waiting, app, arguments, free_address, free_port, get, holds_for, naive,
-    own_network, reuse_run, send, server, wait_until,
+    DEADLINE, Folder, Service, Waiting, answered_more, app, arguments, free_address, free_port, get,
+    holds_for, naive, own_network, reuse_run, send, server, wait_until,
 };
 use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
@@ -443,8 +443,7 @@ fn an_unprivileged_user_may_run_it() {
     assert_starts(&service);
     let load = Load::start(LoadOptions::new(addr, 4));
     for _ in 0..5 {
-        let answered = load.snapshot().answered;
-        wait_until("answers between two reloads", DEADLINE, || load.snapshot().answered > answered);
+        answered_more(&load);
         service.reload();
     }
     let report = load.stop();

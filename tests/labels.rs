@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 
 use common::load::{Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Service, arguments, free_address, get, naive, reuse_run, send, server, wait_until,
+    DEADLINE, Folder, Service, arguments, free_address, get, naive, reuse_run, send, server, ticks,
+    wait_until, wake_ups,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
@@ -67,13 +68,6 @@ fn by_pid<'a>(lines: impl IntoIterator<Item = &'a str>) -> BTreeMap<u32, Vec<&'a
         texts.entry(pid).or_default().push(text);
     }
     texts
-}
-
-/// The processor time that a process has used, in hundredths of a second.
-fn processor_time(pid: u32) -> u64 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the state of reuse-run");
-    let fields: Vec<&str> = stat[stat.rfind(')').expect("a name")..].split_whitespace().collect();
-    [fields[12], fields[13]].iter().map(|field| field.parse::<u64>().expect("ticks")).sum()
 }
 
 /// Prints 10,000 numbered lines on both streams, cut anywhere, and then ends: by itself in even slots,
@@ -284,10 +278,10 @@ fn while_nobody_reads_a_flood_the_others_serve_and_a_reload_loses_nothing() {
     }
     load.stop().assert_nothing_failed();
     // It waits for the reader, and does nothing else.
-    let before = processor_time(service.pid());
+    let before = ticks(service.pid());
     let quiet = Instant::now();
     wait_until("a second has gone by", DEADLINE, || quiet.elapsed() > Duration::from_secs(1));
-    let used = processor_time(service.pid()) - before;
+    let used = ticks(service.pid()) - before;
     assert!(used < 20, "{used} hundredths of a second");
     assert!(service.memory_kib() < 16 * 1024, "{} KiB", service.memory_kib());
     service.signal(Signal::SIGTERM);
@@ -446,14 +440,10 @@ fn after_200_reloads_no_more_files_are_open_than_after_2_and_it_rests() {
     }
     assert_eq!(service.fds(), after_2);
     assert_eq!(get(addr).generation, Some(201));
-    let wake_ups = || {
-        let status = fs::read_to_string(format!("/proc/{}/status", service.pid())).expect("its status");
-        status.lines().find(|line| line.starts_with("voluntary_ctxt_switches")).map(str::to_owned)
-    };
     // It may have to look at something yet, but not for long.
-    let (mut seen, mut since) = (wake_ups(), Instant::now());
+    let (mut seen, mut since) = (wake_ups(service.pid()), Instant::now());
     wait_until("two seconds without a wake-up", DEADLINE, || {
-        let now = wake_ups();
+        let now = wake_ups(service.pid());
         if now != seen {
             (seen, since) = (now, Instant::now());
         }

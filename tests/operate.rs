@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 use common::load::{Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Service, app, free_address, free_port, get, holds_for, naive, own_network, reuse_run,
-    send, server, turn, wait_until,
+    DEADLINE, Folder, Service, app, children, free_address, free_port, get, holds_for, naive, own_network,
+    reuse_run, send, server, ticks, turn, wait_for_answers, wait_until,
 };
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
@@ -101,8 +101,7 @@ impl MostChildren {
         let thread = thread::spawn(move || {
             let mut most = 0;
             while !stopped.load(Ordering::Relaxed) {
-                let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-                most = most.max(children.unwrap_or_default().split_whitespace().count());
+                most = most.max(children(pid).len());
                 thread::sleep(Duration::from_millis(1));
             }
             most
@@ -120,13 +119,6 @@ impl Drop for MostChildren {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
     }
-}
-
-/// Waits until the load has got so many more answers.
-#[track_caller]
-fn wait_for_answers(load: &Load, more: u64) {
-    let before = load.snapshot().answered;
-    wait_until("answers", DEADLINE, || load.snapshot().answered >= before + more);
 }
 
 // reload
@@ -1081,13 +1073,6 @@ fn say(service: &Service, bytes: &[u8]) -> UnixStream {
     // What is too long may find nobody who reads on.
     let _ = stream.write_all(bytes);
     stream
-}
-
-/// utime and stime of a process, in clock ticks: see proc_pid_stat(5).
-fn ticks(pid: u32) -> u64 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the stat of a process");
-    let fields = stat[stat.rfind(')').expect("a name") + 1..].split_whitespace();
-    fields.skip(11).take(2).map(|field| field.parse::<u64>().expect("a number")).sum()
 }
 
 #[test]

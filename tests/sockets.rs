@@ -6,7 +6,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use common::load::{self, Kind, Load, LoadOptions};
-use common::{DEADLINE, Deployment, Service, app, free_address, free_port, server, wait_until};
+use common::{
+    DEADLINE, Deployment, Service, answered_more, app, free_address, free_port, server, wait_until,
+};
 use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
 
@@ -36,8 +38,7 @@ fn an_app_with_several_ports_loses_no_request_on_any_of_them() {
     for _ in 0..5 {
         service.reload();
         for load in &loads {
-            let answered = load.snapshot().answered;
-            wait_until("answers on every port", DEADLINE, || load.snapshot().answered > answered);
+            answered_more(load);
         }
     }
     for load in loads {
@@ -62,8 +63,7 @@ fn a_dual_stack_listener_is_shared_for_ipv4_and_ipv6() {
         service.reload();
     }
     for load in loads {
-        let answered = load.snapshot().answered;
-        wait_until("answers after the reloads", DEADLINE, || load.snapshot().answered > answered);
+        answered_more(&load);
         let report = load.stop();
         println!("{report}");
         report.assert_nothing_failed();

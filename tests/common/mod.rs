@@ -525,6 +525,22 @@ impl Process {
     }
 }
 
+/// The processor time that a process has used, in ticks of a hundredth of a second.
+#[track_caller]
+pub fn ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the stat of a process");
+    let fields = stat[stat.rfind(')').expect("a name") + 1..].split_whitespace();
+    fields.skip(11).take(2).map(|field| field.parse::<u64>().expect("a number")).sum()
+}
+
+/// How often a process has slept and been woken.
+#[track_caller]
+pub fn wake_ups(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the status of a process");
+    let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    count.and_then(|count| count.trim().parse().ok()).expect("a number")
+}
+
 /// The naive server as a command.
 pub fn naive(addr: SocketAddr) -> Vec<String> {
     vec![server(), "--listen".to_owned(), addr.to_string()]
@@ -542,8 +558,14 @@ pub fn get(addr: SocketAddr) -> load::Origin {
 /// Waits until the load has got answers from now on.
 #[track_caller]
 pub fn answered_more(load: &load::Load) {
+    wait_for_answers(load, 0);
+}
+
+/// Waits until the load has got more answers than this from now on.
+#[track_caller]
+pub fn wait_for_answers(load: &load::Load, more: u64) {
     let answered = load.snapshot().answered;
-    wait_until("answers", DEADLINE, || load.snapshot().answered > answered);
+    wait_until("answers", DEADLINE, || load.snapshot().answered > answered + more);
 }
 
 /// Sends a signal to a process, which must exist.
