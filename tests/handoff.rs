@@ -126,13 +126,13 @@ fn the_switch_is_atomic_no_later_connection_sees_the_older_generation() {
 fn a_replacement_that_listens_but_never_says_ready_gets_no_connection() {
     let addr = free_address();
     let deployment = Deployment::new(&format!("--listen {addr} --ready-after 0"));
-    let mut service = Service::run_ready("-n 2 --ready notify --ready-timeout 2s", &deployment.command());
+    let mut service = Service::run_ready("-n 2 --ready notify --ready-timeout 10s", &deployment.command());
     let load = Load::start(LoadOptions::new(addr, 8).path("/?id={id}"));
     wait_until("answers before the reload", DEADLINE, || load.snapshot().answered > 0);
 
     deployment.replace(&format!("--listen {addr}"));
     let log = service.failing_reload();
-    assert!(log.contains("not ready within 2s"), "{log}");
+    assert!(log.contains("not ready within 10s"), "{log}");
     assert_eq!(service.out.count_of("listening "), 4, "both replacements listened:\n{}", service.out.text());
 
     answered_more(&load);
