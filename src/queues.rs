@@ -134,10 +134,13 @@ impl Queues {
         lengths
     }
 
-    /// The last look has taken so much of a CPU's time. With suspects the next one comes sooner; it comes also if
-    /// the epoll doesn't tell, when one is `wanted`.
-    pub fn has_looked(&mut self, took: Duration, suspects: bool, wanted: bool, now: Instant) {
-        let share = if suspects { SHARE_FOR_SUSPECTS } else { SHARE };
+    /// The last look has taken so much of a CPU's time, and so many of the queues' workers are suspects. While there
+    /// are some, and others to spare them, the next look comes sooner; it comes also if the epoll doesn't tell, when
+    /// one is `wanted`.
+    pub fn has_looked(&mut self, took: Duration, suspects: usize, wanted: bool, now: Instant) {
+        // Where everybody was stuck there is too much to do for all, and nobody better to send it to.
+        let may_spare = suspects > 0 && suspects < self.watched.len();
+        let share = if may_spare { SHARE_FOR_SUSPECTS } else { SHARE };
         let earliest = now + (took * share).min(LONGEST_PAUSE);
         let wanted = wanted.then_some(now + SELDOM);
         self.next_look = self.next_look.or(wanted).map(|next| next.max(earliest));
