@@ -116,9 +116,9 @@ impl Balance {
         self.members.get(&id).map_or(Load::Free, |member| member.load)
     }
 
-    /// How many were stuck not long ago.
-    pub fn suspects(&self, now: Instant) -> usize {
-        self.members.values().filter(|member| member.is_suspect(now)).count()
+    /// Whether someone was stuck not long ago.
+    pub fn has_suspects(&self, now: Instant) -> bool {
+        self.members.values().any(|member| member.is_suspect(now))
     }
 
     /// Whether someone is left out though nothing waits there, of which no connection would tell when it is over.

@@ -574,7 +574,7 @@ impl Pool {
         if changed {
             self.steer(standing, share);
         }
-        let (suspects, busy) = (self.balance.suspects(now), self.balance.has_busy());
+        let (suspects, busy) = (self.balance.has_suspects(now), self.balance.has_busy());
         self.queues.has_looked(cpu_time().saturating_sub(begun), suspects, busy, now);
         changed || found
     }

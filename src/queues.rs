@@ -134,12 +134,11 @@ impl Queues {
         lengths
     }
 
-    /// The last look has taken so much of a CPU's time, and so many of the queues' workers are suspects. While there
-    /// are some, and others to spare them, the next look comes sooner; it comes also if the epoll doesn't tell, when
-    /// one is `wanted`.
-    pub fn has_looked(&mut self, took: Duration, suspects: usize, wanted: bool, now: Instant) {
-        // Where everybody was stuck there is too much to do for all, and nobody better to send it to.
-        let may_spare = suspects > 0 && suspects < self.watched.len();
+    /// The last look has taken so much of a CPU's time. With suspects the next one comes sooner, unless something
+    /// waits in every queue: then nobody is better off. It comes also if the epoll doesn't tell, when one is
+    /// `wanted`.
+    pub fn has_looked(&mut self, took: Duration, suspects: bool, wanted: bool, now: Instant) {
+        let may_spare = suspects && self.filled.len() < self.watched.len();
         let share = if may_spare { SHARE_FOR_SUSPECTS } else { SHARE };
         let earliest = now + (took * share).min(LONGEST_PAUSE);
         let wanted = wanted.then_some(now + SELDOM);
@@ -159,5 +158,37 @@ impl Queues {
 impl AsFd for Queues {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.epoll.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    /// When the next look comes after one that took 0.1 ms, with connections waiting at so many of two listeners.
+    fn next_look(filled: usize, suspects: bool) -> Duration {
+        let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let mut queues = Queues::new(Duration::from_millis(1)).unwrap();
+        for (id, listener) in (0..).map(MemberId).zip(&listeners) {
+            queues.watch(id, listener.as_fd()).unwrap();
+        }
+        let now = Instant::now();
+        queues.begin(now);
+        let connect = |listener: &TcpListener| TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let _waiting: Vec<TcpStream> = listeners[..filled].iter().map(connect).collect();
+        let lengths = queues.look(now, |id| Some(listeners[id.0 as usize].as_fd()));
+        assert_eq!(lengths.len(), filled);
+        queues.has_looked(Duration::from_micros(100), suspects, false, now);
+        queues.deadline().unwrap() - now
+    }
+
+    #[test]
+    fn looks_are_more_frequent_only_while_a_suspect_may_be_spared() {
+        let (seldom, often) = (Duration::from_millis(20), Duration::from_millis(5));
+        assert_eq!(next_look(1, false), seldom, "nobody is a suspect");
+        assert_eq!(next_look(1, true), often, "the other one may take its connections");
+        assert_eq!(next_look(2, true), seldom, "connections wait everywhere");
     }
 }

@@ -126,6 +126,7 @@ fn the_switch_is_atomic_no_later_connection_sees_the_older_generation() {
 fn a_replacement_that_listens_but_never_says_ready_gets_no_connection() {
     let addr = free_address();
     let deployment = Deployment::new(&format!("--listen {addr} --ready-after 0"));
+    // Long enough for both to listen where they are emulated (scripts/kernels).
     let mut service = Service::run_ready("-n 2 --ready notify --ready-timeout 10s", &deployment.command());
     let load = Load::start(LoadOptions::new(addr, 8).path("/?id={id}"));
     wait_until("answers before the reload", DEADLINE, || load.snapshot().answered > 0);
