@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use common::load::{Failure, Kind, Load, LoadOptions, Mode, Report};
+use common::load::{self, Failure, Kind, Load, LoadOptions, Mode, Report};
 use common::{DEADLINE, Folder, Service, arguments, free_port, reuse_run, wait_until};
 use libtest_mimic::{Arguments, Trial};
 use nix::sys::signal::{Signal, kill};
@@ -251,6 +251,11 @@ fn reload_under_load(name: &str, manifest: &Manifest, variant: &Variant) -> Outc
     command.current_dir(folder(name)).envs(&variables);
     let mut service = Service::spawn(command);
     service.wait_for_line("generation 1 is ready");
+    // What listens on several addresses is ready at its first, which need not be one of these: asyncio takes IPv4
+    // and IPv6 in any order.
+    for addr in &addresses {
+        wait_until(&format!("an answer at {addr}"), DEADLINE, || load::get(*addr, "/", DEADLINE).is_ok());
+    }
 
     let load = |mode: Mode, clients: usize, rate: Option<f64>| {
         let each = addresses.iter().map(|addr| {
