@@ -165,6 +165,8 @@ impl AsFd for Queues {
 mod tests {
     use std::net::{TcpListener, TcpStream};
 
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
     use super::*;
 
     /// When the next look comes after one that took 0.1 ms, with connections waiting at so many of two listeners.
@@ -178,6 +180,11 @@ mod tests {
         queues.begin(now);
         let connect = |listener: &TcpListener| TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let _waiting: Vec<TcpStream> = listeners[..filled].iter().map(connect).collect();
+        // To the client a connection may be there a moment before it is in the queue.
+        for listener in &listeners[..filled] {
+            let mut readable = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+            assert_eq!(poll(&mut readable, PollTimeout::from(60_000u16)), Ok(1));
+        }
         let lengths = queues.look(now, |id| Some(listeners[id.0 as usize].as_fd()));
         assert_eq!(lengths.len(), filled);
         queues.has_looked(Duration::from_micros(100), suspects, false, now);
