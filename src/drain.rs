@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 
 use crate::address::Address;
 use crate::fleet::WorkerId;
+use crate::hangup::{Idle, Kept};
 use crate::listeners::Pool;
 use crate::procfs;
 use crate::sockdiag::{Connection, SockDiag};
@@ -35,6 +36,15 @@ struct Retired {
     addresses: BTreeSet<Address>,
     /// Clients whose handshake was under way at the first look; `None` before it.
     handshakes: Option<HashSet<SocketAddr>>,
+}
+
+/// A worker that has nothing left to do.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Done {
+    pub worker: WorkerId,
+    pub generation: u32,
+    /// What its clients keep open.
+    pub idle: Vec<Idle>,
 }
 
 /// Watches the workers that are retired.
@@ -75,7 +85,7 @@ impl Drain {
     }
 
     /// The workers that have nothing left to do, if it is time for a look.
-    pub fn look(&mut self, pool: &Pool, unix: &UnixSockets, now: Instant) -> Vec<WorkerId> {
+    pub fn look(&mut self, pool: &Pool, unix: &UnixSockets, now: Instant) -> Vec<Done> {
         if self.next_look.is_none_or(|at| at > now) {
             return Vec::new();
         }
@@ -98,20 +108,20 @@ impl Drain {
         for (worker, retired) in &mut self.retired {
             let rows: Vec<&Connection> = retired.addresses.iter().flat_map(of).collect();
             if retired.has_arrived(&rows, empty.contains(worker), now) && !busy_on_paths.contains(worker) {
-                arrived.push((*worker, retired.pid));
+                arrived.push((*worker, retired.pid, retired.generation));
             }
         }
-        let busy =
-            connections.values().flatten().filter(|row| !row.opening && row.inode != 0 && !is_quiet(row));
-        let busy: HashSet<u64> = busy.map(|row| row.inode.into()).collect();
+        let open = connections.values().flatten().filter(|row| !row.opening && row.inode != 0);
+        let busy = open.clone().filter(|row| !is_quiet(row)).map(|row| row.inode.into()).collect();
+        let open: HashMap<u64, u64> = open.map(|row| (row.inode.into(), row.traffic.received)).collect();
         let done =
-            if arrived.is_empty() { Vec::new() } else { self.idle(&arrived, &busy, Owned::look(&busy)) };
+            if arrived.is_empty() { Vec::new() } else { self.idle(&arrived, &busy, &Owned::look(&open)) };
         self.next_look = Some(now + INTERVAL.max(now.elapsed() * SHARE));
         done
     }
 
     /// Those of `workers` which have none of the busy connections, given by their inode numbers.
-    fn idle(&mut self, workers: &[(WorkerId, Pid)], busy: &HashSet<u64>, owned: Owned) -> Vec<WorkerId> {
+    fn idle(&mut self, workers: &[(WorkerId, Pid, u32)], busy: &HashSet<u64>, owned: &Owned) -> Vec<Done> {
         let mut nobodys = busy.iter().filter(|inode| !owned.contains(**inode)).peekable();
         if nobodys.peek().is_some() {
             // It has ended since, or was accepted just now by a thread that has yet to get its number.
@@ -121,7 +131,13 @@ impl Drain {
                 return Vec::new();
             }
         }
-        workers.iter().filter(|(_, pid)| owned.has_none(*pid)).map(|(worker, _)| *worker).collect()
+        let done = |(worker, pid, generation): &(WorkerId, Pid, u32)| {
+            let processes = owned.below(*pid)?;
+            let is_idle = !processes.iter().flat_map(|(_, open)| open).any(|open| busy.contains(&open.inode));
+            let idle = processes.into_iter().filter(|(_, open)| !open.is_empty()).collect();
+            is_idle.then_some(Done { worker: *worker, generation: *generation, idle })
+        };
+        workers.iter().filter_map(done).collect()
     }
 
     /// The connections of all addresses that retired workers listen on, by family and port.
@@ -148,24 +164,26 @@ fn key(address: &Address) -> (bool, u16) {
     (address.socket.is_ipv6(), address.socket.port())
 }
 
-/// Which process below this one has which of some sockets open.
-struct Owned(HashMap<Pid, HashSet<u64>>);
+/// Which process below this one has which of some connections open.
+struct Owned(HashMap<Pid, Vec<Kept>>);
 
 impl Owned {
-    fn look(inodes: &HashSet<u64>) -> Self {
+    /// `connections` are inode numbers, and how many bytes came.
+    fn look(connections: &HashMap<u64, u64>) -> Self {
         // A process that may not be looked into owns nothing here, so that what it owns is nobody's.
-        let all = |pid| procfs::socket_inodes(pid).unwrap_or_default();
-        let open = |pid| all(pid).into_iter().filter(|inode| inodes.contains(inode)).collect();
-        Self(procfs::tree(Pid::this()).into_iter().map(|pid| (pid, open(pid))).collect())
+        let all = |pid| procfs::sockets(pid).unwrap_or_default().into_iter();
+        let kept = |(fd, inode)| Some(Kept { fd, inode, received: *connections.get(&inode)? });
+        let open = |pid| (pid, all(pid).filter_map(kept).collect());
+        Self(procfs::tree(Pid::this()).into_iter().map(open).collect())
     }
 
     fn contains(&self, inode: u64) -> bool {
-        self.0.values().any(|open| open.contains(&inode))
+        self.0.values().flatten().any(|open| open.inode == inode)
     }
 
-    /// Whether neither this process nor one of its descendants has any of them.
-    fn has_none(&self, pid: Pid) -> bool {
-        procfs::tree(pid).iter().all(|pid| self.0.get(pid).is_some_and(HashSet::is_empty))
+    /// What a process and each of its descendants have of them, unless one is new.
+    fn below(&self, pid: Pid) -> Option<Vec<Idle>> {
+        procfs::tree(pid).into_iter().map(|pid| Some((pid, self.0.get(&pid)?.clone()))).collect()
     }
 }
 
@@ -196,7 +214,7 @@ fn is_quiet(connection: &Connection) -> bool {
     if connection.unread > 0 || traffic.unsent > 0 {
         return false;
     }
-    match (traffic.has_received, traffic.has_sent) {
+    match (traffic.received > 0, traffic.has_sent) {
         (false, _) => traffic.received_ago >= FIRST_REQUEST,
         (true, false) => false,
         (true, true) => traffic.sent_ago <= traffic.received_ago,
@@ -214,7 +232,7 @@ mod tests {
             received_ago: Duration::from_millis(received_ago),
             unsent: 0,
             has_sent,
-            has_received,
+            received: has_received.into(),
         };
         let peer = "127.0.0.1:1".parse().unwrap();
         Connection { peer, opening: false, inode: 1, unread: 0, traffic }
@@ -270,7 +288,7 @@ mod tests {
 
     #[test]
     fn a_busy_connection_keeps_the_worker_that_has_it_and_one_that_nobody_has_keeps_all() {
-        let me = (WorkerId(1), Pid::this());
+        let me = (WorkerId(1), Pid::this(), 3);
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = Address { socket: listener.local_addr().unwrap(), v6only: false };
         let _client = std::net::TcpStream::connect(address.socket).unwrap();
@@ -280,12 +298,16 @@ mod tests {
 
         let mut drain = Drain::default();
         drain.watch(WorkerId(1), Pid::this(), 1, BTreeSet::from([address]), Instant::now());
-        let mut idle = |busy: &[u64], owned: Owned| drain.idle(&[me], &busy.iter().copied().collect(), owned);
-        let look = |busy: &[u64]| Owned::look(&busy.iter().copied().collect());
-        let nobodys = || Owned(HashMap::from([(Pid::this(), HashSet::new())]));
-        assert_eq!(idle(&[], look(&[])), [WorkerId(1)]);
-        assert!(idle(&[inode], look(&[inode])).is_empty(), "it is its own");
-        assert!(idle(&[inode], nobodys()).is_empty(), "it exists, and is in nobody's hands");
-        assert_eq!(idle(&[u64::MAX], nobodys()), [WorkerId(1)], "it exists no more");
+        let mut idle =
+            |busy: &[u64], owned: &Owned| drain.idle(&[me], &busy.iter().copied().collect(), owned);
+        let its = Owned::look(&HashMap::from([(inode, 42)]));
+        let nobodys = Owned(HashMap::from([(Pid::this(), Vec::new())]));
+        let done = |idle: &[Idle]| [Done { worker: WorkerId(1), generation: 3, idle: idle.to_vec() }];
+        assert_eq!(idle(&[], &nobodys), done(&[]));
+        let kept = Kept { fd, inode, received: 42 };
+        assert_eq!(idle(&[], &its), done(&[(Pid::this(), vec![kept])]), "its client keeps it");
+        assert!(idle(&[inode], &its).is_empty(), "it is its own");
+        assert!(idle(&[inode], &nobodys).is_empty(), "it exists, and is in nobody's hands");
+        assert_eq!(idle(&[u64::MAX], &nobodys), done(&[]), "it exists no more");
     }
 }

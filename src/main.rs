@@ -16,6 +16,7 @@ mod drain;
 mod environment;
 mod filter;
 mod fleet;
+mod hangup;
 mod intercept;
 mod labels;
 mod listeners;

@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
@@ -198,17 +198,33 @@ pub fn behind_shells(root: Pid) -> Vec<Pid> {
 
 /// The children of all threads of a process.
 fn children(pid: Pid) -> Vec<Pid> {
-    let Ok(threads) = fs::read_dir(path(pid, "task")) else { return Vec::new() };
-    let of_thread = |thread: fs::DirEntry| {
-        let mut text = String::new();
-        let read = File::open(thread.path().join("children")).and_then(|mut f| f.read_to_string(&mut text));
-        read.map_or(Vec::new(), |_| parse_children(&text))
-    };
-    threads.flatten().flat_map(of_thread).collect()
+    let of_thread = |tid: Pid| fs::read_to_string(path(pid, &format!("task/{tid}/children")));
+    let texts = threads(pid).into_iter().flat_map(of_thread);
+    texts.flat_map(|text| parse_children(&text)).collect()
 }
 
 fn parse_children(text: &str) -> Vec<Pid> {
     text.split_whitespace().filter_map(|word| word.parse().ok()).map(Pid::from_raw).collect()
+}
+
+/// The threads of a process, the main one included; none if it has ended.
+pub fn threads(pid: Pid) -> Vec<Pid> {
+    let Ok(entries) = fs::read_dir(path(pid, "task")) else { return Vec::new() };
+    let tid = |entry: fs::DirEntry| entry.file_name().to_str()?.parse().ok();
+    entries.flatten().filter_map(tid).map(Pid::from_raw).collect()
+}
+
+/// Whether a process ends, or has ended and is yet to be reaped, because a signal has killed it.
+pub fn is_killed(pid: Pid) -> bool {
+    const PF_SIGNALED: u32 = 0x400; // linux/sched.h
+    let flags = fs::read_to_string(path(pid, "stat")).ok().and_then(|stat| parse_flags(&stat));
+    flags.is_some_and(|flags| flags & PF_SIGNALED != 0)
+}
+
+/// From a line of /proc/PID/stat: the kernel's flags of the main thread.
+fn parse_flags(stat: &str) -> Option<u32> {
+    // After the name, which may hold anything, comes the third field; the flags are the ninth (proc_pid_stat(5)).
+    stat.get(stat.rfind(')')? + 1..)?.split_whitespace().nth(6)?.parse().ok()
 }
 
 /// The inode numbers of all sockets that a process has open; none if it has ended.

@@ -36,12 +36,13 @@ pub struct Traffic {
     /// Bytes that were written and not sent: the peer, or the network, takes no more.
     pub unsent: u32,
     pub has_sent: bool,
-    pub has_received: bool,
+    /// Bytes, as far as they are acknowledged.
+    pub received: u64,
 }
 
 impl Traffic {
     /// Reads a `struct tcp_info` (linux/tcp.h); what the kernel is too old to tell is taken as zero.
-    fn parse(info: &[u8]) -> Self {
+    pub fn parse(info: &[u8]) -> Self {
         const LAST_DATA_SENT: usize = 44;
         const LAST_DATA_RECV: usize = 52;
         const BYTES_RECEIVED: usize = 128;
@@ -51,12 +52,14 @@ impl Traffic {
             let bytes = info.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
             bytes.map_or(0, u32::from_ne_bytes)
         };
+        let received = info.get(BYTES_RECEIVED..BYTES_RECEIVED + 8).and_then(|bytes| bytes.try_into().ok());
+        let received = received.map_or(0, u64::from_ne_bytes);
         Self {
             sent_ago: Duration::from_millis(field(LAST_DATA_SENT).into()),
             received_ago: Duration::from_millis(field(LAST_DATA_RECV).into()),
             unsent: field(NOTSENT_BYTES),
             has_sent: field(DATA_SEGS_OUT) != 0,
-            has_received: field(BYTES_RECEIVED) != 0 || field(BYTES_RECEIVED + 4) != 0,
+            received,
         }
     }
 }
@@ -181,7 +184,7 @@ mod tests {
         fn a_tcp_info_of_any_length_is_read(info: Vec<u8>) {
             let traffic = Traffic::parse(&info);
             prop_assert!(info.len() >= 160 || !traffic.has_sent);
-            prop_assert!(info.len() >= 132 || !traffic.has_received);
+            prop_assert!(info.len() >= 136 || traffic.received == 0);
         }
     }
 
@@ -218,14 +221,14 @@ mod tests {
         assert_eq!(connections.len(), 1, "{connections:?}");
         assert_eq!(connections[0].peer, client.local_addr().unwrap());
         assert_eq!(connections[0].inode, 0, "nobody has accepted it");
-        assert!(!connections[0].opening && !connections[0].traffic.has_received);
+        assert!(!connections[0].opening && connections[0].traffic.received == 0);
 
         client.write_all(b"request").unwrap();
         let (mut server, _) = listener.accept().unwrap();
         let connection = look(&mut diag)[0];
         assert_ne!(connection.inode, 0);
         assert_eq!(connection.unread, 7);
-        assert!(connection.traffic.has_received && !connection.traffic.has_sent);
+        assert!(connection.traffic.received == 7 && !connection.traffic.has_sent);
 
         server.read_exact(&mut [0; 7]).unwrap();
         server.write_all(b"answer").unwrap();

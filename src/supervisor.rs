@@ -16,9 +16,10 @@ use crate::address::{Address, Endpoint};
 use crate::bystander::{self, Bystander};
 use crate::cli::Options;
 use crate::control::{Awaited, ClientId, Control};
-use crate::drain::Drain;
+use crate::drain::{Done, Drain};
 use crate::environment::{Environment, Sources};
 use crate::fleet::{Action, Announcement, Event, Fleet, WorkerId, count};
+use crate::hangup;
 use crate::intercept::{self, Answers, Heard, Interception};
 use crate::labels::{self, Labels};
 use crate::listeners::{Borrower, Pool, StoppedListening};
@@ -98,6 +99,8 @@ pub struct Supervisor {
     pool: Pool,
     unix: UnixSockets,
     drain: Drain,
+    /// Whether the stop signal kills the workers of these generations.
+    dies_of_signal: BTreeMap<u32, bool>,
     /// Set when workers aren't intercepted.
     bystander: Option<Bystander>,
     manager: Manager,
@@ -169,6 +172,7 @@ pub fn run(options: Options) -> io::Result<u8> {
         pool,
         unix: UnixSockets::default(),
         drain: Drain::default(),
+        dies_of_signal: BTreeMap::new(),
         bystander,
         manager: Manager::new(Instant::now()),
         control,
@@ -247,9 +251,7 @@ impl Supervisor {
         if !changed && ready == 0 && deadline.is_none_or(|at| at > Instant::now()) {
             return; // It was for that look alone, as it is several hundred times a second while connections come.
         }
-        for worker in self.drain.look(&self.pool, &self.unix, Instant::now()) {
-            self.handle(Event::Drained { worker });
-        }
+        self.stop_drained();
         self.look_on();
         self.manager.is_alive(Instant::now());
         if let Some(control) = &mut self.control {
@@ -262,6 +264,24 @@ impl Supervisor {
         for (address, connections) in self.pool.reset_unserved() {
             let connections = count(connections, "connection");
             info!("{connections} to {address} reset: no worker is there to take what came");
+        }
+    }
+
+    /// Tells those to stop that have nothing left to do.
+    fn stop_drained(&mut self) {
+        for Done { worker, generation, idle } in self.drain.look(&self.pool, &self.unix, Instant::now()) {
+            let dies = self.dies_of_signal.get(&generation).copied();
+            // What has come on an idle connection meanwhile puts it off until the next look.
+            let is_idle = if dies == Some(true) { hangup::hang_up(&idle) } else { !hangup::are_awake(&idle) };
+            if !is_idle {
+                continue;
+            }
+            self.handle(Event::Drained { worker });
+            if dies.is_none() && !idle.is_empty() {
+                let lives = |generation| self.workers.values().any(|worker| worker.generation == generation);
+                self.dies_of_signal.retain(|generation, _| lives(*generation));
+                self.dies_of_signal.insert(generation, hangup::see_off(&idle));
+            }
         }
     }
 

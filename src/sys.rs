@@ -104,13 +104,15 @@ pub fn waitid_ended(pid: Option<c_int>, options: c_int) -> io::Result<Option<End
     Ok((pid != 0).then_some(Ended { pid, code: info.si_code, status }))
 }
 
-/// pidfd_getfd(2): a duplicate of fd number `fd` of the process `pid`.
+/// pidfd_getfd(2): a duplicate of fd number `fd` of the thread `tid`, which before Linux 6.9 has to be the main one.
 ///
 /// # Errors
 /// EPERM where ptrace access is denied; some seccomp profiles deny the call to all without CAP_SYS_PTRACE.
-pub fn pidfd_getfd(pid: c_int, fd: u32) -> io::Result<OwnedFd> {
+pub fn pidfd_getfd(tid: c_int, fd: u32) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_open takes two numbers.
-    let pidfd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } as c_int)?;
+    let open =
+        |flags: libc::c_uint| check(unsafe { libc::syscall(libc::SYS_pidfd_open, tid, flags) } as c_int);
+    let pidfd = open(libc::PIDFD_THREAD).or_else(|_| open(0))?;
     // SAFETY: a result that isn't -1 is a fresh fd that nobody else owns.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
     // SAFETY: pidfd_getfd takes three numbers.
@@ -221,6 +223,24 @@ pub fn tcp_info(socket: BorrowedFd) -> io::Result<ListenInfo> {
     })?;
     let (listening, closed) = (info.tcpi_state == TCP_LISTEN, info.tcpi_state == TCP_CLOSE);
     Ok(ListenInfo { listening, closed, accept_queue: info.tcpi_unacked })
+}
+
+/// getsockopt(2), TCP_INFO: what the kernel has of a `struct tcp_info` (linux/tcp.h).
+pub fn tcp_info_bytes(socket: BorrowedFd) -> io::Result<Vec<u8>> {
+    let mut info = vec![0; 256];
+    let mut len = info.len() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, the size of `info`, through the pointer.
+    check(unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    })?;
+    info.truncate(len as usize);
+    Ok(info)
 }
 
 /// getxattr(2): the value of `name` at `path`, following links.

@@ -1,0 +1,89 @@
+//! Hangs up for workers that die of the stop signal, as those do that have no handler for it.
+//!
+//! When a process ends, the kernel frees its memory first and closes its files last (do_exit, kernel/exit.c), which
+//! takes milliseconds. A client that keeps its connection open and sends the next request in that time gets no answer.
+//! So the first such worker of a generation has its idle connections closed as soon as it is seen to die, and all
+//! others have theirs closed before the signal. A worker that has a handler ends its connections as it likes.
+
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::unistd::Pid;
+use socket2::SockRef;
+
+use crate::procfs;
+use crate::sockdiag::Traffic;
+use crate::sys;
+
+/// Who is still alive so long after the stop signal has a handler for it.
+const LONGEST: Duration = Duration::from_millis(3);
+
+/// A connection that is idle, kept open by its client.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept {
+    pub fd: u32,
+    pub inode: u64,
+    /// How many bytes had come when it was looked at.
+    pub received: u64,
+}
+
+impl Kept {
+    /// A duplicate, if this process may have it and the thread still has it open.
+    fn copy(&self, tid: Pid) -> Option<OwnedFd> {
+        let copy = sys::pidfd_getfd(tid.as_raw(), self.fd).ok()?;
+        procfs::inode(copy.as_fd()).is_ok_and(|inode| inode == self.inode).then_some(copy)
+    }
+
+    /// Whether something has come since it was looked at; `None` if this process can't know.
+    fn is_awake(&self, copy: &OwnedFd) -> Option<bool> {
+        let info = sys::tcp_info_bytes(copy.as_fd()).ok()?;
+        Some(Traffic::parse(&info).received != self.received)
+    }
+}
+
+/// A process and its idle connections.
+pub type Idle = (Pid, Vec<Kept>);
+
+/// Whether something has come since these connections were looked at, as far as this process may know.
+pub fn are_awake(idle: &[Idle]) -> bool {
+    let is_awake = |pid: Pid, kept: &Kept| kept.copy(pid).and_then(|copy| kept.is_awake(&copy)) == Some(true);
+    idle.iter().any(|(pid, connections)| connections.iter().any(|kept| is_awake(*pid, kept)))
+}
+
+/// Closes these connections, as far as this process may, but for those on which something has come. Returns whether
+/// there are none of these.
+pub fn hang_up(idle: &[Idle]) -> bool {
+    let close = |pid: Pid, kept: &Kept| {
+        kept.copy(pid).is_none_or(|copy| {
+            let is_awake = kept.is_awake(&copy) == Some(true);
+            if !is_awake {
+                let _ = SockRef::from(&copy).shutdown(Shutdown::Both); // else the client has closed it
+            }
+            !is_awake
+        })
+    };
+    // Each is tried, whatever becomes of the others.
+    let refused =
+        idle.iter().flat_map(|(pid, connections)| connections.iter().filter(|kept| !close(*pid, kept)));
+    refused.count() == 0
+}
+
+/// Waits a moment for processes that were sent the stop signal, and closes these connections of those that it kills.
+/// Returns whether it kills all of them, and there are any.
+pub fn see_off(idle: &[Idle]) -> bool {
+    let begun = Instant::now();
+    let mut alive: Vec<&Idle> = idle.iter().collect();
+    // Without a pause: who sleeps when a process of many threads ends may be woken only after it.
+    while !alive.is_empty() && begun.elapsed() < LONGEST {
+        alive.retain(|(pid, connections)| {
+            let is_killed = procfs::is_killed(*pid);
+            if is_killed {
+                // The main thread may be gone already while another still has the files.
+                procfs::threads(*pid).into_iter().for_each(|tid| _ = hang_up(&[(tid, connections.clone())]));
+            }
+            !is_killed
+        });
+    }
+    alive.is_empty() && !idle.is_empty()
+}
