@@ -87,3 +87,65 @@ pub fn see_off(idle: &[Idle]) -> bool {
     }
     alive.is_empty() && !idle.is_empty()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsRawFd;
+    use std::process::Command;
+
+    use nix::sys::signal::{Signal, kill};
+    use nix::sys::wait::{Id, WaitPidFlag, waitid};
+
+    use super::*;
+
+    /// A client, the server's end of its connection, and what is known of that.
+    fn connection() -> (TcpStream, TcpStream, Kept) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (server, _) = listener.accept().unwrap();
+        let inode = procfs::inode(server.as_fd()).unwrap();
+        let fd = server.as_raw_fd() as u32;
+        (client, server, Kept { fd, inode, received: 0 })
+    }
+
+    fn is_open(client: &mut TcpStream) -> bool {
+        client.set_nonblocking(true).unwrap();
+        client.read(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+    }
+
+    #[test]
+    fn idle_connections_are_closed_and_one_on_which_something_has_come_is_not() {
+        let (mut idle_client, _idle_server, idle) = connection();
+        let (mut client, mut server, kept) = connection();
+        let both = [(Pid::this(), vec![kept.clone(), idle.clone()])];
+        assert!(!are_awake(&both));
+        client.write_all(b"?").unwrap();
+        server.read_exact(&mut [0]).unwrap();
+        assert!(are_awake(&both) && !are_awake(&[(Pid::this(), vec![idle])]));
+        assert!(!hang_up(&both));
+        assert!(is_open(&mut client) && !is_open(&mut idle_client));
+        assert!(hang_up(&[(Pid::this(), vec![Kept { received: 1, ..kept }])]));
+        assert!(!is_open(&mut client));
+    }
+
+    #[test]
+    fn another_socket_under_the_same_number_is_left_alone() {
+        let (mut client, _server, kept) = connection();
+        assert!(hang_up(&[(Pid::this(), vec![Kept { inode: kept.inode + 1, ..kept }])]));
+        assert!(is_open(&mut client));
+    }
+
+    #[test]
+    fn whom_the_signal_kills_is_told_from_who_lives_on() {
+        assert!(!see_off(&[(Pid::this(), Vec::new())]), "it lives");
+        let mut naive = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = Pid::from_raw(naive.id() as i32);
+        kill(pid, Signal::SIGINT).unwrap();
+        waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
+        assert!(see_off(&[(pid, Vec::new())]));
+        naive.wait().unwrap();
+        assert!(!see_off(&[]), "there was nobody to see");
+    }
+}
