@@ -28,3 +28,16 @@ fn the_bench_tells_what_became_of_requests_in_a_reload_by_kind_of_client() {
     let table = fs::read_to_string(results.path("reload.md")).expect("table");
     assert!(table.contains("| reuse-run | 0 of "), "{table}");
 }
+
+#[test]
+fn the_bench_keeps_its_results_when_no_part_is_of_the_name_that_it_is_given() {
+    let results = Folder::new();
+    fs::write(results.path("balance.md"), "kept").expect("write");
+    let mut bench = Command::new(example("bench"));
+    bench.args(["balance", "--only", "no such part", "--out", &results.path("")]);
+    bench.arg("--binary").arg(reuse_run().get_program());
+    let output = bench.stdin(Stdio::null()).output().expect("run the bench");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("no part has 'no such part' in its name"), "{said}");
+    assert_eq!(fs::read_to_string(results.path("balance.md")).expect("read"), "kept");
+}

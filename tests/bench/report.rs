@@ -64,6 +64,11 @@ pub fn write(options: &Options, name: &str, data: &impl Serialize, markdown: &st
     let text = |value: &Value| serde_json::to_string(value).context(name);
     // A line for each run, so that what has changed can be seen.
     let data = match serde_json::to_value(data).context(name)? {
+        Value::Array(runs) if runs.is_empty() => {
+            // The results that are there are not to be lost to a misspelt name.
+            let only = options.only.as_deref().unwrap_or_default();
+            return Err(format!("{name}: nothing was measured: no part has '{only}' in its name (--only)"));
+        }
         Value::Array(runs) => {
             format!("[\n{}\n]", runs.iter().map(text).collect::<Result<Vec<_>>>()?.join(",\n"))
         }
