@@ -111,9 +111,13 @@ impl Drain {
                 arrived.push((*worker, retired.pid, retired.generation));
             }
         }
-        let open = connections.values().flatten().filter(|row| !row.opening && row.inode != 0);
-        let busy = open.clone().filter(|row| !is_quiet(row)).map(|row| row.inode.into()).collect();
-        let open: HashMap<u64, u64> = open.map(|row| (row.inode.into(), row.traffic.received)).collect();
+        let (mut open, mut busy) = (HashMap::new(), HashSet::new());
+        for row in connections.values().flatten().filter(|row| !row.opening && row.inode != 0) {
+            open.insert(row.inode.into(), row.traffic.received);
+            if !is_quiet(row) {
+                busy.insert(row.inode.into());
+            }
+        }
         let done =
             if arrived.is_empty() { Vec::new() } else { self.idle(&arrived, &busy, &Owned::look(&open)) };
         self.next_look = Some(now + INTERVAL.max(now.elapsed() * SHARE));
@@ -126,8 +130,8 @@ impl Drain {
         if nobodys.peek().is_some() {
             // It has ended since, or was accepted just now by a thread that has yet to get its number.
             let Ok(connections) = self.connections() else { return Vec::new() };
-            let exists: HashSet<u64> = connections.values().flatten().map(|row| row.inode.into()).collect();
-            if nobodys.any(|inode| exists.contains(inode)) {
+            let exists = |inode| connections.values().flatten().any(|row| u64::from(row.inode) == inode);
+            if nobodys.any(|inode| exists(*inode)) {
                 return Vec::new();
             }
         }
@@ -165,7 +169,7 @@ fn key(address: &Address) -> (bool, u16) {
 }
 
 /// Which process below this one has which of some connections open.
-struct Owned(HashMap<Pid, Vec<Kept>>);
+struct Owned(Vec<Idle>);
 
 impl Owned {
     /// `connections` are inode numbers, and how many bytes came.
@@ -178,12 +182,12 @@ impl Owned {
     }
 
     fn contains(&self, inode: u64) -> bool {
-        self.0.values().flatten().any(|open| open.inode == inode)
+        self.0.iter().flat_map(|(_, open)| open).any(|open| open.inode == inode)
     }
 
     /// What a process and each of its descendants have of them, unless one is new.
     fn below(&self, pid: Pid) -> Option<Vec<Idle>> {
-        procfs::tree(pid).into_iter().map(|pid| Some((pid, self.0.get(&pid)?.clone()))).collect()
+        procfs::tree(pid).iter().map(|pid| self.0.iter().find(|(owner, _)| owner == pid).cloned()).collect()
     }
 }
 
@@ -301,7 +305,7 @@ mod tests {
         let mut idle =
             |busy: &[u64], owned: &Owned| drain.idle(&[me], &busy.iter().copied().collect(), owned);
         let its = Owned::look(&HashMap::from([(inode, 42)]));
-        let nobodys = Owned(HashMap::from([(Pid::this(), Vec::new())]));
+        let nobodys = Owned(vec![(Pid::this(), Vec::new())]);
         let done = |idle: &[Idle]| [Done { worker: WorkerId(1), generation: 3, idle: idle.to_vec() }];
         assert_eq!(idle(&[], &nobodys), done(&[]));
         let kept = Kept { fd, inode, received: 42 };

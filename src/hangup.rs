@@ -35,10 +35,19 @@ impl Kept {
         procfs::inode(copy.as_fd()).is_ok_and(|inode| inode == self.inode).then_some(copy)
     }
 
-    /// Whether something has come since it was looked at; `None` if this process can't know.
-    fn is_awake(&self, copy: &OwnedFd) -> Option<bool> {
-        let info = sys::tcp_info_bytes(copy.as_fd()).ok()?;
-        Some(Traffic::parse(&info).received != self.received)
+    /// Whether something has come since it was looked at, as far as this process may know.
+    fn is_awake(&self, copy: &OwnedFd) -> bool {
+        sys::tcp_info_bytes(copy.as_fd()).is_ok_and(|info| Traffic::parse(&info).received != self.received)
+    }
+
+    /// Closes it, as far as this process may. Returns false if something has come and it is left open.
+    fn close(&self, tid: Pid) -> bool {
+        let Some(copy) = self.copy(tid) else { return true };
+        let is_awake = self.is_awake(&copy);
+        if !is_awake {
+            let _ = SockRef::from(&copy).shutdown(Shutdown::Both); // else the client has closed it
+        }
+        !is_awake
     }
 }
 
@@ -47,26 +56,20 @@ pub type Idle = (Pid, Vec<Kept>);
 
 /// Whether something has come since these connections were looked at, as far as this process may know.
 pub fn are_awake(idle: &[Idle]) -> bool {
-    let is_awake = |pid: Pid, kept: &Kept| kept.copy(pid).and_then(|copy| kept.is_awake(&copy)) == Some(true);
+    let is_awake = |pid, kept: &Kept| kept.copy(pid).is_some_and(|copy| kept.is_awake(&copy));
     idle.iter().any(|(pid, connections)| connections.iter().any(|kept| is_awake(*pid, kept)))
 }
 
 /// Closes these connections, as far as this process may, but for those on which something has come. Returns whether
 /// there are none of these.
 pub fn hang_up(idle: &[Idle]) -> bool {
-    let close = |pid: Pid, kept: &Kept| {
-        kept.copy(pid).is_none_or(|copy| {
-            let is_awake = kept.is_awake(&copy) == Some(true);
-            if !is_awake {
-                let _ = SockRef::from(&copy).shutdown(Shutdown::Both); // else the client has closed it
-            }
-            !is_awake
-        })
-    };
-    // Each is tried, whatever becomes of the others.
-    let refused =
-        idle.iter().flat_map(|(pid, connections)| connections.iter().filter(|kept| !close(*pid, kept)));
-    refused.count() == 0
+    let mut all = true;
+    for (pid, connections) in idle {
+        for kept in connections {
+            all &= kept.close(*pid);
+        }
+    }
+    all
 }
 
 /// Waits a moment for processes that were sent the stop signal, and closes these connections of those that it kills.
@@ -80,7 +83,9 @@ pub fn see_off(idle: &[Idle]) -> bool {
             let is_killed = procfs::is_killed(*pid);
             if is_killed {
                 // The main thread may be gone already while another still has the files.
-                procfs::threads(*pid).into_iter().for_each(|tid| _ = hang_up(&[(tid, connections.clone())]));
+                for tid in procfs::threads(*pid) {
+                    connections.iter().for_each(|kept| _ = kept.close(tid));
+                }
             }
             !is_killed
         });

@@ -216,15 +216,16 @@ pub fn threads(pid: Pid) -> Vec<Pid> {
 
 /// Whether a process ends, or has ended and is yet to be reaped, because a signal has killed it.
 pub fn is_killed(pid: Pid) -> bool {
-    const PF_SIGNALED: u32 = 0x400; // linux/sched.h
-    let flags = fs::read_to_string(path(pid, "stat")).ok().and_then(|stat| parse_flags(&stat));
+    const PF_SIGNALED: u64 = 0x400; // linux/sched.h
+    const FLAGS: usize = 9;
+    let flags = fs::read_to_string(path(pid, "stat")).ok().and_then(|stat| stat_field(&stat, FLAGS));
     flags.is_some_and(|flags| flags & PF_SIGNALED != 0)
 }
 
-/// From a line of /proc/PID/stat: the kernel's flags of the main thread.
-fn parse_flags(stat: &str) -> Option<u32> {
-    // After the name, which may hold anything, comes the third field; the flags are the ninth (proc_pid_stat(5)).
-    stat.get(stat.rfind(')')? + 1..)?.split_whitespace().nth(6)?.parse().ok()
+/// A field of /proc/PID/stat, by its number in proc_pid_stat(5), where it comes after the name.
+fn stat_field(stat: &str, number: usize) -> Option<u64> {
+    const FIRST: usize = 3; // the name before it may hold anything
+    stat.get(stat.rfind(')')? + 1..)?.split_whitespace().nth(number - FIRST)?.parse().ok()
 }
 
 /// The inode numbers of all sockets that a process has open; none if it has ended.
@@ -346,10 +347,9 @@ pub fn usage(pid: Pid) -> Usage {
 /// From a line of /proc/PID/stat: user and system time, in ticks of which any kernel's user space sees 100 a second
 /// (USER_HZ, time(7)).
 fn parse_cpu(stat: &str) -> Option<Duration> {
-    // After the name, which may hold anything, utime and stime are the fields 14 and 15 (proc_pid_stat(5)).
-    let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_whitespace().skip(11);
-    let mut ticks = || fields.next()?.parse::<u64>().ok();
-    Some(Duration::from_millis((ticks()? + ticks()?) * 10))
+    const UTIME: usize = 14;
+    const STIME: usize = 15;
+    Some(Duration::from_millis((stat_field(stat, UTIME)? + stat_field(stat, STIME)?) * 10))
 }
 
 /// The first port that needs no right to be bound (net.ipv4.ip_unprivileged_port_start, ip(7)).

@@ -99,8 +99,8 @@ pub struct Supervisor {
     pool: Pool,
     unix: UnixSockets,
     drain: Drain,
-    /// Whether the stop signal kills the workers of these generations.
-    dies_of_signal: BTreeMap<u32, bool>,
+    /// Whether the stop signal kills the workers of this generation.
+    dies_of_signal: Option<(u32, bool)>,
     /// Set when workers aren't intercepted.
     bystander: Option<Bystander>,
     manager: Manager,
@@ -172,7 +172,7 @@ pub fn run(options: Options) -> io::Result<u8> {
         pool,
         unix: UnixSockets::default(),
         drain: Drain::default(),
-        dies_of_signal: BTreeMap::new(),
+        dies_of_signal: None,
         bystander,
         manager: Manager::new(Instant::now()),
         control,
@@ -270,17 +270,18 @@ impl Supervisor {
     /// Tells those to stop that have nothing left to do.
     fn stop_drained(&mut self) {
         for Done { worker, generation, idle } in self.drain.look(&self.pool, &self.unix, Instant::now()) {
-            let dies = self.dies_of_signal.get(&generation).copied();
+            let known = self.dies_of_signal.filter(|(known, _)| *known == generation);
             // What has come on an idle connection meanwhile puts it off until the next look.
-            let is_idle = if dies == Some(true) { hangup::hang_up(&idle) } else { !hangup::are_awake(&idle) };
+            let is_idle = match known {
+                Some((_, true)) => hangup::hang_up(&idle),
+                _ => !hangup::are_awake(&idle),
+            };
             if !is_idle {
                 continue;
             }
             self.handle(Event::Drained { worker });
-            if dies.is_none() && !idle.is_empty() {
-                let lives = |generation| self.workers.values().any(|worker| worker.generation == generation);
-                self.dies_of_signal.retain(|generation, _| lives(*generation));
-                self.dies_of_signal.insert(generation, hangup::see_off(&idle));
+            if known.is_none() && !idle.is_empty() {
+                self.dies_of_signal = Some((generation, hangup::see_off(&idle)));
             }
         }
     }

@@ -225,9 +225,9 @@ pub fn tcp_info(socket: BorrowedFd) -> io::Result<ListenInfo> {
     Ok(ListenInfo { listening, closed, accept_queue: info.tcpi_unacked })
 }
 
-/// getsockopt(2), TCP_INFO: what the kernel has of a `struct tcp_info` (linux/tcp.h).
-pub fn tcp_info_bytes(socket: BorrowedFd) -> io::Result<Vec<u8>> {
-    let mut info = vec![0; 256];
+/// getsockopt(2), TCP_INFO: the beginning of a `struct tcp_info` (linux/tcp.h), zero where the kernel is too old.
+pub fn tcp_info_bytes(socket: BorrowedFd) -> io::Result<[u8; 160]> {
+    let mut info = [0; 160];
     let mut len = info.len() as libc::socklen_t;
     // SAFETY: the kernel writes at most `len` bytes, the size of `info`, through the pointer.
     check(unsafe {
@@ -239,7 +239,6 @@ pub fn tcp_info_bytes(socket: BorrowedFd) -> io::Result<Vec<u8>> {
             &raw mut len,
         )
     })?;
-    info.truncate(len as usize);
     Ok(info)
 }
 
