@@ -61,8 +61,9 @@ const LOOKS: u32 = 2;
 const LOOKS_AT_SUSPECTS: u32 = 1;
 /// At most, whatever was granted.
 const MOST_LOOKS: u32 = 4;
-/// Whose queue stood for so long, and at one look more at least, was stuck in earnest.
-const EARNEST: Duration = Duration::from_millis(8);
+/// Whose queue stood for so long, and at one look more at least, was stuck in earnest. Where CPUs are short a
+/// worker waits for its turn for some 10 ms, with nothing wrong with it.
+const EARNEST: Duration = Duration::from_millis(50);
 /// How long it is remembered that a member was left out without need.
 const DOUBT: Duration = Duration::from_secs(1);
 /// How long it is remembered that a member was stuck.
@@ -119,6 +120,13 @@ impl Balance {
     /// Whether someone was stuck not long ago.
     pub fn has_suspects(&self, now: Instant) -> bool {
         self.members.values().any(|member| member.is_suspect(now))
+    }
+
+    /// Whether someone is stuck and may not be for long: it is left out until a look finds that it is over.
+    pub fn has_stuck(&self, now: Instant) -> bool {
+        self.members
+            .values()
+            .any(|member| member.load == Load::Stuck && now.saturating_duration_since(member.since) < LONG)
     }
 
     /// Whether someone is left out though nothing waits there, of which no connection would tell when it is over.
@@ -210,6 +218,8 @@ mod tests {
     use super::*;
 
     const EVERY: Duration = Duration::from_millis(2);
+    /// At so many looks the queue of such a member stands.
+    const STUCK_IN_EARNEST: usize = 26;
     const ID: MemberId = MemberId(7);
 
     /// One member, looked at every 2 ms.
@@ -261,7 +271,7 @@ mod tests {
     fn who_was_stuck_in_earnest_is_left_out_at_the_first_look_and_when_it_is_busy_for_ten_seconds() {
         let mut world = World::new();
         assert_eq!(world.look(0, true), Free, "nobody asks");
-        world.looks(&[1; 7]);
+        world.looks(&[1; STUCK_IN_EARNEST]);
         assert_eq!(world.look(0, true), Free);
         assert_eq!(world.look(0, true), Free, "it wasn't seen to be idle; it may never be");
         assert_eq!(world.look(0, false), Free);
@@ -271,6 +281,16 @@ mod tests {
         world.now += SUSPICION;
         assert_eq!(world.look(0, true), Free);
         assert_eq!(world.looks(&[1, 1]), [Free, Stuck]);
+    }
+
+    #[test]
+    fn who_has_waited_for_a_cpu_is_no_suspect() {
+        let mut world = World::new();
+        world.look(0, false);
+        world.looks(&[1; STUCK_IN_EARNEST - 1]);
+        assert!(world.balance.has_stuck(world.now));
+        assert_eq!([world.look(0, true), world.look(0, false), world.look(0, true)], [Free; 3]);
+        assert!(!world.balance.has_suspects(world.now) && !world.balance.has_stuck(world.now));
     }
 
     #[test]

@@ -574,8 +574,11 @@ impl Pool {
         if changed {
             self.steer(standing, share);
         }
-        let (suspects, busy) = (self.balance.has_suspects(now), self.balance.has_busy());
-        self.queues.has_looked(cpu_time().saturating_sub(begun), suspects, busy, now);
+        // With a suspect somebody may be spared, unless something waits everywhere: then nobody is better off.
+        let suspected = self.balance.has_suspects(now) && self.queues.has_empty();
+        let soon = suspected || self.balance.has_stuck(now);
+        let took = cpu_time().saturating_sub(begun);
+        self.queues.has_looked(took, soon, self.balance.has_busy(), now);
         changed || found
     }
 

@@ -25,8 +25,8 @@ const SELDOM: Duration = Duration::from_millis(100);
 /// The next look is put off so far that this one has taken no more than one part in so many of a CPU's time. (To
 /// wake up takes about as much again.)
 const SHARE: u32 = 200;
-/// The same while a look may spare somebody much.
-const SHARE_FOR_SUSPECTS: u32 = 50;
+/// The same while it had better come soon.
+const SHARE_WHEN_SOON: u32 = 50;
 /// It is not put off longer than this.
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
@@ -134,12 +134,15 @@ impl Queues {
         lengths
     }
 
-    /// The last look has taken so much of a CPU's time. With suspects the next one comes sooner, unless something
-    /// waits in every queue: then nobody is better off. It comes also if the epoll doesn't tell, when one is
-    /// `wanted`.
-    pub fn has_looked(&mut self, took: Duration, suspects: bool, wanted: bool, now: Instant) {
-        let may_spare = suspects && self.filled.len() < self.watched.len();
-        let share = if may_spare { SHARE_FOR_SUSPECTS } else { SHARE };
+    /// Whether nothing waited in some queue at the last look.
+    pub fn has_empty(&self) -> bool {
+        self.filled.len() < self.watched.len()
+    }
+
+    /// The last look has taken so much of a CPU's time. The next one comes `soon` or not, and also if the epoll
+    /// doesn't tell, when one is `wanted`.
+    pub fn has_looked(&mut self, took: Duration, soon: bool, wanted: bool, now: Instant) {
+        let share = if soon { SHARE_WHEN_SOON } else { SHARE };
         let earliest = now + (took * share).min(LONGEST_PAUSE);
         let wanted = wanted.then_some(now + SELDOM);
         self.next_look = self.next_look.or(wanted).map(|next| next.max(earliest));
@@ -169,8 +172,9 @@ mod tests {
 
     use super::*;
 
-    /// When the next look comes after one that took 0.1 ms, with connections waiting at so many of two listeners.
-    fn next_look(filled: usize, suspects: bool) -> Duration {
+    /// When the next look comes after one that took 0.1 ms, with connections waiting at so many of two listeners,
+    /// and whether some queue is empty.
+    fn next_look(filled: usize, soon: bool) -> (Duration, bool) {
         let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
         let mut queues = Queues::new(Duration::from_millis(1)).unwrap();
         for (id, listener) in (0..).map(MemberId).zip(&listeners) {
@@ -187,15 +191,15 @@ mod tests {
         }
         let lengths = queues.look(now, |id| Some(listeners[id.0 as usize].as_fd()));
         assert_eq!(lengths.len(), filled);
-        queues.has_looked(Duration::from_micros(100), suspects, false, now);
-        queues.deadline().unwrap() - now
+        queues.has_looked(Duration::from_micros(100), soon, false, now);
+        (queues.deadline().unwrap() - now, queues.has_empty())
     }
 
     #[test]
-    fn looks_are_more_frequent_only_while_a_suspect_may_be_spared() {
+    fn looks_take_a_share_of_a_cpu_and_more_of_it_while_they_had_better_come_soon() {
         let (seldom, often) = (Duration::from_millis(20), Duration::from_millis(5));
-        assert_eq!(next_look(1, false), seldom, "nobody is a suspect");
-        assert_eq!(next_look(1, true), often, "the other one may take its connections");
-        assert_eq!(next_look(2, true), seldom, "connections wait everywhere");
+        assert_eq!(next_look(1, false), (seldom, true));
+        assert_eq!(next_look(1, true), (often, true));
+        assert_eq!(next_look(2, true), (often, false));
     }
 }
