@@ -236,23 +236,28 @@ fn row(peer: &Peer, own: &[&Run], all: &[Run]) -> Vec<String> {
         all.iter().filter(same).filter(|other| !other.peer.starts_with("reuse-run")).collect()
     };
     let of = |figure: fn(&Run) -> f64| median(own.iter().map(|run| figure(run)));
-    let rate_ratio = own.iter().map(|run| {
-        let best = others(run).iter().map(|other| other.requests_per_second).fold(0.0, f64::max);
-        run.requests_per_second / best
+    let rate_ratio = own.iter().filter_map(|run| {
+        let best = others(run).iter().map(|other| other.requests_per_second).reduce(f64::max)?;
+        Some(run.requests_per_second / best)
     });
-    let tail_ratio = own.iter().map(|run| {
-        let best = others(run).iter().map(|other| other.latency_ms.p999).fold(f64::INFINITY, f64::min);
-        run.latency_ms.p999 / best
+    let tail_ratio = own.iter().filter_map(|run| {
+        let best = others(run).iter().map(|other| other.latency_ms.p999).reduce(f64::min)?;
+        Some(run.latency_ms.p999 / best)
     });
+    // No other may have been measured.
+    let ratio = |ratios: Vec<f64>| match ratios.is_empty() {
+        true => "–".to_owned(),
+        false => format!("{:.2}", median(ratios)),
+    };
     let share = |place: usize| 100.0 * median(own.iter().map(|run| run.shares_of_workers[place]));
     vec![
         peer.name(),
         format!("{:.0}", of(|run| run.requests_per_second)),
-        format!("{:.2}", median(rate_ratio)),
+        ratio(rate_ratio.collect()),
         format!("{:.1}", of(|run| run.latency_ms.p50)),
         format!("{:.1}", of(|run| run.latency_ms.p99)),
         format!("{:.1}", of(|run| run.latency_ms.p999)),
-        format!("{:.2}", median(tail_ratio)),
+        ratio(tail_ratio.collect()),
         format!("{:.0}", own.iter().map(|run| run.latency_ms.longest).fold(0.0, f64::max)),
         format!("{:.0} %", share(0)),
         format!("{:.0} %", share(WORKERS as usize - 1)),
