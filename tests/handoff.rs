@@ -3,14 +3,15 @@
 mod common;
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::load::{self, Kind, Load, LoadOptions, Mode};
 use common::{
-    DEADLINE, Deployment, Service, answered_more, app, free_address, node_app, own_network, server, turn,
-    wait_until,
+    DEADLINE, Deployment, Service, answered_more, app, free_address, node_app, own_network, send, server,
+    turn, wait_until,
 };
 use nix::sys::signal::Signal;
 
@@ -371,4 +372,99 @@ fn clients_that_ask_again_before_their_answer_is_acknowledged_do_not_hold_up_the
     assert_eq!(service.log.count_of("was not seen idle"), 0, "{}", service.log.text());
     load.stop(); // what a naive server cuts off is another test's business
     service.stop();
+}
+
+/// A client of a server that keeps connections open.
+struct Kept {
+    stream: TcpStream,
+    worker: u32,
+}
+
+impl Kept {
+    /// One of the worker in this slot.
+    fn of_slot(slot: u32, addr: SocketAddr) -> Self {
+        let mut kept = None;
+        wait_until("a connection to the worker", DEADLINE, || {
+            let mut stream = TcpStream::connect(addr).expect("connect");
+            stream.set_read_timeout(Some(DEADLINE)).expect("set a timeout");
+            let origin = ask(&mut stream);
+            kept = (origin.slot == Some(slot))
+                .then(|| Self { stream, worker: origin.pid.expect("the worker's number") });
+            kept.is_some()
+        });
+        kept.unwrap()
+    }
+
+    fn is_open(&mut self) -> bool {
+        self.stream.set_nonblocking(true).expect("set non-blocking");
+        let open = self.stream.peek(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
+        self.stream.set_nonblocking(false).expect("set blocking");
+        open
+    }
+}
+
+const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: test\r\n\r\n";
+
+fn ask(stream: &mut TcpStream) -> load::Origin {
+    stream.write_all(REQUEST).expect("ask");
+    answer(stream)
+}
+
+fn answer(stream: &mut TcpStream) -> load::Origin {
+    let mut text = Vec::new();
+    let mut chunk = [0; 1024];
+    // The body is one line.
+    while !text.ends_with(b"\n") || text.ends_with(b"\r\n") {
+        let count = stream.read(&mut chunk).expect("an answer");
+        assert!(count > 0, "no end in the answer: {}", String::from_utf8_lossy(&text));
+        text.extend_from_slice(&chunk[..count]);
+    }
+    load::Origin::of(&String::from_utf8_lossy(&text))
+}
+
+#[test]
+fn when_the_signal_kills_one_of_a_generation_idle_connections_of_the_others_are_closed_before_it() {
+    let _turn = turn();
+    let addr = free_address();
+    let text = r#"[ "$REUSE_RUN_SLOT" = 0 ] || set -- "$@" --ignore-int; exec "$0" "$@""#;
+    let command = ["sh", "-c", text, &server(), "--listen", &addr.to_string(), "--keep-alive"];
+    let service = Service::run_ready("-n 2 --drain 1h --stop-timeout 1h", &command);
+    let (mut reloads, mut closed_before) = (0, 0);
+    // Who takes more than 3 ms to die, as it may where CPUs are short, isn't known to be killed.
+    wait_until("a connection that reuse-run closes", DEADLINE, || {
+        let mut idle = Kept::of_slot(0, addr);
+        let mut busy = Kept::of_slot(1, addr);
+        thread::sleep(Duration::from_millis(20)); // what comes within a tick of the answer looks answered
+        let (begin, end) = REQUEST.split_at(10);
+        busy.stream.write_all(begin).expect("begin to ask");
+        service.signal(Signal::SIGUSR2);
+        assert_eq!(idle.stream.read(&mut [0]).expect("the end of what the killed worker had"), 0);
+        busy.stream.write_all(end).expect("ask");
+        assert_eq!(answer(&mut busy.stream).pid, Some(busy.worker));
+        reloads += 1;
+        wait_until("the signal", DEADLINE, || service.out.count_of("ignored SIGINT") == reloads);
+        // This worker closes nothing.
+        closed_before += usize::from(!busy.is_open());
+        send(busy.worker, Signal::SIGKILL);
+        wait_until("the reload's end", DEADLINE, || service.log.count_of("reload done") == reloads);
+        closed_before > 0
+    });
+}
+
+#[test]
+fn a_worker_that_handles_the_signal_keeps_its_idle_connections() {
+    let _turn = turn();
+    let addr = free_address();
+    let mut command = naive(addr);
+    command.extend(["--keep-alive", "--ignore-int"].map(str::to_owned));
+    let service = Service::run_ready("-n 2 --drain 1h --stop-timeout 1h", &command);
+    let mut kept = [0, 1].map(|slot| Kept::of_slot(slot, addr));
+    service.signal(Signal::SIGUSR2);
+    wait_until("both signals", DEADLINE, || service.out.count_of("ignored SIGINT") == 2);
+    for kept in &mut kept {
+        assert!(kept.is_open());
+        assert_eq!(ask(&mut kept.stream).pid, Some(kept.worker));
+        send(kept.worker, Signal::SIGKILL);
+    }
+    service.wait_for_line("reload done");
 }
