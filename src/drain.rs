@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 
 use crate::address::Address;
 use crate::fleet::WorkerId;
-use crate::hangup::{Idle, Kept};
+use crate::hangup::{Idle, IdleConnection};
 use crate::listeners::Pool;
 use crate::procfs;
 use crate::sockdiag::{Connection, SockDiag};
@@ -40,9 +40,8 @@ struct Retired {
 
 /// A worker that has nothing left to do.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Done {
+pub struct Drained {
     pub worker: WorkerId,
-    pub generation: u32,
     /// What its clients keep open.
     pub idle: Vec<Idle>,
 }
@@ -84,8 +83,8 @@ impl Drain {
         self.next_look
     }
 
-    /// The workers that have nothing left to do, if it is time for a look.
-    pub fn look(&mut self, pool: &Pool, unix: &UnixSockets, now: Instant) -> Vec<Done> {
+    /// The workers that have nothing left to do, if it is time for a look. To be followed by [`Drain::has_looked`].
+    pub fn look(&mut self, pool: &Pool, unix: &UnixSockets, now: Instant) -> Vec<Drained> {
         if self.next_look.is_none_or(|at| at > now) {
             return Vec::new();
         }
@@ -108,7 +107,7 @@ impl Drain {
         for (worker, retired) in &mut self.retired {
             let rows: Vec<&Connection> = retired.addresses.iter().flat_map(of).collect();
             if retired.has_arrived(&rows, empty.contains(worker), now) && !busy_on_paths.contains(worker) {
-                arrived.push((*worker, retired.pid, retired.generation));
+                arrived.push((*worker, retired.pid));
             }
         }
         let (mut open, mut busy) = (HashMap::new(), HashSet::new());
@@ -118,30 +117,34 @@ impl Drain {
                 busy.insert(row.inode.into());
             }
         }
-        let done =
-            if arrived.is_empty() { Vec::new() } else { self.idle(&arrived, &busy, &Owned::look(&open)) };
-        self.next_look = Some(now + INTERVAL.max(now.elapsed() * SHARE));
-        done
+        if arrived.is_empty() { Vec::new() } else { self.idle(&arrived, &busy, &Owned::look(&open)) }
+    }
+
+    /// The look that began then is over, and what it gave is dealt with.
+    pub fn has_looked(&mut self, begun: Instant, now: Instant) {
+        if self.next_look.is_some_and(|at| at <= begun) {
+            self.next_look = Some(now + INTERVAL.max((now - begun) * SHARE));
+        }
     }
 
     /// Those of `workers` which have none of the busy connections, given by their inode numbers.
-    fn idle(&mut self, workers: &[(WorkerId, Pid, u32)], busy: &HashSet<u64>, owned: &Owned) -> Vec<Done> {
-        let mut nobodys = busy.iter().filter(|inode| !owned.contains(**inode)).peekable();
+    fn idle(&mut self, workers: &[(WorkerId, Pid)], busy: &HashSet<u64>, owned: &Owned) -> Vec<Drained> {
+        let mut nobodys = busy.difference(&owned.inodes).peekable();
         if nobodys.peek().is_some() {
             // It has ended since, or was accepted just now by a thread that has yet to get its number.
             let Ok(connections) = self.connections() else { return Vec::new() };
-            let exists = |inode| connections.values().flatten().any(|row| u64::from(row.inode) == inode);
-            if nobodys.any(|inode| exists(*inode)) {
+            let exist: HashSet<u64> = connections.values().flatten().map(|row| row.inode.into()).collect();
+            if nobodys.any(|inode| exist.contains(inode)) {
                 return Vec::new();
             }
         }
-        let done = |(worker, pid, generation): &(WorkerId, Pid, u32)| {
+        let drained = |(worker, pid): &(WorkerId, Pid)| {
             let processes = owned.below(*pid)?;
             let is_idle = !processes.iter().flat_map(|(_, open)| open).any(|open| busy.contains(&open.inode));
             let idle = processes.into_iter().filter(|(_, open)| !open.is_empty()).collect();
-            is_idle.then_some(Done { worker: *worker, generation: *generation, idle })
+            is_idle.then_some(Drained { worker: *worker, idle })
         };
-        workers.iter().filter_map(done).collect()
+        workers.iter().filter_map(drained).collect()
     }
 
     /// The connections of all addresses that retired workers listen on, by family and port.
@@ -169,25 +172,33 @@ fn key(address: &Address) -> (bool, u16) {
 }
 
 /// Which process below this one has which of some connections open.
-struct Owned(Vec<Idle>);
+#[derive(Default)]
+struct Owned {
+    processes: HashMap<Pid, Vec<IdleConnection>>,
+    inodes: HashSet<u64>,
+}
 
 impl Owned {
     /// `connections` are inode numbers, and how many bytes came.
     fn look(connections: &HashMap<u64, u64>) -> Self {
-        // A process that may not be looked into owns nothing here, so that what it owns is nobody's.
-        let all = |pid| procfs::sockets(pid).unwrap_or_default().into_iter();
-        let kept = |(fd, inode)| Some(Kept { fd, inode, received: *connections.get(&inode)? });
-        let open = |pid| (pid, all(pid).filter_map(kept).collect());
-        Self(procfs::tree(Pid::this()).into_iter().map(open).collect())
-    }
-
-    fn contains(&self, inode: u64) -> bool {
-        self.0.iter().flat_map(|(_, open)| open).any(|open| open.inode == inode)
+        let mut owned = Self::default();
+        for pid in procfs::tree(Pid::this()) {
+            // A process that may not be looked into owns nothing here, so that what it owns is nobody's.
+            let all = procfs::sockets(pid).unwrap_or_default().into_iter();
+            let open: Vec<IdleConnection> = all
+                .filter_map(|(fd, inode)| {
+                    Some(IdleConnection { fd, inode, received: *connections.get(&inode)? })
+                })
+                .collect();
+            owned.inodes.extend(open.iter().map(|open| open.inode));
+            owned.processes.insert(pid, open);
+        }
+        owned
     }
 
     /// What a process and each of its descendants have of them, unless one is new.
     fn below(&self, pid: Pid) -> Option<Vec<Idle>> {
-        procfs::tree(pid).iter().map(|pid| self.0.iter().find(|(owner, _)| owner == pid).cloned()).collect()
+        procfs::tree(pid).into_iter().map(|pid| Some((pid, self.processes.get(&pid)?.clone()))).collect()
     }
 }
 
@@ -292,7 +303,7 @@ mod tests {
 
     #[test]
     fn a_busy_connection_keeps_the_worker_that_has_it_and_one_that_nobody_has_keeps_all() {
-        let me = (WorkerId(1), Pid::this(), 3);
+        let me = (WorkerId(1), Pid::this());
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = Address { socket: listener.local_addr().unwrap(), v6only: false };
         let _client = std::net::TcpStream::connect(address.socket).unwrap();
@@ -305,13 +316,13 @@ mod tests {
         let mut idle =
             |busy: &[u64], owned: &Owned| drain.idle(&[me], &busy.iter().copied().collect(), owned);
         let its = Owned::look(&HashMap::from([(inode, 42)]));
-        let nobodys = Owned(vec![(Pid::this(), Vec::new())]);
-        let done = |idle: &[Idle]| [Done { worker: WorkerId(1), generation: 3, idle: idle.to_vec() }];
-        assert_eq!(idle(&[], &nobodys), done(&[]));
-        let kept = Kept { fd, inode, received: 42 };
-        assert_eq!(idle(&[], &its), done(&[(Pid::this(), vec![kept])]), "its client keeps it");
+        let nobodys = Owned::look(&HashMap::new());
+        let drained = |idle: &[Idle]| [Drained { worker: WorkerId(1), idle: idle.to_vec() }];
+        assert_eq!(idle(&[], &nobodys), drained(&[]));
+        let open = IdleConnection { fd, inode, received: 42 };
+        assert_eq!(idle(&[], &its), drained(&[(Pid::this(), vec![open])]), "its client keeps it");
         assert!(idle(&[inode], &its).is_empty(), "it is its own");
         assert!(idle(&[inode], &nobodys).is_empty(), "it exists, and is in nobody's hands");
-        assert_eq!(idle(&[u64::MAX], &nobodys), done(&[]), "it exists no more");
+        assert_eq!(idle(&[u64::MAX], &nobodys), drained(&[]), "it exists no more");
     }
 }

@@ -9,55 +9,59 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use socket2::SockRef;
 
-use crate::procfs;
+use crate::procfs::{self, Life};
 use crate::sockdiag::Traffic;
 use crate::sys;
 
-/// Who is still alive so long after the stop signal has a handler for it.
+/// Whom the stop signal hasn't killed after so long is taken to have a handler for it.
 const LONGEST: Duration = Duration::from_millis(3);
 
-/// A connection that is idle, kept open by its client.
+/// A connection that its client keeps open.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Kept {
+pub struct IdleConnection {
     pub fd: u32,
     pub inode: u64,
-    /// How many bytes had come when it was looked at.
+    /// [`Traffic::received`] when it was looked at.
     pub received: u64,
 }
 
-impl Kept {
-    /// A duplicate, if this process may have it and the thread still has it open.
-    fn copy(&self, tid: Pid) -> Option<OwnedFd> {
-        let copy = sys::pidfd_getfd(tid.as_raw(), self.fd).ok()?;
-        procfs::inode(copy.as_fd()).is_ok_and(|inode| inode == self.inode).then_some(copy)
+/// A process and its idle connections.
+pub type Idle = (Pid, Vec<IdleConnection>);
+
+impl IdleConnection {
+    /// A duplicate, if this process may have it and the connection is open still.
+    fn duplicate(&self, pidfd: &OwnedFd) -> Option<OwnedFd> {
+        let duplicate = sys::pidfd_getfd(pidfd.as_fd(), self.fd).ok()?;
+        procfs::inode(duplicate.as_fd()).is_ok_and(|inode| inode == self.inode).then_some(duplicate)
     }
 
     /// Whether something has come since it was looked at, as far as this process may know.
-    fn is_awake(&self, copy: &OwnedFd) -> bool {
-        sys::tcp_info_bytes(copy.as_fd()).is_ok_and(|info| Traffic::parse(&info).received != self.received)
+    fn is_awake(&self, duplicate: &OwnedFd) -> bool {
+        sys::tcp_info(duplicate.as_fd()).is_ok_and(|info| Traffic::parse(&info).received != self.received)
     }
 
-    /// Closes it, as far as this process may. Returns false if something has come and it is left open.
-    fn close(&self, tid: Pid) -> bool {
-        let Some(copy) = self.copy(tid) else { return true };
-        let is_awake = self.is_awake(&copy);
-        if !is_awake {
-            let _ = SockRef::from(&copy).shutdown(Shutdown::Both); // else the client has closed it
+    /// Closes it unless something has come. Returns whether it has.
+    fn close(&self, duplicate: &OwnedFd) -> bool {
+        let is_idle = !self.is_awake(duplicate);
+        if is_idle {
+            let _ = SockRef::from(duplicate).shutdown(Shutdown::Both); // else the client has closed it
         }
-        !is_awake
+        is_idle
     }
 }
 
-/// A process and its idle connections.
-pub type Idle = (Pid, Vec<Kept>);
-
 /// Whether something has come since these connections were looked at, as far as this process may know.
 pub fn are_awake(idle: &[Idle]) -> bool {
-    let is_awake = |pid, kept: &Kept| kept.copy(pid).is_some_and(|copy| kept.is_awake(&copy));
-    idle.iter().any(|(pid, connections)| connections.iter().any(|kept| is_awake(*pid, kept)))
+    let is_awake = |(pid, connections): &Idle| {
+        let Ok(pidfd) = sys::pidfd_open(pid.as_raw(), 0) else { return false };
+        let is_awake = |it: &IdleConnection| it.duplicate(&pidfd).is_some_and(|fd| it.is_awake(&fd));
+        connections.iter().any(is_awake)
+    };
+    idle.iter().any(is_awake)
 }
 
 /// Closes these connections, as far as this process may, but for those on which something has come. Returns whether
@@ -65,32 +69,55 @@ pub fn are_awake(idle: &[Idle]) -> bool {
 pub fn hang_up(idle: &[Idle]) -> bool {
     let mut all = true;
     for (pid, connections) in idle {
-        for kept in connections {
-            all &= kept.close(*pid);
+        let Ok(pidfd) = sys::pidfd_open(pid.as_raw(), 0) else { continue };
+        for connection in connections {
+            all &= connection.duplicate(&pidfd).is_none_or(|duplicate| connection.close(&duplicate));
         }
     }
     all
 }
 
-/// Waits a moment for processes that were sent the stop signal, and closes these connections of those that it kills.
+/// Waits a moment for processes that were sent the stop signal, and closes these connections of those that end.
 /// Returns whether it kills all of them, and there are any.
-pub fn see_off(idle: &[Idle]) -> bool {
-    let begun = Instant::now();
+pub fn see_off(idle: &[Idle], stop_signal: Signal) -> bool {
+    let deadline = Instant::now() + LONGEST;
     let mut alive: Vec<&Idle> = idle.iter().collect();
+    let mut kills = !idle.is_empty();
     // Without a pause: who sleeps when a process of many threads ends may be woken only after it.
-    while !alive.is_empty() && begun.elapsed() < LONGEST {
+    while !alive.is_empty() && Instant::now() < deadline {
         alive.retain(|(pid, connections)| {
-            let is_killed = procfs::is_killed(*pid);
-            if is_killed {
-                // The main thread may be gone already while another still has the files.
-                for tid in procfs::threads(*pid) {
-                    connections.iter().for_each(|kept| _ = kept.close(tid));
-                }
+            let life = procfs::life(*pid);
+            if let Life::Ends { signal } = life {
+                kills &= signal == Some(stop_signal as u32);
+                hang_up_ending(*pid, connections, deadline);
             }
-            !is_killed
+            kills &= life != Life::Over;
+            life == Life::Lives
         });
     }
-    alive.is_empty() && !idle.is_empty()
+    alive.is_empty() && kills
+}
+
+/// Closes what it can of these connections until then.
+fn hang_up_ending(pid: Pid, connections: &[IdleConnection], deadline: Instant) {
+    // The main thread may be gone already while another still has the files.
+    for tid in procfs::threads(pid) {
+        let flags = if tid == pid { 0 } else { libc::PIDFD_THREAD };
+        let Ok(pidfd) = sys::pidfd_open(tid.as_raw(), flags) else { continue };
+        let mut has_files = false;
+        for connection in connections {
+            if Instant::now() > deadline {
+                return;
+            }
+            if let Some(duplicate) = connection.duplicate(&pidfd) {
+                has_files = true;
+                connection.close(&duplicate);
+            }
+        }
+        if has_files {
+            return;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -100,19 +127,20 @@ mod tests {
     use std::os::fd::AsRawFd;
     use std::process::Command;
 
-    use nix::sys::signal::{Signal, kill};
-    use nix::sys::wait::{Id, WaitPidFlag, waitid};
+    use nix::sys::ptrace;
+    use nix::sys::signal::kill;
+    use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 
     use super::*;
 
     /// A client, the server's end of its connection, and what is known of that.
-    fn connection() -> (TcpStream, TcpStream, Kept) {
+    fn connection() -> (TcpStream, TcpStream, IdleConnection) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (server, _) = listener.accept().unwrap();
         let inode = procfs::inode(server.as_fd()).unwrap();
         let fd = server.as_raw_fd() as u32;
-        (client, server, Kept { fd, inode, received: 0 })
+        (client, server, IdleConnection { fd, inode, received: 0 })
     }
 
     fn is_open(client: &mut TcpStream) -> bool {
@@ -131,26 +159,56 @@ mod tests {
         assert!(are_awake(&both) && !are_awake(&[(Pid::this(), vec![idle])]));
         assert!(!hang_up(&both));
         assert!(is_open(&mut client) && !is_open(&mut idle_client));
-        assert!(hang_up(&[(Pid::this(), vec![Kept { received: 1, ..kept }])]));
+        assert!(hang_up(&[(Pid::this(), vec![IdleConnection { received: 1, ..kept }])]));
         assert!(!is_open(&mut client));
     }
 
     #[test]
     fn another_socket_under_the_same_number_is_left_alone() {
         let (mut client, _server, kept) = connection();
-        assert!(hang_up(&[(Pid::this(), vec![Kept { inode: kept.inode + 1, ..kept }])]));
+        assert!(hang_up(&[(Pid::this(), vec![IdleConnection { inode: kept.inode + 1, ..kept }])]));
         assert!(is_open(&mut client));
     }
 
     #[test]
-    fn whom_the_signal_kills_is_told_from_who_lives_on() {
-        assert!(!see_off(&[(Pid::this(), Vec::new())]), "it lives");
-        let mut naive = Command::new("sleep").arg("1000").spawn().unwrap();
-        let pid = Pid::from_raw(naive.id() as i32);
+    fn whom_the_signal_kills_is_told_from_who_lives_on_and_who_exits() {
+        assert!(!see_off(&[(Pid::this(), Vec::new())], Signal::SIGINT), "it lives");
+        let sees_off = |command: &mut Command, signal| {
+            let mut child = command.spawn().unwrap();
+            let pid = Pid::from_raw(child.id() as i32);
+            kill(pid, signal).unwrap();
+            waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
+            let is_killed = see_off(&[(pid, Vec::new())], Signal::SIGINT);
+            child.wait().unwrap();
+            is_killed
+        };
+        assert!(sees_off(Command::new("sleep").arg("1000"), Signal::SIGINT));
+        assert!(!sees_off(Command::new("sleep").arg("1000"), Signal::SIGTERM), "by another signal");
+        assert!(!sees_off(Command::new("sleep").arg("0"), Signal::SIGCONT), "it exits");
+        assert!(!see_off(&[], Signal::SIGINT), "there was nobody to see");
+    }
+
+    /// The duplicate here would keep the connection open over the end of the process.
+    #[test]
+    fn what_a_killed_process_has_is_closed_before_its_end() {
+        const FD: i32 = 500;
+        let (mut client, server, connection) = connection();
+        let mut command = Command::new("sleep");
+        command.arg("1000");
+        let held = server.try_clone().unwrap();
+        sys::before_exec(&mut command, move || sys::dup2_for_exec(held.as_fd(), FD));
+        let mut killed = command.spawn().unwrap();
+        let pid = Pid::from_raw(killed.id() as i32);
+        ptrace::seize(pid, ptrace::Options::PTRACE_O_TRACEEXIT).unwrap();
         kill(pid, Signal::SIGINT).unwrap();
-        waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
-        assert!(see_off(&[(pid, Vec::new())]));
-        naive.wait().unwrap();
-        assert!(!see_off(&[]), "there was nobody to see");
+        assert_eq!(waitpid(pid, None), Ok(WaitStatus::Stopped(pid, Signal::SIGINT)));
+        ptrace::cont(pid, Signal::SIGINT).unwrap();
+        assert!(matches!(waitpid(pid, None), Ok(WaitStatus::PtraceEvent(..))), "it stops half dead");
+        let idle = [(pid, vec![IdleConnection { fd: FD as u32, ..connection }])];
+        assert!(is_open(&mut client));
+        assert!(see_off(&idle, Signal::SIGINT));
+        assert!(!is_open(&mut client));
+        ptrace::detach(pid, None).unwrap();
+        killed.wait().unwrap();
     }
 }

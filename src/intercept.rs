@@ -350,7 +350,8 @@ impl Interception {
             return None;
         }
         // Where it is refused, the socket is taken for a new one without options.
-        let own = procfs::process_of(tid).and_then(|pid| sys::pidfd_getfd(pid.as_raw(), fd)).ok();
+        let process = procfs::process_of(tid).and_then(|pid| sys::pidfd_open(pid.as_raw(), 0));
+        let own = process.and_then(|process| sys::pidfd_getfd(process.as_fd(), fd)).ok();
         let flags = procfs::fd_flags(tid, fd).ok()?;
         Some(Bind {
             inode,

@@ -25,7 +25,7 @@ use crate::balance::{Balance, Balancing, Change, Load};
 use crate::fleet::WorkerId;
 use crate::procfs;
 use crate::queues::{self, Queues};
-use crate::sockdiag::{Listener, SockDiag};
+use crate::sockdiag::{self, Listener, SockDiag};
 use crate::steering::{self, MemberId, Order, Share, Standing, Steer, Targets};
 use crate::sys;
 
@@ -471,7 +471,8 @@ impl Pool {
                 if !member.listening {
                     // A worker may bind a socket to connect from it. With a duplicate here its close would
                     // end nothing, so the socket is let go as soon as it is, or becomes, a connection.
-                    if sys::tcp_info(member.socket.as_fd()).is_ok_and(|info| !info.closed && !info.listening)
+                    if sockdiag::listen_info(member.socket.as_fd())
+                        .is_ok_and(|info| !info.closed && !info.listening)
                     {
                         let address = member.address;
                         self.remove(id);
@@ -837,14 +838,15 @@ impl Pool {
     /// Whether no connection waits to be accepted by the worker.
     pub fn accept_queues_are_empty(&self, worker: WorkerId) -> bool {
         self.lent_to(worker).all(|(_, member)| {
-            sys::tcp_info(member.socket.as_fd())
+            sockdiag::listen_info(member.socket.as_fd())
                 .map_or(true, |info| info.accept_queue == 0 || !info.listening)
         })
     }
 
     /// How many connections wait to be accepted by the worker.
     pub fn accept_queue(&self, worker: WorkerId) -> u32 {
-        let infos = self.lent_to(worker).filter_map(|(_, member)| sys::tcp_info(member.socket.as_fd()).ok());
+        let infos =
+            self.lent_to(worker).filter_map(|(_, member)| sockdiag::listen_info(member.socket.as_fd()).ok());
         infos.filter(|info| info.listening).map(|info| info.accept_queue).sum()
     }
 

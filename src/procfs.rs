@@ -166,7 +166,7 @@ fn parse_unix_sockets(table: &str) -> Vec<UnixSocket> {
 
 /// The inode number of a socket of this process, as /proc/PID/fd shows it.
 pub fn inode(fd: BorrowedFd) -> io::Result<u64> {
-    Ok(File::from(fd.try_clone_to_owned()?).metadata()?.ino())
+    Ok(nix::sys::stat::fstat(fd)?.st_ino)
 }
 
 /// What tells the network namespace of a thread from others (namespaces(7)).
@@ -214,12 +214,35 @@ pub fn threads(pid: Pid) -> Vec<Pid> {
     entries.flatten().filter_map(tid).map(Pid::from_raw).collect()
 }
 
-/// Whether a process ends, or has ended and is yet to be reaped, because a signal has killed it.
-pub fn is_killed(pid: Pid) -> bool {
-    const PF_SIGNALED: u64 = 0x400; // linux/sched.h
+/// Whether a process is about to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Life {
+    Lives,
+    /// All of its threads end, because of this signal, or because one of them has called exit(2), or for a reason
+    /// that this process may not know.
+    Ends {
+        signal: Option<u32>,
+    },
+    /// Its main thread is no more, and nothing else is known.
+    Over,
+}
+
+/// Whether a process is about to end (proc_pid_stat(5)).
+pub fn life(pid: Pid) -> Life {
+    fs::read_to_string(path(pid, "stat")).ok().and_then(|stat| parse_life(&stat)).unwrap_or(Life::Over)
+}
+
+fn parse_life(stat: &str) -> Option<Life> {
     const FLAGS: usize = 9;
-    let flags = fs::read_to_string(path(pid, "stat")).ok().and_then(|stat| stat_field(&stat, FLAGS));
-    flags.is_some_and(|flags| flags & PF_SIGNALED != 0)
+    const EXIT_CODE: usize = 52; // 0 to whom ptrace access is denied
+    const PF_EXITING: u64 = 0x4; // linux/sched.h
+    const PF_SIGNALED: u64 = 0x400; // also if another thread has called exit_group(2) (get_signal, kernel/signal.c)
+    let flags = stat_field(stat, FLAGS)?;
+    if flags & PF_SIGNALED != 0 {
+        let signal = (stat_field(stat, EXIT_CODE)? & 0x7f) as u32; // as wait(2) has it
+        return Some(Life::Ends { signal: Some(signal).filter(|signal| *signal != 0) });
+    }
+    Some(if flags & PF_EXITING != 0 { Life::Over } else { Life::Lives })
 }
 
 /// A field of /proc/PID/stat, by its number in proc_pid_stat(5), where it comes after the name.
@@ -410,6 +433,13 @@ mod tests {
         let stat = "7 (a) b) S 1 7 7 0 -1 4194560 90 0 0 0 120 3 9 9 20 0 1 0";
         assert_eq!(parse_cpu(stat), Some(Duration::from_millis(1230)));
         assert_eq!(parse_cpu("7 (a) S 1"), None);
+        let life = |flags: u64, code: u32| {
+            parse_life(&format!("7 (a) b) Z 1 7 7 0 -1 {flags} {}{code}", "0 ".repeat(42)))
+        };
+        assert_eq!(life(0x400000, 0), Some(Life::Lives));
+        assert_eq!(life(0x400404, 0x82), Some(Life::Ends { signal: Some(2) }), "with a core");
+        assert_eq!(life(0x400404, 2 << 8), Some(Life::Ends { signal: None }));
+        assert_eq!(life(0x400004, 2), Some(Life::Over));
         assert_eq!(parse_children("12 34 "), [Pid::from_raw(12), Pid::from_raw(34)]);
     }
 

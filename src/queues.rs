@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
+use crate::sockdiag;
 use crate::steering::MemberId;
-use crate::sys;
 
 /// After so many looks at which nothing waited the epoll tells again.
 const QUIET_LOOKS: u32 = 4;
@@ -111,7 +111,7 @@ impl Queues {
         let mut lengths = BTreeMap::new();
         for id in told.union(&self.aside.clone()).copied() {
             let Some(fd) = listener(id) else { continue };
-            let length = sys::tcp_info(fd).map_or(0, |info| info.accept_queue);
+            let length = sockdiag::listen_info(fd).map_or(0, |info| info.accept_queue);
             let stands = before.get(&id).filter(|(before, _)| *before <= length);
             let since = stands.map_or(now, |(_, since)| *since);
             let is_aside = length > 0 && now.saturating_duration_since(since) >= LONG;

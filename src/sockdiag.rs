@@ -1,7 +1,9 @@
-//! What the kernel tells of TCP sockets through sock_diag(7), in the wrapper's network namespace.
+//! What the kernel tells of TCP sockets: of all in the wrapper's network namespace through sock_diag(7), and of one
+//! by TCP_INFO (tcp(7)).
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
@@ -12,6 +14,7 @@ use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, 
 use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
 
 use crate::address::Address;
+use crate::sys;
 
 /// A TCP connection, seen from the side that accepts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,7 +39,7 @@ pub struct Traffic {
     /// Bytes that were written and not sent: the peer, or the network, takes no more.
     pub unsent: u32,
     pub has_sent: bool,
-    /// Bytes, as far as they are acknowledged.
+    /// Bytes that have come, the end of the stream counted as one (`tcp_rcv_nxt_update`, net/ipv4/tcp_input.c).
     pub received: u64,
 }
 
@@ -48,10 +51,7 @@ impl Traffic {
         const BYTES_RECEIVED: usize = 128;
         const NOTSENT_BYTES: usize = 144;
         const DATA_SEGS_OUT: usize = 156;
-        let field = |at: usize| {
-            let bytes = info.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
-            bytes.map_or(0, u32::from_ne_bytes)
-        };
+        let field = |at| field(info, at);
         let received = info.get(BYTES_RECEIVED..BYTES_RECEIVED + 8).and_then(|bytes| bytes.try_into().ok());
         let received = received.map_or(0, u64::from_ne_bytes);
         Self {
@@ -62,6 +62,37 @@ impl Traffic {
             received,
         }
     }
+}
+
+/// A socket that should be listening.
+#[derive(Debug, Clone, Copy)]
+pub struct ListenInfo {
+    /// Whether it is in the LISTEN state.
+    pub listening: bool,
+    /// Whether it neither listens nor is or becomes a connection.
+    pub closed: bool,
+    /// Connections that wait to be accepted (`tcpi_unacked` of a listener, net/ipv4/tcp.c).
+    pub accept_queue: u32,
+}
+
+/// What TCP_INFO tells of a socket that should be listening.
+///
+/// # Errors
+/// Those of getsockopt(2).
+pub fn listen_info(socket: BorrowedFd) -> io::Result<ListenInfo> {
+    const STATE: usize = 0;
+    const TCP_CLOSE: u8 = 7;
+    const TCP_LISTEN: u8 = 10;
+    const UNACKED: usize = 24;
+    let info = sys::tcp_info(socket)?;
+    let (listening, closed) = (info[STATE] == TCP_LISTEN, info[STATE] == TCP_CLOSE);
+    Ok(ListenInfo { listening, closed, accept_queue: field(&info, UNACKED) })
+}
+
+/// The number at this offset of a `struct tcp_info`, 0 if that is shorter.
+fn field(info: &[u8], at: usize) -> u32 {
+    let bytes = info.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+    bytes.map_or(0, u32::from_ne_bytes)
 }
 
 /// A listening TCP socket of any process.

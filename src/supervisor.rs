@@ -16,7 +16,7 @@ use crate::address::{Address, Endpoint};
 use crate::bystander::{self, Bystander};
 use crate::cli::Options;
 use crate::control::{Awaited, ClientId, Control};
-use crate::drain::{Done, Drain};
+use crate::drain::{Drain, Drained};
 use crate::environment::{Environment, Sources};
 use crate::fleet::{Action, Announcement, Event, Fleet, WorkerId, count};
 use crate::hangup;
@@ -99,8 +99,8 @@ pub struct Supervisor {
     pool: Pool,
     unix: UnixSockets,
     drain: Drain,
-    /// Whether the stop signal kills the workers of this generation.
-    dies_of_signal: Option<(u32, bool)>,
+    /// Whether the stop signal kills the workers of a generation.
+    dies_of_signal: BTreeMap<u32, bool>,
     /// Set when workers aren't intercepted.
     bystander: Option<Bystander>,
     manager: Manager,
@@ -172,7 +172,7 @@ pub fn run(options: Options) -> io::Result<u8> {
         pool,
         unix: UnixSockets::default(),
         drain: Drain::default(),
-        dies_of_signal: None,
+        dies_of_signal: BTreeMap::new(),
         bystander,
         manager: Manager::new(Instant::now()),
         control,
@@ -269,21 +269,24 @@ impl Supervisor {
 
     /// Tells those to stop that have nothing left to do.
     fn stop_drained(&mut self) {
-        for Done { worker, generation, idle } in self.drain.look(&self.pool, &self.unix, Instant::now()) {
-            let known = self.dies_of_signal.filter(|(known, _)| *known == generation);
-            // What has come on an idle connection meanwhile puts it off until the next look.
-            let is_idle = match known {
-                Some((_, true)) => hangup::hang_up(&idle),
-                _ => !hangup::are_awake(&idle),
+        let begun = Instant::now();
+        for Drained { worker, idle } in self.drain.look(&self.pool, &self.unix, begun) {
+            let Some(generation) = self.workers.get(&worker).map(|worker| worker.generation) else {
+                continue;
             };
+            let dies = self.dies_of_signal.get(&generation).copied();
+            // What has come on an idle connection meanwhile puts it off until the next look.
+            let is_idle = if dies == Some(true) { hangup::hang_up(&idle) } else { !hangup::are_awake(&idle) };
             if !is_idle {
                 continue;
             }
             self.handle(Event::Drained { worker });
-            if known.is_none() && !idle.is_empty() {
-                self.dies_of_signal = Some((generation, hangup::see_off(&idle)));
+            if dies.is_none() && !idle.is_empty() {
+                let dies = hangup::see_off(&idle, self.stop_signal);
+                self.dies_of_signal.insert(generation, dies);
             }
         }
+        self.drain.has_looked(begun, Instant::now());
     }
 
     /// Without interception: finds out who listens.
@@ -481,6 +484,7 @@ impl Supervisor {
             self.handle(Event::Ended { worker, end: reaped.end });
             let alive = |generation| self.workers.values().any(|worker| worker.generation == generation);
             self.unix.keep(|generation| self.fleet.has_slot_of(generation) || alive(generation));
+            self.dies_of_signal.retain(|generation, _| alive(*generation));
         }
     }
 

@@ -104,20 +104,22 @@ pub fn waitid_ended(pid: Option<c_int>, options: c_int) -> io::Result<Option<End
     Ok((pid != 0).then_some(Ended { pid, code: info.si_code, status }))
 }
 
-/// pidfd_getfd(2): a duplicate of fd number `fd` of the thread `tid`, which before Linux 6.9 has to be the main one.
+/// pidfd_open(2) of a process, or with PIDFD_THREAD, since Linux 6.9, of one of its threads.
+pub fn pidfd_open(tid: c_int, flags: libc::c_uint) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes two numbers.
+    let pidfd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, tid, flags) } as c_int)?;
+    // SAFETY: a result that isn't -1 is a fresh fd that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
+}
+
+/// pidfd_getfd(2): a duplicate of fd number `fd` of a process or thread.
 ///
 /// # Errors
 /// EPERM where ptrace access is denied; some seccomp profiles deny the call to all without CAP_SYS_PTRACE.
-pub fn pidfd_getfd(tid: c_int, fd: u32) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes two numbers.
-    let open =
-        |flags: libc::c_uint| check(unsafe { libc::syscall(libc::SYS_pidfd_open, tid, flags) } as c_int);
-    let pidfd = open(libc::PIDFD_THREAD).or_else(|_| open(0))?;
-    // SAFETY: a result that isn't -1 is a fresh fd that nobody else owns.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+pub fn pidfd_getfd(pidfd: BorrowedFd, fd: u32) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_getfd takes three numbers.
     let copy = check(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) } as c_int)?;
-    // SAFETY: as above.
+    // SAFETY: a result that isn't -1 is a fresh fd that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
@@ -193,41 +195,9 @@ pub fn set_socket_option(socket: BorrowedFd, level: c_int, name: c_int, value: c
     Ok(())
 }
 
-/// The part of TCP_INFO (tcp(7)) that matters for a socket which should be listening.
-#[derive(Debug, Clone, Copy)]
-pub struct ListenInfo {
-    /// Whether the socket is in the LISTEN state.
-    pub listening: bool,
-    /// Whether it neither listens nor is or becomes a connection.
-    pub closed: bool,
-    /// Connections that wait to be accepted (`tcpi_unacked` of a listener, net/ipv4/tcp.c).
-    pub accept_queue: u32,
-}
-
-/// getsockopt(2), TCP_INFO.
-pub fn tcp_info(socket: BorrowedFd) -> io::Result<ListenInfo> {
-    const TCP_CLOSE: u8 = 7;
-    const TCP_LISTEN: u8 = 10;
-    // SAFETY: all-zero is a valid value of this plain struct.
-    let mut info: libc::tcp_info = unsafe { zeroed() };
-    let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes, the size of `info`, through the pointer.
-    check(unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            (&raw mut info).cast(),
-            &raw mut len,
-        )
-    })?;
-    let (listening, closed) = (info.tcpi_state == TCP_LISTEN, info.tcpi_state == TCP_CLOSE);
-    Ok(ListenInfo { listening, closed, accept_queue: info.tcpi_unacked })
-}
-
 /// getsockopt(2), TCP_INFO: the beginning of a `struct tcp_info` (linux/tcp.h), zero where the kernel is too old.
-pub fn tcp_info_bytes(socket: BorrowedFd) -> io::Result<[u8; 160]> {
-    let mut info = [0; 160];
+pub fn tcp_info(socket: BorrowedFd) -> io::Result<[u8; TCP_INFO_LEN]> {
+    let mut info = [0; TCP_INFO_LEN];
     let mut len = info.len() as libc::socklen_t;
     // SAFETY: the kernel writes at most `len` bytes, the size of `info`, through the pointer.
     check(unsafe {
@@ -241,6 +211,9 @@ pub fn tcp_info_bytes(socket: BorrowedFd) -> io::Result<[u8; 160]> {
     })?;
     Ok(info)
 }
+
+/// Up to `tcpi_data_segs_out`, which is the last that anybody here asks for.
+const TCP_INFO_LEN: usize = 160;
 
 /// getxattr(2): the value of `name` at `path`, following links.
 ///

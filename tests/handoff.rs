@@ -422,33 +422,64 @@ fn answer(stream: &mut TcpStream) -> load::Origin {
     load::Origin::of(&String::from_utf8_lossy(&text))
 }
 
+/// What comes so soon after an answer looks answered: two clock ticks of the slowest kernels.
+const TICKS: Duration = Duration::from_millis(20);
+
+/// Two workers, told to stop one after the other.
+struct Pair {
+    service: Service,
+    addr: SocketAddr,
+    reloads: usize,
+}
+
+impl Pair {
+    /// The first is started with this option, the second ignores SIGINT.
+    fn start(option: &str) -> Self {
+        let addr = free_address();
+        let text = format!(
+            r#"[ "$REUSE_RUN_SLOT" = 0 ] && set -- "$@" {option} || set -- "$@" --ignore-int; exec "$0" "$@""#
+        );
+        let command = ["sh", "-c", &text, &server(), "--listen", &addr.to_string(), "--keep-alive"];
+        let service = Service::run_ready("-n 2 --drain 1h --stop-timeout 1h", &command);
+        Self { service, addr, reloads: 0 }
+    }
+
+    /// Replaces both. Returns whether an idle connection of the second, which closes nothing, is open still after
+    /// its signal.
+    fn is_open_after_a_reload(&mut self) -> bool {
+        let mut idle = Kept::of_slot(0, self.addr);
+        let mut busy = Kept::of_slot(1, self.addr);
+        thread::sleep(TICKS);
+        let (begin, end) = REQUEST.split_at(10);
+        busy.stream.write_all(begin).expect("begin to ask");
+        self.service.signal(Signal::SIGUSR2);
+        assert_eq!(idle.stream.read(&mut [0]).expect("the end of what the first worker had"), 0);
+        busy.stream.write_all(end).expect("ask");
+        assert_eq!(answer(&mut busy.stream).pid, Some(busy.worker));
+        self.reloads += 1;
+        let ignored = || self.service.out.count_of("ignored SIGINT") == self.reloads;
+        wait_until("the signal", DEADLINE, ignored);
+        let is_open = busy.is_open();
+        send(busy.worker, Signal::SIGKILL);
+        let done = || self.service.log.count_of("reload done") == self.reloads;
+        wait_until("the reload's end", DEADLINE, done);
+        is_open
+    }
+}
+
 #[test]
 fn when_the_signal_kills_one_of_a_generation_idle_connections_of_the_others_are_closed_before_it() {
     let _turn = turn();
-    let addr = free_address();
-    let text = r#"[ "$REUSE_RUN_SLOT" = 0 ] || set -- "$@" --ignore-int; exec "$0" "$@""#;
-    let command = ["sh", "-c", text, &server(), "--listen", &addr.to_string(), "--keep-alive"];
-    let service = Service::run_ready("-n 2 --drain 1h --stop-timeout 1h", &command);
-    let (mut reloads, mut closed_before) = (0, 0);
+    let mut pair = Pair::start("--keep-alive");
     // Who takes more than 3 ms to die, as it may where CPUs are short, isn't known to be killed.
-    wait_until("a connection that reuse-run closes", DEADLINE, || {
-        let mut idle = Kept::of_slot(0, addr);
-        let mut busy = Kept::of_slot(1, addr);
-        thread::sleep(Duration::from_millis(20)); // what comes within a tick of the answer looks answered
-        let (begin, end) = REQUEST.split_at(10);
-        busy.stream.write_all(begin).expect("begin to ask");
-        service.signal(Signal::SIGUSR2);
-        assert_eq!(idle.stream.read(&mut [0]).expect("the end of what the killed worker had"), 0);
-        busy.stream.write_all(end).expect("ask");
-        assert_eq!(answer(&mut busy.stream).pid, Some(busy.worker));
-        reloads += 1;
-        wait_until("the signal", DEADLINE, || service.out.count_of("ignored SIGINT") == reloads);
-        // This worker closes nothing.
-        closed_before += usize::from(!busy.is_open());
-        send(busy.worker, Signal::SIGKILL);
-        wait_until("the reload's end", DEADLINE, || service.log.count_of("reload done") == reloads);
-        closed_before > 0
-    });
+    wait_until("a connection that reuse-run closes", DEADLINE, || !pair.is_open_after_a_reload());
+}
+
+#[test]
+fn when_one_of_a_generation_exits_on_the_signal_idle_connections_of_the_others_are_left_to_them() {
+    let _turn = turn();
+    let mut pair = Pair::start("--exit-on-int");
+    assert!([(); 3].iter().all(|()| pair.is_open_after_a_reload()));
 }
 
 #[test]

@@ -18,6 +18,8 @@ mod fleet;
 mod procfs;
 #[path = "../../src/queues.rs"]
 mod queues;
+#[path = "../../src/sockdiag.rs"]
+mod sockdiag;
 #[path = "../../src/steering.rs"]
 mod steering;
 #[path = "../../src/sys.rs"]

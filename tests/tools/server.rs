@@ -23,8 +23,8 @@ use signal_hook::iterator::Signals;
 use socket2::{Domain, Socket, Type};
 
 const USAGE: &str = "usage: server [--listen HOST:PORT]... [--share] [--given] [--listen-after MS] [--ready-after MS] \
-    [--exit-after MS] [--exit-status N] [--shutdown-on-int] [--ignore-int] [--hang] [--keep-alive] \
-    [--announce] [--deaf-while FILE]";
+    [--exit-after MS] [--exit-status N] [--shutdown-on-int] [--ignore-int] [--exit-on-int] [--hang] \
+    [--keep-alive] [--announce] [--deaf-while FILE]";
 
 #[derive(Default)]
 struct Options {
@@ -37,6 +37,7 @@ struct Options {
     exit_status: i32,
     shutdown_on_int: bool,
     ignore_int: bool,
+    exit_on_int: bool,
     hang: bool,
     keep_alive: bool,
     announce: bool,
@@ -60,6 +61,7 @@ fn parse() -> Options {
             }
             "--shutdown-on-int" => options.shutdown_on_int = true,
             "--ignore-int" => options.ignore_int = true,
+            "--exit-on-int" => options.exit_on_int = true,
             "--hang" => options.hang = true,
             "--keep-alive" => options.keep_alive = true,
             "--announce" => options.announce = true,
@@ -108,6 +110,13 @@ fn main() {
     if options.ignore_int {
         let mut signals = Signals::new([SIGINT]).expect("catch SIGINT");
         thread::spawn(move || signals.forever().for_each(|_| say("ignored SIGINT")));
+    }
+    if options.exit_on_int {
+        let mut signals = Signals::new([SIGINT]).expect("catch SIGINT");
+        thread::spawn(move || {
+            signals.forever().next();
+            exit(0)
+        });
     }
     if let Some(after) = options.exit_after {
         let status = options.exit_status;
