@@ -122,11 +122,12 @@ impl Balance {
         self.members.values().any(|member| member.is_suspect(now))
     }
 
-    /// Whether someone is stuck and may not be for long: it is left out until a look finds that it is over.
-    pub fn has_stuck(&self, now: Instant) -> bool {
-        self.members
-            .values()
-            .any(|member| member.load == Load::Stuck && now.saturating_duration_since(member.since) < LONG)
+    /// Whether one of so many members is stuck, but not for long: it is left out until a look finds that it is
+    /// over. Nobody is left out when all are stuck.
+    pub fn leaves_out(&self, members: usize, now: Instant) -> bool {
+        let stuck = || self.members.values().filter(|member| member.load == Load::Stuck);
+        let is_new = |member: &Member| now.saturating_duration_since(member.since) < LONG;
+        stuck().count() < members && stuck().any(is_new)
     }
 
     /// Whether someone is left out though nothing waits there, of which no connection would tell when it is over.
@@ -288,9 +289,11 @@ mod tests {
         let mut world = World::new();
         world.look(0, false);
         world.looks(&[1; STUCK_IN_EARNEST - 1]);
-        assert!(world.balance.has_stuck(world.now));
+        assert!(world.balance.leaves_out(2, world.now));
+        assert!(!world.balance.leaves_out(1, world.now), "all are stuck");
+        assert!(!world.balance.leaves_out(2, world.now + LONG), "it may be so for long");
         assert_eq!([world.look(0, true), world.look(0, false), world.look(0, true)], [Free; 3]);
-        assert!(!world.balance.has_suspects(world.now) && !world.balance.has_stuck(world.now));
+        assert!(!world.balance.has_suspects(world.now) && !world.balance.leaves_out(2, world.now));
     }
 
     #[test]

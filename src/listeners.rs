@@ -577,7 +577,7 @@ impl Pool {
         }
         // With a suspect somebody may be spared, unless something waits everywhere: then nobody is better off.
         let suspected = self.balance.has_suspects(now) && self.queues.has_empty();
-        let soon = suspected || self.balance.has_stuck(now);
+        let soon = suspected || self.balance.leaves_out(self.queues.len(), now);
         let took = cpu_time().saturating_sub(begun);
         self.queues.has_looked(took, soon, self.balance.has_busy(), now);
         changed || found

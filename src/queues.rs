@@ -134,9 +134,14 @@ impl Queues {
         lengths
     }
 
+    /// How many listeners there are.
+    pub fn len(&self) -> usize {
+        self.watched.len()
+    }
+
     /// Whether nothing waited in some queue at the last look.
     pub fn has_empty(&self) -> bool {
-        self.filled.len() < self.watched.len()
+        self.filled.len() < self.len()
     }
 
     /// The last look has taken so much of a CPU's time. The next one comes `soon` or not, and also if the epoll
