@@ -20,7 +20,7 @@ const QUIET_LOOKS: u32 = 4;
 /// A queue that stands for so long is looked at more seldom, lest one that does so forever cost as much as
 /// traffic.
 pub const LONG: Duration = Duration::from_secs(1);
-/// How often that is.
+/// How often that is, and so is the only queue that there is.
 const SELDOM: Duration = Duration::from_millis(100);
 /// The next look is put off so far that this one has taken no more than one part in so many of a CPU's time. (To
 /// wake up takes about as much again.)
@@ -84,7 +84,12 @@ impl Queues {
     /// The epoll has told that something waits.
     pub fn begin(&mut self, now: Instant) {
         self.quiet = Some(0);
-        self.next_look = Some(now + self.every);
+        self.next_look = Some(now + self.every());
+    }
+
+    /// How often the queues are looked at: with one only, nobody has a better one.
+    fn every(&self) -> Duration {
+        if self.len() > 1 { self.every } else { self.every.max(SELDOM) }
     }
 
     /// Whether the epoll is to tell when something waits.
@@ -129,7 +134,7 @@ impl Queues {
         };
         self.next_look = match self.rests() {
             true => (!self.aside.is_empty()).then_some(now + SELDOM.max(self.every)),
-            false => Some(now + self.every),
+            false => Some(now + self.every()),
         };
         lengths
     }
@@ -177,10 +182,11 @@ mod tests {
 
     use super::*;
 
-    /// When the next look comes after one that took 0.1 ms, with connections waiting at so many of two listeners,
+    /// When the next look comes after one that took 0.1 ms, with connections waiting at so many of these listeners,
     /// and whether some queue is empty.
-    fn next_look(filled: usize, soon: bool) -> (Duration, bool) {
-        let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    fn next_look(count: usize, filled: usize, soon: bool) -> (Duration, bool) {
+        let listeners: Vec<TcpListener> =
+            (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
         let mut queues = Queues::new(Duration::from_millis(1)).unwrap();
         for (id, listener) in (0..).map(MemberId).zip(&listeners) {
             queues.watch(id, listener.as_fd()).unwrap();
@@ -203,8 +209,13 @@ mod tests {
     #[test]
     fn looks_take_a_share_of_a_cpu_and_more_of_it_while_they_had_better_come_soon() {
         let (seldom, often) = (Duration::from_millis(20), Duration::from_millis(5));
-        assert_eq!(next_look(1, false), (seldom, true));
-        assert_eq!(next_look(1, true), (often, true));
-        assert_eq!(next_look(2, true), (often, false));
+        assert_eq!(next_look(2, 1, false), (seldom, true));
+        assert_eq!(next_look(2, 1, true), (often, true));
+        assert_eq!(next_look(2, 2, true), (often, false));
+    }
+
+    #[test]
+    fn the_only_queue_is_looked_at_seldom() {
+        assert_eq!(next_look(1, 1, true), (SELDOM, false));
     }
 }
