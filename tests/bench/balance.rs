@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::load::{Load, LoadOptions, Mode, Report};
 use crate::peers::{App, Peer, Program, Server};
 use crate::report::{self, Latencies, median, table};
-use crate::{Context, Options, Result, isolated, length, process};
+use crate::{Context, Options, Result, in_turn, isolated, length, process};
 
 const WORKERS: u32 = 4;
 const THINK: Duration = Duration::from_millis(10);
@@ -20,15 +20,17 @@ struct Experiment {
     clients: usize,
     mode: Mode,
     pause: Duration,
+    /// How much later than the one before each client comes.
+    stagger: Duration,
     /// So many workers block now and then.
     heavy: u32,
     /// One worker is stopped for a while.
     stops: bool,
-    /// So often all connections are made anew.
-    rounds: u32,
+    /// The time is divided into so many turns, in each of which all connections are made anew.
+    turns: u32,
 }
 
-const EXPERIMENTS: [Experiment; 5] = [
+const EXPERIMENTS: [Experiment; 6] = [
     Experiment {
         name: "blocking",
         what: "Two of four workers block for 200 ms in 2 % of their requests; 16 clients, a new connection \
@@ -36,9 +38,10 @@ const EXPERIMENTS: [Experiment; 5] = [
         clients: 16,
         mode: Mode::NewConnection,
         pause: THINK,
+        stagger: Duration::ZERO,
         heavy: 2,
         stops: false,
-        rounds: 1,
+        turns: 4,
     },
     Experiment {
         name: "stopped",
@@ -46,20 +49,33 @@ const EXPERIMENTS: [Experiment; 5] = [
         clients: 16,
         mode: Mode::NewConnection,
         pause: THINK,
+        stagger: Duration::ZERO,
         heavy: 0,
         stops: true,
-        rounds: 1,
+        turns: 1,
     },
     Experiment {
         name: "long-lived",
-        what: "20 connections are kept open over four workers, 10 ms between an answer and the next request, \
-               ten times anew.",
+        what: "20 connections, made at once, are kept open over four workers, 10 ms between an answer and the next \
+               request, ten times anew.",
         clients: 20,
         mode: Mode::KeepAlive { think: THINK },
         pause: Duration::ZERO,
+        stagger: Duration::ZERO,
         heavy: 0,
         stops: false,
-        rounds: 10,
+        turns: 10,
+    },
+    Experiment {
+        name: "long-lived, gradually",
+        what: "The same, but each connection is made 20 ms after the one before.",
+        clients: 20,
+        mode: Mode::KeepAlive { think: THINK },
+        pause: Duration::ZERO,
+        stagger: Duration::from_millis(20),
+        heavy: 0,
+        stops: false,
+        turns: 10,
     },
     Experiment {
         name: "saturated, new connections",
@@ -67,9 +83,10 @@ const EXPERIMENTS: [Experiment; 5] = [
         clients: 32,
         mode: Mode::NewConnection,
         pause: Duration::ZERO,
+        stagger: Duration::ZERO,
         heavy: 0,
         stops: false,
-        rounds: 1,
+        turns: 10,
     },
     Experiment {
         name: "saturated, keep-alive",
@@ -77,9 +94,10 @@ const EXPERIMENTS: [Experiment; 5] = [
         clients: 32,
         mode: Mode::KeepAlive { think: Duration::ZERO },
         pause: Duration::ZERO,
+        stagger: Duration::ZERO,
         heavy: 0,
         stops: false,
-        rounds: 1,
+        turns: 10,
     },
 ];
 
@@ -94,7 +112,7 @@ struct Run {
     latency_ms: Latencies,
     /// CPU time of the server, all its processes together.
     cpu_us_per_request: f64,
-    /// Parts of all requests, of the busiest worker first; where connections were made anew, on average.
+    /// Parts of all requests, of the busiest worker first; the mean over all turns.
     shares_of_workers: Vec<f64>,
 }
 
@@ -120,45 +138,56 @@ pub fn run(options: &Options) -> Result<()> {
     let mut runs = Vec::new();
     for experiment in &EXPERIMENTS {
         let wanted = |peer: &&Peer| options.wants(&format!("{}, {}", experiment.name, peer.name()));
-        let peers: Vec<&Peer> = peers.iter().filter(wanted).collect();
+        let peers: Vec<Peer> = peers.iter().filter(wanted).cloned().collect();
+        if peers.is_empty() {
+            continue;
+        }
         for run in 0..options.runs.unwrap_or(if options.quick { 1 } else { 5 }) {
-            // Alternated, and nobody always comes after the same other.
-            for turn in 0..peers.len() {
-                let peer = peers[(turn + run as usize) % peers.len()];
-                eprintln!("balance: {}, run {run}, {}", experiment.name, peer.name());
-                runs.push(isolated(|| measure(experiment, peer, run, options))?);
-            }
+            eprintln!("balance: {}, run {run}", experiment.name);
+            runs.extend(isolated(|| measure(experiment, &peers, run, options))?);
         }
     }
     let markdown = markdown(&peers, &runs);
     report::write(options, "balance", &runs, &markdown)
 }
 
-fn measure(experiment: &Experiment, peer: &Peer, run: u32, options: &Options) -> Result<Run> {
+fn measure(experiment: &Experiment, peers: &[Peer], run: u32, options: &Options) -> Result<Vec<Run>> {
     let seed = options.seed.wrapping_mul(1000).wrapping_add(run);
     let mut app = App::new(Program::Naive, WORKERS);
     app.environment = vec![("BENCH_HEAVY", experiment.heavy.to_string()), ("BENCH_SEED", seed.to_string())];
-    let server = Server::start(peer, &app, options)?;
-    let load = |mode| LoadOptions::new(server.address(), experiment.clients).mode(mode).path("/?id={id}");
-    // Until code is compiled, which Node does as it goes.
-    let warm = Load::start(load(Mode::NewConnection));
-    thread::sleep(length(options, 1.0, 0.3));
-    let workers: Vec<i32> = warm.stop().counts.pids.into_keys().map(|pid| pid as i32).collect();
+    let servers = Server::start_side_by_side(peers, &app, options)?;
+    let load = |server: &Server, mode| {
+        LoadOptions::new(server.address(), experiment.clients).mode(mode).path("/?id={id}")
+    };
+    let warm_up = |server| {
+        // Until code is compiled, which Node does as it goes.
+        let warm = Load::start(load(server, Mode::NewConnection));
+        thread::sleep(length(options, 1.0, 0.3));
+        warm.stop().counts.pids.into_keys().map(|pid| pid as i32).collect()
+    };
+    let workers: Vec<Vec<i32>> = servers.iter().map(warm_up).collect();
 
-    let cpu_before = process::cpu_time(&server.pids());
-    let length = length(options, 10.0, 1.5) / experiment.rounds;
-    let reports = (0..experiment.rounds).map(|_| {
-        let load = Load::start(load(experiment.mode).pause(experiment.pause));
-        match experiment.stops {
-            true => stop_one(workers[0], length, options),
-            false => thread::sleep(length),
+    let length = length(options, 10.0, 1.5) / experiment.turns;
+    let mut measured: Vec<(Vec<Report>, Duration)> = servers.iter().map(|_| Default::default()).collect();
+    for turn in 0..experiment.turns {
+        for index in in_turn(run + turn, servers.len()) {
+            let (server, (reports, cpu)) = (&servers[index], &mut measured[index]);
+            let cpu_before = process::cpu_time(&server.pids());
+            let load = Load::start(
+                load(server, experiment.mode).pause(experiment.pause).stagger(experiment.stagger),
+            );
+            match experiment.stops {
+                true => stop_one(workers[index][0], length, options),
+                false => thread::sleep(length),
+            }
+            reports.push(load.stop());
+            *cpu += process::cpu_time(&server.pids()) - cpu_before;
         }
-        load.stop()
-    });
-    let reports: Vec<Report> = reports.collect();
-    let cpu = process::cpu_time(&server.pids()) - cpu_before;
-    server.end();
-    Ok(figures(experiment, peer, run, &reports, cpu))
+    }
+    let figures = |(peer, (reports, cpu)): (&Peer, &(Vec<Report>, Duration))| {
+        figures(experiment, peer, run, reports, *cpu)
+    };
+    Ok(peers.iter().zip(&measured).map(figures).collect())
 }
 
 /// Stops a worker in the midst of this time.
@@ -198,7 +227,10 @@ fn figures(experiment: &Experiment, peer: &Peer, run: u32, reports: &[Report], c
 }
 
 fn markdown(peers: &[Peer], runs: &[Run]) -> String {
-    let mut text = String::new();
+    let mut text =
+        "Four workers of each, side by side on one machine and loaded in turns. Figures are medians over \
+                    all runs, each of servers that were started anew.\n\n"
+            .to_owned();
     for experiment in &EXPERIMENTS {
         let of = |peer: &Peer| -> Vec<&Run> {
             let name = peer.name();

@@ -6,9 +6,9 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::load::{Load, LoadOptions, Mode};
-use crate::peers::{App, PORT, Peer, Program, Server};
+use crate::peers::{App, Peer, Program, Server};
 use crate::report::{self, median, quartiles, table};
-use crate::{Options, Result, isolated, length, process};
+use crate::{Options, Result, in_turn, isolated, length, process};
 
 const CLIENTS: [(&str, Mode); 2] =
     [("new connections", Mode::NewConnection), ("keep-alive", Mode::KeepAlive { think: Duration::ZERO })];
@@ -22,24 +22,36 @@ struct Group {
     peers: Vec<Peer>,
 }
 
+impl Group {
+    /// What its peers are called; the second of a kind is there to show how far figures of equals differ.
+    fn names(&self) -> Vec<String> {
+        let name = |(index, peer): (usize, &Peer)| match self.peers[..index].contains(peer) {
+            true => format!("{}, once more", peer.name()),
+            false => peer.name(),
+        };
+        self.peers.iter().enumerate().map(name).collect()
+    }
+}
+
 fn groups() -> [Group; 3] {
     let ours = Peer::ReuseRun(Vec::new());
-    let pair = || vec![Peer::Bare, ours.clone()];
+    let three = || vec![Peer::Bare, Peer::Bare, ours.clone()];
     [
         Group {
             name: "one trivial server",
             program: Program::Trivial,
             workers: 1,
             clients: 4,
-            peers: pair(),
+            peers: three(),
         },
-        Group { name: "one Node app", program: Program::Naive, workers: 1, clients: 8, peers: pair() },
+        Group { name: "one Node app", program: Program::Naive, workers: 1, clients: 8, peers: three() },
         Group {
             name: "four Node apps",
             program: Program::Naive,
             workers: 4,
             clients: 16,
             peers: vec![
+                Peer::Reuseport { migrate: false },
                 Peer::Reuseport { migrate: false },
                 ours,
                 Peer::SharedQueue,
@@ -79,7 +91,7 @@ pub fn run(options: &Options) -> Result<()> {
         if !options.wants(group.name) {
             continue;
         }
-        for run in 0..options.runs.unwrap_or(if options.quick { 1 } else { 7 }) {
+        for run in 0..options.runs.unwrap_or(if options.quick { 1 } else { 12 }) {
             eprintln!("cost: {}, run {run}", group.name);
             figures.extend(isolated(|| measure(&group, run, options))?);
         }
@@ -89,11 +101,8 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn measure(group: &Group, run: u32, options: &Options) -> Result<Vec<Figure>> {
-    let start = |(port, peer): (u16, &Peer)| {
-        let app = App { port, ..App::new(group.program, group.workers) };
-        Server::start(peer, &app, options)
-    };
-    let servers = (PORT..).zip(&group.peers).map(start).collect::<Result<Vec<Server>>>()?;
+    let app = App::new(group.program, group.workers);
+    let servers = Server::start_side_by_side(&group.peers, &app, options)?;
     let mut figures = Vec::new();
     for (clients, mode) in CLIENTS {
         let slice = |server: &Server, time| {
@@ -109,10 +118,9 @@ fn measure(group: &Group, run: u32, options: &Options) -> Result<Vec<Figure>> {
             slice(server, length(options, 1.0, 0.3));
         }
         let mut sums = vec![Sum::default(); servers.len()];
-        for turn in 0..if options.quick { 4 } else { 30 } {
-            // In turns short enough that what else the machine does hits all of them alike, forth and back.
-            for place in 0..servers.len() {
-                let index = if turn % 2 == 0 { place } else { servers.len() - 1 - place };
+        for turn in 0..if options.quick { 4 } else { 12 } {
+            // In turns short enough that what else the machine does hits all of them alike.
+            for index in in_turn(turn, servers.len()) {
                 let more = slice(&servers[index], Duration::from_millis(250));
                 let sum = &mut sums[index];
                 sum.requests += more.requests;
@@ -123,10 +131,10 @@ fn measure(group: &Group, run: u32, options: &Options) -> Result<Vec<Figure>> {
         }
         let rate = |sum: &Sum| sum.requests as f64 / sum.seconds;
         let cpu = |sum: &Sum| sum.cpu.as_secs_f64() * 1e6 / sum.requests as f64;
-        figures.extend(group.peers.iter().zip(&sums).map(|(peer, sum)| Figure {
+        figures.extend(group.names().into_iter().zip(&sums).map(|(peer, sum)| Figure {
             group: group.name,
             clients,
-            peer: peer.name(),
+            peer,
             run,
             requests_per_second: rate(sum),
             cpu_us_per_request: cpu(sum),
@@ -140,8 +148,9 @@ fn measure(group: &Group, run: u32, options: &Options) -> Result<Vec<Figure>> {
 
 fn markdown(figures: &[Figure]) -> String {
     let mut text = "Side by side on one machine and loaded in turns of 250 ms. Ratios are to the bare program, \
-                    which is the first line of each table: their median over all runs, and the quartiles. CPU is \
-                    user and system time of all processes of the server.\n\n"
+                    which is the first line of each table: their median over all runs, each of servers that were \
+                    started anew, and the quartiles. The bare program is there once more to show by how much two \
+                    that are the same differ. CPU is user and system time of all processes of the server.\n\n"
         .to_owned();
     let first_runs = figures.iter().filter(|figure| figure.run == 0);
     let mut tables: Vec<(&str, &str)> = first_runs.map(|figure| (figure.group, figure.clients)).collect();

@@ -18,6 +18,7 @@ mod report;
 mod wrapper;
 
 use std::fmt::Display;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
@@ -109,7 +110,7 @@ fn parse() -> Result<(Options, Vec<String>)> {
         let mut value = || args.next().ok_or(format!("{arg} needs a value"));
         match arg.as_str() {
             "--quick" => options.quick = true,
-            "--runs" => options.runs = Some(value()?.parse().context("--runs")?),
+            "--runs" => options.runs = Some(value()?.parse::<NonZeroU32>().context("--runs")?.get()),
             "--seed" => options.seed = value()?.parse().context("--seed")?,
             "--binary" => options.binary = std::path::absolute(value()?).context("--binary")?,
             "--out" => options.out = std::path::absolute(value()?).context("--out")?,
@@ -159,6 +160,11 @@ pub fn isolated<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
             Err("the bench itself failed".to_owned())
         })
     })
+}
+
+/// The order in which so many servers have a turn: forth and back, so that none always comes after the same other.
+pub fn in_turn(turn: u32, count: usize) -> impl Iterator<Item = usize> {
+    (0..count).map(move |place| if turn.is_multiple_of(2) { place } else { count - 1 - place })
 }
 
 /// `long`, or `short` for --quick.

@@ -191,6 +191,19 @@ impl Server<'_> {
         Ok(server)
     }
 
+    /// One of each, at successive ports.
+    pub fn start_side_by_side<'a>(
+        peers: &[Peer],
+        app: &App,
+        options: &'a Options,
+    ) -> Result<Vec<Server<'a>>> {
+        let start = |(port, peer): (u16, &Peer)| {
+            let app = App { port, ..app.clone() };
+            Server::start(peer, &app, options)
+        };
+        (app.port..).zip(peers).map(start).collect()
+    }
+
     pub fn address(&self) -> SocketAddr {
         SocketAddr::from((Ipv4Addr::LOCALHOST, self.app.port))
     }

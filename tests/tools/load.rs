@@ -52,6 +52,8 @@ pub struct LoadOptions {
     pub rate: Option<f64>,
     /// How long a client of new connections waits between an answer and its next request.
     pub pause: Duration,
+    /// So much later than the client before it each begins.
+    pub stagger: Duration,
     /// Keep start, end and generation of every answer, for [`Report::stale`].
     pub record: bool,
 }
@@ -67,6 +69,7 @@ impl LoadOptions {
             timeout: Duration::from_secs(15),
             rate: None,
             pause: Duration::ZERO,
+            stagger: Duration::ZERO,
             record: false,
         }
     }
@@ -89,6 +92,10 @@ impl LoadOptions {
 
     pub fn pause(self, pause: Duration) -> Self {
         LoadOptions { pause, ..self }
+    }
+
+    pub fn stagger(self, stagger: Duration) -> Self {
+        LoadOptions { stagger, ..self }
     }
 
     pub fn record(self) -> Self {
@@ -472,7 +479,8 @@ impl Client {
             .options
             .rate
             .map(|rate| Duration::from_secs_f64(self.options.clients as f64 / rate.max(0.001)));
-        let mut next_start = Instant::now();
+        let mut next_start = Instant::now() + self.options.stagger * self.index as u32;
+        self.pause_until(next_start);
         let mut idle: Option<Connection> = None;
         for n in 0u64.. {
             if self.stopped() {
