@@ -78,8 +78,8 @@ pub enum Standing {
 
 /// Decides for each member of a group, given what each of them is.
 ///
-/// Ready workers get everything, but for a share that is tried on others. When there is none, connections wait where a replacement will take
-/// them up; when there is no such place, they are held off.
+/// Ready workers get everything, but for a share that is tried on others. When there is none, connections wait where
+/// a replacement will take them up; when there is no such place, they are held off.
 pub fn decide(standings: &[Standing]) -> Vec<Steer> {
     let any = |standing| standings.contains(&standing);
     let served = any(Standing::Ready) || any(Standing::Canary);

@@ -32,6 +32,7 @@ pub fn run(options: &Options) -> Result<()> {
     let mut data = Data { ns: BTreeMap::new() };
     for (name, sizes) in [
         ("steering program", &[10, 100, 1000][..]),
+        ("attach a steering program", &[10, 100, 1000]),
         ("look at accept queues", &[10, 100, 1000]),
         ("decode a notification", &[1]),
         ("reload in the state machine", &[10, 100, 1000]),

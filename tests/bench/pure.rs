@@ -28,9 +28,11 @@ mod sys;
 use std::collections::{BTreeMap, VecDeque};
 use std::hint::black_box;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use socket2::{Domain, Socket, Type};
 
 use address::{Address, Endpoint};
 use balance::Balance;
@@ -39,15 +41,34 @@ use steering::{MemberId, Share, Targets};
 
 const SIZES: [u32; 3] = [10, 100, 1000];
 
-/// The program for n members of which no two are neighbours, which is the longest.
+/// n members of which no two are neighbours, for which the program is the longest.
+fn scattered(n: u32) -> Targets {
+    Targets { named: (0..n).map(|i| i * 2).collect(), tried: Vec::new(), share: Share::default() }
+}
+
 fn programs(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("steering program");
     for n in SIZES {
-        let targets =
-            Targets { named: (0..n).map(|i| i * 2).collect(), tried: Vec::new(), share: Share::default() };
+        let targets = scattered(n);
         group.throughput(Throughput::Elements(n.into()));
         group.bench_with_input(BenchmarkId::from_parameter(n), &targets, |bencher, targets| {
             bencher.iter(|| steering::program(black_box(targets)));
+        });
+    }
+}
+
+/// What the kernel does to check and compile the program for n members. (How many there are makes no difference.)
+fn attaching(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("attach a steering program");
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    socket.set_reuse_port(true).expect("SO_REUSEPORT");
+    socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).expect("bind");
+    socket.listen(1).expect("listen");
+    for n in SIZES {
+        let program = steering::program(&scattered(n));
+        group.throughput(Throughput::Elements(n.into()));
+        group.bench_function(BenchmarkId::from_parameter(n), |bencher| {
+            bencher.iter(|| sys::attach_reuseport_cbpf(socket.as_fd(), black_box(&program)).expect("attach"));
         });
     }
 }
@@ -139,5 +160,5 @@ impl World {
     }
 }
 
-criterion_group!(benches, programs, looks, decoding, reloads);
+criterion_group!(benches, programs, attaching, looks, decoding, reloads);
 criterion_main!(benches);
