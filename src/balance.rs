@@ -123,7 +123,7 @@ impl Balance {
     }
 
     /// Whether one of so many members is stuck, but not for long: it is left out until a look finds that it is
-    /// over. Nobody is left out when all are stuck.
+    /// over. Nobody is left out when all are stuck. (Of several addresses all are counted together.)
     pub fn leaves_out(&self, members: usize, now: Instant) -> bool {
         let stuck = || self.members.values().filter(|member| member.load == Load::Stuck);
         let is_new = |member: &Member| now.saturating_duration_since(member.since) < LONG;

@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 
 use crate::address::Address;
 use crate::fleet::WorkerId;
-use crate::hangup::{Idle, IdleConnection};
+use crate::hangup::{Idle, OpenConnection};
 use crate::listeners::Pool;
 use crate::procfs;
 use crate::sockdiag::{Connection, SockDiag};
@@ -174,7 +174,7 @@ fn key(address: &Address) -> (bool, u16) {
 /// Which process below this one has which of some connections open.
 #[derive(Default)]
 struct Owned {
-    processes: HashMap<Pid, Vec<IdleConnection>>,
+    processes: HashMap<Pid, Vec<OpenConnection>>,
     inodes: HashSet<u64>,
 }
 
@@ -185,9 +185,9 @@ impl Owned {
         for pid in procfs::tree(Pid::this()) {
             // A process that may not be looked into owns nothing here, so that what it owns is nobody's.
             let all = procfs::sockets(pid).unwrap_or_default().into_iter();
-            let open: Vec<IdleConnection> = all
+            let open: Vec<OpenConnection> = all
                 .filter_map(|(fd, inode)| {
-                    Some(IdleConnection { fd, inode, received: *connections.get(&inode)? })
+                    Some(OpenConnection { fd, inode, received: *connections.get(&inode)? })
                 })
                 .collect();
             owned.inodes.extend(open.iter().map(|open| open.inode));
@@ -302,6 +302,22 @@ mod tests {
     }
 
     #[test]
+    fn looks_and_what_comes_of_them_take_a_share_of_the_time() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut drain = Drain::default();
+        drain.has_looked(at(0), at(10));
+        assert_eq!(drain.deadline(), None, "there is nobody to look at");
+        drain.watch(WorkerId(1), Pid::this(), 1, BTreeSet::new(), at(0));
+        drain.has_looked(at(0), at(1));
+        assert_eq!(drain.deadline(), Some(at(21)));
+        drain.has_looked(at(20), at(20));
+        assert_eq!(drain.deadline(), Some(at(21)), "it was not time for a look");
+        drain.has_looked(at(21), at(31));
+        assert_eq!(drain.deadline(), Some(at(131)));
+    }
+
+    #[test]
     fn a_busy_connection_keeps_the_worker_that_has_it_and_one_that_nobody_has_keeps_all() {
         let me = (WorkerId(1), Pid::this());
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -319,7 +335,7 @@ mod tests {
         let nobodys = Owned::look(&HashMap::new());
         let drained = |idle: &[Idle]| [Drained { worker: WorkerId(1), idle: idle.to_vec() }];
         assert_eq!(idle(&[], &nobodys), drained(&[]));
-        let open = IdleConnection { fd, inode, received: 42 };
+        let open = OpenConnection { fd, inode, received: 42 };
         assert_eq!(idle(&[], &its), drained(&[(Pid::this(), vec![open])]), "its client keeps it");
         assert!(idle(&[inode], &its).is_empty(), "it is its own");
         assert!(idle(&[inode], &nobodys).is_empty(), "it exists, and is in nobody's hands");

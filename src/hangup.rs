@@ -22,17 +22,17 @@ const LONGEST: Duration = Duration::from_millis(3);
 
 /// A connection that its client keeps open.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct IdleConnection {
+pub struct OpenConnection {
     pub fd: u32,
     pub inode: u64,
     /// [`Traffic::received`] when it was looked at.
     pub received: u64,
 }
 
-/// A process and its idle connections.
-pub type Idle = (Pid, Vec<IdleConnection>);
+/// A process and those of its connections that are idle.
+pub type Idle = (Pid, Vec<OpenConnection>);
 
-impl IdleConnection {
+impl OpenConnection {
     /// A duplicate, if this process may have it and the connection is open still.
     fn duplicate(&self, pidfd: &OwnedFd) -> Option<OwnedFd> {
         let duplicate = sys::pidfd_getfd(pidfd.as_fd(), self.fd).ok()?;
@@ -44,7 +44,7 @@ impl IdleConnection {
         sys::tcp_info(duplicate.as_fd()).is_ok_and(|info| Traffic::parse(&info).received != self.received)
     }
 
-    /// Closes it unless something has come. Returns whether it has.
+    /// Closes it. Returns false if something has come and it is left open.
     fn close(&self, duplicate: &OwnedFd) -> bool {
         let is_idle = !self.is_awake(duplicate);
         if is_idle {
@@ -58,7 +58,7 @@ impl IdleConnection {
 pub fn are_awake(idle: &[Idle]) -> bool {
     let is_awake = |(pid, connections): &Idle| {
         let Ok(pidfd) = sys::pidfd_open(pid.as_raw(), 0) else { return false };
-        let is_awake = |it: &IdleConnection| it.duplicate(&pidfd).is_some_and(|fd| it.is_awake(&fd));
+        let is_awake = |it: &OpenConnection| it.duplicate(&pidfd).is_some_and(|fd| it.is_awake(&fd));
         connections.iter().any(is_awake)
     };
     idle.iter().any(is_awake)
@@ -77,8 +77,8 @@ pub fn hang_up(idle: &[Idle]) -> bool {
     all
 }
 
-/// Waits a moment for processes that were sent the stop signal, and closes these connections of those that end.
-/// Returns whether it kills all of them, and there are any.
+/// Waits a moment for processes that were sent the stop signal, and closes these connections of those that are
+/// killed. Returns whether it kills all of them, and there are any.
 pub fn see_off(idle: &[Idle], stop_signal: Signal) -> bool {
     let deadline = Instant::now() + LONGEST;
     let mut alive: Vec<&Idle> = idle.iter().collect();
@@ -87,9 +87,9 @@ pub fn see_off(idle: &[Idle], stop_signal: Signal) -> bool {
     while !alive.is_empty() && Instant::now() < deadline {
         alive.retain(|(pid, connections)| {
             let life = procfs::life(*pid);
-            if let Life::Ends { signal } = life {
-                kills &= signal == Some(stop_signal as u32);
-                hang_up_ending(*pid, connections, deadline);
+            if let Life::Killed(signal) = life {
+                kills &= signal == stop_signal as u32;
+                hang_up_killed(*pid, connections, deadline);
             }
             kills &= life != Life::Over;
             life == Life::Lives
@@ -99,7 +99,7 @@ pub fn see_off(idle: &[Idle], stop_signal: Signal) -> bool {
 }
 
 /// Closes what it can of these connections until then.
-fn hang_up_ending(pid: Pid, connections: &[IdleConnection], deadline: Instant) {
+fn hang_up_killed(pid: Pid, connections: &[OpenConnection], deadline: Instant) {
     // The main thread may be gone already while another still has the files.
     for tid in procfs::threads(pid) {
         let flags = if tid == pid { 0 } else { libc::PIDFD_THREAD };
@@ -134,13 +134,13 @@ mod tests {
     use super::*;
 
     /// A client, the server's end of its connection, and what is known of that.
-    fn connection() -> (TcpStream, TcpStream, IdleConnection) {
+    fn connection() -> (TcpStream, TcpStream, OpenConnection) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (server, _) = listener.accept().unwrap();
         let inode = procfs::inode(server.as_fd()).unwrap();
         let fd = server.as_raw_fd() as u32;
-        (client, server, IdleConnection { fd, inode, received: 0 })
+        (client, server, OpenConnection { fd, inode, received: 0 })
     }
 
     fn is_open(client: &mut TcpStream) -> bool {
@@ -159,14 +159,14 @@ mod tests {
         assert!(are_awake(&both) && !are_awake(&[(Pid::this(), vec![idle])]));
         assert!(!hang_up(&both));
         assert!(is_open(&mut client) && !is_open(&mut idle_client));
-        assert!(hang_up(&[(Pid::this(), vec![IdleConnection { received: 1, ..kept }])]));
+        assert!(hang_up(&[(Pid::this(), vec![OpenConnection { received: 1, ..kept }])]));
         assert!(!is_open(&mut client));
     }
 
     #[test]
     fn another_socket_under_the_same_number_is_left_alone() {
         let (mut client, _server, kept) = connection();
-        assert!(hang_up(&[(Pid::this(), vec![IdleConnection { inode: kept.inode + 1, ..kept }])]));
+        assert!(hang_up(&[(Pid::this(), vec![OpenConnection { inode: kept.inode + 1, ..kept }])]));
         assert!(is_open(&mut client));
     }
 
@@ -204,7 +204,7 @@ mod tests {
         assert_eq!(waitpid(pid, None), Ok(WaitStatus::Stopped(pid, Signal::SIGINT)));
         ptrace::cont(pid, Signal::SIGINT).unwrap();
         assert!(matches!(waitpid(pid, None), Ok(WaitStatus::PtraceEvent(..))), "it stops half dead");
-        let idle = [(pid, vec![IdleConnection { fd: FD as u32, ..connection }])];
+        let idle = [(pid, vec![OpenConnection { fd: FD as u32, ..connection }])];
         assert!(is_open(&mut client));
         assert!(see_off(&idle, Signal::SIGINT));
         assert!(!is_open(&mut client));

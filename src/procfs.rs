@@ -214,20 +214,18 @@ pub fn threads(pid: Pid) -> Vec<Pid> {
     entries.flatten().filter_map(tid).map(Pid::from_raw).collect()
 }
 
-/// Whether a process is about to end.
+/// What is to be seen of a process's end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Life {
+    /// As far as can be known.
     Lives,
-    /// All of its threads end, because of this signal, or because one of them has called exit(2), or for a reason
-    /// that this process may not know.
-    Ends {
-        signal: Option<u32>,
-    },
-    /// Its main thread is no more, and nothing else is known.
+    /// By this signal; it may still have files.
+    Killed(u32),
+    /// Its main thread has ended otherwise, or nothing is left of it.
     Over,
 }
 
-/// Whether a process is about to end (proc_pid_stat(5)).
+/// What is to be seen of a process's end (proc_pid_stat(5)).
 pub fn life(pid: Pid) -> Life {
     fs::read_to_string(path(pid, "stat")).ok().and_then(|stat| parse_life(&stat)).unwrap_or(Life::Over)
 }
@@ -238,11 +236,15 @@ fn parse_life(stat: &str) -> Option<Life> {
     const PF_EXITING: u64 = 0x4; // linux/sched.h
     const PF_SIGNALED: u64 = 0x400; // also if another thread has called exit_group(2) (get_signal, kernel/signal.c)
     let flags = stat_field(stat, FLAGS)?;
-    if flags & PF_SIGNALED != 0 {
-        let signal = (stat_field(stat, EXIT_CODE)? & 0x7f) as u32; // as wait(2) has it
-        return Some(Life::Ends { signal: Some(signal).filter(|signal| *signal != 0) });
-    }
-    Some(if flags & PF_EXITING != 0 { Life::Over } else { Life::Lives })
+    let signal = (stat_field(stat, EXIT_CODE)? & 0x7f) as u32; // as wait(2) has it
+    let is_zombie = stat.get(stat.rfind(')')? + 1..)?.starts_with(" Z");
+    Some(match (flags & PF_SIGNALED != 0, signal) {
+        // The code may come a moment later than the flag.
+        (true, 0) if !is_zombie => Life::Lives,
+        (true, 1..) => Life::Killed(signal),
+        _ if is_zombie || flags & PF_EXITING != 0 => Life::Over,
+        _ => Life::Lives,
+    })
 }
 
 /// A field of /proc/PID/stat, by its number in proc_pid_stat(5), where it comes after the name.
@@ -433,13 +435,13 @@ mod tests {
         let stat = "7 (a) b) S 1 7 7 0 -1 4194560 90 0 0 0 120 3 9 9 20 0 1 0";
         assert_eq!(parse_cpu(stat), Some(Duration::from_millis(1230)));
         assert_eq!(parse_cpu("7 (a) S 1"), None);
-        let life = |flags: u64, code: u32| {
-            parse_life(&format!("7 (a) b) Z 1 7 7 0 -1 {flags} {}{code}", "0 ".repeat(42)))
+        let life = |state: char, flags: u64, code: u32| {
+            parse_life(&format!("7 (a) b) {state} 1 7 7 0 -1 {flags} {}{code}", "0 ".repeat(42))).unwrap()
         };
-        assert_eq!(life(0x400000, 0), Some(Life::Lives));
-        assert_eq!(life(0x400404, 0x82), Some(Life::Ends { signal: Some(2) }), "with a core");
-        assert_eq!(life(0x400404, 2 << 8), Some(Life::Ends { signal: None }));
-        assert_eq!(life(0x400004, 2), Some(Life::Over));
+        assert_eq!([life('R', 0x400000, 0), life('T', 0x400000, 19)], [Life::Lives; 2]);
+        assert_eq!([life('R', 0x400404, 0x82), life('Z', 0x400404, 2)], [Life::Killed(2); 2]);
+        assert_eq!(life('R', 0x400404, 0), Life::Lives, "its code may be yet to come");
+        assert_eq!([life('Z', 0x400404, 2 << 8), life('R', 0x400004, 0)], [Life::Over; 2]);
         assert_eq!(parse_children("12 34 "), [Pid::from_raw(12), Pid::from_raw(34)]);
     }
 

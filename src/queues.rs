@@ -87,7 +87,7 @@ impl Queues {
         self.next_look = Some(now + self.every());
     }
 
-    /// How often the queues are looked at: with one only, nobody has a better one.
+    /// How often the queues are looked at: of one that is the only one nobody would be told to go elsewhere.
     fn every(&self) -> Duration {
         if self.len() > 1 { self.every } else { self.every.max(SELDOM) }
     }

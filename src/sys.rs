@@ -118,9 +118,10 @@ pub fn pidfd_open(tid: c_int, flags: libc::c_uint) -> io::Result<OwnedFd> {
 /// EPERM where ptrace access is denied; some seccomp profiles deny the call to all without CAP_SYS_PTRACE.
 pub fn pidfd_getfd(pidfd: BorrowedFd, fd: u32) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_getfd takes three numbers.
-    let copy = check(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) } as c_int)?;
+    let duplicate =
+        check(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) } as c_int)?;
     // SAFETY: a result that isn't -1 is a fresh fd that nobody else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+    Ok(unsafe { OwnedFd::from_raw_fd(duplicate) })
 }
 
 /// What a trapped system call gets to hear.

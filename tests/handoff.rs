@@ -433,7 +433,7 @@ struct Pair {
 }
 
 impl Pair {
-    /// The first is started with this option, the second ignores SIGINT.
+    /// The first is started with this option, if any, the second ignores SIGINT.
     fn start(option: &str) -> Self {
         let addr = free_address();
         let text = format!(
@@ -470,7 +470,7 @@ impl Pair {
 #[test]
 fn when_the_signal_kills_one_of_a_generation_idle_connections_of_the_others_are_closed_before_it() {
     let _turn = turn();
-    let mut pair = Pair::start("--keep-alive");
+    let mut pair = Pair::start("");
     // Who takes more than 3 ms to die, as it may where CPUs are short, isn't known to be killed.
     wait_until("a connection that reuse-run closes", DEADLINE, || !pair.is_open_after_a_reload());
 }

@@ -147,10 +147,10 @@ fn measure(group: &Group, run: u32, options: &Options) -> Result<Vec<Figure>> {
 }
 
 fn markdown(figures: &[Figure]) -> String {
-    let mut text = "Side by side on one machine and loaded in turns of 250 ms. Ratios are to the bare program, \
-                    which is the first line of each table: their median over all runs, each of servers that were \
-                    started anew, and the quartiles. The bare program is there once more to show by how much two \
-                    that are the same differ. CPU is user and system time of all processes of the server.\n\n"
+    let mut text = "Side by side on one machine and loaded in turns of 250 ms. Ratios are to the first line of each \
+                    table, a program without anything around it: their median over all runs, each of servers that \
+                    were started anew, and the quartiles. It is there once more to show by how much two that are the \
+                    same differ. CPU is user and system time of all processes of the server.\n\n"
         .to_owned();
     let first_runs = figures.iter().filter(|figure| figure.run == 0);
     let mut tables: Vec<(&str, &str)> = first_runs.map(|figure| (figure.group, figure.clients)).collect();

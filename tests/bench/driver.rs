@@ -162,9 +162,12 @@ pub fn isolated<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     })
 }
 
-/// The order in which so many servers have a turn: forth and back, so that none always comes after the same other.
+/// The order in which so many servers have a turn: forth and back, and from another one on each time, so that none
+/// has a better place than the others.
 pub fn in_turn(turn: u32, count: usize) -> impl Iterator<Item = usize> {
-    (0..count).map(move |place| if turn.is_multiple_of(2) { place } else { count - 1 - place })
+    let first = turn as usize / 2;
+    let place = move |place| if turn.is_multiple_of(2) { place } else { count - 1 - place };
+    (0..count).map(move |index| (first + place(index)) % count)
 }
 
 /// `long`, or `short` for --quick.

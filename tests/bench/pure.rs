@@ -57,7 +57,7 @@ fn programs(criterion: &mut Criterion) {
     }
 }
 
-/// What the kernel does to check and compile the program for n members. (How many there are makes no difference.)
+/// What the kernel does to check and compile the program for n members; it is the same for a group of one.
 fn attaching(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("attach a steering program");
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
