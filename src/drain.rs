@@ -46,6 +46,13 @@ pub struct Drained {
     pub idle: Vec<Idle>,
 }
 
+impl Drained {
+    /// How many connections its clients keep open.
+    pub fn connections(&self) -> usize {
+        self.idle.iter().map(|(_, connections)| connections.len()).sum()
+    }
+}
+
 /// Watches the workers that are retired.
 #[derive(Default)]
 pub struct Drain {
@@ -337,6 +344,7 @@ mod tests {
         assert_eq!(idle(&[], &nobodys), drained(&[]));
         let open = OpenConnection { fd, inode, received: 42 };
         assert_eq!(idle(&[], &its), drained(&[(Pid::this(), vec![open])]), "its client keeps it");
+        assert_eq!([idle(&[], &its), idle(&[], &nobodys)].map(|idle| idle[0].connections()), [1, 0]);
         assert!(idle(&[inode], &its).is_empty(), "it is its own");
         assert!(idle(&[inode], &nobodys).is_empty(), "it exists, and is in nobody's hands");
         assert_eq!(idle(&[u64::MAX], &nobodys), drained(&[]), "it exists no more");

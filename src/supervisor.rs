@@ -270,7 +270,10 @@ impl Supervisor {
     /// Tells those to stop that have nothing left to do.
     fn stop_drained(&mut self) {
         let begun = Instant::now();
-        for Drained { worker, idle } in self.drain.look(&self.pool, &self.unix, begun) {
+        let mut drained = self.drain.look(&self.pool, &self.unix, begun);
+        // Who shows what the signal does is closed too late: the fewer connections it has, the better.
+        drained.sort_by_key(Drained::connections);
+        for Drained { worker, idle } in drained {
             let Some(generation) = self.workers.get(&worker).map(|worker| worker.generation) else {
                 continue;
             };
