@@ -99,8 +99,8 @@ pub struct Supervisor {
     pool: Pool,
     unix: UnixSockets,
     drain: Drain,
-    /// Whether the stop signal kills the workers of a generation.
-    dies_of_signal: BTreeMap<u32, bool>,
+    /// Generations, and whether the stop signal kills their workers.
+    dies_of_signal: Vec<(u32, bool)>,
     /// Set when workers aren't intercepted.
     bystander: Option<Bystander>,
     manager: Manager,
@@ -172,7 +172,7 @@ pub fn run(options: Options) -> io::Result<u8> {
         pool,
         unix: UnixSockets::default(),
         drain: Drain::default(),
-        dies_of_signal: BTreeMap::new(),
+        dies_of_signal: Vec::new(),
         bystander,
         manager: Manager::new(Instant::now()),
         control,
@@ -271,13 +271,16 @@ impl Supervisor {
     fn stop_drained(&mut self) {
         let begun = Instant::now();
         let mut drained = self.drain.look(&self.pool, &self.unix, begun);
-        // Who shows what the signal does is closed too late: the fewer connections it has, the better.
-        drained.sort_by_key(Drained::connections);
+        // The first shows what the signal does, and is closed too late: the fewer connections it has, the better.
+        if let Some(first) = (0..drained.len()).min_by_key(|index| drained[*index].connections()) {
+            drained.swap(0, first);
+        }
         for Drained { worker, idle } in drained {
             let Some(generation) = self.workers.get(&worker).map(|worker| worker.generation) else {
                 continue;
             };
-            let dies = self.dies_of_signal.get(&generation).copied();
+            let known = self.dies_of_signal.iter().find(|(known, _)| *known == generation);
+            let dies = known.map(|(_, dies)| *dies);
             // What has come on an idle connection meanwhile puts it off until the next look.
             let is_idle = if dies == Some(true) { hangup::hang_up(&idle) } else { !hangup::are_awake(&idle) };
             if !is_idle {
@@ -286,7 +289,7 @@ impl Supervisor {
             self.handle(Event::Drained { worker });
             if dies.is_none() && !idle.is_empty() {
                 let dies = hangup::see_off(&idle, self.stop_signal);
-                self.dies_of_signal.insert(generation, dies);
+                self.dies_of_signal.push((generation, dies));
             }
         }
         self.drain.has_looked(begun, Instant::now());
@@ -487,7 +490,7 @@ impl Supervisor {
             self.handle(Event::Ended { worker, end: reaped.end });
             let alive = |generation| self.workers.values().any(|worker| worker.generation == generation);
             self.unix.keep(|generation| self.fleet.has_slot_of(generation) || alive(generation));
-            self.dies_of_signal.retain(|generation, _| alive(*generation));
+            self.dies_of_signal.retain(|(generation, _)| alive(*generation));
         }
     }
 
