@@ -10,13 +10,13 @@ use argh::{EarlyExit, FromArgs};
 use nix::sys::signal::Signal;
 
 use crate::address::Address;
-use crate::balance::Balancing;
-use crate::client::{Command, What};
-use crate::environment::{Secret, Sources};
 use crate::fleet::{Policy, Readiness, Rollout};
-use crate::protocol::{How, Request, Target};
+use crate::operate::client::{Command, What};
+use crate::operate::protocol::{How, Request, Target};
 use crate::steering::Share;
+use crate::steering::load::Balancing;
 use crate::worker::Program;
+use crate::worker::environment::{Secret, Sources};
 
 /// Run N copies of any server on one port, and replace them without losing a request.
 #[derive(FromArgs, Debug)]

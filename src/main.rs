@@ -6,35 +6,16 @@
 compile_error!("reuse-run needs Linux: it stands on seccomp user notification and SO_REUSEPORT programs");
 
 mod address;
-mod balance;
-mod bpf;
-mod bystander;
 mod cli;
-mod client;
-mod control;
 mod drain;
-mod environment;
-mod filter;
 mod fleet;
-mod hangup;
 mod intercept;
-mod labels;
-mod listeners;
-mod logging;
-mod manager;
+mod kernel;
+mod operate;
 mod output;
-mod pidfile;
-mod procfs;
-mod protocol;
-mod queues;
-mod ready;
-mod signals;
-mod sockdiag;
-mod status;
+mod pool;
 mod steering;
 mod supervisor;
-mod sys;
-mod unix;
 mod worker;
 
 use std::io::Write;
@@ -47,13 +28,13 @@ use log::error;
 const MISUSE: u8 = 2;
 
 fn main() -> ExitCode {
-    logging::start();
+    output::log::start();
     match cli::parse(std::env::args_os().skip(1)) {
         Ok(Invocation::Print(text)) => {
             let _ = std::io::stdout().write_all(text.as_bytes()); // the reader may have seen enough
             ExitCode::SUCCESS
         }
-        Ok(Invocation::Control(command)) => client::run(command).into(),
+        Ok(Invocation::Control(command)) => operate::client::run(command).into(),
         Ok(Invocation::Run(options)) => match supervisor::run(*options) {
             Ok(status) => status.into(),
             Err(error) => {

@@ -6,24 +6,20 @@
 
 #[path = "../../src/address.rs"]
 mod address;
-#[path = "../../src/balance.rs"]
-mod balance;
-#[path = "../../src/bpf.rs"]
-mod bpf;
-#[path = "../../src/filter.rs"]
-mod filter;
-#[path = "../../src/fleet.rs"]
+#[path = "../../src/fleet/mod.rs"]
 mod fleet;
-#[path = "../../src/procfs.rs"]
-mod procfs;
-#[path = "../../src/queues.rs"]
-mod queues;
-#[path = "../../src/sockdiag.rs"]
-mod sockdiag;
-#[path = "../../src/steering.rs"]
+#[path = "../../src/intercept"]
+mod intercept {
+    pub mod filter;
+}
+#[path = "../../src/kernel/mod.rs"]
+mod kernel;
+#[path = "../../src/pool"]
+mod pool {
+    pub mod accept_queues;
+}
+#[path = "../../src/steering/mod.rs"]
 mod steering;
-#[path = "../../src/sys.rs"]
-mod sys;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::hint::black_box;
@@ -35,8 +31,8 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use socket2::{Domain, Socket, Type};
 
 use address::{Address, Endpoint};
-use balance::Balance;
 use fleet::{Action, End, Event, Fleet, Policy, Readiness, Rollout};
+use steering::load::Balance;
 use steering::{MemberId, Share, Targets};
 
 const SIZES: [u32; 3] = [10, 100, 1000];
@@ -68,7 +64,9 @@ fn attaching(criterion: &mut Criterion) {
         let program = steering::program(&scattered(n));
         group.throughput(Throughput::Elements(n.into()));
         group.bench_function(BenchmarkId::from_parameter(n), |bencher| {
-            bencher.iter(|| sys::attach_reuseport_cbpf(socket.as_fd(), black_box(&program)).expect("attach"));
+            bencher.iter(|| {
+                kernel::sys::attach_reuseport_cbpf(socket.as_fd(), black_box(&program)).expect("attach")
+            });
         });
     }
 }
@@ -90,7 +88,7 @@ fn decoding(criterion: &mut Criterion) {
     let args = [3, 0x7fff_0000_0000, 16, 0, 0, 0];
     let bind = libc::seccomp_data { nr: libc::SYS_bind as i32, arch: 0, instruction_pointer: 0, args };
     criterion.bench_function("decode a notification", |bencher| {
-        bencher.iter(|| filter::decode(black_box(&bind)));
+        bencher.iter(|| intercept::filter::decode(black_box(&bind)));
     });
 }
 

@@ -4,6 +4,8 @@
 //! done by the wrapper. Everything else is answered with "continue", so that the kernel says what it would
 //! have said without us. See seccomp_unotify(2).
 
+pub mod filter;
+
 use std::collections::HashMap;
 use std::fs;
 use std::io;
@@ -17,11 +19,11 @@ use log::{debug, warn};
 use nix::unistd::Pid;
 
 use crate::address::{Address, Endpoint};
-use crate::filter::{Call, SocketOption, decode, filter};
-use crate::listeners::{Borrower, Pool, Wish};
-use crate::procfs;
-use crate::sys::{self, NotifResponse};
-use crate::unix::{self, Place, Removal, UnixSockets};
+use crate::intercept::filter::{Call, SocketOption, decode, filter};
+use crate::kernel::procfs;
+use crate::kernel::sys::{self, NotifResponse};
+use crate::pool::paths::{self, Place, Removal, UnixSockets};
+use crate::pool::{Borrower, Pool, Wish};
 
 /// What becomes of the answers to stopped calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -163,7 +165,7 @@ impl Interception {
             Call::Bind { fd, address, len } => {
                 let address = procfs::memory(tid, address, len.min(LONGEST_ADDRESS) as usize);
                 let response = match address.inspect_err(|error| self.warn_of_rights(error)) {
-                    Ok(bytes) if bytes.len() as u64 == len => match unix::path_of_sockaddr(&bytes) {
+                    Ok(bytes) if bytes.len() as u64 == len => match paths::path_of_sockaddr(&bytes) {
                         Some(path) => self.bind_unix(unix, notif.id, tid, fd, &path),
                         None => self.bind(pool, notif.id, tid, fd, &bytes),
                     },
@@ -309,7 +311,7 @@ impl Interception {
     ) -> (NotifResponse, Option<Heard>) {
         const NOT_OURS: (NotifResponse, Option<Heard>) = (NotifResponse::Continue, None);
         let path = procfs::memory(tid, path, libc::PATH_MAX as usize).ok();
-        let path = path.and_then(|bytes| unix::path_of_bytes(&bytes));
+        let path = path.and_then(|bytes| paths::path_of_bytes(&bytes));
         let path = path.filter(|path| is_starting || unix.may_have(path));
         let Some(place) = path.and_then(|path| Place::of(tid, from, &path)) else { return NOT_OURS };
         if !same_rights(tid) || !sys::seccomp_notif_id_valid(self.notify_fd.as_fd(), id) {

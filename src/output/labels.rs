@@ -17,9 +17,9 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::unistd::{Pid, pipe2, read};
 
 use crate::fleet::WorkerId;
-use crate::logging;
-use crate::output::{self, Output, Stream};
-use crate::procfs;
+use crate::kernel::procfs;
+use crate::output::log;
+use crate::output::sink::{self, Output, Stream};
 
 /// A longer line becomes several.
 const LONGEST_LINE: usize = 64 * 1024;
@@ -204,13 +204,13 @@ impl Labels {
     /// From now on the log goes the same way as the workers' stderr.
     pub fn new() -> io::Result<Self> {
         let stderr = Arc::new(Mutex::new(Output::new(Stream::Stderr)?));
-        let stdout = if output::is_one_file() {
+        let stdout = if sink::is_one_file() {
             Arc::clone(&stderr)
         } else {
             Arc::new(Mutex::new(Output::new(Stream::Stdout)?))
         };
         let labels = Self::to([stdout, Arc::clone(&stderr)])?;
-        logging::go_through(stderr);
+        log::go_through(stderr);
         Ok(labels)
     }
 

@@ -13,9 +13,9 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use socket2::SockRef;
 
-use crate::procfs::{self, Life};
-use crate::sockdiag::Traffic;
-use crate::sys;
+use crate::kernel::procfs::{self, Life};
+use crate::kernel::sockdiag::Traffic;
+use crate::kernel::sys;
 
 /// Whom the stop signal hasn't killed after so long is taken to have a handler for it.
 const LONGEST: Duration = Duration::from_millis(3);

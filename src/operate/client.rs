@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
-use crate::logging;
-use crate::procfs;
-use crate::protocol::{self, Envelope, Reply, Request, VERSION};
-use crate::status::{Status, Worker, span};
+use crate::kernel::procfs;
+use crate::operate::protocol::{self, Envelope, Reply, Request, VERSION};
+use crate::operate::status::{Status, Worker, span};
+use crate::output::log;
 
 /// A command, and which reuse-run it is for.
 #[derive(Debug)]
@@ -61,7 +61,7 @@ pub fn run(command: Command) -> u8 {
         What::Change { request, timeout } => change(pid, request, timeout),
     });
     result.unwrap_or_else(|Failure { why, status }| {
-        logging::complain(&why);
+        log::complain(&why);
         status
     })
 }

@@ -17,8 +17,8 @@ use nix::sys::socket::{
 use nix::unistd::{self, Pid};
 use socket2::SockRef;
 
-use crate::procfs;
-use crate::sys;
+use crate::kernel::procfs;
+use crate::kernel::sys;
 
 /// What a worker says.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use libc::sock_filter;
 
-use crate::bpf::op;
+use crate::kernel::bpf::op;
 
 #[cfg(target_arch = "x86_64")]
 const ARCHITECTURE: u32 = 0xC000_003E; // AUDIT_ARCH_X86_64 (linux/audit.h)

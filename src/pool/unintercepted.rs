@@ -9,8 +9,8 @@ use nix::unistd::Pid;
 
 use crate::address::Address;
 use crate::fleet::{Readiness, WorkerId};
-use crate::procfs;
-use crate::sockdiag::SockDiag;
+use crate::kernel::procfs;
+use crate::kernel::sockdiag::SockDiag;
 
 /// The time between two looks while workers start.
 const INTERVAL: Duration = Duration::from_millis(50);

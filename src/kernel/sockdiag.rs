@@ -14,7 +14,7 @@ use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, 
 use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
 
 use crate::address::Address;
-use crate::sys;
+use crate::kernel::sys;
 
 /// A TCP connection, seen from the side that accepts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,5 +1,8 @@
 //! Starts a worker, signals it, and finds out how it ended.
 
+pub mod environment;
+pub mod ready;
+
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read};
@@ -22,12 +25,12 @@ use nix::unistd::{Pid, getppid};
 use socket2::SockRef;
 
 use crate::address::{Address, Endpoint};
-use crate::environment::Environment;
 use crate::fleet::End;
 use crate::intercept;
-use crate::procfs;
-use crate::ready::{NodeChannel, NotifySocket, ReadyPipe};
-use crate::sys;
+use crate::kernel::procfs;
+use crate::kernel::sys;
+use crate::worker::environment::Environment;
+use crate::worker::ready::{NodeChannel, NotifySocket, ReadyPipe};
 
 /// The number of the first listener that a worker is given (sd_listen_fds(3)). After the listeners come the
 /// readiness pipe, with one digit as long as it can be, since that is all that `>&$READY_FD` takes in dash,

@@ -3,6 +3,8 @@
 //! After the switch nothing new is sent to it. What was on its way arrives: handshakes complete and are
 //! accepted. When that is over and each of its connections is quiet, it may be told to stop.
 
+pub mod idle;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
@@ -12,12 +14,12 @@ use log::warn;
 use nix::unistd::Pid;
 
 use crate::address::Address;
+use crate::drain::idle::{Idle, OpenConnection};
 use crate::fleet::WorkerId;
-use crate::hangup::{Idle, OpenConnection};
-use crate::listeners::Pool;
-use crate::procfs;
-use crate::sockdiag::{Connection, SockDiag};
-use crate::unix::UnixSockets;
+use crate::kernel::procfs;
+use crate::kernel::sockdiag::{Connection, SockDiag};
+use crate::pool::Pool;
+use crate::pool::paths::UnixSockets;
 
 /// The time between two looks, at least.
 const INTERVAL: Duration = Duration::from_millis(20);
@@ -246,7 +248,7 @@ fn is_quiet(connection: &Connection) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sockdiag::Traffic;
+    use crate::kernel::sockdiag::Traffic;
 
     fn connection(sent_ago: u64, received_ago: u64, has_sent: bool, has_received: bool) -> Connection {
         let traffic = Traffic {

@@ -6,6 +6,10 @@
 //! socket of an address any more and no replacement is awaited, the whole group is closed, and the
 //! address refuses connections as it would without us.
 
+pub mod accept_queues;
+pub mod paths;
+pub mod unintercepted;
+
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
@@ -20,14 +24,14 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 use socket2::{Domain, Protocol, Socket, Type};
 
+use self::accept_queues::Queues;
 use crate::address::Address;
-use crate::balance::{Balance, Balancing, Change, Load};
 use crate::fleet::WorkerId;
-use crate::procfs;
-use crate::queues::{self, Queues};
-use crate::sockdiag::{self, Listener, SockDiag};
+use crate::kernel::procfs;
+use crate::kernel::sockdiag::{self, Listener, SockDiag};
+use crate::kernel::sys;
+use crate::steering::load::{Balance, Balancing, Change, Load};
 use crate::steering::{self, MemberId, Order, Share, Standing, Steer, Targets};
-use crate::sys;
 
 /// Who wants to borrow a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -613,12 +617,15 @@ impl Pool {
         match change {
             Change::To(Load::Stuck, _) => debug!("{borrower} takes no connections on {address}: spared"),
             Change::To(Load::Busy, _) => debug!("{borrower} is busy: spared"),
-            Change::To(Load::Free, lasted) if lasted >= queues::LONG => {
+            Change::To(Load::Free, lasted) if lasted >= accept_queues::LONG => {
                 info!("{borrower} takes connections on {address} again, after {:.1} s", lasted.as_secs_f64());
             }
             Change::To(Load::Free, _) => debug!("{borrower} is spared no more"),
             Change::StuckLong => {
-                info!("{borrower} has taken no connection on {address} for {} s", queues::LONG.as_secs());
+                info!(
+                    "{borrower} has taken no connection on {address} for {} s",
+                    accept_queues::LONG.as_secs()
+                );
             }
         }
     }

@@ -12,7 +12,7 @@ use log::debug;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
-use crate::protocol::{self, LONGEST_REQUEST, Reply, Request};
+use crate::operate::protocol::{self, LONGEST_REQUEST, Reply, Request};
 
 /// More at once are turned away.
 const MOST_CLIENTS: usize = 128;

@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 use nix::unistd::Pid;
 
 use super::{Source, Supervisor};
-use crate::balance::Load;
-use crate::control::{Awaited, ClientId};
 use crate::fleet::{Event, Place, Rollout, WorkerId, count};
-use crate::labels::Labels;
-use crate::procfs::{self, Usage};
-use crate::protocol::{How, Reply, Request, Target};
-use crate::sockdiag::SockDiag;
-use crate::status::{LastReload, Status, Worker};
+use crate::kernel::procfs::{self, Usage};
+use crate::kernel::sockdiag::SockDiag;
+use crate::operate::control::{Awaited, ClientId};
+use crate::operate::protocol::{How, Reply, Request, Target};
+use crate::operate::status::{LastReload, Status, Worker};
+use crate::output::labels::Labels;
 use crate::steering::Share;
+use crate::steering::load::Load;
 
 impl Supervisor {
     pub(super) fn accept_clients(&mut self) {

@@ -22,8 +22,8 @@ use nix::unistd::{Gid, Pid, Uid, fchownat};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::fleet::WorkerId;
-use crate::listeners::Borrower;
-use crate::procfs;
+use crate::kernel::procfs;
+use crate::pool::Borrower;
 
 /// At how many paths it is looked which of them are abandoned.
 const MANY: usize = 64;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use env_logger::{Builder, Env, Target};
 
-use crate::output::{Output, Sink, Stream};
+use crate::output::sink::{Output, Sink, Stream};
 
 /// Where the log goes besides what workers write to stderr, if that comes by here: else it could come amid a
 /// line of theirs.

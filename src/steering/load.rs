@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use crate::queues::LONG;
+use crate::pool::accept_queues::LONG;
 use crate::steering::MemberId;
 
 /// Who gets new connections.

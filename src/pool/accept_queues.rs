@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use crate::sockdiag;
+use crate::kernel::sockdiag;
 use crate::steering::MemberId;
 
 /// After so many looks at which nothing waited the epoll tells again.

@@ -13,25 +13,25 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use crate::address::{Address, Endpoint};
-use crate::bystander::{self, Bystander};
 use crate::cli::Options;
-use crate::control::{Awaited, ClientId, Control};
+use crate::drain::idle;
 use crate::drain::{Drain, Drained};
-use crate::environment::{Environment, Sources};
 use crate::fleet::{Action, Announcement, Event, Fleet, WorkerId, count};
-use crate::hangup;
 use crate::intercept::{self, Answers, Heard, Interception};
-use crate::labels::{self, Labels};
-use crate::listeners::{Borrower, Pool, StoppedListening};
-use crate::manager::Manager;
-use crate::pidfile::PidFile;
-use crate::procfs;
-use crate::ready::{NodeChannel, NotifySocket, ReadyPipe, Said};
-use crate::signals::{Asked, Signals};
-use crate::unix::UnixSockets;
+use crate::kernel::procfs;
+use crate::operate::control::{Awaited, ClientId, Control};
+use crate::operate::pidfile::PidFile;
+use crate::operate::signals::{Asked, Signals};
+use crate::operate::systemd::Manager;
+use crate::output::labels::{self, Labels};
+use crate::pool::paths::UnixSockets;
+use crate::pool::unintercepted::{self, Bystander};
+use crate::pool::{Borrower, Pool, StoppedListening};
+use crate::worker::environment::{Environment, Sources};
+use crate::worker::ready::{NodeChannel, NotifySocket, ReadyPipe, Said};
 use crate::worker::{self, Listener, StartError, Starter};
 
-mod operate;
+mod commands;
 
 /// What an event of the poll loop comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,7 +143,7 @@ pub fn run(options: Options) -> io::Result<u8> {
     let answers = answers.map_err(|error| format!("workers can't be intercepted ({error})"));
     let answers = answers.and_then(|answers| answers.ok_or("workers are not intercepted".to_owned()));
     if let Err(why) = &answers {
-        bystander::announce(why, !listen.is_empty(), policy.readiness)?;
+        unintercepted::announce(why, !listen.is_empty(), policy.readiness)?;
         program.intercept = false;
         bystander = Some(Bystander::default());
     }
@@ -282,13 +282,13 @@ impl Supervisor {
             let known = self.dies_of_signal.iter().find(|(known, _)| *known == generation);
             let dies = known.map(|(_, dies)| *dies);
             // What has come on an idle connection meanwhile puts it off until the next look.
-            let is_idle = if dies == Some(true) { hangup::hang_up(&idle) } else { !hangup::are_awake(&idle) };
+            let is_idle = if dies == Some(true) { idle::hang_up(&idle) } else { !idle::are_awake(&idle) };
             if !is_idle {
                 continue;
             }
             self.handle(Event::Drained { worker });
             if dies.is_none() && !idle.is_empty() {
-                let dies = hangup::see_off(&idle, self.stop_signal);
+                let dies = idle::see_off(&idle, self.stop_signal);
                 self.dies_of_signal.push((generation, dies));
             }
         }

@@ -35,7 +35,7 @@ pub struct Worker {
     pub seconds: Option<f64>,
     /// Of the slot, since the last reload.
     pub restarts: u32,
-    /// `busy` or `stuck` if others get the new connections: see [`crate::balance::Load`].
+    /// `busy` or `stuck` if others get the new connections: see [`crate::steering::load::Load`].
     pub load: String,
     /// Connections that wait to be accepted.
     pub accept_queue: u32,

@@ -5,14 +5,16 @@
 //! that leaves is replaced by the last one (`__reuseport_detach_sock`, net/core/sock_reuseport.c). The
 //! program that SO_ATTACH_REUSEPORT_CBPF attaches returns an index into that array.
 
+pub mod load;
+
 use std::collections::BTreeSet;
 use std::fmt;
 use std::rc::Rc;
 
 use libc::sock_filter;
 
-use crate::balance::Load;
-use crate::bpf::op;
+use crate::kernel::bpf::op;
+use crate::steering::load::Load;
 
 /// A socket of the pool, for as long as the pool lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

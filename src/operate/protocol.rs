@@ -9,7 +9,7 @@ use std::os::unix::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::status::Status;
+use crate::operate::status::Status;
 
 /// Of this protocol: one more with each change that older commands or servers can't make sense of.
 pub const VERSION: u32 = 1;

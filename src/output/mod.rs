@@ -1,0 +1,5 @@
+//! What is written to stdout and stderr: the log, and the workers' output.
+
+pub mod labels;
+pub mod log;
+pub mod sink;
