@@ -9,6 +9,7 @@ mod address;
 mod cli;
 mod drain;
 mod fleet;
+mod ids;
 mod intercept;
 mod kernel;
 mod operate;
@@ -16,6 +17,7 @@ mod output;
 mod pool;
 mod steering;
 mod supervisor;
+mod words;
 mod worker;
 
 use std::io::Write;

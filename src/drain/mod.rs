@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 
 use crate::address::Address;
 use crate::drain::idle::{Idle, OpenConnection};
-use crate::fleet::WorkerId;
+use crate::ids::WorkerId;
 use crate::kernel::procfs;
 use crate::kernel::sockdiag::{Connection, SockDiag};
 use crate::pool::Pool;

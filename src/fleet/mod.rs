@@ -15,11 +15,9 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::address::{Address, Endpoint};
-use crate::steering::{Share, Standing};
-
-/// A worker, from its start to its end; never used twice.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct WorkerId(pub u32);
+use crate::ids::{SlotId, WorkerId};
+use crate::steering::{Role, Share};
+use crate::words::{count, list, millis};
 
 /// When a worker counts as ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,7 +140,7 @@ pub enum Action {
     /// Start a worker; [`Event::Started`] or [`Event::StartFailed`] answers.
     Start {
         worker: WorkerId,
-        slot: u32,
+        slot: SlotId,
         generation: u32,
     },
     /// Point new connections where [`Fleet::standing`] now says.
@@ -170,14 +168,14 @@ pub enum Action {
     },
     /// The successor of a worker of this slot and generation is long in coming: reset what waits for it.
     ResetQueue {
-        slot: u32,
+        slot: SlotId,
         generation: u32,
     },
     /// Look for programs that have come to share our addresses.
     LookForStrangers,
     /// The successor that was promised to a worker of this slot and generation won't come.
     Unreserve {
-        slot: u32,
+        slot: SlotId,
         generation: u32,
     },
     Log {
@@ -240,7 +238,7 @@ enum State {
 
 #[derive(Debug)]
 struct Worker {
-    slot: u32,
+    slot: SlotId,
     generation: u32,
     pid: Option<i32>,
     started: Instant,
@@ -370,7 +368,7 @@ pub struct LastReload {
 /// How a slot stands, or a worker that doesn't serve in it: not yet, or no more.
 #[derive(Debug)]
 pub struct Place {
-    pub slot: u32,
+    pub slot: SlotId,
     pub generation: u32,
     pub serves: bool,
     /// `None` while the slot waits for its next worker.
@@ -421,7 +419,7 @@ impl Fleet {
             policy,
         };
         for slot in 0..fleet.policy.workers {
-            fleet.start(slot, 1, now);
+            fleet.start(SlotId(slot), 1, now);
         }
         let actions = std::mem::take(&mut fleet.actions);
         (fleet, actions)
@@ -528,7 +526,7 @@ impl Fleet {
         self.policy.rollout
     }
 
-    /// What the program gives to workers whose standing is [`Standing::Canary`].
+    /// What the program gives to workers whose standing is [`Role::Canary`].
     pub fn share(&self) -> Share {
         match (self.phase, self.rollout) {
             (Phase::Trying { .. }, Rollout::Canary { share, .. }) => share,
@@ -574,10 +572,10 @@ impl Fleet {
             },
             since: Some(worker.since),
             started: Some(worker.started),
-            restarts: self.slots.get(worker.slot as usize).map_or(0, |slot| slot.restarts),
+            restarts: self.slots.get(worker.slot.index()).map_or(0, |slot| slot.restarts),
         };
         let mut places: Vec<Place> = self.workers.iter().map(of_worker).collect();
-        for (number, slot) in (0..).zip(&self.slots) {
+        for (number, slot) in (0..).map(SlotId).zip(&self.slots) {
             if !places.iter().any(|place| place.slot == number && place.serves) {
                 let (generation, restarts) = (slot.generation, slot.restarts);
                 let (serves, worker, state) = (true, None, "down");
@@ -600,7 +598,7 @@ impl Fleet {
 
     /// Whether a worker is the one of its slot.
     fn serves(&self, worker: &Worker) -> bool {
-        self.slots.get(worker.slot as usize).is_some_and(|slot| slot.generation == worker.generation)
+        self.slots.get(worker.slot.index()).is_some_and(|slot| slot.generation == worker.generation)
     }
 
     /// The workers that have yet to become ready.
@@ -623,16 +621,16 @@ impl Fleet {
     }
 
     /// Tells what each worker is to the steering of new connections.
-    pub fn standing(&self) -> impl Fn(WorkerId) -> Standing {
+    pub fn standing(&self) -> impl Fn(WorkerId) -> Role {
         move |id| match self.workers.get(&id) {
             Some(worker) => match worker.state {
-                State::Ready if self.serves(worker) => Standing::Ready,
-                State::Ready if matches!(self.phase, Phase::Trying { .. }) => Standing::Canary,
-                State::Ready | State::Starting { .. } => Standing::Starting,
-                State::Draining { .. } => Standing::Draining,
-                State::Stopping { .. } | State::Killed { .. } => Standing::Leaving,
+                State::Ready if self.serves(worker) => Role::Ready,
+                State::Ready if matches!(self.phase, Phase::Trying { .. }) => Role::Canary,
+                State::Ready | State::Starting { .. } => Role::Starting,
+                State::Draining { .. } => Role::Draining,
+                State::Stopping { .. } | State::Killed { .. } => Role::Leaving,
             },
-            None => Standing::Leaving,
+            None => Role::Leaving,
         }
     }
 
@@ -661,7 +659,7 @@ impl Fleet {
         }
     }
 
-    fn start(&mut self, slot: u32, generation: u32, now: Instant) {
+    fn start(&mut self, slot: SlotId, generation: u32, now: Instant) {
         let id = self.next;
         self.next = WorkerId(id.0 + 1);
         let state = State::Starting { ready_by: now + self.policy.ready_timeout, hint_at: None };
@@ -765,7 +763,7 @@ impl Fleet {
     /// Where a worker has to listen and doesn't yet.
     fn missing(&self, id: WorkerId) -> Vec<Endpoint> {
         let Some(worker) = self.workers.get(&id) else { return Vec::new() };
-        let Some(Slot { endpoints: wanted, .. }) = self.slots.get(worker.slot as usize) else {
+        let Some(Slot { endpoints: wanted, .. }) = self.slots.get(worker.slot.index()) else {
             return Vec::new();
         };
         wanted.difference(&worker.endpoints).filter(|endpoint| self.is_public(endpoint)).cloned().collect()
@@ -774,7 +772,7 @@ impl Fleet {
     /// A worker that serves sets what its replacements have to do.
     fn remember_endpoints(&mut self, id: WorkerId) {
         if let Some(worker) = self.workers.get(&id).filter(|worker| self.serves(worker)) {
-            self.slots[worker.slot as usize].endpoints.clone_from(&worker.endpoints);
+            self.slots[worker.slot.index()].endpoints.clone_from(&worker.endpoints);
         }
     }
 
@@ -783,7 +781,7 @@ impl Fleet {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.enter(State::Ready, now);
         worker.ready_at = Some(now);
-        let (slot, generation, took) = (worker.slot as usize, worker.generation, now - worker.started);
+        let (slot, generation, took) = (worker.slot.index(), worker.generation, now - worker.started);
         let serves = self.workers.get(&id).is_some_and(|worker| self.serves(worker));
         self.log(log::Level::Debug, format!("{name} is ready after {}", millis(took)));
         if serves {
@@ -796,7 +794,7 @@ impl Fleet {
                 let what = if is_new { "a new one" } else { "a replacement" };
                 self.info(format!("{name} is ready, {what}, after {}", millis(took)));
                 // What it has not taken up of its predecessor's it never will.
-                self.actions.push(Action::Unreserve { slot: slot as u32, generation });
+                self.actions.push(Action::Unreserve { slot: SlotId::of_index(slot), generation });
             }
         }
         match self.phase {
@@ -866,7 +864,7 @@ impl Fleet {
 
     fn are_ready(&self, slots: Range<usize>, generation: u32) -> bool {
         let is_ready = |worker: &&Worker| {
-            let of_these = slots.contains(&(worker.slot as usize)) && worker.generation == generation;
+            let of_these = slots.contains(&(worker.slot.index())) && worker.generation == generation;
             of_these && worker.state == State::Ready
         };
         self.workers.values().filter(is_ready).count() == slots.len()
@@ -878,7 +876,7 @@ impl Fleet {
         let retired: Vec<WorkerId> = self
             .workers
             .iter()
-            .filter(|(_, worker)| batch.contains(&(worker.slot as usize)) && self.serves(worker))
+            .filter(|(_, worker)| batch.contains(&(worker.slot.index())) && self.serves(worker))
             .map(|(id, _)| *id)
             .collect();
         let last = self.slots[from].generation;
@@ -886,8 +884,10 @@ impl Fleet {
         self.phase = Phase::Retiring { since, next: batch.end };
         self.retire(&retired, now);
         for slot in batch.clone() {
-            self.actions
-                .push(Action::Unreserve { slot: slot as u32, generation: self.slots[slot].generation });
+            self.actions.push(Action::Unreserve {
+                slot: SlotId::of_index(slot),
+                generation: self.slots[slot].generation,
+            });
             self.slots[slot].replaced_by(self.newest);
         }
         self.failures = 0;
@@ -1004,7 +1004,7 @@ impl Fleet {
                 worker.generation == self.newest && !self.serves(worker)
             }
             Phase::Scaling { from } => {
-                worker.ready_at.is_none() && worker.slot as usize >= from && self.serves(worker)
+                worker.ready_at.is_none() && worker.slot.index() >= from && self.serves(worker)
             }
             _ => false,
         }
@@ -1054,7 +1054,7 @@ impl Fleet {
     }
 
     fn restart_later(&mut self, worker: &Worker, status: u8, now: Instant) {
-        let slot = &mut self.slots[worker.slot as usize];
+        let slot = &mut self.slots[worker.slot.index()];
         slot.restarts += 1;
         match worker.ready_at {
             Some(ready_at) if now - ready_at >= PROVEN => slot.delay = Duration::ZERO,
@@ -1191,7 +1191,7 @@ impl Fleet {
     fn start_batch(&mut self, since: Instant, from: usize, now: Instant) {
         self.phase = Phase::Replacing { since, from };
         for slot in self.batch(from) {
-            self.start(slot as u32, self.newest, now);
+            self.start(SlotId::of_index(slot), self.newest, now);
         }
     }
 
@@ -1204,7 +1204,7 @@ impl Fleet {
         if workers > before {
             for slot in before..workers {
                 self.slots.push(Slot::new(self.generation));
-                self.start(slot as u32, self.generation, now);
+                self.start(SlotId::of_index(slot), self.generation, now);
             }
         } else {
             self.remove_slots(workers, now);
@@ -1213,11 +1213,11 @@ impl Fleet {
 
     /// Removes all slots from this one on.
     fn remove_slots(&mut self, from: usize, now: Instant) {
-        let of_these = |worker: &Worker| worker.slot as usize >= from && self.serves(worker);
+        let of_these = |worker: &Worker| worker.slot.index() >= from && self.serves(worker);
         let retired = self.workers.iter().filter(|(_, worker)| of_these(worker)).map(|(id, _)| *id);
         let retired: Vec<WorkerId> = retired.collect();
         self.retire(&retired, now);
-        for (number, slot) in (0..).zip(&self.slots).skip(from) {
+        for (number, slot) in (0..).map(SlotId).zip(&self.slots).skip(from) {
             self.actions.push(Action::Unreserve { slot: number, generation: slot.generation });
         }
         self.slots.truncate(from);
@@ -1227,7 +1227,7 @@ impl Fleet {
 
     /// Whether the workers of all slots from this one on are ready.
     fn are_scaled(&self, from: usize) -> bool {
-        let ready = |worker: &&Worker| worker.slot as usize >= from && worker.state == State::Ready;
+        let ready = |worker: &&Worker| worker.slot.index() >= from && worker.state == State::Ready;
         self.workers.values().filter(ready).count() == self.slots.len() - from
     }
 
@@ -1280,7 +1280,7 @@ impl Fleet {
     fn stop_all(&mut self, status: u8, now: Instant) {
         self.actions.push(Action::Announce(Announcement::Stopping));
         self.phase = Phase::Stopping { status };
-        for (number, slot) in (0..).zip(&mut self.slots) {
+        for (number, slot) in (0..).map(SlotId).zip(&mut self.slots) {
             slot.restart_at = None;
             slot.reset_at = None;
             self.actions.push(Action::Unreserve { slot: number, generation: slot.generation });
@@ -1321,11 +1321,11 @@ impl Fleet {
             let generation = self.slots[slot].generation;
             if self.slots[slot].restart_at.is_some_and(|at| at <= now) {
                 self.slots[slot].restart_at = None;
-                self.start(slot as u32, generation, now);
+                self.start(SlotId::of_index(slot), generation, now);
             }
             if self.slots[slot].reset_at.is_some_and(|at| at <= now) {
                 self.slots[slot].reset_at = None;
-                self.actions.push(Action::ResetQueue { slot: slot as u32, generation });
+                self.actions.push(Action::ResetQueue { slot: SlotId::of_index(slot), generation });
             }
         }
     }
@@ -1406,22 +1406,6 @@ impl Fleet {
                 self.stop(id, now);
             }
         }
-    }
-}
-
-fn list(endpoints: impl IntoIterator<Item = impl ToString>) -> String {
-    endpoints.into_iter().map(|endpoint| endpoint.to_string()).collect::<Vec<_>>().join(" ")
-}
-
-/// "1 worker", "4 workers"
-pub fn count(n: usize, noun: &str) -> String {
-    format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
-}
-
-fn millis(duration: Duration) -> String {
-    match duration.as_millis() {
-        ms @ 0..10_000 => format!("{ms} ms"),
-        ms => format!("{}.{} s", ms / 1000, ms % 1000 / 100),
     }
 }
 
@@ -1517,7 +1501,7 @@ mod tests {
                         );
                     }
                     Action::Start { worker, slot, generation } => {
-                        self.places.insert(worker, (slot, generation));
+                        self.places.insert(worker, (slot.0, generation));
                         self.alive.insert(worker, Told::Nothing);
                         self.most_alive = self.most_alive.max(self.alive.len());
                         self.next_pid += 1;
@@ -1548,17 +1532,17 @@ mod tests {
                             "{worker:?} lives and loses its sockets"
                         );
                     }
-                    Action::ResetQueue { slot, .. } => self.reset.push(slot),
+                    Action::ResetQueue { slot, .. } => self.reset.push(slot.0),
                     Action::Log { line, .. } => self.log.push(line),
                     Action::Exit { status } => self.exit = Some(status),
                     Action::Steer => {
                         let standing = self.fleet.standing();
-                        let ready = self.places.iter().filter(|(id, _)| standing(**id) == Standing::Ready);
+                        let ready = self.places.iter().filter(|(id, _)| standing(**id) == Role::Ready);
                         self.steered_to = ready.map(|(_, place)| *place).collect();
                         self.steered_to.sort_unstable();
                     }
                     Action::Unreserve { slot, generation } => {
-                        self.reserved.remove(&(slot, generation));
+                        self.reserved.remove(&(slot.0, generation));
                     }
                     Action::ReloadEnded { generation, result, .. } => {
                         self.reloads.push((generation, result.is_ok()))
@@ -1949,7 +1933,7 @@ mod tests {
         assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
         assert_eq!(world.fleet.share(), share);
         let standing = world.fleet.standing();
-        let canaries = world.ids().into_iter().filter(|id| standing(*id) == Standing::Canary).count();
+        let canaries = world.ids().into_iter().filter(|id| standing(*id) == Role::Canary).count();
         drop(standing);
         assert_eq!(canaries, 3);
         world.pass(period - Duration::from_millis(1));
@@ -2059,7 +2043,7 @@ mod tests {
         world.end(WorkerId(3), End::Exited(1)); // ended twice in a row: its slot waits
         let states = |world: &World| {
             let places = world.fleet.places().into_iter();
-            places.map(|place| (place.slot, place.serves, place.state, place.restarts)).collect::<Vec<_>>()
+            places.map(|place| (place.slot.0, place.serves, place.state, place.restarts)).collect::<Vec<_>>()
         };
         assert_eq!(states(&world)[1], (1, true, "down", 2));
         world.event(Event::Reload(Rollout::AllAtOnce));
@@ -2148,7 +2132,7 @@ mod tests {
                 }
                 Step::Ends(who) => {
                     let standing = self.fleet.standing();
-                    let may = |id: &WorkerId| !gentle || standing(*id) != Standing::Ready;
+                    let may = |id: &WorkerId| !gentle || standing(*id) != Role::Ready;
                     let candidates = self.ids().into_iter().filter(may).collect();
                     drop(standing);
                     if let Some(worker) = choose(who, candidates) {
@@ -2201,7 +2185,7 @@ mod tests {
                 let kept = world.reserved.iter().all(has_slot);
                 prop_assert!(kept, "kept for no successor: {:?}", world.reserved);
                 let ready = world.fleet.standing();
-                let ready = world.places.iter().filter(|(id, _)| ready(**id) == Standing::Ready);
+                let ready = world.places.iter().filter(|(id, _)| ready(**id) == Role::Ready);
                 let ready: BTreeSet<_> = ready.map(|(_, place)| *place).collect();
                 prop_assert_eq!(&world.steered_to.iter().copied().collect::<BTreeSet<_>>(), &ready);
             }

@@ -19,11 +19,12 @@ use log::{debug, warn};
 use nix::unistd::Pid;
 
 use crate::address::{Address, Endpoint};
+use crate::ids::Borrower;
 use crate::intercept::filter::{Call, SocketOption, decode, filter};
 use crate::kernel::procfs;
 use crate::kernel::sys::{self, NotifResponse};
 use crate::pool::paths::{self, Place, Removal, UnixSockets};
-use crate::pool::{Borrower, Pool, Wish};
+use crate::pool::{Pool, Wish};
 
 /// What becomes of the answers to stopped calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

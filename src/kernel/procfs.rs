@@ -16,6 +16,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use crate::kernel::sys;
+use crate::words::printable;
 
 fn path(pid: Pid, rest: &str) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/{rest}"))
@@ -304,14 +305,6 @@ pub fn is_open_elsewhere(suspect: Pid, inode: u64) -> bool {
     tree(suspect).into_iter().any(may_have) || others().any(has)
 }
 
-/// A command line in one line of a log: whoever wrote it can't have it pass for other lines, nor fill the log.
-pub fn printable(command: &[u8]) -> String {
-    const LONGEST: usize = 200;
-    let text = String::from_utf8_lossy(command).replace('\0', " ");
-    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
-    text.trim_end().chars().take(LONGEST).map(escape).collect()
-}
-
 /// A process that has the socket open, and its command line, as far as this process may look.
 pub fn socket_owner(inode: u64) -> Option<(Pid, String)> {
     let pid = others().find(|pid| socket_inodes(*pid).is_ok_and(|open| open.contains(&inode)))?;
@@ -458,13 +451,6 @@ mod tests {
         assert_ne!(fd_flags(me, fd).unwrap() & libc::O_CLOEXEC, 0);
         assert_eq!(credentials(me).unwrap().uids[1], nix::unistd::geteuid().as_raw());
         assert_eq!(tree(me)[0], me);
-    }
-
-    #[test]
-    fn a_command_line_cannot_pass_for_lines_of_the_log() {
-        assert_eq!(printable(b"python3\0-m\0http.server\0"), "python3 -m http.server");
-        assert_eq!(printable(b"x\nreuse-run[1]: error\x1b[2J"), "x\\nreuse-run[1]: error\\u{1b}[2J");
-        assert_eq!(printable(&[b'x'; 5000]).len(), 200);
     }
 
     proptest! {

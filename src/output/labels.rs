@@ -16,10 +16,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::unistd::{Pid, pipe2, read};
 
-use crate::fleet::WorkerId;
-use crate::kernel::procfs;
+use crate::ids::{SlotId, WorkerId};
 use crate::output::log;
 use crate::output::sink::{self, Output, Stream};
+use crate::words::printable;
 
 /// A longer line becomes several.
 const LONGEST_LINE: usize = 64 * 1024;
@@ -220,7 +220,7 @@ impl Labels {
     }
 
     /// A worker has started, with the other ends of these pipes.
-    pub fn add(&mut self, worker: WorkerId, slot: u32, pid: Pid, pipes: [OwnedFd; 2]) {
+    pub fn add(&mut self, worker: WorkerId, slot: SlotId, pid: Pid, pipes: [OwnedFd; 2]) {
         self.forget_oldest();
         let pipes = pipes.map(|end| Some(Pipe { end, lines: Lines::default(), watched: false }));
         let label = format!("{slot}|{pid} ");
@@ -245,7 +245,7 @@ impl Labels {
         {
             keep(&mut last_lines, &pipe.lines.begun);
         }
-        last_lines.iter().map(|line| procfs::printable(line)).collect()
+        last_lines.iter().map(|line| printable(line)).collect()
     }
 
     /// Reads what there is to read, when the epoll says so.
@@ -422,7 +422,7 @@ mod tests {
 
     fn add(labels: &mut Labels, worker: u32) -> [File; 2] {
         let (ours, its) = pipes().unwrap();
-        labels.add(WorkerId(worker), 7, Pid::from_raw(42), ours);
+        labels.add(WorkerId(worker), SlotId(7), Pid::from_raw(42), ours);
         its.map(File::from)
     }
 

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
+use crate::ids::MemberId;
 use crate::kernel::sockdiag;
-use crate::steering::MemberId;
 
 /// After so many looks at which nothing waited the epoll tells again.
 const QUIET_LOOKS: u32 = 4;

@@ -12,7 +12,6 @@ pub mod unintercepted;
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::fmt;
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,34 +25,19 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use self::accept_queues::Queues;
 use crate::address::Address;
-use crate::fleet::WorkerId;
+use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
 use crate::kernel::procfs;
 use crate::kernel::sockdiag::{self, Listener, SockDiag};
 use crate::kernel::sys;
 use crate::steering::load::{Balance, Balancing, Change, Load};
-use crate::steering::{self, MemberId, Order, Share, Standing, Steer, Targets};
-
-/// Who wants to borrow a socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Borrower {
-    pub worker: WorkerId,
-    pub pid: Pid,
-    pub slot: u32,
-    pub generation: u32,
-}
-
-impl fmt::Display for Borrower {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "worker {} (pid {}, generation {})", self.slot, self.pid, self.generation)
-    }
-}
+use crate::steering::{self, Order, Role, Share, Steer, Targets};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Holder {
     Free,
     /// The borrower died; the next worker of the same slot and generation inherits the socket.
     Reserved {
-        slot: u32,
+        slot: SlotId,
         generation: u32,
         /// Whether that takes so long that connections had better not wait for it.
         overdue: bool,
@@ -62,7 +46,7 @@ enum Holder {
 }
 
 impl Holder {
-    fn is_reserved_for(&self, slot: u32, generation: u32) -> bool {
+    fn is_reserved_for(&self, slot: SlotId, generation: u32) -> bool {
         matches!(self, Self::Reserved { slot: s, generation: g, .. } if (*s, *g) == (slot, generation))
     }
 }
@@ -558,7 +542,7 @@ impl Pool {
     /// anything has changed.
     pub fn look_at_queues(
         &mut self,
-        standing: impl Fn(WorkerId) -> Standing,
+        standing: impl Fn(WorkerId) -> Role,
         share: Share,
         now: Instant,
     ) -> bool {
@@ -591,7 +575,7 @@ impl Pool {
     fn weigh(
         &mut self,
         lengths: &BTreeMap<MemberId, u32>,
-        standing: impl Fn(WorkerId) -> Standing,
+        standing: impl Fn(WorkerId) -> Role,
         now: Instant,
     ) -> bool {
         let borrower = |id: &MemberId| match self.members.get(id)?.holder {
@@ -600,7 +584,7 @@ impl Pool {
         };
         let is_ready = |id: &MemberId| {
             let standing = borrower(id).map(|borrower| standing(borrower.worker));
-            matches!(standing, Some(Standing::Ready | Standing::Canary))
+            matches!(standing, Some(Role::Ready | Role::Canary))
         };
         let lengths =
             lengths.iter().filter(|(id, _)| is_ready(id)).map(|(id, length)| (*id, *length)).collect();
@@ -707,7 +691,7 @@ impl Pool {
     }
 
     /// No successor will come for what was kept for this slot and generation.
-    pub fn unreserve(&mut self, slot: u32, generation: u32) {
+    pub fn unreserve(&mut self, slot: SlotId, generation: u32) {
         for id in self.reserved_for(slot, generation) {
             self.vacate(id, None);
         }
@@ -715,7 +699,7 @@ impl Pool {
 
     /// The successor for this slot and generation is long in coming: what waits for it is reset, and what
     /// comes meanwhile as well.
-    pub fn reset_reserved(&mut self, slot: u32, generation: u32) {
+    pub fn reset_reserved(&mut self, slot: SlotId, generation: u32) {
         for id in self.reserved_for(slot, generation) {
             if let Some(member) = self.members.get_mut(&id) {
                 member.holder = Holder::Reserved { slot, generation, overdue: true };
@@ -724,7 +708,7 @@ impl Pool {
         }
     }
 
-    fn reserved_for(&self, slot: u32, generation: u32) -> Vec<MemberId> {
+    fn reserved_for(&self, slot: SlotId, generation: u32) -> Vec<MemberId> {
         let reserved = |member: &Member| member.holder.is_reserved_for(slot, generation);
         self.members.iter().filter(|(_, member)| reserved(member)).map(|(id, _)| *id).collect()
     }
@@ -780,7 +764,7 @@ impl Pool {
 
     /// Has the kernel send new connections where [`steering::decide`] wants them, given each worker's
     /// standing. All new connections of an address change over in one system call.
-    pub fn steer(&mut self, standing: impl Fn(WorkerId) -> Standing, share: Share) {
+    pub fn steer(&mut self, standing: impl Fn(WorkerId) -> Role, share: Share) {
         self.note_departures(None);
         for address in self.groups.keys().copied().collect::<Vec<_>>() {
             let steered = self
@@ -796,22 +780,21 @@ impl Pool {
     fn steer_group(
         &mut self,
         address: Address,
-        standing: impl Fn(WorkerId) -> Standing,
+        standing: impl Fn(WorkerId) -> Role,
         share: Share,
     ) -> io::Result<usize> {
         let Some(group) = self.groups.get_mut(&address) else { return Ok(0) };
         let listening = |id: &MemberId| self.members[id].listening;
         let ids: Vec<MemberId> = group.members.iter().copied().filter(listening).collect();
         let standing = |id: &MemberId| match self.members[id].holder {
-            Holder::Free => Standing::Free,
-            Holder::Reserved { .. } => Standing::Reserved,
+            Holder::Free => Role::Free,
+            Holder::Reserved { .. } => Role::Reserved,
             Holder::Lent(borrower) => standing(borrower.worker),
         };
-        let standings: Vec<Standing> = ids.iter().map(standing).collect();
+        let standings: Vec<Role> = ids.iter().map(standing).collect();
         let load = |id| self.balance.load(id);
         let last = group.apply(&ids, &steering::decide(&standings), share, load, &mut self.members)?;
-        let leaving =
-            standings.iter().filter(|s| matches!(s, Standing::Draining | Standing::Leaving)).count();
+        let leaving = standings.iter().filter(|s| matches!(s, Role::Draining | Role::Leaving)).count();
         Ok(steering::spares_lacking(group.order.len(), last, leaving))
     }
 

@@ -21,9 +21,8 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Pid, Uid, fchownat};
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::fleet::WorkerId;
+use crate::ids::{Borrower, WorkerId};
 use crate::kernel::procfs;
-use crate::pool::Borrower;
 
 /// At how many paths it is looked which of them are abandoned.
 const MANY: usize = 64;
@@ -360,9 +359,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::ids::SlotId;
 
     fn borrower(worker: u32, generation: u32) -> Borrower {
-        Borrower { worker: WorkerId(worker), pid: Pid::this(), slot: 0, generation }
+        Borrower { worker: WorkerId(worker), pid: Pid::this(), slot: SlotId(0), generation }
     }
 
     struct Folder(PathBuf);

@@ -8,7 +8,8 @@ use log::{debug, warn};
 use nix::unistd::Pid;
 
 use crate::address::Address;
-use crate::fleet::{Readiness, WorkerId};
+use crate::fleet::Readiness;
+use crate::ids::WorkerId;
 use crate::kernel::procfs;
 use crate::kernel::sockdiag::SockDiag;
 

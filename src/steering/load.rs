@@ -14,8 +14,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use crate::ids::MemberId;
 use crate::pool::accept_queues::LONG;
-use crate::steering::MemberId;
 
 /// Who gets new connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -13,12 +13,9 @@ use std::rc::Rc;
 
 use libc::sock_filter;
 
+use crate::ids::MemberId;
 use crate::kernel::bpf::op;
 use crate::steering::load::Load;
-
-/// A socket of the pool, for as long as the pool lives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct MemberId(pub u32);
 
 /// What the kernel is to do with new connections for a member of a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,7 +58,7 @@ impl fmt::Display for Share {
 
 /// What a member is to the pool, as far as steering is concerned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
+pub enum Role {
     /// Borrowed by a worker that has yet to become ready.
     Starting,
     /// Borrowed by a ready worker that is to get connections.
@@ -82,18 +79,18 @@ pub enum Standing {
 ///
 /// Ready workers get everything, but for a share that is tried on others. When there is none, connections wait where
 /// a replacement will take them up; when there is no such place, they are held off.
-pub fn decide(standings: &[Standing]) -> Vec<Steer> {
+pub fn decide(standings: &[Role]) -> Vec<Steer> {
     let any = |standing| standings.contains(&standing);
-    let served = any(Standing::Ready) || any(Standing::Canary);
-    let awaited = any(Standing::Reserved);
-    let decide = |standing: &Standing| match standing {
-        Standing::Canary if any(Standing::Ready) => Steer::Tried,
-        Standing::Ready | Standing::Canary => Steer::Named,
-        Standing::Reserved if !served => Steer::Named,
+    let served = any(Role::Ready) || any(Role::Canary);
+    let awaited = any(Role::Reserved);
+    let decide = |standing: &Role| match standing {
+        Role::Canary if any(Role::Ready) => Steer::Tried,
+        Role::Ready | Role::Canary => Steer::Named,
+        Role::Reserved if !served => Steer::Named,
         // It listens where its successors don't, and would never be done otherwise.
-        Standing::Draining if !served && !awaited => Steer::Held,
-        Standing::Reserved | Standing::Draining | Standing::Leaving => Steer::AsIs,
-        Standing::Starting | Standing::Free => Steer::Held,
+        Role::Draining if !served && !awaited => Steer::Held,
+        Role::Reserved | Role::Draining | Role::Leaving => Steer::AsIs,
+        Role::Starting | Role::Free => Steer::Held,
     };
     standings.iter().map(decide).collect()
 }
@@ -464,7 +461,7 @@ mod tests {
 
     #[test]
     fn ready_workers_get_everything_and_without_one_connections_wait_for_a_replacement() {
-        use Standing::*;
+        use Role::*;
         use Steer::*;
         assert_eq!(decide(&[Ready, Reserved, Draining, Starting, Leaving]), [Named, AsIs, AsIs, Held, AsIs]);
         assert_eq!(decide(&[Ready, Canary, Reserved]), [Named, Tried, AsIs]);

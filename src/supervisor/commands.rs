@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use nix::unistd::Pid;
 
 use super::{Source, Supervisor};
-use crate::fleet::{Event, Place, Rollout, WorkerId, count};
+use crate::fleet::{Event, Place, Rollout};
+use crate::ids::WorkerId;
 use crate::kernel::procfs::{self, Usage};
 use crate::kernel::sockdiag::SockDiag;
 use crate::operate::control::{Awaited, ClientId};
@@ -15,6 +16,7 @@ use crate::operate::status::{LastReload, Status, Worker};
 use crate::output::labels::Labels;
 use crate::steering::Share;
 use crate::steering::load::Load;
+use crate::words::count;
 
 impl Supervisor {
     pub(super) fn accept_clients(&mut self) {
@@ -192,7 +194,7 @@ impl Supervisor {
             let Usage { cpu, rss_kib } = pid.filter(|_| !brief).map(procfs::usage).unwrap_or_default();
             let id = place.worker.map(|(id, _)| id);
             Worker {
-                slot: place.slot,
+                slot: place.slot.0,
                 pid: pid.map(|pid| pid.as_raw() as u32),
                 generation: place.generation,
                 serves: place.serves,

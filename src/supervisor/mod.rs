@@ -16,7 +16,8 @@ use crate::address::{Address, Endpoint};
 use crate::cli::Options;
 use crate::drain::idle;
 use crate::drain::{Drain, Drained};
-use crate::fleet::{Action, Announcement, Event, Fleet, WorkerId, count};
+use crate::fleet::{Action, Announcement, Event, Fleet};
+use crate::ids::{Borrower, SlotId, WorkerId};
 use crate::intercept::{self, Answers, Heard, Interception};
 use crate::kernel::procfs;
 use crate::operate::control::{Awaited, ClientId, Control};
@@ -26,7 +27,8 @@ use crate::operate::systemd::Manager;
 use crate::output::labels::{self, Labels};
 use crate::pool::paths::UnixSockets;
 use crate::pool::unintercepted::{self, Bystander};
-use crate::pool::{Borrower, Pool, StoppedListening};
+use crate::pool::{Pool, StoppedListening};
+use crate::words::{count, printable};
 use crate::worker::environment::{Environment, Sources};
 use crate::worker::ready::{NodeChannel, NotifySocket, ReadyPipe, Said};
 use crate::worker::{self, Listener, StartError, Starter};
@@ -387,7 +389,7 @@ impl Supervisor {
         pids.into_iter().for_each(|pid| worker::signal(pid, self.stop_signal));
     }
 
-    fn start(&mut self, worker: WorkerId, slot: u32, generation: u32) {
+    fn start(&mut self, worker: WorkerId, slot: SlotId, generation: u32) {
         if !self.fleet.wants(worker) {
             return;
         }
@@ -398,7 +400,7 @@ impl Supervisor {
         self.actions.extend(self.fleet.handle(event, Instant::now()));
     }
 
-    fn start_watched(&mut self, worker: WorkerId, slot: u32, generation: u32) -> Result<Pid, StartError> {
+    fn start_watched(&mut self, worker: WorkerId, slot: SlotId, generation: u32) -> Result<Pid, StartError> {
         let environment = self.environment(generation)?;
         let listeners = self.listeners(Borrower { worker, pid: Pid::from_raw(0), slot, generation })?;
         let pipes = self.labels.is_some().then(labels::pipes).transpose();
@@ -521,7 +523,7 @@ impl Supervisor {
                 // What it was said on stays open: a worker that says it twice is not to die of SIGPIPE.
                 Said::Ready => self.handle(Event::SaysReady { worker: id }),
                 Said::Status(text) => {
-                    let text = procfs::printable(text.as_bytes());
+                    let text = printable(text.as_bytes());
                     debug!("worker (pid {pid}) says: {text}");
                     if let Some(worker) = self.workers.get_mut(&id) {
                         worker.status = Some(text);

@@ -26,6 +26,7 @@ use socket2::SockRef;
 
 use crate::address::{Address, Endpoint};
 use crate::fleet::End;
+use crate::ids::SlotId;
 use crate::intercept;
 use crate::kernel::procfs;
 use crate::kernel::sys;
@@ -164,7 +165,7 @@ impl Starter {
     /// Status 127 when the command isn't found, 126 when it can't be executed, 1 for all else.
     pub fn start(
         &self,
-        slot: u32,
+        slot: SlotId,
         generation: u32,
         environment: &Environment,
         listeners: Vec<Listener>,

@@ -8,6 +8,8 @@
 mod address;
 #[path = "../../src/fleet/mod.rs"]
 mod fleet;
+#[path = "../../src/ids.rs"]
+mod ids;
 #[path = "../../src/intercept"]
 mod intercept {
     pub mod filter;
@@ -20,6 +22,8 @@ mod pool {
 }
 #[path = "../../src/steering/mod.rs"]
 mod steering;
+#[path = "../../src/words.rs"]
+mod words;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::hint::black_box;
@@ -32,8 +36,9 @@ use socket2::{Domain, Socket, Type};
 
 use address::{Address, Endpoint};
 use fleet::{Action, End, Event, Fleet, Policy, Readiness, Rollout};
+use ids::MemberId;
 use steering::load::Balance;
-use steering::{MemberId, Share, Targets};
+use steering::{Share, Targets};
 
 const SIZES: [u32; 3] = [10, 100, 1000];
 

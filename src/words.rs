@@ -1,0 +1,50 @@
+//! Text helpers for log lines, replies and tables.
+
+use std::time::Duration;
+
+/// "1 worker", "4 workers"
+pub fn count(n: usize, noun: &str) -> String {
+    format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
+}
+
+/// The items with a space between each two.
+pub fn list(items: impl IntoIterator<Item = impl ToString>) -> String {
+    items.into_iter().map(|item| item.to_string()).collect::<Vec<_>>().join(" ")
+}
+
+/// "186 ms", and "12.3 s" from 10 seconds on.
+pub fn millis(duration: Duration) -> String {
+    match duration.as_millis() {
+        ms @ 0..10_000 => format!("{ms} ms"),
+        ms => format!("{}.{} s", ms / 1000, ms % 1000 / 100),
+    }
+}
+
+/// A text that came from outside, on one line: control characters are escaped and a zero byte becomes a space, so
+/// that nobody can make it look like other lines of a log. At most 200 characters of it.
+pub fn printable(text: &[u8]) -> String {
+    const MAX_CHARS: usize = 200;
+    let text = String::from_utf8_lossy(text).replace('\0', " ");
+    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.trim_end().chars().take(MAX_CHARS).map(escape).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_from_outside_cannot_pass_for_lines_of_the_log() {
+        assert_eq!(printable(b"python3\0-m\0http.server\0"), "python3 -m http.server");
+        assert_eq!(printable(b"x\nreuse-run[1]: error\x1b[2J"), "x\\nreuse-run[1]: error\\u{1b}[2J");
+        assert_eq!(printable(&[b'x'; 5000]).len(), 200);
+    }
+
+    #[test]
+    fn texts_count_and_measure_as_people_do() {
+        assert_eq!([count(1, "worker"), count(4, "worker")], ["1 worker", "4 workers"]);
+        assert_eq!(list(["a", "b"]), "a b");
+        assert_eq!(millis(Duration::from_millis(9_999)), "9999 ms");
+        assert_eq!(millis(Duration::from_millis(12_345)), "12.3 s");
+    }
+}
