@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 
 use crate::address::{Address, Endpoint};
 use crate::ids::{SlotId, WorkerId};
-use crate::steering::{Role, Share};
+use crate::steering::{Plan, Role, Share};
 use crate::words::{count, list, millis};
 
 /// When a worker counts as ready.
@@ -143,8 +143,8 @@ pub enum Action {
         slot: SlotId,
         generation: u32,
     },
-    /// Point new connections where [`Fleet::standing`] now says.
-    Steer,
+    /// Have the kernel send new connections where this plan says.
+    Steer(Plan),
     /// Watch what a worker still has to do, until [`Event::Drained`].
     Drain {
         worker: WorkerId,
@@ -526,14 +526,6 @@ impl Fleet {
         self.policy.rollout
     }
 
-    /// What the program gives to workers whose standing is [`Role::Canary`].
-    pub fn share(&self) -> Share {
-        match (self.phase, self.rollout) {
-            (Phase::Trying { .. }, Rollout::Canary { share, .. }) => share,
-            _ => Share::default(),
-        }
-    }
-
     pub fn last_reload(&self) -> Option<&LastReload> {
         self.last_reload.as_ref()
     }
@@ -620,18 +612,30 @@ impl Fleet {
         })
     }
 
-    /// Tells what each worker is to the steering of new connections.
-    pub fn standing(&self) -> impl Fn(WorkerId) -> Role {
-        move |id| match self.workers.get(&id) {
-            Some(worker) => match worker.state {
-                State::Ready if self.serves(worker) => Role::Ready,
-                State::Ready if matches!(self.phase, Phase::Trying { .. }) => Role::Canary,
-                State::Ready | State::Starting { .. } => Role::Starting,
-                State::Draining { .. } => Role::Draining,
-                State::Stopping { .. } | State::Killed { .. } => Role::Leaving,
-            },
-            None => Role::Leaving,
+    /// Which workers get new connections.
+    fn plan(&self) -> Plan {
+        let roles = self.workers.iter().filter_map(|(id, worker)| Some((*id, self.role(worker)?))).collect();
+        let share = match (self.phase, self.rollout) {
+            (Phase::Trying { .. }, Rollout::Canary { share, .. }) => share,
+            _ => Share::default(),
+        };
+        Plan { roles, share, generation: self.generation }
+    }
+
+    /// What a worker is to the steering; `None` for one that starts.
+    fn role(&self, worker: &Worker) -> Option<Role> {
+        match worker.state {
+            State::Ready if self.serves(worker) => Some(Role::Ready),
+            State::Ready if matches!(self.phase, Phase::Trying { .. }) => Some(Role::Canary),
+            State::Ready | State::Starting { .. } => None,
+            State::Draining { .. } => Some(Role::Draining),
+            State::Stopping { .. } | State::Killed { .. } => Some(Role::Leaving),
         }
+    }
+
+    fn steer(&mut self) {
+        let plan = self.plan();
+        self.actions.push(Action::Steer(plan));
     }
 
     fn log(&mut self, level: log::Level, line: String) {
@@ -696,7 +700,7 @@ impl Fleet {
             }
             State::Ready => {
                 self.remember_endpoints(id);
-                self.actions.push(Action::Steer);
+                self.steer();
             }
             _ => {}
         }
@@ -726,7 +730,7 @@ impl Fleet {
                 self.abandon(&format!("{name} has stopped listening on {endpoint}"), Some(id), now);
             }
         }
-        self.actions.push(Action::Steer);
+        self.steer();
     }
 
     /// Workers that start may have what it takes by now: another listens where they do, or their predecessors
@@ -788,7 +792,7 @@ impl Fleet {
             self.failures = 0;
             self.slots[slot].reset_at = None;
             self.remember_endpoints(id);
-            self.actions.push(Action::Steer);
+            self.steer();
             if self.phase != Phase::Starting {
                 let is_new = self.slots[slot].restarts == 0;
                 let what = if is_new { "a new one" } else { "a replacement" };
@@ -810,7 +814,7 @@ impl Fleet {
                     let period = humantime::format_duration(period);
                     let newest = self.newest;
                     self.info(format!("generation {newest} gets {share} of new connections for {period}"));
-                    self.actions.push(Action::Steer);
+                    self.steer();
                 } else {
                     self.switch(since, from, now);
                 }
@@ -894,7 +898,7 @@ impl Fleet {
         for id in self.of_generation(self.newest) {
             self.remember_endpoints(id);
         }
-        self.actions.push(Action::Steer);
+        self.steer();
         if batch.len() == self.slots.len() {
             self.info(format!("generation {} serves; generation {last} drains", self.generation));
         } else {
@@ -947,7 +951,7 @@ impl Fleet {
             State::Starting { .. } | State::Ready | State::Draining { .. } => {
                 let (nudge_at, kill_at) = (Some(now + NUDGE_AFTER), now + self.policy.stop_timeout);
                 worker.enter(State::Stopping { nudge_at, kill_at }, now);
-                self.actions.push(Action::Steer); // before the signal: it may shut its listener down
+                self.steer(); // before the signal: it may shut its listener down
                 self.actions.push(Action::Signal { worker: id });
             }
             State::Stopping { .. } | State::Killed { .. } => {}
@@ -1035,7 +1039,7 @@ impl Fleet {
                 self.actions.push(Action::Release { worker: id, successor: true });
                 let is_new = worker.generation == self.newest && self.is_rolling();
                 self.restart_later(&worker, end.status(), now);
-                self.actions.push(Action::Steer);
+                self.steer();
                 if is_new {
                     self.abandon(&ended, Some(id), now);
                 } else {
@@ -1221,7 +1225,7 @@ impl Fleet {
             self.actions.push(Action::Unreserve { slot: number, generation: slot.generation });
         }
         self.slots.truncate(from);
-        self.actions.push(Action::Steer);
+        self.steer();
         self.let_go(&retired, now);
     }
 
@@ -1246,7 +1250,7 @@ impl Fleet {
         self.phase = Phase::Abandoning;
         if had_connections {
             self.retire(&tried, now);
-            self.actions.push(Action::Steer);
+            self.steer();
             self.let_go(&tried, now);
         } else {
             tried.into_iter().for_each(|id| self.stop(id, now));
@@ -1535,9 +1539,8 @@ mod tests {
                     Action::ResetQueue { slot, .. } => self.reset.push(slot.0),
                     Action::Log { line, .. } => self.log.push(line),
                     Action::Exit { status } => self.exit = Some(status),
-                    Action::Steer => {
-                        let standing = self.fleet.standing();
-                        let ready = self.places.iter().filter(|(id, _)| standing(**id) == Role::Ready);
+                    Action::Steer(plan) => {
+                        let ready = self.places.iter().filter(|(id, _)| plan.role(**id) == Role::Ready);
                         self.steered_to = ready.map(|(_, place)| *place).collect();
                         self.steered_to.sort_unstable();
                     }
@@ -1928,19 +1931,18 @@ mod tests {
         let share = Share(1000);
         let mut world = serving();
         world.event(Event::Reload(Rollout::Canary { share, period }));
-        assert_eq!(world.fleet.share(), Share::default());
+        assert_eq!(world.fleet.plan().share, Share::default());
         world.ready_all();
         assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
-        assert_eq!(world.fleet.share(), share);
-        let standing = world.fleet.standing();
-        let canaries = world.ids().into_iter().filter(|id| standing(*id) == Role::Canary).count();
-        drop(standing);
+        assert_eq!(world.fleet.plan().share, share);
+        let plan = world.fleet.plan();
+        let canaries = world.ids().into_iter().filter(|id| plan.role(*id) == Role::Canary).count();
         assert_eq!(canaries, 3);
         world.pass(period - Duration::from_millis(1));
         assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
         world.pass(Duration::from_millis(1));
         assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
-        assert_eq!(world.fleet.share(), Share::default());
+        assert_eq!(world.fleet.plan().share, Share::default());
         world.drain_all();
         world.obey();
         assert_eq!(world.reloads, [(2, true)]);
@@ -1956,7 +1958,7 @@ mod tests {
         world.end(b, End::Killed(libc::SIGSEGV));
         assert_eq!(world.reloads, [(2, false)]);
         assert_eq!(world.draining, BTreeSet::from([a, c]), "they may have requests");
-        assert_eq!(world.fleet.share(), Share::default());
+        assert_eq!(world.fleet.plan().share, Share::default());
         world.drain_all();
         world.obey();
         assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
@@ -2131,10 +2133,9 @@ mod tests {
                     }
                 }
                 Step::Ends(who) => {
-                    let standing = self.fleet.standing();
-                    let may = |id: &WorkerId| !gentle || standing(*id) != Role::Ready;
+                    let plan = self.fleet.plan();
+                    let may = |id: &WorkerId| !gentle || plan.role(*id) != Role::Ready;
                     let candidates = self.ids().into_iter().filter(may).collect();
-                    drop(standing);
                     if let Some(worker) = choose(who, candidates) {
                         self.end(worker, End::Exited(1));
                     }
@@ -2184,8 +2185,8 @@ mod tests {
                 };
                 let kept = world.reserved.iter().all(has_slot);
                 prop_assert!(kept, "kept for no successor: {:?}", world.reserved);
-                let ready = world.fleet.standing();
-                let ready = world.places.iter().filter(|(id, _)| ready(**id) == Role::Ready);
+                let plan = world.fleet.plan();
+                let ready = world.places.iter().filter(|(id, _)| plan.role(**id) == Role::Ready);
                 let ready: BTreeSet<_> = ready.map(|(_, place)| *place).collect();
                 prop_assert_eq!(&world.steered_to.iter().copied().collect::<BTreeSet<_>>(), &ready);
             }

@@ -30,7 +30,7 @@ use crate::kernel::procfs;
 use crate::kernel::sockdiag::{self, Listener, SockDiag};
 use crate::kernel::sys;
 use crate::steering::load::{Balance, Balancing, Change, Load};
-use crate::steering::{self, Order, Role, Share, Steer, Targets};
+use crate::steering::{self, Order, Plan, Role, Share, Steer, Targets};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Holder {
@@ -136,6 +136,7 @@ pub struct Pool {
     /// Sockets that nobody borrows and on which connections may wait, for [`Pool::reset_unserved`].
     unserved: BTreeSet<MemberId>,
     stopped: Vec<StoppedListening>,
+    plan: Plan,
 }
 
 impl Pool {
@@ -160,6 +161,7 @@ impl Pool {
             closed: BTreeSet::new(),
             unserved: BTreeSet::new(),
             stopped: Vec::new(),
+            plan: Plan::default(),
         })
     }
 
@@ -540,12 +542,7 @@ impl Pool {
 
     /// Looks who takes connections and who doesn't, when it is time to, and steers accordingly. Returns whether
     /// anything has changed.
-    pub fn look_at_queues(
-        &mut self,
-        standing: impl Fn(WorkerId) -> Role,
-        share: Share,
-        now: Instant,
-    ) -> bool {
+    pub fn look_at_queues(&mut self, now: Instant) -> bool {
         for (id, _) in self.retries.extract_if(.., |_, at| *at <= now).collect::<Vec<_>>() {
             self.watch(id); // it tells at once if connections wait still
         }
@@ -554,14 +551,14 @@ impl Pool {
         }
         let begun = cpu_time();
         let lengths = self.queues.look(now, |id| self.members.get(&id).map(|member| member.socket.as_fd()));
-        let changed = self.balancing == Balancing::Load && self.weigh(&lengths, &standing, now);
+        let changed = self.balancing == Balancing::Load && self.weigh(&lengths, now);
         let found = self.take_back_unheard(&lengths, now);
         if self.queues.rests() {
             let armed = self.epoll.modify(&self.queues, &mut EpollEvent::new(TOLD_ONCE, QUEUES));
             armed.unwrap_or_else(|error| warn!("can't watch accept queues: {error}"));
         }
         if changed {
-            self.steer(standing, share);
+            self.steer_all();
         }
         // With a suspect somebody may be spared, unless something waits everywhere: then nobody is better off.
         let suspected = self.balance.has_suspects(now) && self.queues.has_empty();
@@ -572,19 +569,14 @@ impl Pool {
     }
 
     /// Finds out from the queues of ready workers how these are off. Returns whether that has changed.
-    fn weigh(
-        &mut self,
-        lengths: &BTreeMap<MemberId, u32>,
-        standing: impl Fn(WorkerId) -> Role,
-        now: Instant,
-    ) -> bool {
+    fn weigh(&mut self, lengths: &BTreeMap<MemberId, u32>, now: Instant) -> bool {
         let borrower = |id: &MemberId| match self.members.get(id)?.holder {
             Holder::Lent(borrower) => Some(borrower),
             Holder::Free | Holder::Reserved { .. } => None,
         };
         let is_ready = |id: &MemberId| {
-            let standing = borrower(id).map(|borrower| standing(borrower.worker));
-            matches!(standing, Some(Role::Ready | Role::Canary))
+            let role = borrower(id).map(|borrower| self.plan.role(borrower.worker));
+            matches!(role, Some(Role::Ready | Role::Canary))
         };
         let lengths =
             lengths.iter().filter(|(id, _)| is_ready(id)).map(|(id, length)| (*id, *length)).collect();
@@ -762,13 +754,18 @@ impl Pool {
         }
     }
 
-    /// Has the kernel send new connections where [`steering::decide`] wants them, given each worker's
-    /// standing. All new connections of an address change over in one system call.
-    pub fn steer(&mut self, standing: impl Fn(WorkerId) -> Role, share: Share) {
+    /// Has the kernel send new connections where [`steering::decide`] wants them by this plan, from now until the
+    /// next one. All new connections of an address change over in one system call.
+    pub fn steer(&mut self, plan: Plan) {
+        self.plan = plan;
+        self.steer_all();
+    }
+
+    fn steer_all(&mut self) {
         self.note_departures(None);
         for address in self.groups.keys().copied().collect::<Vec<_>>() {
             let steered = self
-                .steer_group(address, &standing, share)
+                .steer_group(address)
                 .and_then(|lacking| (0..lacking).try_for_each(|_| self.add_spare(address)));
             if let Err(error) = steered {
                 warn!("can't steer {address}: {error}");
@@ -777,24 +774,19 @@ impl Pool {
     }
 
     /// Returns how many spare members the group lacks: see [`steering::spares_lacking`].
-    fn steer_group(
-        &mut self,
-        address: Address,
-        standing: impl Fn(WorkerId) -> Role,
-        share: Share,
-    ) -> io::Result<usize> {
+    fn steer_group(&mut self, address: Address) -> io::Result<usize> {
         let Some(group) = self.groups.get_mut(&address) else { return Ok(0) };
         let listening = |id: &MemberId| self.members[id].listening;
         let ids: Vec<MemberId> = group.members.iter().copied().filter(listening).collect();
-        let standing = |id: &MemberId| match self.members[id].holder {
+        let role = |id: &MemberId| match self.members[id].holder {
             Holder::Free => Role::Free,
             Holder::Reserved { .. } => Role::Reserved,
-            Holder::Lent(borrower) => standing(borrower.worker),
+            Holder::Lent(borrower) => self.plan.role(borrower.worker),
         };
-        let standings: Vec<Role> = ids.iter().map(standing).collect();
+        let roles: Vec<Role> = ids.iter().map(role).collect();
         let load = |id| self.balance.load(id);
-        let last = group.apply(&ids, &steering::decide(&standings), share, load, &mut self.members)?;
-        let leaving = standings.iter().filter(|s| matches!(s, Role::Draining | Role::Leaving)).count();
+        let last = group.apply(&ids, &steering::decide(&roles), self.plan.share, load, &mut self.members)?;
+        let leaving = roles.iter().filter(|s| matches!(s, Role::Draining | Role::Leaving)).count();
         Ok(steering::spares_lacking(group.order.len(), last, leaving))
     }
 

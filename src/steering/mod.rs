@@ -7,13 +7,13 @@
 
 pub mod load;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::rc::Rc;
 
 use libc::sock_filter;
 
-use crate::ids::MemberId;
+use crate::ids::{MemberId, WorkerId};
 use crate::kernel::bpf::op;
 use crate::steering::load::Load;
 
@@ -73,6 +73,24 @@ pub enum Role {
     Reserved,
     /// Nobody's.
     Free,
+}
+
+/// Which workers get new connections: the fleet decides it, the pool carries it out.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// All workers but those that start.
+    pub roles: BTreeMap<WorkerId, Role>,
+    /// What the workers whose role is [`Role::Canary`] get.
+    pub share: Share,
+    /// The generation whose Unix sockets have the paths.
+    pub generation: u32,
+}
+
+impl Plan {
+    /// A worker that the plan doesn't name was started after it was made.
+    pub fn role(&self, worker: WorkerId) -> Role {
+        self.roles.get(&worker).copied().unwrap_or(Role::Starting)
+    }
 }
 
 /// Decides for each member of a group, given what each of them is.

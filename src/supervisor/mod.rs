@@ -249,7 +249,7 @@ impl Supervisor {
                 }
             }
         }
-        let changed = self.pool.look_at_queues(self.fleet.standing(), self.fleet.share(), Instant::now());
+        let changed = self.pool.look_at_queues(Instant::now());
         if !changed && ready == 0 && deadline.is_none_or(|at| at > Instant::now()) {
             return; // It was for that look alone, as it is several hundred times a second while connections come.
         }
@@ -330,9 +330,10 @@ impl Supervisor {
         while let Some(action) = self.actions.pop_front() {
             match action {
                 Action::Start { worker, slot, generation } => self.start(worker, slot, generation),
-                Action::Steer => {
-                    self.pool.steer(self.fleet.standing(), self.fleet.share());
-                    self.unix.switch(self.fleet.generation());
+                Action::Steer(plan) => {
+                    let generation = plan.generation;
+                    self.pool.steer(plan);
+                    self.unix.switch(generation);
                 }
                 Action::Drain { worker } => {
                     if let Some(Worker { pid, generation, .. }) = self.workers.get(&worker) {
