@@ -1,7 +1,7 @@
 //! The load client counts what happens under the right kind, and nothing else: only then does its
 //! "0 failed" mean anything.
 
-#[path = "tools/load.rs"]
+#[path = "common/load/mod.rs"]
 mod load;
 
 use std::io::{Read, Write};

@@ -4,11 +4,11 @@ mod balance;
 mod cost;
 mod filter;
 mod latency;
-#[path = "../tools/load.rs"]
+#[path = "../common/load/mod.rs"]
 mod load;
 mod machine;
 mod micro;
-#[path = "../tools/netns.rs"]
+#[path = "../common/netns.rs"]
 mod netns;
 mod peers;
 mod plots;

@@ -2,9 +2,9 @@
 //! no request may fail. In the rough one workers are killed while they serve, and only requests that
 //! these had accepted may.
 
-#[path = "load.rs"]
+#[path = "../common/load/mod.rs"]
 mod load;
-#[path = "netns.rs"]
+#[path = "../common/netns.rs"]
 mod netns;
 
 use std::collections::{HashMap, HashSet};

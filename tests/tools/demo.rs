@@ -1,9 +1,9 @@
 //! The demo: copies of an unmodified Express app behind reuse-run, clients that never pause, and a
 //! reload every second or so. What counts is on the screen: how many requests failed.
 
-#[path = "load.rs"]
+#[path = "../common/load/mod.rs"]
 mod load;
-#[path = "netns.rs"]
+#[path = "../common/netns.rs"]
 mod netns;
 
 use std::collections::VecDeque;

@@ -1,0 +1,84 @@
+//! The lines that a program prints.
+
+use std::io::{BufRead, BufReader, Read};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// A line that was printed, and when it was read.
+#[derive(Clone, Debug)]
+pub struct Line {
+    pub text: String,
+    pub at: Instant,
+}
+
+/// The lines of a stream, as they come.
+#[derive(Clone, Default)]
+pub struct Lines {
+    state: Arc<(Mutex<Vec<Line>>, Condvar)>,
+}
+
+impl Lines {
+    pub fn read(&self, stream: impl Read + Send + 'static) -> JoinHandle<()> {
+        let lines = self.clone();
+        thread::spawn(move || {
+            let mut stream = BufReader::new(stream);
+            let mut bytes = Vec::new();
+            while let Ok(count) = stream.read_until(b'\n', &mut bytes) {
+                if count == 0 {
+                    break;
+                }
+                let text = String::from_utf8_lossy(&bytes).trim_end_matches('\n').to_owned();
+                lines.lock().push(Line { text, at: Instant::now() });
+                lines.state.1.notify_all();
+                bytes.clear();
+            }
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Line>> {
+        self.state.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many there are: a position to wait from.
+    pub fn count(&self) -> usize {
+        self.lock().len()
+    }
+
+    pub fn all(&self) -> Vec<Line> {
+        self.lock().clone()
+    }
+
+    /// The first line from position `from` on that contains `part`.
+    pub fn find(&self, from: usize, part: &str) -> Option<Line> {
+        self.lock().iter().skip(from).find(|line| line.text.contains(part)).cloned()
+    }
+
+    /// How many lines contain `part`.
+    pub fn count_of(&self, part: &str) -> usize {
+        self.lock().iter().filter(|line| line.text.contains(part)).count()
+    }
+
+    pub fn text(&self) -> String {
+        let texts: Vec<String> = self.lock().iter().map(|line| line.text.clone()).collect();
+        texts.join("\n")
+    }
+
+    /// Waits for a line from position `from` on that satisfies `wanted`.
+    pub fn wait_for(&self, from: usize, deadline: Duration, wanted: impl Fn(&str) -> bool) -> Option<Line> {
+        let end = Instant::now() + deadline;
+        let mut next = from;
+        let mut lines = self.lock();
+        loop {
+            if let Some(line) = lines.iter().skip(next).find(|line| wanted(&line.text)) {
+                return Some(line.clone());
+            }
+            next = lines.len().max(from);
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            lines = self.state.1.wait_timeout(lines, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! What /proc tells about a process, and signals.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// The children of a process, zombies included.
+pub fn children(pid: u32) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+pub fn pids() -> BTreeSet<u32> {
+    let entries = fs::read_dir("/proc").expect("read /proc").flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// A line of /proc/PID/stat.
+pub struct Process {
+    pub state: char,
+    pub group: u32,
+}
+
+impl Process {
+    pub fn read(pid: u32) -> Option<Process> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // After the name, which may contain anything: state, parent, group.
+        let mut fields = stat[stat.rfind(')')? + 1..].split_whitespace();
+        let state = fields.next()?.chars().next()?;
+        Some(Process { state, group: fields.nth(1)?.parse().ok()? })
+    }
+}
+
+/// The processor time that a process has used, in ticks of a hundredth of a second.
+#[track_caller]
+pub fn ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the stat of a process");
+    let fields = stat[stat.rfind(')').expect("a name") + 1..].split_whitespace();
+    fields.skip(11).take(2).map(|field| field.parse::<u64>().expect("a number")).sum()
+}
+
+/// How often a process has slept and been woken.
+#[track_caller]
+pub fn wake_ups(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the status of a process");
+    let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    count.and_then(|count| count.trim().parse().ok()).expect("a number")
+}
+
+/// Sends a signal to a process, which must exist.
+#[track_caller]
+pub fn send(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(pid as i32), signal).unwrap_or_else(|error| panic!("{signal} to {pid}: {error}"));
+}
+
+/// The names of the signals in a line of /proc/PID/status such as "SigBlk:".
+pub fn signals_in(pid: u32, line: &str) -> Vec<Signal> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the status of a process");
+    let mask = status.lines().find_map(|text| text.strip_prefix(line)).expect("a line of the status");
+    let mask = u64::from_str_radix(mask.trim(), 16).expect("a mask");
+    Signal::iterator().filter(|signal| mask & (1 << (*signal as u64 - 1)) != 0).collect()
+}
