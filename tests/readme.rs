@@ -1,4 +1,4 @@
-//! The README's examples: each is what its own parser takes, and does what it is there for.
+//! The examples in README.md and docs: the tool that each is for accepts it, and it does what the page says.
 
 mod common;
 #[path = "container/oci.rs"]
@@ -11,40 +11,48 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use common::{DEADLINE, Folder, Service, get, join_network, load, own_network, reuse_run, wait_until};
+use common::load::{Load, LoadOptions, Mode};
+use common::{
+    DEADLINE, Folder, Service, answered_more, get, join_network, load, own_network, reuse_run, wait_until,
+};
 use nix::sys::signal::Signal;
 use oci::{Bundle, Container, Identity, Runtime, profile};
 use serde_json::{Value, json};
 
-/// Where the README's app listens.
+/// Where the examples' app listens.
 const ADDRESS: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 3000);
+const CONTAINERS: &str = "docs/containers.md";
+const KUBERNETES: &str = "docs/kubernetes.md";
+const SYSTEMD: &str = "docs/systemd.md";
+const SIGNAL_HANDLER: &str = "docs/signal-handler.md";
 /// How long a worker may take to end unless --stop-timeout says otherwise.
 const STOP_TIMEOUT: u64 = 30;
 
-fn readme() -> String {
-    fs::read_to_string(here("README.md")).expect("the README")
+fn page(path: &str) -> String {
+    fs::read_to_string(here(path)).expect("a page")
 }
 
 fn here(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// The fenced block whose first line begins with `# NAME`.
-fn example(name: &str) -> String {
-    let readme = readme();
-    let mut blocks = readme.split("\n```").filter_map(|block| block.split_once('\n'));
-    let begin = format!("# {name}");
-    let (_, example) = blocks.find(|(_, text)| text.starts_with(&begin)).expect("an example in the README");
+/// The fenced block of a page whose first line is a comment that begins with this name.
+#[track_caller]
+fn example(path: &str, name: &str) -> String {
+    let page = page(path);
+    let mut blocks = page.split("\n```").filter_map(|block| block.split_once('\n'));
+    let begins = |text: &str| ["# ", "// "].iter().any(|mark| text.starts_with(&format!("{mark}{name}")));
+    let (_, example) = blocks.find(|(_, text)| begins(text)).expect("an example on the page");
     format!("{example}\n")
 }
 
-/// What tests/readme/parse.py makes of an example; what is wrong with it fails the test.
+/// An example as tests/readme/parse.py reads it. A mistake in the example fails the test.
 #[track_caller]
-fn parse(what: &str, name: &str) -> Value {
+fn parse(what: &str, page: &str, name: &str) -> Value {
     let (folder, packages) = (Folder::new(), here("target/readme-python"));
     assert!(packages.exists(), "{} is missing: run scripts/test", packages.display());
     let file = folder.path(name);
-    fs::write(&file, example(name)).expect("write an example");
+    fs::write(&file, example(page, name)).expect("write an example");
     let mut python = Command::new("python3");
     python.arg(here("tests/readme/parse.py")).args([what, &file]).env("PYTHONPATH", packages);
     let output = python.output().expect("run python3");
@@ -56,7 +64,7 @@ fn words(list: &Value) -> Vec<&str> {
     list.as_array().expect("a list").iter().map(|word| word.as_str().expect("a word")).collect()
 }
 
-/// A container with this machine's Node and the README's app.
+/// A container with this machine's Node and the examples' app.
 fn with_app(identity: Identity, profile_name: &str) -> Bundle {
     let app = here("tests/readme").into_os_string().into_string().expect("UTF-8");
     let profile = profile(profile_name, identity, &[]);
@@ -82,10 +90,11 @@ fn succeeds(container: &Container, command: &Value) {
     assert_eq!(status, Some(0), "{text}");
 }
 
-/// The words that follow these in the README's text.
-fn command_after(text: &str) -> Value {
-    let readme = readme();
-    let rest = readme.split(text).nth(1).expect("a command in the README");
+/// The words that follow these on a page.
+#[track_caller]
+fn command_after(path: &str, text: &str) -> Value {
+    let page = page(path);
+    let rest = page.split(text).nth(1).expect("a command on the page");
     let command = rest.split(['`', '\n']).next().expect("a command");
     json!(command.split(' ').collect::<Vec<_>>())
 }
@@ -122,7 +131,7 @@ impl ConfigMap {
 
 #[test]
 fn the_dockerfile_is_one_to_buildkit_and_its_entrypoint_starts_and_its_healthcheck_is_healthy() {
-    let instructions = parse("dockerfile", "Dockerfile");
+    let instructions = parse("dockerfile", CONTAINERS, "Dockerfile");
     let all: Vec<&Value> = instructions.as_array().expect("a list").iter().collect();
     let last = |name: &str| *all.iter().rfind(|instruction| instruction["cmd"] == name).expect(name);
     let known = ["FROM", "COPY", "RUN", "WORKDIR", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT", "CMD"];
@@ -153,7 +162,7 @@ fn the_dockerfile_is_one_to_buildkit_and_its_entrypoint_starts_and_its_healthche
 
 #[test]
 fn docker_compose_takes_the_service_which_reloads_its_configuration_in_place() {
-    let found = parse("compose", "compose.yaml");
+    let found = parse("compose", CONTAINERS, "compose.yaml");
     let service = &found["services"]["app"];
     assert_eq!(service["read_only"], true);
     assert_eq!(service["cap_drop"], json!(["ALL"]));
@@ -168,14 +177,14 @@ fn docker_compose_takes_the_service_which_reloads_its_configuration_in_place() {
     let container = start(bundle, &service["entrypoint"], &service["command"]);
     assert!(body().contains("greeting=hello"));
     config.replace("..2", "GREETING=welcome\n", 0o640);
-    succeeds(&container, &command_after("docker compose exec app "));
+    succeeds(&container, &command_after(CONTAINERS, "docker compose exec app "));
     assert!(body().contains("greeting=welcome"));
     container.stop();
 }
 
 #[test]
 fn kubernetes_takes_the_deployment_whose_probes_pass_and_whose_config_map_is_reloaded_in_place() {
-    let deployment = parse("deployment", "deployment.yaml");
+    let deployment = parse("deployment", KUBERNETES, "deployment.yaml");
     let pod = &deployment["spec"]["template"]["spec"];
     let container = &pod["containers"][0];
     let number = |value: &Value| value.as_u64().expect("a number");
@@ -202,7 +211,7 @@ fn kubernetes_takes_the_deployment_whose_probes_pass_and_whose_config_map_is_rel
     assert!(body().contains("greeting=hello"));
 
     config.replace("..2", "GREETING=welcome\n", mode);
-    succeeds(&running, &command_after("kubectl exec POD -- "));
+    succeeds(&running, &command_after(KUBERNETES, "kubectl exec POD -- "));
     assert!(body().contains("greeting=welcome"));
     assert_eq!(running.service.log.count_of("warn"), 0, "{}", running.service.log.text());
     running.stop();
@@ -232,7 +241,7 @@ fn verify(unit: &str) -> String {
 
 #[test]
 fn systemd_takes_the_unit_also_as_it_is_to_be_written_for_an_old_one() {
-    let unit = example("app.service");
+    let unit = example(SYSTEMD, "app.service");
     let wrong = verify(&unit);
     let new = "Type=notify-reload\n";
     assert!(unit.contains(new));
@@ -240,9 +249,9 @@ fn systemd_takes_the_unit_also_as_it_is_to_be_written_for_an_old_one() {
     let is_old = |line: &str| line.ends_with("Failed to parse service type, ignoring: notify-reload");
     assert!(wrong.lines().all(is_old), "{wrong}");
 
-    let readme = readme();
+    let page = page(SYSTEMD);
     let paragraph =
-        readme.split("\n\n").find(|text| text.contains("takes systemd 253")).expect("what else to write");
+        page.split("\n\n").find(|text| text.contains("needs systemd 253")).expect("what else to write");
     let old: Vec<&str> = paragraph
         .split('`')
         .filter(|code| *code == "Type=notify" || code.starts_with("ExecReload="))
@@ -254,7 +263,7 @@ fn systemd_takes_the_unit_also_as_it_is_to_be_written_for_an_old_one() {
 #[test]
 fn the_units_commands_start_reload_and_stop_the_service() {
     own_network();
-    let (unit, readme) = (example("app.service"), readme());
+    let (unit, page) = (example(SYSTEMD, "app.service"), page(SYSTEMD));
     let value = |text: &str, name: &str| {
         let value = text.split(&format!("{name}=/usr/local/bin/reuse-run ")).nth(1).expect("a command");
         value.split(['\n', '`']).next().expect("a command").to_owned()
@@ -268,9 +277,77 @@ fn the_units_commands_start_reload_and_stop_the_service() {
     // notify-reload, then what is to be written for an old systemd.
     service.signal(Signal::SIGHUP);
     wait_until("a reload", DEADLINE, || service.log.count_of("reload done") == 1);
-    let reload = value(&readme, "ExecReload").replace("$MAINPID", &service.pid().to_string());
+    let reload = value(&page, "ExecReload").replace("$MAINPID", &service.pid().to_string());
     let output = reuse_run().args(reload.split(' ')).output().expect("run reuse-run");
     assert!(output.status.success(), "{output:?}");
     assert_eq!(get(ADDRESS.into()).generation, Some(3));
+    service.stop();
+}
+
+// The signal handler.
+
+#[test]
+fn the_signal_handler_loses_no_request_of_clients_that_ask_without_a_pause() {
+    own_network();
+    let folder = Folder::new();
+    fs::write(folder.path("app.js"), example(SIGNAL_HANDLER, "app.js")).expect("write the app");
+    let mut service = Service::run_ready("-n 2", &["node", &folder.path("app.js")]);
+    let mode = Mode::KeepAlive { think: Duration::ZERO };
+    let load = Load::start(LoadOptions::new(SocketAddr::from(ADDRESS), 16).mode(mode));
+    answered_more(&load);
+    for _ in 0..5 {
+        service.reload();
+        answered_more(&load);
+    }
+    let report = load.stop();
+    report.assert_nothing_failed();
+    assert_eq!(report.counts.generations.len(), 6, "{report}");
+    service.stop();
+}
+
+// The README's transcripts.
+
+/// A line with `0` for each number, one space between two words, and `0s` for each short time.
+fn shape(line: &str) -> String {
+    let mut shape = String::new();
+    for c in line.chars() {
+        match c {
+            '0'..='9' | '.' if shape.ends_with('0') => {}
+            '0'..='9' => shape.push('0'),
+            c => shape.push(c),
+        }
+    }
+    let words = shape.split_whitespace().map(|word| word.replace("0ms", "0s"));
+    words.collect::<Vec<_>>().join(" ")
+}
+
+/// What the README shows under `$ COMMAND`, where it does so for the `nth` time, as shapes of lines.
+#[track_caller]
+fn transcript(command: &str, nth: usize) -> Vec<String> {
+    let readme = page("README.md");
+    let begin = format!("    $ {command}\n");
+    let rest = readme.split(&begin).nth(1 + nth).expect("a transcript");
+    rest.lines().take_while(|line| line.starts_with("    ")).map(shape).collect()
+}
+
+#[test]
+fn reload_and_status_print_what_the_readme_shows() {
+    own_network();
+    let folder = Folder::new();
+    let (app, file) =
+        (fs::read_to_string(here("tests/readme/app.js")).expect("the app"), folder.path("app.js"));
+    fs::write(&file, &app).expect("write the app");
+    let mut service = Service::run_ready("-n 2", &["node", &file]);
+    let pid = service.pid().to_string();
+    let lines = |command: &str| {
+        let output = reuse_run().args([command, &pid]).output().expect("run reuse-run");
+        let text = [output.stdout, output.stderr].concat();
+        String::from_utf8(text).expect("UTF-8").lines().map(shape).collect::<Vec<_>>()
+    };
+    assert_eq!(lines("reload"), transcript("reuse-run reload", 0));
+    fs::write(&file, "process.exit(1)").expect("write the app");
+    assert_eq!(lines("reload"), transcript("reuse-run reload", 1));
+    wait_until("the end of the failed workers", DEADLINE, || lines("status")[0].contains("serving"));
+    assert_eq!(lines("status"), transcript("reuse-run status", 0));
     service.stop();
 }

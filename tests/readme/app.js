@@ -1,4 +1,4 @@
-// The app of the README's examples.
+// The app of the examples in README.md and docs.
 const http = require('http');
 const { REUSE_RUN_GENERATION: generation, REUSE_RUN_SLOT: slot, GREETING: greeting } = process.env;
 

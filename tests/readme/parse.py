@@ -1,8 +1,8 @@
-"""Reads an example of the README by the parser of those whom it is meant for, and writes what that made of it as
-JSON. What is wrong ends it.
+"""Reads an example of the README or of docs with the parser of the tool that it is for, and prints the result as JSON.
+Exits with an error if the example is wrong.
 
 dockerfile: BuildKit's own parser
-deployment: Kubernetes' JSON Schemas, of 1.30 and of now, where unknown fields are wrong
+deployment: Kubernetes' JSON Schemas, of 1.30 and of the newest version; unknown fields are errors
 compose:    docker-compose config
 """
 import json
