@@ -12,6 +12,7 @@ mod fleet;
 mod ids;
 mod intercept;
 mod kernel;
+mod lines;
 mod operate;
 mod output;
 mod pool;

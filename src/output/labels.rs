@@ -17,12 +17,13 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::unistd::{Pid, pipe2, read};
 
 use crate::ids::{SlotId, WorkerId};
+use crate::lines::{Lines, TooLong};
 use crate::output::log;
 use crate::output::sink::{self, Output, Stream};
 use crate::words::printable;
 
 /// A longer line becomes several.
-const LONGEST_LINE: usize = 64 * 1024;
+const MAX_LINE_LENGTH: usize = 64 * 1024;
 
 /// No more than this is read at once from a pipe, so that a worker that floods it doesn't hold up others.
 const TURN: usize = 64 * 1024;
@@ -61,47 +62,6 @@ pub fn pipes() -> io::Result<([OwnedFd; 2], [OwnedFd; 2])> {
     };
     let (stdout, stderr) = (pipe()?, pipe()?);
     Ok(([stdout.0, stderr.0], [stdout.1, stderr.1]))
-}
-
-/// Parts a stream into lines.
-#[derive(Debug, Default)]
-struct Lines {
-    begun: Vec<u8>,
-}
-
-impl Lines {
-    /// Hands each line that is complete now to `line`, without its newline.
-    fn take(&mut self, bytes: &[u8], line: &mut impl FnMut(&[u8])) {
-        for part in bytes.split_inclusive(|byte| *byte == b'\n') {
-            let (mut text, ended) = match part.split_last() {
-                Some((b'\n', text)) => (text, true),
-                _ => (part, false),
-            };
-            while self.begun.len() + text.len() > LONGEST_LINE {
-                let (fits, later) = text.split_at(LONGEST_LINE - self.begun.len());
-                self.begun.extend_from_slice(fits);
-                line(&self.begun);
-                self.begun.clear();
-                text = later;
-            }
-            if ended && self.begun.is_empty() {
-                line(text);
-                continue;
-            }
-            self.begun.extend_from_slice(text);
-            if ended {
-                line(&self.begun);
-                self.begun.clear();
-            }
-        }
-    }
-
-    /// The stream has ended: a last line without a newline is one too.
-    fn end(&mut self, line: &mut impl FnMut(&[u8])) {
-        if !self.begun.is_empty() {
-            line(&std::mem::take(&mut self.begun));
-        }
-    }
 }
 
 /// The wrapper's end of a pipe.
@@ -222,7 +182,9 @@ impl Labels {
     /// A worker has started, with the other ends of these pipes.
     pub fn add(&mut self, worker: WorkerId, slot: SlotId, pid: Pid, pipes: [OwnedFd; 2]) {
         self.forget_oldest();
-        let pipes = pipes.map(|end| Some(Pipe { end, lines: Lines::default(), watched: false }));
+        let pipes = pipes.map(|end| {
+            Some(Pipe { end, lines: Lines::new(MAX_LINE_LENGTH, TooLong::Split), watched: false })
+        });
         let label = format!("{slot}|{pid} ");
         self.workers.insert(worker, Worker { label, pipes, last_lines: VecDeque::new(), ended: false });
     }
@@ -241,9 +203,9 @@ impl Labels {
         let Some(worker) = self.workers.get(&worker) else { return Vec::new() };
         let mut last_lines = worker.last_lines.clone();
         if let Some(pipe) = &worker.pipes[Stream::Stderr as usize]
-            && !pipe.lines.begun.is_empty()
+            && !pipe.lines.unfinished().is_empty()
         {
-            keep(&mut last_lines, &pipe.lines.begun);
+            keep(&mut last_lines, pipe.lines.unfinished());
         }
         last_lines.iter().map(|line| printable(line)).collect()
     }
@@ -369,49 +331,7 @@ mod tests {
     use std::fs::File;
     use std::io::{Read, Write};
 
-    use proptest::prelude::*;
-
     use super::*;
-
-    /// A line of any length that matters.
-    fn line() -> impl Strategy<Value = Vec<u8>> {
-        let length = prop_oneof![0..100usize, LONGEST_LINE - 2..LONGEST_LINE + 3, 0..3 * LONGEST_LINE];
-        (length, any::<u8>()).prop_map(|(length, byte)| vec![if byte == b'\n' { 0 } else { byte }; length])
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-
-        #[test]
-        fn lines_are_the_same_however_the_stream_is_cut(
-            lines in proptest::collection::vec(line(), 0..6),
-            ended: bool,
-            cuts in proptest::collection::vec(prop_oneof![1..100usize, 1..2 * LONGEST_LINE], 0..20),
-        ) {
-            let mut stream = lines.join(&b'\n');
-            if ended && !lines.is_empty() {
-                stream.push(b'\n');
-            }
-            let mut expected = Vec::new();
-            for line in stream.split_inclusive(|byte| *byte == b'\n') {
-                let text = line.strip_suffix(b"\n").unwrap_or(line);
-                expected.extend(text.chunks(LONGEST_LINE).map(<[u8]>::to_vec));
-                if text.is_empty() {
-                    expected.push(Vec::new());
-                }
-            }
-            let (mut reader, mut read, mut rest) = (Lines::default(), Vec::new(), stream.as_slice());
-            let mut take = |text: &[u8]| read.push(text.to_vec());
-            for cut in cuts {
-                let (part, later) = rest.split_at(cut.min(rest.len()));
-                reader.take(part, &mut take);
-                rest = later;
-            }
-            reader.take(rest, &mut take);
-            reader.end(&mut take);
-            prop_assert!(read == expected, "{} lines, not {}", read.len(), expected.len());
-        }
-    }
 
     /// Labels whose stdout and stderr are pipes, and the reading ends of these.
     fn labels() -> (Labels, [File; 2]) {

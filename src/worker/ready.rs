@@ -19,6 +19,7 @@ use socket2::SockRef;
 
 use crate::kernel::procfs;
 use crate::kernel::sys;
+use crate::lines::{Lines, TooLong};
 
 /// What a worker says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +35,9 @@ pub enum Said {
 
 /// No more than this is read at once, so that a worker that floods its channel doesn't hold up others.
 const MOST_AT_ONCE: usize = 64 * 1024;
+
+/// No line on Node's channel that means something is longer, in bytes.
+const MAX_CHANNEL_LINE: usize = 64;
 
 /// The reading end of the pipe whose other end a worker has as READY_FD.
 #[derive(Debug)]
@@ -78,7 +82,7 @@ impl NodeChannel {
     pub fn new() -> io::Result<(Self, OwnedFd)> {
         let (ours, its) = UnixStream::pair()?;
         ours.set_nonblocking(true)?;
-        Ok((Self { stream: ours, lines: Lines::default() }, its.into()))
+        Ok((Self { stream: ours, lines: Lines::new(MAX_CHANNEL_LINE, TooLong::Drop) }, its.into()))
     }
 
     /// The string "ready" is what PM2 waits for, "online" what naught does. All else is ignored.
@@ -87,8 +91,11 @@ impl NodeChannel {
         match self.stream.read(&mut bytes) {
             Ok(0) => vec![Said::Closed],
             Ok(count) => {
-                let said = |line: &Vec<u8>| matches!(line.as_slice(), b"\"ready\"" | b"\"online\"");
-                if self.lines.take(&bytes[..count]).iter().any(said) { vec![Said::Ready] } else { Vec::new() }
+                let mut is_ready = false;
+                self.lines.take(&bytes[..count], &mut |line: &[u8]| {
+                    is_ready |= matches!(line, b"\"ready\"" | b"\"online\"");
+                });
+                if is_ready { vec![Said::Ready] } else { Vec::new() }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Vec::new(),
             Err(_) => vec![Said::Closed],
@@ -99,38 +106,6 @@ impl NodeChannel {
 impl AsFd for NodeChannel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
-    }
-}
-
-/// Parts a stream into lines; one that is longer than any that means something is left out.
-#[derive(Debug, Default)]
-struct Lines {
-    begun: Vec<u8>,
-    too_long: bool,
-}
-
-impl Lines {
-    const LONGEST: usize = 64;
-
-    fn take(&mut self, bytes: &[u8]) -> Vec<Vec<u8>> {
-        let mut lines = Vec::new();
-        for part in bytes.split_inclusive(|byte| *byte == b'\n') {
-            let (text, ended) = match part.split_last() {
-                Some((b'\n', text)) => (text, true),
-                _ => (part, false),
-            };
-            self.too_long |= self.begun.len() + text.len() > Self::LONGEST;
-            if !self.too_long {
-                self.begun.extend_from_slice(text);
-            }
-            if ended {
-                let line = std::mem::take(&mut self.begun);
-                if !std::mem::take(&mut self.too_long) {
-                    lines.push(line);
-                }
-            }
-        }
-        lines
     }
 }
 
@@ -249,8 +224,6 @@ fn parse_notification(text: &str) -> Vec<Said> {
 mod tests {
     use std::io::Write;
 
-    use proptest::prelude::*;
-
     use super::*;
 
     #[test]
@@ -273,33 +246,13 @@ mod tests {
             channel.read()
         };
         assert_eq!(say(b"{\"cmd\":\"NODE_HANDLE\"}\n\"started\"\n"), []);
-        assert_eq!(say(&[b'x'; 3 * Lines::LONGEST]), []);
+        assert_eq!(say(&[b'x'; 3 * MAX_CHANNEL_LINE]), []);
         assert_eq!(say(b"\"ready\"\n"), [], "that was the end of a longer line");
         assert_eq!(say(b"\"rea"), []);
         assert_eq!(say(b"dy\"\n"), [Said::Ready]);
         assert_eq!(say(b"\"online\"\n"), [Said::Ready]);
         drop(worker);
         assert_eq!(channel.read(), [Said::Closed]);
-    }
-
-    proptest! {
-        #[test]
-        fn lines_are_the_same_however_the_stream_is_cut(
-            lines in proptest::collection::vec("[a-z]{0,100}", 0..8), cuts in proptest::collection::vec(1usize..50, 0..40)
-        ) {
-            let stream: Vec<u8> = lines.iter().flat_map(|line| format!("{line}\n").into_bytes()).collect();
-            let (mut reader, mut rest, mut read) = (Lines::default(), stream.as_slice(), Vec::new());
-            for cut in cuts {
-                let (part, later) = rest.split_at(cut.min(rest.len()));
-                read.extend(reader.take(part));
-                rest = later;
-            }
-            read.extend(reader.take(rest));
-            let expected: Vec<Vec<u8>> =
-                lines.into_iter().filter(|line| line.len() <= Lines::LONGEST).map(String::into_bytes).collect();
-            prop_assert_eq!(read, expected);
-            prop_assert!(reader.begun.is_empty());
-        }
     }
 
     #[test]
