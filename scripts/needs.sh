@@ -39,7 +39,7 @@ install_debian_packages() (
 need_rust() {
   PATH=$PATH:$HOME/.cargo/bin
   if ! command -v cargo >/dev/null; then
-    echo "${0##*/}: missing: cargo, of Rust 1.91 or newer (see https://rustup.rs)" >&2
+    echo "${0##*/}: missing: cargo, of Rust 1.88 or newer (see https://rustup.rs)" >&2
     exit 1
   fi
   need cc=build-essential

@@ -94,7 +94,7 @@ impl fmt::Display for Endpoint {
     }
 }
 
-/// From "3000", ":3000", "127.0.0.1:3000" or "[::]:3000". A port alone means all addresses of both families, or
+/// From "3000", ":3000", "127.0.0.1:3000" or `[::]:3000`. A port alone means all addresses of both families, or
 /// of IPv4 where there is no IPv6.
 impl FromStr for Address {
     type Err = String;

@@ -67,9 +67,14 @@ struct Args {
     #[argh(option, default = "Balancing::Load", arg_name = "how")]
     balance: Balancing,
 
-    /// an address to listen on for the workers, which get it as systemd's sockets: 3000, 127.0.0.1:3000,
-    /// [::1]:3000 (repeatable)
-    #[argh(option, short = 'l', arg_name = "address")]
+    // Not a doc comment: rustdoc would take the brackets for a link.
+    #[argh(
+        option,
+        short = 'l',
+        arg_name = "address",
+        description = "an address that reuse-run itself listens on and hands to the workers as systemd does \
+                       (LISTEN_FDS): 3000, 127.0.0.1:3000 or [::1]:3000 (repeatable)"
+    )]
     listen: Vec<Address>,
 
     /// a file of NAME=value lines for the workers' environment, read anew for each generation (repeatable)

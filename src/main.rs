@@ -1,6 +1,8 @@
 //! reuse-run: runs N copies of any unmodified server on one port and replaces them without losing a
 //! request. See the README for what it promises, and each module's comment for what it owns.
-#![deny(unsafe_code)]
+#![cfg_attr(clippy, deny(warnings))]
+// A panic ends the wrapper, and with it the workers.
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("reuse-run needs Linux: it stands on seccomp user notification and SO_REUSEPORT programs");

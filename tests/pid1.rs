@@ -1,5 +1,6 @@
 //! reuse-run as an init: signals, orphans and exit codes, as PID 1 of a namespace and elsewhere; what a
 //! worker leaves behind; the wrapper's own death; and what may become of stderr.
+#![allow(unsafe_code)]
 
 mod common;
 

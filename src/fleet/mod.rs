@@ -1548,7 +1548,7 @@ mod tests {
                         self.reserved.remove(&(slot.0, generation));
                     }
                     Action::ReloadEnded { generation, result, .. } => {
-                        self.reloads.push((generation, result.is_ok()))
+                        self.reloads.push((generation, result.is_ok()));
                     }
                     Action::ScaleEnded { result, .. } => self.scalings.push(result.is_ok()),
                     Action::LookForStrangers | Action::Announce(_) => {}

@@ -145,7 +145,7 @@ mod tests {
                     a = u32::from_le_bytes(data[at..at + 4].try_into().unwrap());
                 }
                 code if code == libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K => {
-                    pc += usize::from(if a == op.k { op.jt } else { op.jf })
+                    pc += usize::from(if a == op.k { op.jt } else { op.jf });
                 }
                 code if code == libc::BPF_RET | libc::BPF_K => return op.k,
                 code => panic!("unexpected instruction {code:#x}"),

@@ -353,8 +353,9 @@ impl Pool {
         let in_group = |stranger: &Listener| stranger.address == address && stranger.uid == uid;
         let strangers: BTreeMap<u32, Listener> =
             strangers.into_iter().filter(in_group).map(|stranger| (stranger.inode, stranger)).collect();
-        let gone = group.strangers.extract_if(.., |inode, _| !strangers.contains_key(inode));
-        let gone: BTreeSet<MemberId> = gone.map(|(_, id)| id).collect();
+        let gone = group.strangers.iter().filter(|(inode, _)| !strangers.contains_key(inode));
+        let gone: BTreeSet<MemberId> = gone.map(|(_, id)| *id).collect();
+        group.strangers.retain(|_, id| !gone.contains(id));
         group.order.leave(&gone);
         for (inode, stranger) in strangers {
             if let Entry::Vacant(entry) = group.strangers.entry(inode) {
@@ -543,7 +544,10 @@ impl Pool {
     /// Looks who takes connections and who doesn't, when it is time to, and steers accordingly. Returns whether
     /// anything has changed.
     pub fn look_at_queues(&mut self, now: Instant) -> bool {
-        for (id, _) in self.retries.extract_if(.., |_, at| *at <= now).collect::<Vec<_>>() {
+        let due: Vec<MemberId> =
+            self.retries.iter().filter(|(_, at)| **at <= now).map(|(id, _)| *id).collect();
+        for id in due {
+            self.retries.remove(&id);
             self.watch(id); // it tells at once if connections wait still
         }
         if self.queues.deadline().is_none_or(|at| at > now) {
@@ -890,7 +894,7 @@ impl Group {
                 match tried.is_empty() {
                     true => debug!("{address}: new connections go to {named:?} of {of}"),
                     false => {
-                        debug!("{address}: new connections go to {named:?}, {share} to {tried:?} of {of}")
+                        debug!("{address}: new connections go to {named:?}, {share} to {tried:?} of {of}");
                     }
                 }
                 self.targets = Some(targets);

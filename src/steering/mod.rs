@@ -336,7 +336,7 @@ mod tests {
                 code if code == libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K => a += op.k,
                 code if code == libc::BPF_JMP | libc::BPF_JA => pc += op.k as usize,
                 code if code == libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K => {
-                    pc += usize::from(if a >= op.k { op.jt } else { op.jf })
+                    pc += usize::from(if a >= op.k { op.jt } else { op.jf });
                 }
                 code if code == libc::BPF_RET | libc::BPF_A => return (a, steps),
                 code => panic!("unexpected instruction {code:#x}"),

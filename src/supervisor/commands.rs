@@ -180,7 +180,7 @@ impl Supervisor {
     }
 
     fn waiting(&self) -> Vec<(ClientId, Awaited)> {
-        self.control.as_ref().map_or(Vec::new(), |control| control.waiting())
+        self.control.as_ref().map_or(Vec::new(), super::super::operate::control::Control::waiting)
     }
 
     fn status(&self, brief: bool) -> Status {

@@ -1,4 +1,5 @@
 //! What the filter costs a worker: bind and listen, any other system call, and whether it makes others.
+#![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;

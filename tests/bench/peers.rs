@@ -272,7 +272,7 @@ impl Server<'_> {
         let workers = app.workers.to_string();
         let one = app.command(1, options)?;
         let words = |first: &[&str]| -> Vec<String> {
-            first.iter().map(|word| word.to_string()).chain(one.clone()).collect()
+            first.iter().map(std::string::ToString::to_string).chain(one.clone()).collect()
         };
         self.main = match &self.peer {
             Peer::ReuseRun(given) => {

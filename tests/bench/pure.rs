@@ -70,7 +70,7 @@ fn attaching(criterion: &mut Criterion) {
         group.throughput(Throughput::Elements(n.into()));
         group.bench_function(BenchmarkId::from_parameter(n), |bencher| {
             bencher.iter(|| {
-                kernel::sys::attach_reuseport_cbpf(socket.as_fd(), black_box(&program)).expect("attach")
+                kernel::sys::attach_reuseport_cbpf(socket.as_fd(), black_box(&program)).expect("attach");
             });
         });
     }

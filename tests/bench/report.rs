@@ -52,7 +52,7 @@ pub fn quartiles(values: impl IntoIterator<Item = f64>) -> [f64; 3] {
 /// A Markdown table; the first column is text, the others are figures.
 pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
-    let mut text = line(&header.iter().map(|cell| cell.to_string()).collect::<Vec<_>>());
+    let mut text = line(&header.iter().map(std::string::ToString::to_string).collect::<Vec<_>>());
     text += &format!("|---|{}\n", "--:|".repeat(header.len() - 1));
     rows.iter().for_each(|row| text += &line(row));
     text

@@ -1,5 +1,5 @@
 //! A network of one's own: a namespace in which every port is free.
-#![allow(dead_code)]
+#![allow(dead_code, unsafe_code)]
 
 use std::cell::Cell;
 use std::fs::File;

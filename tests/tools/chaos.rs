@@ -1,6 +1,7 @@
 //! Chaos: a load, and meanwhile whatever may happen to a service, drawn from a seed. In the gentle mode
 //! no request may fail. In the rough one workers are killed while they serve, and only requests that
 //! these had accepted may.
+#![allow(unsafe_code)]
 
 #[path = "../common/load/mod.rs"]
 mod load;

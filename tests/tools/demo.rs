@@ -1,5 +1,6 @@
 //! The demo: copies of an unmodified Express app behind reuse-run, clients that never pause, and a
 //! reload every second or so. What counts is on the screen: how many requests failed.
+#![allow(unsafe_code)]
 
 #[path = "../common/load/mod.rs"]
 mod load;

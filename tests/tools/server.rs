@@ -5,6 +5,7 @@
 //! `?id=X` has the server print `begun X` when it was read and `done X` when its answer was written.
 //! With `--share` it sets SO_REUSEPORT, with `--given` it serves the listeners of LISTEN_FDS too, and with
 //! `--announce` it prints `accepted pid=…` and `closed pid=…` for every connection.
+#![allow(unsafe_code)]
 
 use std::env;
 use std::fs::File;
@@ -57,7 +58,7 @@ fn parse() -> Options {
             "--ready-after" => options.ready_after = Some(milliseconds(&value())),
             "--exit-after" => options.exit_after = Some(milliseconds(&value())),
             "--exit-status" => {
-                options.exit_status = value().parse().unwrap_or_else(|_| wrong("--exit-status"))
+                options.exit_status = value().parse().unwrap_or_else(|_| wrong("--exit-status"));
             }
             "--shutdown-on-int" => options.shutdown_on_int = true,
             "--ignore-int" => options.ignore_int = true,
