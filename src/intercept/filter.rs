@@ -1,8 +1,8 @@
-//! The filter that workers are started behind, and what the calls are that it stops, as pure computation.
+//! The filter that workers run behind, and the decoding of the system calls that it stops. Pure computation.
 
 use libc::sock_filter;
 
-use crate::kernel::bpf::op;
+use crate::kernel::bpf::{Assembler, Label};
 
 #[cfg(target_arch = "x86_64")]
 const ARCHITECTURE: u32 = 0xC000_003E; // AUDIT_ARCH_X86_64 (linux/audit.h)
@@ -11,52 +11,65 @@ const ARCHITECTURE: u32 = 0xC000_00B7; // AUDIT_ARCH_AARCH64
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 compile_error!("reuse-run knows the system calls of x86_64 and aarch64 only");
 
-/// The filter: notifies of bind, listen, the setsockopt calls that decide which sockets may be bound side by
-/// side (IPV6_V6ONLY, SO_REUSEPORT), the question whether a socket listens (SO_ACCEPTCONN), and unlink, which
-/// could take a Unix socket's path from others; allows all else, calls of another ABI included.
+/// System calls that the filter stops whatever their arguments are.
+const STOPPED: &[libc::c_long] = &[
+    libc::SYS_bind,
+    libc::SYS_listen,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+];
+
+/// The filter. It stops bind and listen, the setsockopt calls that decide which sockets may be bound side by side
+/// (IPV6_V6ONLY, SO_REUSEPORT), the question whether a socket listens (getsockopt with SO_ACCEPTCONN), and unlink,
+/// which could take the path of a Unix socket from other workers. It allows everything else, also calls of
+/// another ABI.
 ///
-/// No memory can be read here, only the numbers in `struct seccomp_data` (linux/seccomp.h).
+/// A filter can't read memory, only the numbers in `struct seccomp_data` (linux/seccomp.h).
 pub fn filter() -> Vec<sock_filter> {
     const NR: u32 = 0;
     const ARCH: u32 = 4;
+    const LEVEL: u32 = arg(1);
+    const OPTION: u32 = arg(2);
     const fn arg(n: u32) -> u32 {
-        16 + 8 * n // the lower half, both architectures being little-endian
+        16 + 8 * n // the lower half: both architectures are little-endian
     }
-    let load = |offset| op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset);
-    let equal = |k, jt, jf| op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, jt, jf, k);
-    let ret = |k| op(libc::BPF_RET | libc::BPF_K, 0, 0, k);
+    const NEXT: Label = Label::NEXT;
+    let mut code = Assembler::default();
+    let [no_question, not_ipv6, allow, stop] = code.labels();
     // The x32 ABI shares AUDIT_ARCH_X86_64 but sets bit 30 of the number, so none of these matches.
-    #[cfg(target_arch = "x86_64")]
-    let unlink = libc::SYS_unlink;
-    #[cfg(not(target_arch = "x86_64"))]
-    let unlink = libc::SYS_unlinkat;
-    vec![
-        load(ARCH),
-        equal(ARCHITECTURE, 0, 18),
-        load(NR),
-        equal(libc::SYS_bind as u32, 17, 0),
-        equal(libc::SYS_listen as u32, 16, 0),
-        equal(unlink as u32, 15, 0),
-        equal(libc::SYS_unlinkat as u32, 14, 0),
-        equal(libc::SYS_getsockopt as u32, 0, 4),
-        load(arg(1)),
-        equal(libc::SOL_SOCKET as u32, 0, 10),
-        load(arg(2)),
-        equal(libc::SO_ACCEPTCONN as u32, 9, 8),
-        equal(libc::SYS_setsockopt as u32, 0, 7),
-        load(arg(1)),
-        equal(libc::IPPROTO_IPV6 as u32, 0, 2),
-        load(arg(2)),
-        equal(libc::IPV6_V6ONLY as u32, 4, 3),
-        equal(libc::SOL_SOCKET as u32, 0, 2),
-        load(arg(2)),
-        equal(libc::SO_REUSEPORT as u32, 1, 0),
-        ret(libc::SECCOMP_RET_ALLOW),
-        ret(libc::SECCOMP_RET_USER_NOTIF),
-    ]
+    code.load(ARCH);
+    code.jump_equal(ARCHITECTURE, NEXT, allow);
+    code.load(NR);
+    for number in STOPPED {
+        code.jump_equal(*number as u32, stop, NEXT);
+    }
+
+    code.jump_equal(libc::SYS_getsockopt as u32, NEXT, no_question);
+    code.load(LEVEL);
+    code.jump_equal(libc::SOL_SOCKET as u32, NEXT, allow);
+    code.load(OPTION);
+    code.jump_equal(libc::SO_ACCEPTCONN as u32, stop, allow);
+
+    code.place(no_question);
+    code.jump_equal(libc::SYS_setsockopt as u32, NEXT, allow);
+    code.load(LEVEL);
+    code.jump_equal(libc::IPPROTO_IPV6 as u32, NEXT, not_ipv6);
+    code.load(OPTION);
+    code.jump_equal(libc::IPV6_V6ONLY as u32, stop, allow);
+    code.place(not_ipv6);
+    code.jump_equal(libc::SOL_SOCKET as u32, NEXT, allow);
+    code.load(OPTION);
+    code.jump_equal(libc::SO_REUSEPORT as u32, stop, allow);
+
+    code.place(allow);
+    code.ret(libc::SECCOMP_RET_ALLOW);
+    code.place(stop);
+    code.ret(libc::SECCOMP_RET_USER_NOTIF);
+    code.finish()
 }
 
-/// A system call that waits for its answer.
+/// A stopped system call, which waits for its answer. Addresses are those of the worker's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Call {
     Bind {
@@ -74,28 +87,31 @@ pub enum Call {
         value: u64,
         len: u64,
     },
-    /// getsockopt(SO_ACCEPTCONN): does it listen?
-    DoesListen {
+    /// getsockopt of SO_ACCEPTCONN: whether the socket listens.
+    AsksWhetherListening {
         fd: u32,
         value: u64,
         len: u64,
     },
     Unlink {
+        /// The directory fd that a relative path starts from; `None` for the current directory.
         from: Option<u32>,
         path: u64,
     },
+    /// Nothing that reuse-run answers itself.
     Other,
 }
 
+/// A socket option that decides about a bind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SocketOption {
     V6Only,
     ReusePort,
 }
 
-/// What the call is that the kernel tells of.
+/// Decodes what the kernel says about a stopped call.
 pub fn decode(data: &libc::seccomp_data) -> Call {
-    // The kernel takes fds, levels and options as int: the upper halves of the registers mean nothing.
+    // The kernel reads fds, levels and options as int and ignores the upper halves of their registers.
     let fd = data.args[0] as u32;
     match i64::from(data.nr) {
         libc::SYS_bind => Call::Bind { fd, address: data.args[1], len: u64::from(data.args[2] as u32) },
@@ -111,7 +127,7 @@ pub fn decode(data: &libc::seccomp_data) -> Call {
         libc::SYS_getsockopt
             if (data.args[1] as i32, data.args[2] as i32) == (libc::SOL_SOCKET, libc::SO_ACCEPTCONN) =>
         {
-            Call::DoesListen { fd, value: data.args[3], len: data.args[4] }
+            Call::AsksWhetherListening { fd, value: data.args[3], len: data.args[4] }
         }
         #[cfg(target_arch = "x86_64")]
         libc::SYS_unlink => Call::Unlink { from: None, path: data.args[0] },
@@ -127,30 +143,29 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::kernel::bpf;
 
-    /// Runs the filter as the kernel would.
+    fn seccomp_data(nr: i64, args: [u64; 6]) -> libc::seccomp_data {
+        libc::seccomp_data { nr: nr as i32, arch: ARCHITECTURE, instruction_pointer: 0, args }
+    }
+
+    /// Runs a filter as the kernel would.
+    fn verdict_of(filter: &[sock_filter], data: &libc::seccomp_data) -> u32 {
+        let mut words = vec![data.nr as u32, data.arch, 0, 0];
+        words.extend(data.args.iter().flat_map(|arg| [*arg as u32, (*arg >> 32) as u32]));
+        bpf::run(filter, |offset| words[offset as usize / 4]).0
+    }
+
     fn verdict(nr: i64, arch: u32, args: [u64; 6]) -> u32 {
-        let mut data = Vec::new();
-        data.extend((nr as u32).to_le_bytes());
-        data.extend(arch.to_le_bytes());
-        data.extend(0u64.to_le_bytes());
-        args.iter().for_each(|arg| data.extend(arg.to_le_bytes()));
-        let (filter, mut a, mut pc) = (filter(), 0u32, 0);
-        loop {
-            let op = filter[pc];
-            pc += 1;
-            match u32::from(op.code) {
-                code if code == libc::BPF_LD | libc::BPF_W | libc::BPF_ABS => {
-                    let at = op.k as usize;
-                    a = u32::from_le_bytes(data[at..at + 4].try_into().unwrap());
-                }
-                code if code == libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K => {
-                    pc += usize::from(if a == op.k { op.jt } else { op.jf });
-                }
-                code if code == libc::BPF_RET | libc::BPF_K => return op.k,
-                code => panic!("unexpected instruction {code:#x}"),
-            }
-        }
+        verdict_of(&filter(), &libc::seccomp_data { arch, ..seccomp_data(nr, args) })
+    }
+
+    /// Whether the filter stops a call that [`decode`] makes sense of, and allows one that it doesn't.
+    fn agree(filter: &[sock_filter], data: &libc::seccomp_data) -> bool {
+        let stopped = verdict_of(filter, data) == libc::SECCOMP_RET_USER_NOTIF;
+        // The filter stops rmdir too, which is unlinkat with a flag.
+        let is_rmdir = i64::from(data.nr) == libc::SYS_unlinkat && decode(data) == Call::Other;
+        stopped == (decode(data) != Call::Other || is_rmdir)
     }
 
     #[test]
@@ -179,37 +194,44 @@ mod tests {
         assert_eq!(verdict(libc::SYS_bind | 0x4000_0000, ARCHITECTURE, [3, 0, 16, 0, 0, 0]), allow); // x32
     }
 
-    proptest! {
-        /// What the filter stops is understood as what it is, whatever else is in the registers.
-        #[test]
-        fn a_call_is_understood_by_the_halves_of_registers_that_the_kernel_looks_at(
-            nr in prop::sample::select(vec![
-                libc::SYS_bind, libc::SYS_listen, libc::SYS_setsockopt, libc::SYS_getsockopt, libc::SYS_read,
-            ]),
-            args: [u64; 6],
-        ) {
-            let data = libc::seccomp_data { nr: nr as i32, arch: ARCHITECTURE, instruction_pointer: 0, args };
-            let call = decode(&data);
-            let stopped = verdict(nr, ARCHITECTURE, args) == libc::SECCOMP_RET_USER_NOTIF;
-            prop_assert_eq!(stopped, call != Call::Other);
-            if let Call::Bind { fd, len, .. } = call {
-                prop_assert_eq!((u64::from(fd), len), (args[0] & 0xffff_ffff, args[2] & 0xffff_ffff));
+    #[test]
+    fn every_system_call_and_option_gets_the_verdict_that_its_decoding_says() {
+        let filter = filter();
+        let levels = [libc::SOL_SOCKET, libc::IPPROTO_IP, libc::IPPROTO_TCP, libc::IPPROTO_IPV6, -1];
+        for nr in 0..1024 {
+            for level in levels {
+                for option in -1..100 {
+                    let data = seccomp_data(nr, [3, level as u64, option as u64, 0, 4, 0]);
+                    assert!(agree(&filter, &data), "system call {nr}, level {level}, option {option}");
+                }
             }
         }
+    }
 
+    proptest! {
+        /// Only what the kernel reads decides, whatever else the registers hold.
         #[test]
-        fn socket_options_are_told_apart_as_the_filter_tells_them(
+        fn the_upper_halves_of_registers_make_no_difference(
+            nr in prop::sample::select(vec![
+                libc::SYS_bind, libc::SYS_listen, libc::SYS_setsockopt, libc::SYS_getsockopt, libc::SYS_unlinkat,
+                libc::SYS_read,
+            ]),
             level in prop::sample::select(vec![libc::IPPROTO_IPV6, libc::SOL_SOCKET, libc::IPPROTO_TCP]),
-            name in prop::sample::select(vec![libc::IPV6_V6ONLY, libc::SO_REUSEPORT, libc::SO_REUSEADDR]),
+            option in prop::sample::select(vec![
+                libc::IPV6_V6ONLY, libc::SO_REUSEPORT, libc::SO_ACCEPTCONN, libc::SO_REUSEADDR,
+            ]),
             upper: u32,
+            args: [u64; 6],
         ) {
             let upper = u64::from(upper) << 32;
-            let args = [3, upper | level as u64, upper | name as u64, 0, 4, 0];
-            let data = libc::seccomp_data {
-                nr: libc::SYS_setsockopt as i32, arch: ARCHITECTURE, instruction_pointer: 0, args,
-            };
-            let stopped = verdict(libc::SYS_setsockopt, ARCHITECTURE, args) == libc::SECCOMP_RET_USER_NOTIF;
-            prop_assert_eq!(stopped, decode(&data) != Call::Other);
+            let chosen = [args[0], upper | level as u64, upper | option as u64, args[3], args[4], args[5]];
+            for args in [args, chosen] {
+                let data = seccomp_data(nr, args);
+                prop_assert!(agree(&filter(), &data), "{data:?}");
+                if let Call::Bind { fd, len, .. } = decode(&data) {
+                    prop_assert_eq!((u64::from(fd), len), (args[0] & 0xffff_ffff, args[2] & 0xffff_ffff));
+                }
+            }
         }
     }
 }

@@ -183,7 +183,9 @@ impl Interception {
                 self.note_option(tid, fd, option, value, len);
                 (NotifResponse::Continue, None)
             }
-            Call::DoesListen { fd, value, len } => (self.deny_listening(notif.id, tid, fd, value, len), None),
+            Call::AsksWhetherListening { fd, value, len } => {
+                (self.deny_listening(notif.id, tid, fd, value, len), None)
+            }
             Call::Other => (NotifResponse::Continue, None),
         };
         if let Err(error) = sys::seccomp_notif_send(self.notify_fd.as_fd(), notif.id, response) {

@@ -1,8 +1,143 @@
-//! Instructions of classic BPF, which filters and steering programs are made of.
+//! Classic BPF: its instructions, which filters and steering programs are made of, and a small assembler.
 
 use libc::sock_filter;
 
 /// One instruction (linux/filter.h).
 pub const fn op(code: u32, jt: u8, jf: u8, k: u32) -> sock_filter {
     sock_filter { code: code as u16, jt, jf, k }
+}
+
+/// A place in a program that jumps lead to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Label(usize);
+
+impl Label {
+    /// The next instruction.
+    pub const NEXT: Self = Self(usize::MAX);
+}
+
+/// Puts a program together and computes its jumps, which lead forward only and over at most 255 instructions.
+#[derive(Debug, Default)]
+pub struct Assembler {
+    program: Vec<sock_filter>,
+    /// Each jump: its index, and where it leads if the comparison holds and if it doesn't.
+    jumps: Vec<(usize, Label, Label)>,
+    /// By label: the index of its instruction, once it is placed.
+    places: Vec<usize>,
+}
+
+impl Assembler {
+    /// New labels, to be placed later.
+    pub fn labels<const N: usize>(&mut self) -> [Label; N] {
+        std::array::from_fn(|_| {
+            self.places.push(usize::MAX);
+            Label(self.places.len() - 1)
+        })
+    }
+
+    /// The label stands for the instruction that is added next.
+    pub fn place(&mut self, label: Label) {
+        self.places[label.0] = self.program.len();
+    }
+
+    /// Loads the 32-bit word at an offset of the data into the accumulator.
+    pub fn load(&mut self, offset: u32) {
+        self.program.push(op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset));
+    }
+
+    /// Jumps by whether the accumulator is `k`.
+    pub fn jump_equal(&mut self, k: u32, if_equal: Label, otherwise: Label) {
+        self.jumps.push((self.program.len(), if_equal, otherwise));
+        self.program.push(op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 0, k));
+    }
+
+    /// Ends the program with a result.
+    pub fn ret(&mut self, k: u32) {
+        self.program.push(op(libc::BPF_RET | libc::BPF_K, 0, 0, k));
+    }
+
+    /// The program with its jumps.
+    ///
+    /// # Panics
+    /// When a jump leads backward, too far or to a label that wasn't placed. Programs are fixed, so a test finds that.
+    pub fn finish(mut self) -> Vec<sock_filter> {
+        for (index, if_equal, otherwise) in self.jumps {
+            let offset = |label: Label| match label {
+                Label::NEXT => 0,
+                Label(label) => {
+                    let distance = self.places[label].wrapping_sub(index + 1);
+                    assert!(
+                        distance <= usize::from(u8::MAX),
+                        "a jump leads forward over at most 255 instructions"
+                    );
+                    distance as u8
+                }
+            };
+            let jump = &mut self.program[index];
+            (jump.jt, jump.jf) = (offset(if_equal), offset(otherwise));
+        }
+        self.program
+    }
+}
+
+/// Runs a program as the kernel would, for tests. `load` is given the offsets of the words that the program loads.
+/// Returns the result and the number of instructions that it took.
+#[cfg(test)]
+pub fn run(program: &[sock_filter], mut load: impl FnMut(u32) -> u32) -> (u32, usize) {
+    use libc::{BPF_A, BPF_ABS, BPF_ADD, BPF_ALU, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_K, BPF_LD};
+    use libc::{BPF_MOD, BPF_RET, BPF_W};
+    let (mut accumulator, mut next, mut steps) = (0u32, 0usize, 0usize);
+    loop {
+        let sock_filter { code, jt, jf, k } = program[next];
+        (next, steps) = (next + 1, steps + 1);
+        let mut jump_if = |holds: bool| next += usize::from(if holds { jt } else { jf });
+        match u32::from(code) {
+            code if code == BPF_LD | BPF_W | BPF_ABS => accumulator = load(k),
+            code if code == BPF_ALU | BPF_MOD | BPF_K => accumulator %= k,
+            code if code == BPF_ALU | BPF_ADD | BPF_K => accumulator += k,
+            code if code == BPF_JMP | BPF_JA => next += k as usize,
+            code if code == BPF_JMP | BPF_JEQ | BPF_K => jump_if(accumulator == k),
+            code if code == BPF_JMP | BPF_JGE | BPF_K => jump_if(accumulator >= k),
+            code if code == BPF_RET | BPF_K => return (k, steps),
+            code if code == BPF_RET | BPF_A => return (accumulator, steps),
+            code => panic!("unexpected instruction {code:#x}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn jumps_lead_to_their_labels_however_many_instructions_lie_between() {
+        for between in [1, 100, 253] {
+            let mut code = Assembler::default();
+            let [one, two] = code.labels();
+            code.load(0);
+            code.jump_equal(1, one, Label::NEXT);
+            code.jump_equal(2, two, Label::NEXT);
+            (1..between).for_each(|_| code.load(0));
+            code.ret(0);
+            code.place(two);
+            code.ret(20);
+            code.place(one);
+            code.ret(10);
+            let program = code.finish();
+            let result = |word| run(&program, |_| word).0;
+            assert_eq!([result(0), result(1), result(2)], [0, 10, 20], "{between}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "at most 255 instructions")]
+    fn a_jump_over_more_than_255_instructions_is_refused() {
+        let mut code = Assembler::default();
+        let [end] = code.labels();
+        code.jump_equal(0, end, Label::NEXT);
+        (0..256).for_each(|_| code.load(0));
+        code.place(end);
+        code.ret(0);
+        code.finish();
+    }
 }
