@@ -199,7 +199,7 @@ fn an_old_worker_may_finish_its_request_on_a_path_before_it_gets_the_stop_signal
     let from = service.log.count();
     service.signal(Signal::SIGUSR2);
     service.wait_for_line_after(from, "generation 2 serves");
-    service.keeps(old[0]);
+    service.assert_keeps(old[0]);
     folder.raise("socket.go");
     assert_eq!(client.join().expect("an answer").generation, Some(1));
     service.wait_for_line_after(from, "reload done");
@@ -458,7 +458,7 @@ fn a_request_from_another_network_namespace_is_finished_before_the_stop_signal()
     let from = service.log.count();
     service.signal(Signal::SIGUSR2);
     service.wait_for_line_after(from, "generation 2 serves");
-    service.keeps(old);
+    service.assert_keeps(old);
     folder.raise("socket.go");
     assert_eq!(client.join().expect("an answer").generation, Some(1));
     service.wait_for_line_after(from, "reload done");
@@ -501,7 +501,7 @@ fn a_worker_that_has_become_another_user_and_cannot_be_looked_into_has_all_of_th
     let from = service.log.count();
     service.signal(Signal::SIGUSR2);
     service.wait_for_line_after(from, "generation 2 serves");
-    service.keeps(old);
+    service.assert_keeps(old);
     folder.raise("socket.go");
     assert_eq!(client.join().expect("an answer").generation, Some(1));
     service.stop();

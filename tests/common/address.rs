@@ -5,22 +5,22 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::netns;
 
-/// A network namespace of its own for this test's thread and everything that it starts from now on,
-/// so that no port can be taken and fixed ports disturb nobody.
+/// Moves this thread, and all that it starts from now on, into a new network namespace: every port is free
+/// there.
 #[track_caller]
 pub fn own_network() {
-    netns::enter().expect("a network namespace of its own: the tests need root (CAP_SYS_ADMIN)");
+    netns::enter().expect("no network namespace: the tests need root (CAP_SYS_ADMIN)");
 }
 
-/// The network of a process for this test's thread and everything that it starts from now on.
+/// Moves this thread, and all that it starts from now on, into the network namespace of a process.
 #[track_caller]
 pub fn join_network(pid: u32) {
     netns::join(pid).expect("the network namespace of another process");
 }
 
-/// A port that nothing on IPv4 or IPv6 has. It is not an ephemeral one, so no client gets it either.
+/// A port that is free on IPv4 and IPv6. It is no ephemeral port, so that no client gets it either.
 pub fn free_port() -> u16 {
-    // Where namespaces can be had nobody else is near; without them the search below must do.
+    // In a namespace of its own every port is free. Without one, the search below has to do.
     let _ = netns::enter();
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let start = std::process::id() as usize * 97;

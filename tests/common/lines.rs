@@ -12,7 +12,7 @@ pub struct Line {
     pub at: Instant,
 }
 
-/// The lines of a stream, as they come.
+/// The lines of a stream, collected as they come.
 #[derive(Clone, Default)]
 pub struct Lines {
     state: Arc<(Mutex<Vec<Line>>, Condvar)>,
@@ -40,7 +40,7 @@ impl Lines {
         self.state.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many there are: a position to wait from.
+    /// How many there are, to wait for later ones.
     pub fn count(&self) -> usize {
         self.lock().len()
     }
@@ -49,7 +49,7 @@ impl Lines {
         self.lock().clone()
     }
 
-    /// The first line from position `from` on that contains `part`.
+    /// The first line, from number `from` on, that contains `part`.
     pub fn find(&self, from: usize, part: &str) -> Option<Line> {
         self.lock().iter().skip(from).find(|line| line.text.contains(part)).cloned()
     }
@@ -64,7 +64,7 @@ impl Lines {
         texts.join("\n")
     }
 
-    /// Waits for a line from position `from` on that satisfies `wanted`.
+    /// Waits for a line, from number `from` on, that is `wanted`.
     pub fn wait_for(&self, from: usize, deadline: Duration, wanted: impl Fn(&str) -> bool) -> Option<Line> {
         let end = Instant::now() + deadline;
         let mut next = from;

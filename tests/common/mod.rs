@@ -1,9 +1,13 @@
-//! What the tests, the tools and the bench share, in a file for each kind of thing.
-// Each test file is a crate of its own and uses a part of it.
+//! What the tests, the tools and the bench share: a file for each noun.
+//!
+//! `service` is `reuse-run` under test, `program` what it runs, `load` and `client` are its clients, `command`
+//! its commands; `process` reads /proc, `lines` collects output, `wait` waits for a condition.
+// Each test is a crate of its own that uses only some of this.
 #![allow(dead_code, unused_imports)]
 
 mod address;
 mod client;
+mod command;
 mod folder;
 mod lines;
 pub mod load;
@@ -11,13 +15,16 @@ mod netns;
 mod process;
 mod program;
 mod service;
+mod user;
 mod wait;
 
 pub use address::*;
 pub use client::*;
+pub use command::*;
 pub use folder::*;
 pub use lines::*;
 pub use process::*;
 pub use program::*;
 pub use service::*;
+pub use user::*;
 pub use wait::*;

@@ -1,4 +1,4 @@
-//! A network of one's own: a namespace in which every port is free.
+//! Network namespaces.
 #![allow(dead_code, unsafe_code)]
 
 use std::cell::Cell;
@@ -9,8 +9,8 @@ use std::os::fd::AsRawFd;
 
 use nix::sched::{CloneFlags, setns, unshare};
 
-/// Moves this thread, and whatever it will start, into a new network namespace with its loopback up.
-/// Once for a thread: a second call changes nothing. Needs root (CAP_SYS_ADMIN).
+/// Moves this thread, and all that it starts from now on, into a new network namespace whose loopback is up. A
+/// second call in the same thread does nothing. Needs root (CAP_SYS_ADMIN).
 pub fn enter() -> io::Result<()> {
     thread_local! {
         static ENTERED: Cell<bool> = const { Cell::new(false) };
@@ -24,7 +24,7 @@ pub fn enter() -> io::Result<()> {
     Ok(())
 }
 
-/// Moves this thread, and whatever it will start, into the network namespace of a process.
+/// Moves this thread, and all that it starts from now on, into the network namespace of a process.
 pub fn join(pid: u32) -> io::Result<()> {
     Ok(setns(File::open(format!("/proc/{pid}/ns/net"))?, CloneFlags::CLONE_NEWNET)?)
 }
@@ -32,7 +32,7 @@ pub fn join(pid: u32) -> io::Result<()> {
 /// See netdevice(7).
 fn bring_loopback_up() -> io::Result<()> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-    // SAFETY: ifreq is plain data, for which all zeroes is a value.
+    // SAFETY: ifreq is plain data, for which all zeroes are a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     request.ifr_name[0] = b'l' as libc::c_char;
     request.ifr_name[1] = b'o' as libc::c_char;

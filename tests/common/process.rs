@@ -17,7 +17,7 @@ pub fn pids() -> BTreeSet<u32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// A line of /proc/PID/stat.
+/// Fields of /proc/PID/stat.
 pub struct Process {
     pub state: char,
     pub group: u32,
@@ -26,14 +26,14 @@ pub struct Process {
 impl Process {
     pub fn read(pid: u32) -> Option<Process> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // After the name, which may contain anything: state, parent, group.
+        // After the name, which may contain any character: state, parent, group.
         let mut fields = stat[stat.rfind(')')? + 1..].split_whitespace();
         let state = fields.next()?.chars().next()?;
         Some(Process { state, group: fields.nth(1)?.parse().ok()? })
     }
 }
 
-/// The processor time that a process has used, in ticks of a hundredth of a second.
+/// The CPU time of a process, user and system, in hundredths of a second.
 #[track_caller]
 pub fn ticks(pid: u32) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the stat of a process");
@@ -41,7 +41,7 @@ pub fn ticks(pid: u32) -> u64 {
     fields.skip(11).take(2).map(|field| field.parse::<u64>().expect("a number")).sum()
 }
 
-/// How often a process has slept and been woken.
+/// How often a process has gone to sleep.
 #[track_caller]
 pub fn wake_ups(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the status of a process");

@@ -4,21 +4,46 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
 
-/// The binary under test, with the log level that it has by default.
+/// `reuse-run`, with its default log level.
 pub fn reuse_run() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_reuse-run"));
     command.env_remove("RUST_LOG");
     command
 }
 
-/// `OPTIONS -- COMMAND` as arguments, the options of REUSE_RUN_TEST_OPTIONS before them.
+/// `OPTIONS -- COMMAND` as arguments, after the options in REUSE_RUN_TEST_OPTIONS.
 pub fn arguments<S: AsRef<str>>(options: &str, command: &[S]) -> Vec<String> {
     let always = std::env::var("REUSE_RUN_TEST_OPTIONS").unwrap_or_default();
     let options = always.split_whitespace().chain(options.split_whitespace());
     options.chain(["--"]).chain(command.iter().map(AsRef::as_ref)).map(str::to_owned).collect()
 }
 
-/// The path of an example of this package, built beside the running test.
+/// `reuse-run OPTIONS -- COMMAND`.
+pub fn reuse_run_with<S: AsRef<str>>(options: &str, command: &[S]) -> Command {
+    let mut reuse_run = reuse_run();
+    reuse_run.args(arguments(options, command));
+    reuse_run
+}
+
+/// `PREFIX reuse-run OPTIONS -- COMMAND`: another program that becomes reuse-run or starts it.
+pub fn behind<S: AsRef<str>>(prefix: &[&str], options: &str, command: &[S]) -> Command {
+    let mut starter = Command::new(prefix[0]);
+    starter.args(&prefix[1..]).arg(reuse_run().get_program()).args(arguments(options, command));
+    starter.env_remove("RUST_LOG");
+    starter
+}
+
+/// `reuse-run OPTIONS -- COMMAND` started by a shell script that ends with `exec "$0" "$@"`.
+pub fn behind_shell<S: AsRef<str>>(text: &str, options: &str, command: &[S]) -> Command {
+    behind(&["sh", "-c", text], options, command)
+}
+
+/// `reuse-run OPTIONS -- COMMAND` with redirections as in a shell.
+pub fn redirected<S: AsRef<str>>(redirections: &str, options: &str, command: &[S]) -> Command {
+    behind_shell(&format!(r#"exec "$0" "$@" {redirections}"#), options, command)
+}
+
+/// The path of an example of this package. Cargo builds examples into the same folder as tests.
 pub fn example(name: &str) -> String {
     let test = std::env::current_exe().expect("the path of the test");
     let built = test.parent().and_then(|deps| deps.parent()).expect("target/PROFILE/deps/TEST");
@@ -27,7 +52,7 @@ pub fn example(name: &str) -> String {
     path.into_os_string().into_string().expect("a path in UTF-8")
 }
 
-/// The naive test server.
+/// The path of the test server.
 pub fn server() -> String {
     example("server")
 }
@@ -50,12 +75,39 @@ pub fn node_app(name: &str) -> String {
     app(name)
 }
 
-/// The naive server as a command.
+/// The test server as a command.
 pub fn naive(addr: SocketAddr) -> Vec<String> {
-    vec![server(), "--listen".to_owned(), addr.to_string()]
+    naive_with(addr, &[])
 }
 
-/// A Python program in a few lines, as a command.
-pub fn inline(program: &str, rest: &[&str]) -> Vec<String> {
-    ["python3", "-c", program].iter().chain(rest).map(|word| (*word).to_owned()).collect()
+/// The test server with more options.
+pub fn naive_with(addr: SocketAddr, more: &[&str]) -> Vec<String> {
+    words(&[&[&server(), "--listen", &addr.to_string()], more].concat())
+}
+
+/// A shell script as a command: `$0` is the test server, `$1` the address to listen on.
+pub fn script(text: &str, addr: SocketAddr) -> Vec<String> {
+    words(&["sh", "-c", text, &server(), &addr.to_string()])
+}
+
+/// An app in Python as a command.
+pub fn python(name: &str, more: &[&str]) -> Vec<String> {
+    words(&[&["python3", &app(&format!("python/{name}"))], more].concat())
+}
+
+/// The text of a Python program as a command.
+pub fn inline(program: &str, more: &[&str]) -> Vec<String> {
+    words(&[&["python3", "-c", program], more].concat())
+}
+
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_owned()).collect()
+}
+
+/// The folder of the packages in tests/apps/python/requirements.txt, one of which is `package`.
+pub fn python_packages(package: &str) -> PathBuf {
+    let packages = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/python");
+    let exists = packages.join(package).exists();
+    assert!(exists, "{package} is missing in {}: run scripts/test", packages.display());
+    packages
 }

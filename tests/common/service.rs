@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::path::PathBuf;
+use std::net::SocketAddr;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
@@ -11,15 +11,17 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::address::free_address;
+use super::folder::Folder;
 use super::lines::{Line, Lines};
 use super::process::{Process, children, pids};
-use super::program::{app, arguments, reuse_run};
+use super::program::{app, python_packages, reuse_run, reuse_run_with};
 use super::wait::{DEADLINE, POLL, holds_for, wait_until};
 
-/// The environment variable by which a service's processes are known, wherever they went.
+/// The environment variable by which all processes of a service are found, whatever their parent.
 pub const MARK: &str = "REUSE_RUN_TEST_MARK";
 
-/// A running `reuse-run` and all that it started.
+/// A running `reuse-run`. Dropping it kills every process that it or its workers have started.
 pub struct Service {
     child: Child,
     status: Option<ExitStatus>,
@@ -45,15 +47,38 @@ impl Service {
 
     /// `reuse-run OPTIONS -- COMMAND`, options separated by spaces.
     pub fn run<S: AsRef<str>>(options: &str, command: &[S]) -> Service {
-        Service::start(arguments(options, command))
+        Service::spawn(reuse_run_with(options, command))
     }
 
-    /// Like [`Service::run`], and waits until the first generation is ready.
+    /// `reuse-run OPTIONS -- COMMAND` whose first generation is ready.
     #[track_caller]
     pub fn run_ready<S: AsRef<str>>(options: &str, command: &[S]) -> Service {
-        let service = Service::run(options, command);
-        service.wait_for_line("generation 1 is ready");
+        Service::spawn_ready(reuse_run_with(options, command))
+    }
+
+    /// A command that is or becomes `reuse-run` and whose first generation is ready.
+    #[track_caller]
+    pub fn spawn_ready(command: Command) -> Service {
+        let service = Service::spawn(command);
+        service.wait_until_ready();
         service
+    }
+
+    /// `reuse-run OPTIONS -- COMMAND` at a free address, whose first generation is ready. COMMAND is
+    /// [`Folder::server`] with `more` options.
+    #[track_caller]
+    pub fn with_flags(options: &str, more: &[&str]) -> (SocketAddr, Folder, Service) {
+        let (addr, folder) = (free_address(), Folder::new());
+        let service = Service::run_ready(options, &folder.server(addr, more));
+        (addr, folder, service)
+    }
+
+    /// Waits until the first generation is ready. Panics at once when reuse-run gives up.
+    #[track_caller]
+    pub fn wait_until_ready(&self) {
+        let over = |line: &str| line.contains("generation 1 is ready") || line.contains("giving up");
+        let line = self.wait_for_line_where(0, "says how the start went", over);
+        assert!(line.text.contains("generation 1 is ready"), "{}", self.log.text());
     }
 
     /// A command that is or becomes `reuse-run`.
@@ -80,7 +105,7 @@ impl Service {
         self.wait_for_line_after(0, part)
     }
 
-    /// Waits for a line of the log from position `from` on.
+    /// Waits for a line of the log, from number `from` on.
     #[track_caller]
     pub fn wait_for_line_after(&self, from: usize, part: &str) -> Line {
         match self.log.wait_for(from, DEADLINE, |line| line.contains(part)) {
@@ -89,7 +114,7 @@ impl Service {
         }
     }
 
-    /// Waits for a line of the log from position `from` on that satisfies `wanted`.
+    /// Waits for a line of the log, from number `from` on, that is `wanted`.
     #[track_caller]
     pub fn wait_for_line_where(&self, from: usize, what: &str, wanted: impl Fn(&str) -> bool) -> Line {
         match self.log.wait_for(from, DEADLINE, wanted) {
@@ -129,7 +154,7 @@ impl Service {
         }
     }
 
-    /// Reloads, which must fail and be given up; returns the log of it.
+    /// Reloads and asserts that the reload is abandoned. Returns what was logged meanwhile.
     #[track_caller]
     pub fn failing_reload(&self) -> String {
         let from = self.log.count();
@@ -153,8 +178,8 @@ impl Service {
         }
     }
 
-    /// Waits until reuse-run has exited, nobody holds its stdout and stderr any more, and every line
-    /// is read; returns its status.
+    /// Waits until reuse-run has exited and every line of stdout and stderr has been read (nobody holds them open any
+    /// more). Returns its status.
     #[track_caller]
     pub fn wait_end(&mut self) -> ExitStatus {
         let status = self.wait_exit();
@@ -164,7 +189,7 @@ impl Service {
         status
     }
 
-    /// Stops reuse-run by SIGTERM, which must end in order and leave nothing; every line is read then.
+    /// Stops reuse-run by SIGTERM. Asserts status 0 and that no process is left. Every line has been read then.
     #[track_caller]
     pub fn stop(&mut self) {
         self.signal(Signal::SIGTERM);
@@ -185,13 +210,13 @@ impl Service {
         children(self.pid())
     }
 
-    /// The children of reuse-run that are dead and not reaped.
+    /// The children of reuse-run that are dead and not reaped yet.
     pub fn zombies(&self) -> Vec<u32> {
         let state = |pid: &u32| Process::read(*pid).map(|process| process.state);
         self.workers().into_iter().filter(|pid| state(pid) == Some('Z')).collect()
     }
 
-    /// Every living process that reuse-run or its workers started, wherever it is now.
+    /// Every living process that reuse-run or its workers have started, whatever its parent is now.
     pub fn descendants(&self) -> Vec<u32> {
         let mark = format!("{MARK}={}", self.mark);
         let is_ours = |pid: &u32| {
@@ -201,11 +226,10 @@ impl Service {
         pids().into_iter().filter(|pid| *pid != self.pid()).filter(is_ours).collect()
     }
 
-    /// Whether a process is a worker that lives on for half a second, after a reload say, which takes less
-    /// than that to stop one that has nothing to do.
+    /// Asserts that a worker lives for another half second. A reload takes less to stop an idle worker.
     #[track_caller]
-    pub fn keeps(&self, worker: u32) {
-        holds_for("the old worker lives", Duration::from_millis(500), || self.workers().contains(&worker));
+    pub fn assert_keeps(&self, worker: u32) {
+        holds_for("the worker lives", Duration::from_millis(500), || self.workers().contains(&worker));
     }
 
     /// How many file descriptors reuse-run has open.
@@ -213,7 +237,7 @@ impl Service {
         fs::read_dir(format!("/proc/{}/fd", self.pid())).map_or(0, Iterator::count)
     }
 
-    /// The resident memory of reuse-run that is its own (no mapped file), in KiB.
+    /// The resident memory of reuse-run without mapped files, in KiB.
     pub fn memory_kib(&self) -> u64 {
         let status =
             fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the status of reuse-run");
@@ -231,7 +255,7 @@ impl Drop for Service {
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
-        // A process can start another between the look and the blow; look until nobody is left.
+        // A process may start another before it is killed, hence the loop.
         let end = Instant::now() + Duration::from_secs(10);
         loop {
             let left = self.descendants();
@@ -246,19 +270,11 @@ impl Drop for Service {
     }
 }
 
-/// `python3 -m MODULE` with the packages of tests/apps/python/requirements.txt, in the apps' folder.
+/// `reuse-run OPTIONS -- python3 -m MODULE` with the packages of tests/apps/python/requirements.txt, in the folder of the
+/// Python apps.
 #[track_caller]
 pub fn packaged(options: &str, module: &str, rest: &[&str]) -> Service {
-    let packages = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/python");
-    assert!(
-        packages.join(module).exists(),
-        "{module} is missing in {}: run scripts/test",
-        packages.display()
-    );
-    let worker = ["python3", "-m", module].into_iter().chain(rest.iter().copied()).collect::<Vec<_>>();
-    let mut command = reuse_run();
-    command.args(arguments(options, &worker)).env("PYTHONPATH", packages).current_dir(app("python"));
-    let service = Service::spawn(command);
-    service.wait_for_line("generation 1 is ready");
-    service
+    let mut command = reuse_run_with(options, &[&["python3", "-m", module], rest].concat());
+    command.env("PYTHONPATH", python_packages(module)).current_dir(app("python"));
+    Service::spawn_ready(command)
 }

@@ -4,11 +4,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// For whatever must happen at all. Much more than it takes, as the machine may be busy.
+/// How long to wait for something that must happen. Far longer than it takes, because the machine may be busy.
 pub const DEADLINE: Duration = Duration::from_secs(120);
 pub const POLL: Duration = Duration::from_millis(5);
 
-/// Waits until `condition` holds; panics with `what` when it doesn't in time.
+/// Waits until `condition` holds. Panics with `what` after the deadline.
 #[track_caller]
 pub fn wait_until(what: &str, deadline: Duration, mut condition: impl FnMut() -> bool) {
     let end = Instant::now() + deadline;
@@ -18,8 +18,8 @@ pub fn wait_until(what: &str, deadline: Duration, mut condition: impl FnMut() ->
     }
 }
 
-/// Watches that `condition` holds for as long as `period`; panics with `what` at once when it doesn't.
-/// Only for what can't be shown by a later event.
+/// Checks that `condition` holds for all of `period`; panics with `what` as soon as it doesn't. Only for what no
+/// later event can show.
 #[track_caller]
 pub fn holds_for(what: &str, period: Duration, mut condition: impl FnMut() -> bool) {
     let end = Instant::now() + period;
@@ -29,7 +29,7 @@ pub fn holds_for(what: &str, period: Duration, mut condition: impl FnMut() -> bo
     }
 }
 
-/// The turn of a test that keeps every processor busy; the next one starts when it is dropped.
+/// Locks out other tests that keep every processor busy, until the result is dropped.
 pub fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)

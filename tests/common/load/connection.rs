@@ -11,19 +11,19 @@ use socket2::{SockAddr, Socket, Type};
 use super::http::{Parsed, parse};
 use super::report::{Answer, Failure, Kind, Origin};
 
-/// How long a client waits for the server to close a connection after a complete last answer. The
-/// answer counts already; the client waits only to leave the TIME_WAIT to the server.
+/// How long a client waits until the server closes a connection after the last answer, which has been counted
+/// already. Whoever closes first has the TIME_WAIT, and that is to be the server.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A connection and what is known of it.
+/// A connection and its state.
 pub struct Connection {
-    /// Or a Unix stream, which reads and writes alike.
+    /// Or a Unix stream, on which read and write are the same calls.
     stream: TcpStream,
     connect_start: Instant,
     connected: Instant,
-    /// The server closes it, or said that it will.
+    /// No request may follow: the server closes the connection, or has said so.
     pub last: bool,
-    /// The server has closed it.
+    /// The server has closed the connection.
     ended: bool,
 }
 
@@ -33,13 +33,13 @@ impl Connection {
         let connect = || -> io::Result<TcpStream> {
             let socket = Socket::new(addr.domain(), Type::STREAM.cloexec(), None)?;
             if addr.is_unix() {
-                // Non-blocking it would fail at once when the accept queue is full.
+                // A non-blocking connect(2) would fail at once when the accept queue is full.
                 socket.set_write_timeout(Some(left(deadline)))?;
                 socket.connect(addr)?;
                 return Ok(socket.into());
             }
             if addr.as_socket_ipv4().is_some_and(|addr| *addr.ip() == Ipv4Addr::LOCALHOST) {
-                // Without it `bind` takes a port, which then serves one destination only.
+                // Without this option bind(2) takes a port, which could then be used for one destination only.
                 setsockopt(&socket, IpBindAddressNoPort, &true)?;
                 socket.bind(&SocketAddr::from((source, 0)).into())?;
             }
@@ -51,29 +51,21 @@ impl Connection {
             Ok(stream) => {
                 Ok(Connection { stream, connect_start, connected: Instant::now(), last: false, ended: false })
             }
-            Err(error) => {
-                let kind = match error.kind() {
-                    io::ErrorKind::ConnectionRefused => Kind::Refused,
-                    io::ErrorKind::ConnectionReset => Kind::Reset,
-                    io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Kind::TimeOut,
-                    _ => Kind::Other,
-                };
-                Err(failure(kind, format!("connect to {}: {error}", name(addr))))
-            }
+            Err(error) => Err(failure(kind_of(&error), format!("connect to {}: {error}", name(addr)))),
         }
     }
 
     /// Whether the server has left this idle connection open.
-    pub fn stands(&self) -> bool {
+    pub fn is_open(&self) -> bool {
         if self.stream.set_nonblocking(true).is_err() {
             return false;
         }
-        // Bytes that nobody asked for are left for the request to stumble over.
-        let stands = match self.stream.peek(&mut [0]) {
+        // Unexpected bytes are left there, so that the next request fails.
+        let is_open = match self.stream.peek(&mut [0]) {
             Ok(count) => count > 0,
             Err(error) => error.kind() == io::ErrorKind::WouldBlock,
         };
-        stands && self.stream.set_nonblocking(false).is_ok()
+        is_open && self.stream.set_nonblocking(false).is_ok()
     }
 
     pub fn request(
@@ -88,12 +80,7 @@ impl Connection {
         let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: {connection}\r\n\r\n");
         self.last = close;
         if let Err(error) = self.write(request.as_bytes(), deadline) {
-            let kind = match error.kind() {
-                io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => Kind::Reset,
-                io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Kind::TimeOut,
-                _ => Kind::Other,
-            };
-            return Err(failure(kind, format!("write the request: {error}")));
+            return Err(failure(kind_of(&error), format!("write the request: {error}")));
         }
 
         let mut bytes = Vec::with_capacity(512);
@@ -123,8 +110,7 @@ impl Connection {
         self.stream.write_all(bytes)
     }
 
-    /// Appends what comes next; an end of file before the answer is complete is noted if an answer
-    /// could end so and a failure otherwise.
+    /// Reads more bytes. The first end of file is only noted, as it may be the end of an answer; the second is a failure.
     fn read_more(&mut self, bytes: &mut Vec<u8>, deadline: Instant) -> Result<(), Failure> {
         let got = bytes.len();
         if self.ended {
@@ -141,11 +127,9 @@ impl Connection {
             Ok(count) => bytes.extend_from_slice(&chunk[..count]),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => {
-                let kind = match error.kind() {
-                    io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Kind::TimeOut,
-                    io::ErrorKind::ConnectionReset if got > 0 => Kind::Truncated,
-                    io::ErrorKind::ConnectionReset => Kind::Reset,
-                    _ => Kind::Other,
+                let kind = match kind_of(&error) {
+                    Kind::Reset if got > 0 => Kind::Truncated,
+                    kind => kind,
                 };
                 return Err(failure(kind, format!("read after {got} bytes of the answer: {error}")));
             }
@@ -153,7 +137,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Lets the server close first after the last answer, which is counted already.
+    /// Waits until the server closes the connection, see [`CLOSE_TIMEOUT`].
     pub fn finish(mut self) {
         let deadline = Instant::now() + CLOSE_TIMEOUT;
         let mut rest = [0; 1024];
@@ -165,11 +149,20 @@ impl Connection {
     }
 }
 
+fn kind_of(error: &io::Error) -> Kind {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => Kind::Refused,
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => Kind::Reset,
+        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Kind::TimeOut,
+        _ => Kind::Other,
+    }
+}
+
 fn failure(kind: Kind, detail: String) -> Failure {
     Failure { kind, on_reused_connection: false, id: None, at: Instant::now(), detail }
 }
 
-/// The time left, never the zero that would mean "no time-out".
+/// The time until the deadline, but never zero, which would mean "no time-out".
 fn left(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }

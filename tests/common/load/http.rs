@@ -2,14 +2,14 @@
 
 use std::collections::HashSet;
 
-/// What the bytes of an answer amount to so far.
+/// The state of an answer of which some bytes have come.
 pub enum Parsed {
     NeedsMore,
     Complete { body: Vec<u8>, keeps_open: bool },
     Wrong(String),
 }
 
-/// Reads an answer; `ended` says that no byte will follow.
+/// Parses an answer. `ended` means that no byte will follow.
 pub fn parse(bytes: &[u8], ended: bool) -> Parsed {
     let Some(head_length) = find(bytes, b"\r\n\r\n") else {
         let plausible = bytes.len() < 64 * 1024 && b"HTTP/1.".starts_with(&bytes[..bytes.len().min(7)]);
@@ -75,7 +75,7 @@ fn parse_chunks(mut rest: &[u8], keeps_open: bool) -> Parsed {
         };
         rest = &rest[line_length + 2..];
         if size == 0 {
-            // Trailers are allowed; the empty line after them ends the answer.
+            // Trailers may follow. An empty line ends the answer.
             loop {
                 let Some(length) = find(rest, b"\r\n") else { return Parsed::NeedsMore };
                 rest = &rest[length + 2..];

@@ -1,7 +1,5 @@
-//! The strict HTTP/1.1 load client: every request must get a complete, correct answer, and whatever
-//! else happens to it is counted by its kind. Nothing is retried and nothing is tolerated.
-//!
-//! Used as a module by the tests and by the demo; it needs nothing but std, socket2 and nix.
+//! A strict HTTP/1.1 load client. Each request needs a complete and correct answer; anything else is a failure,
+//! counted by its kind. The client never retries.
 #![allow(dead_code, unused_imports)]
 
 mod connection;
@@ -19,7 +17,7 @@ use socket2::SockAddr;
 use connection::Connection;
 pub use report::{Answer, Failure, Kind, Origin, Record, Report, Snapshot, number};
 
-/// How many failures a client keeps with all their details; all of them are counted.
+/// How many failures a client keeps with their details. All are counted.
 const MAX_FAILURES_KEPT: usize = 1000;
 
 /// How a client uses its connections.
@@ -27,8 +25,7 @@ const MAX_FAILURES_KEPT: usize = 1000;
 pub enum Mode {
     /// A new connection for each request, with `Connection: close`, see [`LoadOptions::pause`].
     NewConnection,
-    /// Requests one after the other on one connection, with a pause between an answer and the next
-    /// request. `think` zero is full speed.
+    /// All requests on one connection, with a pause of `think` between an answer and the next request.
     KeepAlive { think: Duration },
 }
 
@@ -40,18 +37,18 @@ pub struct LoadOptions {
     /// Concurrent clients, a thread each.
     pub clients: usize,
     pub mode: Mode,
-    /// The request's target. Each `{id}` in it becomes an id of its own for every request, and the
-    /// answer must then bear `work=<id>`.
+    /// The request's target. `{id}` in it is replaced by the request's id, and the answer must then contain
+    /// `work=<id>`.
     pub path: String,
-    /// The whole time a request may take, its connection included.
+    /// How long a request may take, with its connection.
     pub timeout: Duration,
     /// Requests a second of all clients together; `None` is full speed.
     pub rate: Option<f64>,
     /// How long a client of new connections waits between an answer and its next request.
     pub pause: Duration,
-    /// So much later than the client before it each begins.
+    /// How much later than the client before it each client begins.
     pub stagger: Duration,
-    /// Keep start, end and generation of every answer, for [`Report::stale`].
+    /// Whether to keep start, end and generation of every answer, for [`Report::stale`].
     pub record: bool,
 }
 
@@ -100,7 +97,7 @@ impl LoadOptions {
     }
 }
 
-/// What one client has seen so far. Each client has its own, so nobody waits for its lock.
+/// What one client has seen so far. Each client has its own, so that none waits for another's lock.
 #[derive(Default)]
 struct Tally {
     counts: Snapshot,
@@ -109,7 +106,7 @@ struct Tally {
     records: Vec<Record>,
 }
 
-/// A load that runs. Dropping it tells the clients to end without waiting for them.
+/// A running load. Dropping it tells the clients to end, without waiting for them.
 pub struct Load {
     started: Instant,
     stop: Arc<AtomicBool>,
@@ -147,6 +144,10 @@ impl Load {
         load
     }
 
+    pub fn clients(&self) -> usize {
+        self.clients.len()
+    }
+
     /// The counters now.
     pub fn snapshot(&self) -> Snapshot {
         let mut sum = Snapshot::default();
@@ -156,7 +157,7 @@ impl Load {
         sum
     }
 
-    /// Lets every request that is under way come to its end, then reports.
+    /// Waits until every request that has begun has ended, then reports.
     pub fn stop(mut self) -> Report {
         self.stop.store(true, Ordering::Relaxed);
         for client in &self.clients {
@@ -199,15 +200,15 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A loopback address of its own for each client, so that full speed with a new connection a request
-/// does not run out of ephemeral ports.
+/// A loopback address for a client. Each has its own, so that a new connection for each request at full speed
+/// doesn't use up the ephemeral ports.
 fn next_source() -> Ipv4Addr {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let n = NEXT.fetch_add(1, Ordering::Relaxed);
     Ipv4Addr::new(127, 0, 1 + (n / 250 % 250) as u8, 1 + (n % 250) as u8)
 }
 
-/// One request on a connection of its own.
+/// Sends one request on a new connection.
 pub fn get(addr: impl Into<SockAddr>, path: &str, timeout: Duration) -> Result<Answer, Failure> {
     let deadline = Instant::now() + timeout;
     let mut connection = Connection::open(&addr.into(), next_source(), deadline)?;
@@ -239,7 +240,7 @@ impl Client {
             }
             if let Some(interval) = interval {
                 self.pause_until(next_start);
-                // A client that fell behind goes on from now, it does not catch up in a burst.
+                // A client that is late continues from now; it doesn't catch up in a burst.
                 next_start = (next_start + interval).max(Instant::now());
                 if self.stopped() {
                     break;
@@ -256,8 +257,8 @@ impl Client {
         }
     }
 
-    /// Sends request `n`, on `idle` if that still stands, and counts what becomes of it. Returns the
-    /// connection if it can carry another.
+    /// Sends request `n`, on `idle` if the server has left that open, and counts its outcome. Returns the connection
+    /// if another request can follow on it.
     fn one_request(&self, n: u64, idle: Option<Connection>) -> Option<Connection> {
         let id = self.options.path.contains("{id}").then(|| format!("c{}-{n}", self.index));
         let path = match &id {
@@ -269,11 +270,11 @@ impl Client {
         let deadline = begin + self.options.timeout;
 
         let idle = idle.filter(|connection| {
-            let stands = connection.stands();
-            if !stands {
+            let is_open = connection.is_open();
+            if !is_open {
                 lock(&self.tally).counts.closed_while_idle += 1;
             }
-            stands
+            is_open
         });
         let reused = idle.is_some();
         let connection = match idle {
@@ -339,7 +340,7 @@ impl Client {
             tally.failures.push(failure);
         }
         drop(tally);
-        // A server that refuses answers at once; without this a client would do nothing but count.
+        // A refusal comes at once. Without this pause a client would use a whole CPU to count them.
         self.pause_until(Instant::now() + Duration::from_millis(5));
     }
 

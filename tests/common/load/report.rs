@@ -14,15 +14,15 @@ pub enum Kind {
     Refused,
     /// The connection was reset before a byte of the answer came.
     Reset,
-    /// The connection was closed in order before a byte of the answer came.
+    /// The connection was closed without an error before a byte of the answer came.
     EndOfFile,
-    /// Some bytes of the answer came, then the connection ended in whatever way.
+    /// The connection ended in the middle of the answer, with or without an error.
     Truncated,
     /// The answer was not complete within the time-out.
     TimeOut,
-    /// A complete answer that is wrong: not HTTP, not 200, too long, or another request's.
+    /// The answer is complete and wrong: not HTTP, not 200, too long, or to another request.
     BadResponse,
-    /// Anything else, the client's own troubles included.
+    /// Anything else, errors of the client included.
     Other,
 }
 
@@ -44,17 +44,17 @@ impl fmt::Display for Kind {
 #[derive(Clone, Debug)]
 pub struct Failure {
     pub kind: Kind,
-    /// It was written to a connection which had carried an answer before.
+    /// The connection had carried an answer before.
     pub on_reused_connection: bool,
     /// The request's id, when its path has one.
     pub id: Option<String>,
     /// When it failed.
     pub at: Instant,
-    /// What exactly went wrong.
+    /// The error.
     pub detail: String,
 }
 
-/// What an answer's body says about who gave it.
+/// Which worker has answered, by the body of the answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Origin {
     pub generation: Option<u32>,
@@ -63,8 +63,7 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// Reads `generation=<n>`, `slot=<n>` and `pid=<n>`, or the `process <pid>` of an app that only
-    /// says hello.
+    /// Reads `generation=<n>`, `slot=<n>` and `pid=<n>`, or `process <pid>`.
     pub fn of(body: &str) -> Origin {
         Origin {
             generation: number(body, "generation="),
@@ -87,38 +86,38 @@ pub fn number(body: &str, label: &str) -> Option<u32> {
 pub struct Answer {
     pub body: String,
     pub origin: Origin,
-    /// Just before the connection was asked for.
+    /// Just before connect(2).
     pub connect_start: Instant,
-    /// When the connection was there.
+    /// When the connection was established.
     pub connected: Instant,
-    /// When the last byte of the answer was there.
+    /// When the last byte of the answer had come.
     pub end: Instant,
 }
 
-/// When an answer came and from which generation.
+/// When a request was answered, and by which generation.
 #[derive(Clone, Copy, Debug)]
 pub struct Record {
-    /// Just before the request, or the connection if it needed one, was begun.
+    /// Just before the request, or before its connection if it needed a new one.
     pub begin: Instant,
     pub connect_start: Instant,
     pub end: Instant,
-    /// 0 if the answer doesn't say.
+    /// 0 if the answer doesn't tell.
     pub generation: u32,
 }
 
 /// The counters at some moment.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
-    /// Requests that ended, one way or the other.
+    /// Requests that have been answered or have failed.
     pub requests: u64,
     pub answered: u64,
     pub failed: u64,
-    /// Connections that were asked for.
+    /// Connections that the clients have tried to open.
     pub connections: u64,
-    /// Idle connections that the server closed before the client wrote again: no failure.
+    /// Idle connections that the server closed before the client wrote again. That is no failure.
     pub closed_while_idle: u64,
     pub failures: BTreeMap<Kind, u64>,
-    /// The part of `failures` on connections that had carried an answer before.
+    /// Those of `failures` on connections that had carried an answer before.
     pub failures_on_reused: BTreeMap<Kind, u64>,
     pub generations: BTreeMap<u32, u64>,
     pub slots: BTreeMap<u32, u64>,
@@ -157,9 +156,9 @@ pub struct Report {
     /// From the start of the load to the end of its last request.
     pub elapsed: Duration,
     pub started: Instant,
-    /// In order of time, at most a thousand a client.
+    /// In order of time, at most a thousand of each client.
     pub failures: Vec<Failure>,
-    /// Of every answered request, the connection included, shortest first.
+    /// Of every answered request, with its connection, shortest first.
     pub latencies: Vec<Duration>,
     /// In order of their ends; empty unless asked for.
     pub records: Vec<Record>,
@@ -170,7 +169,7 @@ impl Report {
         self.counts.count(kind)
     }
 
-    /// The latency that `percent` of the answered requests didn't exceed.
+    /// A latency that `percent` of the answered requests didn't exceed.
     pub fn percentile(&self, percent: f64) -> Duration {
         let last = self.latencies.len().saturating_sub(1);
         let index = (last as f64 * percent / 100.0).round() as usize;
@@ -185,8 +184,8 @@ impl Report {
         self.counts.requests as f64 / self.elapsed.as_secs_f64().max(0.001)
     }
 
-    /// The answers of generation k on connections that were asked for after the first answer of a
-    /// later generation had come. Empty when each switch was atomic.
+    /// Answers of an old generation on connections that were opened after a newer generation had answered. There are
+    /// none when each switch was atomic.
     pub fn stale(&self) -> Vec<Record> {
         let mut first_answers: BTreeMap<u32, Instant> = BTreeMap::new();
         for record in &self.records {
@@ -200,24 +199,38 @@ impl Report {
         self.records.iter().filter(is_stale).copied().collect()
     }
 
-    /// Panics if a connection saw an older generation after a newer one had answered.
+    /// Panics unless each switch was atomic and all generations up to `newest` have answered.
+    #[track_caller]
+    pub fn assert_switched_atomically(&self, newest: u32) {
+        self.assert_nothing_stale();
+        self.assert_generations(1..=newest);
+    }
+
+    /// Panics unless exactly these generations have answered.
+    #[track_caller]
+    pub fn assert_generations(&self, expected: impl IntoIterator<Item = u32>) {
+        let generations: Vec<u32> = self.counts.generations.keys().copied().collect();
+        assert_eq!(generations, expected.into_iter().collect::<Vec<_>>(), "{self}");
+    }
+
+    /// Panics if there are [stale](Report::stale) answers.
     #[track_caller]
     pub fn assert_nothing_stale(&self) {
         let stale = self.stale();
         let generations: HashSet<u32> = stale.iter().map(|record| record.generation).collect();
         assert!(
             stale.is_empty(),
-            "{} answers of generations {generations:?} came on connections opened after the first answer of a \
-             newer generation, the first of them at {:?}\n{self}",
+            "{} answers of generations {generations:?} on connections that were opened after the first answer of a \
+             newer generation; the first such answer at {:?}\n{self}",
             stale.len(),
             stale[0].end.saturating_duration_since(self.started),
         );
     }
 
-    /// Panics with the whole report unless there were requests and every one was answered.
+    /// Panics with the whole report unless there were requests and all were answered.
     #[track_caller]
     pub fn assert_nothing_failed(&self) {
-        assert!(self.counts.answered > 0, "no request was answered at all\n{self}");
+        assert!(self.counts.answered > 0, "no request was answered\n{self}");
         assert_eq!(self.counts.failed, 0, "requests failed\n{self}");
     }
 }

@@ -1,8 +1,8 @@
 //! Real containers, by runc and crun: the static binary as PID 1 behind the seccomp profiles, capabilities and
 //! root filesystems that it meets in production.
 
+#[path = "../common/mod.rs"]
 mod common;
-#[path = "container/oci.rs"]
 mod oci;
 
 use std::fs;

@@ -1,0 +1,118 @@
+//! Which reuse-run a command speaks to, and who may use it.
+
+use std::fs;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::SocketAddr;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::common::{
+    Outcome, Service, User, arguments, behind, free_address, get, naive, own_network, reuse_run, run,
+    run_words, status,
+};
+
+/// Runs `reuse-run WORDS` as another user.
+pub fn run_as(user: &User, words: &str) -> Outcome {
+    let words: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
+    Outcome::of(Service::spawn(user.command(&[], &words)))
+}
+
+#[test]
+fn when_no_reuse_run_is_running_a_command_says_so_and_exits_with_1() {
+    own_network();
+    for words in ["status", "reload", "scale 2", "stop"] {
+        run_words(words).assert_failed(&["no reuse-run is running here"]);
+    }
+    let outcome = run_words(&format!("status {}", std::process::id()));
+    outcome.assert_failed(&["is no reuse-run that can be spoken to"]);
+}
+
+#[test]
+fn a_command_finds_the_only_reuse_run_and_names_all_when_there_are_several() {
+    own_network();
+    let mut first = Service::run_ready("-n 1", &naive(free_address()));
+    run_words("reload").assert_done("1 worker of generation 2 serve");
+    let mut second = Service::run_ready("-n 1", &naive(free_address()));
+    for words in ["status", "reload", "scale 2", "stop"] {
+        let outcome = run_words(words);
+        assert_eq!((outcome.code, outcome.out.as_str()), (Some(2), ""), "{outcome:?}");
+        for pid in [first.pid(), second.pid()] {
+            let named = |line: &str| line.contains(&pid.to_string()) && line.contains("--listen");
+            assert!(outcome.err.lines().any(named), "{pid} in {outcome:?}");
+        }
+    }
+    first.stop();
+    assert_eq!(run_words("status").code, Some(0));
+    second.stop();
+}
+
+#[test]
+fn a_socket_with_the_name_of_pid_1s_is_not_mistaken_for_it() {
+    own_network();
+    let namespace = fs::metadata("/proc/self/ns/pid").expect("a PID namespace").ino();
+    let name = SocketAddr::from_abstract_name(format!("reuse-run/{namespace}/1")).expect("a name");
+    let _other = std::os::unix::net::UnixListener::bind_addr(&name).expect("take the name");
+    run_words("status 1").assert_failed(&["process 1 is not a reuse-run"]);
+    let mut service = Service::run_ready("-n 1", &naive(free_address()));
+    run_words("reload").assert_done("1 worker of generation 2 serve");
+    service.stop();
+}
+
+#[test]
+fn pid_1_of_a_pid_namespace_is_found_first() {
+    own_network();
+    let addr = free_address();
+    let unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "--"];
+    let container = Service::spawn_ready(behind(&unshare, "-n 1", &naive(addr)));
+    let inside = |words: &[String]| {
+        let mut nsenter = Command::new("nsenter");
+        nsenter.args([&format!("--target={}", container.workers()[0]), "--pid", "--mount", "--"]);
+        nsenter.arg(reuse_run().get_program()).args(words).env_remove("RUST_LOG");
+        Service::spawn(nsenter)
+    };
+    let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let other = inside(&arguments("-n 1", &naive(free_address())));
+    other.wait_until_ready();
+    Outcome::of(inside(&words("reload"))).assert_done("1 worker of generation 2 serve");
+    assert_eq!(get(addr).generation, Some(2));
+    let shown: Value = serde_json::from_str(&Outcome::of(inside(&words("status --json"))).out).expect("JSON");
+    assert_eq!(shown["pid"], 1);
+    run_words("status").assert_failed(&["no reuse-run is running here"]);
+}
+
+#[test]
+fn a_user_and_root_find_the_users_reuse_run_even_when_it_has_secrets() {
+    own_network();
+    let user = User::new();
+    let secret = user.folder.path("secret");
+    fs::write(&secret, "open sesame").expect("write a secret");
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o400)).expect("keep it");
+    std::os::unix::fs::chown(&secret, Some(user.id), Some(user.id)).expect("give it away");
+    let addr = free_address().to_string();
+    let worker = [&user.server(), "--listen", &addr];
+    let options = format!("-n 1 --secret WORD={secret}");
+    let service = Service::spawn_ready(user.command(&[], &arguments(&options, &worker)));
+    run_as(&user, "reload").assert_done("1 worker of generation 2 serve");
+    assert_eq!(run_as(&user, &format!("status {}", service.pid())).code, Some(0));
+    run_words("reload").assert_done("1 worker of generation 3 serve");
+    run(&service, "stop").assert_done("stopped");
+}
+
+#[test]
+fn another_user_may_not_command_roots_reuse_run() {
+    own_network();
+    let user = User::new();
+    let mut service = Service::run_ready("-n 1", &naive(free_address()));
+    for words in ["status", "reload", "stop", "scale 2"] {
+        for words in [words.to_owned(), format!("{words} {}", service.pid())] {
+            let outcome = run_as(&user, &words);
+            assert_eq!((outcome.code, outcome.out.as_str()), (Some(1), ""), "{outcome:?}");
+            assert_eq!(outcome.err.lines().count(), 1, "{outcome:?}");
+        }
+    }
+    assert_eq!(status(&service)["generation"], 1);
+    assert_eq!(service.workers().len(), 1);
+    service.stop();
+}

@@ -1,0 +1,14 @@
+//! A running reuse-run and its commands: reload, status, scale and stop, the signals that do the same, the control
+//! socket, and the PID file.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod find;
+mod protocol;
+mod reload;
+mod rollout;
+mod scale;
+mod status;
+mod stop;
+mod terminal;
+mod usage;

@@ -1,0 +1,98 @@
+//! `stop` and `--pidfile`.
+
+use std::fs;
+use std::net::TcpListener;
+
+use nix::sys::signal::Signal;
+
+use crate::common::{
+    DEADLINE, Folder, Service, User, begin, free_address, get, naive, naive_with, run, send, wait_until,
+};
+use crate::find::run_as;
+
+#[test]
+fn when_stop_returns_the_port_is_free() {
+    for _ in 0..10 {
+        let addr = free_address();
+        let mut service = Service::run_ready("-n 2", &naive(addr));
+        get(addr);
+        let outcome = run(&service, "stop");
+        let bound = TcpListener::bind(addr);
+        outcome.assert_done("every worker ended by itself");
+        bound.unwrap_or_else(|error| panic!("bind {addr}: {error}"));
+        assert_eq!(service.wait_end().code(), Some(0));
+        assert_eq!(service.descendants(), [0u32; 0]);
+    }
+}
+
+#[test]
+fn stop_exits_with_1_when_a_worker_had_to_be_killed() {
+    let addr = free_address();
+    let command = naive_with(addr, &["--ignore-int"]);
+    let mut service = Service::run_ready("-n 1 --stop-timeout 200ms", &command);
+    run(&service, "stop").assert_failed(&["stopped with status 1"]);
+    TcpListener::bind(addr).expect("the port is free");
+    assert_eq!(service.wait_end().code(), Some(1));
+}
+
+#[test]
+fn after_stop_with_no_wait_no_other_command_is_accepted() {
+    let mut service = Service::run_ready("-n 1", &naive_with(free_address(), &["--ignore-int"]));
+    run(&service, "stop --no-wait").assert_done("being stopped");
+    for words in ["reload", "scale 2", "reload --abort"] {
+        run(&service, words).assert_failed(&["everything is being stopped"]);
+    }
+    run(&service, "stop --timeout 100ms").assert_failed(&["100ms"]);
+    let stop = begin(&service, "stop");
+    send(service.workers()[0], Signal::SIGKILL);
+    assert_eq!(service.wait_end().code(), Some(0));
+    drop(stop);
+}
+
+#[test]
+fn the_pid_file_exists_from_the_first_readiness_to_the_end() {
+    let folder = Folder::new();
+    let file = folder.path("pid");
+    folder.raise("hold-1-0");
+    let options = format!("-n 1 --pidfile {file}");
+    let mut service = Service::run(&options, &folder.server(free_address(), &[]));
+    wait_until("the worker runs", DEADLINE, || !service.workers().is_empty());
+    assert!(!fs::exists(&file).expect("stat"));
+    folder.lower("hold-1-0");
+    wait_until("the PID file", DEADLINE, || fs::exists(&file).expect("stat"));
+    let expected = format!("{}\n", service.pid());
+    assert_eq!(fs::read_to_string(&file).expect("read"), expected);
+    service.wait_for_line("generation 1 is ready");
+    service.reload();
+    assert_eq!(fs::read_to_string(&file).expect("read"), expected);
+    let files = fs::read_dir(&folder.0).expect("list the folder").count();
+    assert_eq!(files, 1, "there is no other file");
+    service.stop();
+    assert!(!fs::exists(&file).expect("stat"));
+}
+
+#[test]
+fn a_pid_file_that_another_process_has_written_is_left_alone() {
+    let folder = Folder::new();
+    let file = folder.path("pid");
+    let mut service = Service::run(&format!("-n 1 --pidfile {file}"), &naive(free_address()));
+    wait_until("the PID file", DEADLINE, || fs::exists(&file).expect("stat"));
+    fs::write(&file, "4194305\n").expect("write another PID");
+    service.stop();
+    assert_eq!(fs::read_to_string(&file).expect("read"), "4194305\n");
+}
+
+#[test]
+fn when_the_pid_file_cannot_be_written_no_worker_is_started() {
+    let user = User::new();
+    let folder = user.folder.path("");
+    for (file, part) in [
+        (format!("{folder}none/pid"), "No such file"),
+        (format!("{folder}pid"), "Permission denied"),
+        (folder.trim_end_matches('/').to_owned(), "Is a directory"),
+    ] {
+        let outcome = run_as(&user, &format!("--pidfile {file} -- echo ran"));
+        outcome.assert_failed(&["--pidfile", &file, part]);
+        assert_eq!((outcome.err.lines().count(), outcome.out.as_str()), (1, ""), "{outcome:?}");
+    }
+}
