@@ -176,3 +176,174 @@ fn the_readmes_options_are_those_of_help() {
         }
     }
 }
+
+// Messages.
+
+/// A string literal in a source.
+struct Literal {
+    /// Where it begins, in bytes.
+    at: usize,
+    text: String,
+}
+
+/// A source without its tests, with blanks in place of comments and of what strings hold; and the strings.
+fn lex(source: &str) -> (Vec<u8>, Vec<Literal>) {
+    let source = source.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+    let (mut code, mut literals) = (source.as_bytes().to_vec(), Vec::new());
+    let bytes = source.as_bytes();
+    let mut at = 0;
+    while at < bytes.len() {
+        let end = match bytes[at] {
+            b'/' if source[at..].starts_with("//") => {
+                at + source[at..].find('\n').unwrap_or(bytes.len() - at)
+            }
+            // A character, and not a lifetime.
+            b'\'' if source[at..].starts_with("'\\") => at + 2 + source[at + 2..].find('\'').unwrap_or(0) + 1,
+            b'\'' if bytes.get(at + 2) == Some(&b'\'') => at + 3,
+            b'"' => {
+                let mut end = at + 1;
+                while bytes[end] != b'"' {
+                    end += if bytes[end] == b'\\' { 2 } else { 1 };
+                }
+                literals.push(Literal { at, text: unescape(&source[at + 1..end]) });
+                end + 1
+            }
+            _ => {
+                at += 1;
+                continue;
+            }
+        };
+        code[at..end].fill(b' ');
+        at = end;
+    }
+    (code, literals)
+}
+
+/// A literal's text: a backslash at the end of a line takes away the line's end and what indents the next.
+fn unescape(text: &str) -> String {
+    let mut lines = text.split("\\\n");
+    let first = lines.next().unwrap_or_default().to_owned();
+    let joined = lines.fold(first, |text, line| text + line.trim_start());
+    joined.replace("\\\"", "\"").replace("\\n", "\n")
+}
+
+/// A message cut at its placeholders, `{…}` in a source and `<…>` on the page, without signs between the parts.
+fn parts(message: &str, open: char, close: char) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut depth = 0;
+    for c in message.chars() {
+        if c == open {
+            depth += 1;
+            parts.push(String::new());
+        } else if c == close && depth > 0 {
+            depth -= 1;
+        } else if depth == 0 {
+            parts.last_mut().expect("a part").push(c);
+        }
+    }
+    let trimmed =
+        parts.iter().map(|part| part.trim_matches(|c: char| c.is_whitespace() || ":;,.()".contains(c)));
+    trimmed.filter(|part| part.contains(char::is_alphabetic)).map(str::to_owned).collect()
+}
+
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).expect("src").map(|entry| entry.expect("an entry").path());
+    entries.flat_map(|path| if path.is_dir() { sources(&path) } else { vec![path] }).collect()
+}
+
+/// The messages that the page explains: each fills a line of a list.
+fn documented() -> Vec<String> {
+    let page = read(&here("docs/troubleshooting.md"));
+    let item = |line: &str| {
+        let line = line.strip_prefix("- ").or(line.strip_prefix("  "))?.trim_end_matches('\\').to_owned();
+        let message = line.strip_prefix('`')?.strip_suffix('`')?;
+        (!message.contains('`')).then(|| message.to_owned())
+    };
+    page.lines().filter_map(item).collect()
+}
+
+/// The strings within the parentheses or braces that begin at `open`.
+fn within(code: &[u8], literals: &[Literal], open: usize) -> Vec<String> {
+    let mut depth = 0;
+    let mut end = open;
+    while end < code.len() {
+        match code[end] {
+            b'(' | b'{' => depth += 1,
+            b')' | b'}' => depth -= 1,
+            _ => {}
+        }
+        if depth == 0 {
+            break;
+        }
+        end += 1;
+    }
+    literals.iter().filter(|it| (open..end).contains(&it.at)).map(|it| it.text.clone()).collect()
+}
+
+#[test]
+fn every_explained_message_is_in_the_source() {
+    let texts: Vec<String> = sources(&here("src")).iter().map(|path| read(path)).collect();
+    let literals = texts.iter().flat_map(|text| lex(text).1);
+    let known: Vec<String> = literals.flat_map(|literal| parts(&literal.text, '{', '}')).collect();
+    let mut missing = Vec::new();
+    for message in documented() {
+        for part in parts(&message, '<', '>') {
+            if !known.iter().any(|known| known.contains(&part)) {
+                missing.push(format!("{part:?} of {message:?}"));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "not in src:\n{}", missing.join("\n"));
+    assert!(documented().len() > 50, "{:?}", documented());
+}
+
+/// What makes a message that a user reads.
+const MESSAGES: [&str; 11] = [
+    "warn!(",
+    "error!(",
+    ".warn(",
+    ".give_up(",
+    ".abandon(",
+    "StartError::new(",
+    "StartError {",
+    "failed(",
+    "Err(",
+    "Error::other(",
+    "Error::new(",
+];
+
+#[test]
+fn every_warning_and_error_is_explained() {
+    let explained: Vec<Vec<String>> = documented().iter().map(|message| parts(message, '<', '>')).collect();
+    let explains = |explained: &[String], parts: &[String]| {
+        let mut rest = explained.iter();
+        parts.iter().all(|part| rest.by_ref().any(|known| known.contains(part.as_str())))
+    };
+    let mut missing = BTreeSet::new();
+    let mut count = 0;
+    for path in sources(&here("src")) {
+        let source = read(&path);
+        let (code, literals) = lex(&source);
+        let text = String::from_utf8_lossy(&code).into_owned();
+        let ends_a_word =
+            |at: usize| at > 0 && (code[at - 1].is_ascii_alphanumeric() || code[at - 1] == b'_');
+        for head in MESSAGES {
+            for (at, _) in
+                text.match_indices(head).filter(|(at, _)| head.starts_with('.') || !ends_a_word(*at))
+            {
+                for message in within(&code, &literals, at + head.len() - 1) {
+                    count += 1;
+                    let parts = parts(&message, '{', '}');
+                    let says_something = parts.iter().any(|part| part.contains(' '));
+                    if says_something && !explained.iter().any(|known| explains(known, &parts)) {
+                        let name = path.strip_prefix(here("")).unwrap_or(&path).display().to_string();
+                        missing.insert(format!("{name}: {message}"));
+                    }
+                }
+            }
+        }
+    }
+    let missing: Vec<String> = missing.into_iter().collect();
+    assert!(missing.is_empty(), "not in docs/troubleshooting.md:\n{}", missing.join("\n"));
+    assert!(count > 50, "{count} messages");
+}
