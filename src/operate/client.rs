@@ -18,12 +18,12 @@ use crate::output::log;
 #[derive(Debug)]
 pub struct Command {
     pub pid: Option<u32>,
-    pub what: What,
+    pub operation: Operation,
 }
 
 #[derive(Debug)]
-pub enum What {
-    Status {
+pub enum Operation {
+    Show {
         json: bool,
         watch: bool,
     },
@@ -56,9 +56,9 @@ impl<E: Display> From<E> for Failure {
 /// Does what was asked for, and returns the status to exit with: 0 when it was done, 1 when not, 2 when it isn't
 /// clear by whom; for `status` see [`Status::exit_status`].
 pub fn run(command: Command) -> u8 {
-    let result = find(command.pid).and_then(|pid| match command.what {
-        What::Status { json, watch } => show(pid, json, watch),
-        What::Change { request, timeout } => change(pid, request, timeout),
+    let result = find(command.pid).and_then(|pid| match command.operation {
+        Operation::Show { json, watch } => show(pid, json, watch),
+        Operation::Change { request, timeout } => change(pid, request, timeout),
     });
     result.unwrap_or_else(|Failure { why, status }| {
         log::complain(&why);

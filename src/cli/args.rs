@@ -1,0 +1,246 @@
+//! The options of the program and of its commands, from which argh makes the parser, the help and the table that
+//! [`super::split`] uses.
+
+use std::num::NonZero;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use argh::{ArgsInfo, FromArgs};
+use nix::sys::signal::Signal;
+
+use super::values::{Percent, Period, StopSignal, Workers};
+use crate::address::Address;
+use crate::fleet::Readiness;
+use crate::operate::protocol::{How, Request, Target};
+use crate::steering::load::Balancing;
+use crate::worker::environment::Secret;
+
+/// Run N copies of any server on one port, and replace them without losing a request.
+#[derive(FromArgs, ArgsInfo, Debug)]
+#[argh(
+    help_triggers("-h", "--help"),
+    usage = "[options] [--] command [arguments]",
+    note = "SIGUSR2 and SIGHUP replace the workers. SIGTERM, SIGINT and SIGQUIT stop them. SIGTTIN adds a worker, SIGTTOU\n\
+            removes one.\n\
+            reuse-run reload, status, scale and stop do the same from a shell and print the result: see\n\
+            reuse-run reload --help.\n\
+            A duration is a number with its unit: 500ms, 10s, 2m.\n\
+            The variable RUST_LOG sets what is logged on stderr: error, warn, info (default) or debug.",
+    example = "reuse-run -n 4 -- node app.js",
+    example = "reuse-run reload",
+    error_code(2, "the command line is wrong"),
+    error_code(126, "the command can't be executed"),
+    error_code(127, "the command was not found")
+)]
+pub struct RunArgs {
+    /// number of workers (copies of the command); max: one for each CPU that reuse-run may use (default 1)
+    #[argh(option, short = 'n', default = "Workers(1)", arg_name = "count|max")]
+    pub workers: Workers,
+
+    /// when a worker counts as ready. listen: when it listens on a port or path, or says that it is ready. notify:
+    /// when it says so, by READY_FD, process.send or sd_notify. A duration: when it has lived that long
+    /// (default listen)
+    #[argh(option, default = "Readiness::Listen", arg_name = "listen|notify|duration")]
+    pub ready: Readiness,
+
+    /// time that a worker has to become ready; after that its start has failed (default 60s)
+    #[argh(option, default = "Period(Duration::from_secs(60))", arg_name = "duration")]
+    pub ready_timeout: Period,
+
+    /// time that a replaced worker has to finish its requests before it gets the stop signal (default 10s)
+    #[argh(option, default = "Period(Duration::from_secs(10))", arg_name = "duration")]
+    pub drain: Period,
+
+    /// time that a worker has to end after the stop signal; after that it is killed (default 30s)
+    #[argh(option, default = "Period(Duration::from_secs(30))", arg_name = "duration")]
+    pub stop_timeout: Period,
+
+    /// signal that tells a worker to stop (default INT)
+    #[argh(option, default = "StopSignal(Signal::SIGINT)", arg_name = "signal")]
+    pub stop_signal: StopSignal,
+
+    /// exit after this many failed starts in a row while no worker is ready, with the exit status of the last one;
+    /// 0: never (default 10)
+    #[argh(option, default = "10", arg_name = "count")]
+    pub max_failures: u32,
+
+    /// which worker gets a new connection. load: a random one, but not a worker that is stuck (connections wait and
+    /// it takes none). random: any ready worker (default load)
+    #[argh(option, default = "Balancing::Load", arg_name = "load|random")]
+    pub balance: Balancing,
+
+    // Not a doc comment: rustdoc takes the brackets for a link.
+    #[argh(
+        option,
+        short = 'l',
+        arg_name = "address",
+        description = "listen on this address and give the socket to the workers, as systemd does (LISTEN_FDS): 3000, \
+                       127.0.0.1:3000 or [::1]:3000 (repeatable)"
+    )]
+    pub listen: Vec<Address>,
+
+    /// file with variables for the workers, lines of NAME=value; each reload reads it again (repeatable)
+    #[argh(option, arg_name = "file")]
+    pub env_file: Vec<PathBuf>,
+
+    /// variable NAME for the workers, whose value is the content of the file; each reload reads it again
+    /// (repeatable)
+    #[argh(option, arg_name = "name=file")]
+    pub secret: Vec<Secret>,
+
+    /// directory of the workers; each reload resolves its links again (default: the current directory)
+    #[argh(option, short = 'C', arg_name = "directory")]
+    pub chdir: Option<PathBuf>,
+
+    /// give workers no IPC channel like that of Node's fork
+    #[argh(switch)]
+    pub no_node_ipc: bool,
+
+    /// do not intercept the workers' bind and listen: for programs that take their sockets from -l, or that set
+    /// SO_REUSEPORT themselves
+    #[argh(switch)]
+    pub no_intercept: bool,
+
+    /// at SIGUSR2, replace at most this many workers at a time (default: all at once)
+    #[argh(option, arg_name = "count")]
+    pub batch: Option<NonZero<u32>>,
+
+    /// file for the PID of reuse-run; written when the first workers are ready, removed at the end
+    #[argh(option, arg_name = "file")]
+    pub pidfile: Option<PathBuf>,
+
+    /// put the slot and the PID of the worker before each line that it prints
+    #[argh(switch)]
+    pub label: bool,
+
+    /// print the version
+    #[argh(switch, short = 'V')]
+    pub version: bool,
+}
+
+/// A command to a running reuse-run.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand)]
+pub enum CommandArgs {
+    Reload(ReloadArgs),
+    Status(StatusArgs),
+    Scale(ScaleArgs),
+    Stop(StopArgs),
+}
+
+/// Replace the workers of a running reuse-run and wait until this is done. Exit with 0 only if the new workers serve.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "reload", help_triggers("-h", "--help"))]
+pub struct ReloadArgs {
+    /// replace at most this many workers at a time (default: as reuse-run was started)
+    #[argh(option, arg_name = "count")]
+    pub batch: Option<NonZero<u32>>,
+
+    /// give the new workers this share of the new connections at first, in percent; needs --for
+    #[argh(option, arg_name = "percent")]
+    pub canary: Option<Percent>,
+
+    /// time for which the new workers keep the share of --canary; then they get all connections
+    #[argh(option, long = "for", arg_name = "duration")]
+    pub period: Option<Period>,
+
+    /// do not wait until the reload is done
+    #[argh(switch)]
+    pub no_wait: bool,
+
+    /// wait at most this long; after that the reload continues in the background (default: no limit)
+    #[argh(option, arg_name = "duration")]
+    pub timeout: Option<Period>,
+
+    /// end the current reload, and keep the workers that serve
+    #[argh(switch)]
+    pub abort: bool,
+
+    /// PID of the reuse-run (default: 1 if that is a reuse-run, else the only one of this user)
+    #[argh(positional)]
+    pub pid: Option<u32>,
+}
+
+/// Show the workers of a running reuse-run. Exit with 0 if all slots have a ready worker, 3 if some have, 4 if none has.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "status", help_triggers("-h", "--help"))]
+pub struct StatusArgs {
+    /// print one line of JSON
+    #[argh(switch)]
+    pub json: bool,
+
+    /// print it again every second
+    #[argh(switch)]
+    pub watch: bool,
+
+    /// PID of the reuse-run (default: 1 if that is a reuse-run, else the only one of this user)
+    #[argh(positional)]
+    pub pid: Option<u32>,
+}
+
+/// Change the number of workers of a running reuse-run and wait until this is done.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "scale", help_triggers("-h", "--help"))]
+pub struct ScaleArgs {
+    /// do not wait until the scaling is done
+    #[argh(switch)]
+    pub no_wait: bool,
+
+    /// wait at most this long; after that the scaling continues in the background (default: no limit)
+    #[argh(option, arg_name = "duration")]
+    pub timeout: Option<Period>,
+
+    /// number of workers: 4; or how many more or fewer: +1, -1
+    #[argh(positional)]
+    pub workers: Target,
+
+    /// PID of the reuse-run (default: 1 if that is a reuse-run, else the only one of this user)
+    #[argh(positional)]
+    pub pid: Option<u32>,
+}
+
+/// Stop a running reuse-run as SIGTERM does, and wait for its end. Exit with 0 if every worker ended by itself.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "stop", help_triggers("-h", "--help"))]
+pub struct StopArgs {
+    /// do not wait until reuse-run has ended
+    #[argh(switch)]
+    pub no_wait: bool,
+
+    /// wait at most this long; after that the workers are stopped in the background (default: no limit)
+    #[argh(option, arg_name = "duration")]
+    pub timeout: Option<Period>,
+
+    /// PID of the reuse-run (default: 1 if that is a reuse-run, else the only one of this user)
+    #[argh(positional)]
+    pub pid: Option<u32>,
+}
+
+impl ReloadArgs {
+    /// # Errors
+    /// Which options can't be combined.
+    pub fn request(&self) -> Result<Request, String> {
+        let how = match (&self.batch, &self.canary, &self.period) {
+            (None, None, None) => None,
+            (Some(most), None, None) => Some(How::Batch(most.get())),
+            (None, Some(Percent(percent)), Some(Period(period))) => {
+                Some(How::Canary { percent: *percent, seconds: period.as_secs_f64() })
+            }
+            (Some(_), _, _) => return Err("--batch can't be combined with --canary or --for".to_owned()),
+            (None, Some(_), None) => {
+                return Err("--canary needs --for, as in --canary 5 --for 10m".to_owned());
+            }
+            (None, None, Some(_)) => {
+                return Err("--for needs --canary, as in --canary 5 --for 10m".to_owned());
+            }
+        };
+        match (self.abort, &how) {
+            (false, _) => Ok(Request::Reload { how, wait: !self.no_wait }),
+            (true, None) => Ok(Request::Abort),
+            (true, Some(_)) => {
+                Err("--abort starts no reload, so it can't be combined with --batch, --canary or --for"
+                    .to_owned())
+            }
+        }
+    }
+}

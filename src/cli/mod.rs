@@ -1,0 +1,295 @@
+//! The command line: from words to validated options.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use argh::{ArgsInfo, EarlyExit, FromArgs, SubCommands};
+
+use crate::address::Address;
+use crate::fleet::{Policy, Rollout};
+use crate::operate::client::{Command, Operation};
+use crate::operate::protocol::Request;
+use crate::steering::load::Balancing;
+use crate::worker::Program;
+use crate::worker::environment::Sources;
+use args::{CommandArgs, RunArgs, ScaleArgs, StatusArgs, StopArgs};
+use split::Split;
+use values::Period;
+
+mod args;
+mod split;
+mod values;
+
+/// How to run.
+#[derive(Debug)]
+pub struct Options {
+    pub program: Program,
+    pub policy: Policy,
+    pub sources: Sources,
+    /// Addresses whose sockets workers are given.
+    pub listen: Vec<Address>,
+    pub balance: Balancing,
+    pub pidfile: Option<PathBuf>,
+    /// Whether the workers' output passes through here, line by line.
+    pub label: bool,
+}
+
+/// What was asked for.
+#[derive(Debug)]
+pub enum Invocation {
+    Run(Box<Options>),
+    Control(Command),
+    /// Print this to stdout and exit with 0.
+    Print(String),
+}
+
+/// Reads the command line, without the name of this program.
+///
+/// The command begins after "--", or at the first word that is neither an option nor the value of one.
+///
+/// # Errors
+/// One line that says what is wrong.
+pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, String> {
+    let words: Vec<OsString> = words.into_iter().collect();
+    if let Some((first, rest)) = words.split_first()
+        && let Some(name) = command_name(first)
+    {
+        let rest: Vec<String> = rest.iter().map(|word| word.to_string_lossy().into_owned()).collect();
+        return parse_command(name, &rest);
+    }
+    let Split { options, command, is_marked } = split::split(words, RunArgs::get_args_info().flags)?;
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let args = match parse_options::<RunArgs>(&["reuse-run"], &options)? {
+        Parsed::Args(args) => args,
+        Parsed::Help(help) => return Ok(Invocation::Print(help)),
+    };
+    if args.version {
+        return Ok(Invocation::Print(concat!("reuse-run ", env!("CARGO_PKG_VERSION"), "\n").to_owned()));
+    }
+    let mut command = command.into_iter();
+    let Some(program) = command.next() else {
+        return Err("no command to run, as in reuse-run -n 4 -- node app.js".to_owned());
+    };
+    if let Some(name) = command_name(&program).filter(|_| !is_marked) {
+        return Err(format!("put {name} first; to run a program of that name write -- {name}"));
+    }
+    Ok(Invocation::Run(Box::new(options_of(args, program, command.collect()))))
+}
+
+/// The name of the command to a running reuse-run that a word is.
+fn command_name(word: &OsString) -> Option<&'static str> {
+    CommandArgs::COMMANDS.iter().map(|command| command.name).find(|name| word == name)
+}
+
+fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Options {
+    Options {
+        program: Program {
+            command,
+            args: arguments,
+            stop_signal: args.stop_signal.0,
+            node_ipc: !args.no_node_ipc,
+            intercept: !args.no_intercept,
+        },
+        policy: Policy {
+            workers: args.workers.0,
+            readiness: args.ready,
+            ready_timeout: args.ready_timeout.0,
+            drain: args.drain.0,
+            stop_timeout: args.stop_timeout.0,
+            stop_signal: args.stop_signal.0.as_str(),
+            max_failures: args.max_failures,
+            rollout: args.batch.map_or(Rollout::AllAtOnce, |most| Rollout::Batches(most.get())),
+        },
+        sources: Sources { env_files: args.env_file, secrets: args.secret, directory: args.chdir },
+        listen: args.listen,
+        balance: args.balance,
+        pidfile: args.pidfile,
+        label: args.label,
+    }
+}
+
+/// What argh makes of some words.
+enum Parsed<T> {
+    Args(T),
+    /// The help, which was asked for.
+    Help(String),
+}
+
+/// # Errors
+/// One line that says what is wrong.
+fn parse_options<T: FromArgs>(name: &[&str], words: &[&str]) -> Result<Parsed<T>, String> {
+    match T::from_args(name, words) {
+        Ok(args) => Ok(Parsed::Args(args)),
+        Err(EarlyExit { output, status: Ok(()) }) => Ok(Parsed::Help(output)),
+        Err(EarlyExit { output, status: Err(()) }) => Err(one_line(&output)),
+    }
+}
+
+/// An error of argh's in our form: lower case, no full stop, one line. Our own errors repeat the value.
+fn one_line(error: &str) -> String {
+    let error = error.split_whitespace().collect::<Vec<_>>().join(" ");
+    let of_value = |kind: &str| {
+        let (name, rest) = error.strip_prefix(kind)?.split_once("' with value '")?;
+        Some(format!("{name}: {}", rest.split_once("': ")?.1))
+    };
+    let text = of_value("Error parsing option '").or_else(|| of_value("Error parsing positional argument '"));
+    let text = text.unwrap_or_else(|| {
+        let (first, rest) = error.split_at_checked(1).unwrap_or_default();
+        first.to_lowercase() + rest.trim_end_matches('.')
+    });
+    text + " (see --help)"
+}
+
+/// Reads a command to a running reuse-run.
+fn parse_command(name: &str, words: &[String]) -> Result<Invocation, String> {
+    // argh takes "-1" for an option, but not " -1", which Target reads as well.
+    let is_negative = |word: &str| word.strip_prefix('-').is_some_and(|rest| rest.parse::<u32>().is_ok());
+    let words: Vec<String> =
+        words.iter().map(|word| if is_negative(word) { format!(" {word}") } else { word.clone() }).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let args = match parse_options::<CommandArgs>(&["reuse-run", name], &words)? {
+        Parsed::Args(args) => args,
+        Parsed::Help(help) => return Ok(Invocation::Print(help)),
+    };
+    let (pid, timeout, request) = match args {
+        CommandArgs::Status(StatusArgs { json, watch, pid }) => {
+            return Ok(Invocation::Control(Command { pid, operation: Operation::Show { json, watch } }));
+        }
+        CommandArgs::Reload(args) => {
+            let request = args.request()?;
+            (args.pid, args.timeout, request)
+        }
+        CommandArgs::Scale(ScaleArgs { no_wait, timeout, workers, pid }) => {
+            (pid, timeout, Request::Scale { to: workers, wait: !no_wait })
+        }
+        CommandArgs::Stop(StopArgs { no_wait, timeout, pid }) => {
+            (pid, timeout, Request::Stop { wait: !no_wait })
+        }
+    };
+    let timeout = timeout.map(|Period(duration)| duration);
+    Ok(Invocation::Control(Command { pid, operation: Operation::Change { request, timeout } }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use nix::sys::signal::Signal;
+
+    use super::*;
+    use crate::fleet::Readiness;
+    use crate::operate::protocol::{How, Target};
+
+    fn run(line: &str) -> Result<Options, String> {
+        match parse(line.split_whitespace().map(OsString::from))? {
+            Invocation::Run(options) => Ok(*options),
+            Invocation::Print(text) => Err(text),
+            Invocation::Control(command) => Err(format!("{command:?}")),
+        }
+    }
+
+    fn command(line: &str) -> Result<(Option<u32>, Request, Option<Duration>), String> {
+        match parse(line.split_whitespace().map(OsString::from))? {
+            Invocation::Control(Command { pid, operation: Operation::Change { request, timeout } }) => {
+                Ok((pid, request, timeout))
+            }
+            other => Err(format!("{other:?}")),
+        }
+    }
+
+    #[test]
+    fn every_option_is_understood() {
+        let line = "-n 2 --ready notify --ready-timeout 5s --drain 250ms --stop-timeout 1m --stop-signal sigterm \
+                    --max-failures 3 --balance random -l 3000 --env-file a --env-file b -C /srv --no-node-ipc \
+                    --no-intercept --batch 2 --pidfile p --label x y";
+        let options = run(line).unwrap();
+        let Options { program, policy, sources, listen, balance, pidfile, label } = options;
+        assert_eq!((program.command, program.args), ("x".into(), vec!["y".into()]));
+        assert_eq!(
+            (program.stop_signal, program.node_ipc, program.intercept),
+            (Signal::SIGTERM, false, false)
+        );
+        assert_eq!((policy.workers, policy.readiness), (2, Readiness::Notify));
+        assert_eq!(policy.ready_timeout, Duration::from_secs(5));
+        assert_eq!(policy.drain, Duration::from_millis(250));
+        assert_eq!(policy.stop_timeout, Duration::from_secs(60));
+        assert_eq!((policy.stop_signal, policy.max_failures), ("SIGTERM", 3));
+        assert_eq!(policy.rollout, Rollout::Batches(2));
+        assert_eq!(
+            (sources.env_files, sources.directory),
+            (vec!["a".into(), "b".into()], Some("/srv".into()))
+        );
+        assert_eq!((listen[0].socket.port(), balance), (3000, Balancing::Random));
+        assert_eq!((pidfile, label), (Some("p".into()), true));
+    }
+
+    #[test]
+    fn an_error_names_the_option_and_the_value_in_one_line() {
+        let cases = [
+            ("", "no command to run"),
+            ("-n 4 --", "no command to run"),
+            ("-n 0 x", "-n: \"0\" is neither a number of workers"),
+            ("--workers=0 x", "--workers: \"0\" is"),
+            ("-n -- x", "-n needs a value"),
+            ("--drain 10 x", "--drain: \"10\" is not a duration"),
+            ("--max-failures x y", "--max-failures: "),
+            ("--ready soon x", "--ready: \"soon\" is neither listen nor notify"),
+            ("--frobnicate 1 x", "unrecognized argument: --frobnicate"),
+            ("--frobnicate", "unrecognized argument: --frobnicate"),
+            ("--drain 1s --drain 2s x", "--drain: duplicate values"),
+            ("--label reload", "put reload first"),
+            ("scale", "required positional arguments not provided: workers"),
+            ("scale 0", "workers: \"0\" is not a number of workers"),
+            ("scale 1 --timeout", "no value provided for option '--timeout' (see"),
+            ("reload --batch 2 --canary 5 --for 1s", "--batch can't be combined"),
+            ("reload --canary 5", "--canary needs --for"),
+            ("reload --for 5s", "--for needs --canary"),
+            ("reload --abort --batch 1", "--abort starts no reload"),
+            ("stop now", "pid: "),
+        ];
+        for (line, part) in cases {
+            let error = parse(line.split_whitespace().map(OsString::from)).unwrap_err();
+            assert!(error.contains(part), "{line}: {error}");
+            assert!(!error.contains('\n'), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_command_becomes_its_request() {
+        let second = Some(Duration::from_secs(1));
+        let canary = How::Canary { percent: 5.0, seconds: 60.0 };
+        for (line, expected) in [
+            ("reload", (None, Request::Reload { how: None, wait: true }, None)),
+            ("reload --batch 2 7", (Some(7), Request::Reload { how: Some(How::Batch(2)), wait: true }, None)),
+            ("reload --canary 5% --for 1m", (None, Request::Reload { how: Some(canary), wait: true }, None)),
+            ("reload --abort 7", (Some(7), Request::Abort, None)),
+            ("scale -1 --no-wait", (None, Request::Scale { to: Target::Fewer(1), wait: false }, None)),
+            (
+                "scale --timeout 1s 4 7",
+                (Some(7), Request::Scale { to: Target::Exactly(4), wait: true }, second),
+            ),
+            ("stop --timeout 1s", (None, Request::Stop { wait: true }, second)),
+        ] {
+            assert_eq!(command(line), Ok(expected), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_program_with_the_name_of_a_command_runs_after_the_mark() {
+        assert_eq!(run("-- reload x").unwrap().program.command, "reload");
+        assert!(command("reload").is_ok());
+    }
+
+    #[test]
+    fn help_and_version_need_no_command() {
+        let help = run("--help").unwrap_err();
+        assert!(help.starts_with("Usage: reuse-run [options] [--] command [arguments]\n"), "{help}");
+        assert!(help.contains("--ready-timeout"));
+        assert_eq!(run("-h").unwrap_err(), help);
+        assert!(run("--version").unwrap_err().starts_with("reuse-run "));
+        for command in CommandArgs::COMMANDS {
+            let help = run(&format!("{} -h", command.name)).unwrap_err();
+            assert!(help.starts_with(&format!("Usage: reuse-run {} ", command.name)), "{help}");
+        }
+    }
+}

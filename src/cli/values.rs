@@ -1,0 +1,186 @@
+//! The values of options: how they are written, and what is wrong with one.
+
+use std::num::NonZero;
+use std::str::FromStr;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::fleet::Readiness;
+use crate::operate::protocol::Target;
+use crate::steering::Share;
+use crate::steering::load::Balancing;
+
+/// A number of workers, or `max`: as many as there are CPUs that this process may use.
+#[derive(Debug, PartialEq)]
+pub struct Workers(pub u32);
+
+impl FromStr for Workers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "max" {
+            // std takes the CPU affinity and the cgroup's quota into account.
+            let usable = std::thread::available_parallelism().map_err(|error| error.to_string())?;
+            return Ok(Self(u32::try_from(usable.get()).unwrap_or(u32::MAX)));
+        }
+        match text.parse::<NonZero<u16>>() {
+            Ok(count) => Ok(Self(count.get().into())),
+            Err(_) => Err(format!("{text:?} is neither a number of workers from 1 to 65535 nor max")),
+        }
+    }
+}
+
+impl FromStr for Balancing {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "load" => Ok(Self::Load),
+            "random" => Ok(Self::Random),
+            _ => Err(format!("{text:?} is neither load nor random")),
+        }
+    }
+}
+
+/// A share of the connections that [`Share`] can express, in percent.
+#[derive(Debug, PartialEq)]
+pub struct Percent(pub f64);
+
+impl FromStr for Percent {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.trim_end_matches('%').parse::<f64>() {
+            Ok(percent) if Share::from_percent(percent).is_some() => Ok(Self(percent)),
+            _ => Err(format!("{text:?} is not a share from 0.01 to 99.99 percent")),
+        }
+    }
+}
+
+impl FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = text.trim_start();
+        let (sign, number) = text.split_at(text.find(|c: char| c.is_ascii_digit()).unwrap_or(0));
+        match (sign, number.parse::<NonZero<u16>>()) {
+            ("", Ok(number)) => Ok(Self::Exactly(number.get().into())),
+            ("+", Ok(number)) => Ok(Self::More(number.get().into())),
+            ("-", Ok(number)) => Ok(Self::Fewer(number.get().into())),
+            _ => Err(format!("{text:?} is not a number of workers such as 4, +1 or -1")),
+        }
+    }
+}
+
+/// Far longer than anyone waits, and far too short to overflow a clock.
+const MAX_PERIOD: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// A duration of at most a year.
+#[derive(Debug, PartialEq)]
+pub struct Period(pub Duration);
+
+impl FromStr for Period {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match humantime::parse_duration(text) {
+            Ok(duration) if duration > MAX_PERIOD => Err(format!("{text:?} is longer than a year")),
+            Ok(duration) => Ok(Self(duration)),
+            Err(error) => Err(format!("{text:?} is not a duration such as 500ms, 10s or 2m: {error}")),
+        }
+    }
+}
+
+impl FromStr for Readiness {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "listen" => Ok(Self::Listen),
+            "notify" => Ok(Self::Notify),
+            _ => match text.parse() {
+                Ok(Period(duration)) => Ok(Self::Alive(duration)),
+                Err(_) => Err(format!("{text:?} is neither listen nor notify nor a duration such as 2s")),
+            },
+        }
+    }
+}
+
+/// A signal that can tell a worker to stop: by name, with or without SIG, or by number.
+#[derive(Debug, PartialEq)]
+pub struct StopSignal(pub Signal);
+
+impl FromStr for StopSignal {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let name = text.to_uppercase();
+        let name = if name.starts_with("SIG") { name } else { format!("SIG{name}") };
+        let numbered = || text.parse::<i32>().ok().and_then(|number| Signal::try_from(number).ok());
+        match Signal::from_str(&name).ok().or_else(numbered) {
+            Some(Signal::SIGSTOP | Signal::SIGCONT | Signal::SIGCHLD) | None => {
+                Err(format!("{text:?} is not a signal that stops a worker, such as INT, TERM or QUIT"))
+            }
+            Some(signal) => Ok(Self(signal)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Debug;
+
+    use super::*;
+
+    #[track_caller]
+    fn assert_all<T: FromStr<Err = String> + PartialEq + Debug>(right: &[(&str, T)], wrong: &[&str]) {
+        for (text, value) in right {
+            assert_eq!(text.parse().as_ref(), Ok(value), "{text:?}");
+        }
+        for text in wrong {
+            let error = text.parse::<T>().unwrap_err();
+            assert!(error.starts_with(&format!("{text:?} is ")), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_number_of_workers_is_from_1_to_65535() {
+        assert_all(&[("1", Workers(1)), ("65535", Workers(65_535))], &["0", "65536", "-1", "", "Max"]);
+        assert!("max".parse::<Workers>().unwrap().0 >= 1);
+    }
+
+    #[test]
+    fn a_share_is_more_than_none_and_less_than_all() {
+        assert_all(
+            &[("5", Percent(5.0)), ("0.01", Percent(0.01)), ("99.99%", Percent(99.99))],
+            &["0", "0.001", "100", "99.999", "-5", "NaN", "inf", "", "half"],
+        );
+    }
+
+    #[test]
+    fn a_target_is_a_number_of_workers_or_a_signed_difference() {
+        let right = [("4", Target::Exactly(4)), ("+1", Target::More(1)), ("-65535", Target::Fewer(65_535))];
+        assert_all(&right, &["0", "+0", "--1", "65536", "", "1x", "+", "x1"]);
+    }
+
+    #[test]
+    fn a_duration_has_a_unit_and_is_at_most_a_year() {
+        let right = [("250ms", Duration::from_millis(250)), ("1m 30s", Duration::from_secs(90))];
+        assert_all(&right.map(|(text, duration)| (text, Period(duration))), &["10", "2years", "", "-1s"]);
+        assert_all(&[("365d", Period(MAX_PERIOD))], &["366d"]);
+    }
+
+    #[test]
+    fn readiness_is_listen_or_notify_or_a_duration() {
+        let alive = Readiness::Alive(Duration::from_secs(2));
+        let right = [("listen", Readiness::Listen), ("notify", Readiness::Notify), ("2s", alive)];
+        assert_all(&right, &["soon", "2", ""]);
+    }
+
+    #[test]
+    fn a_stop_signal_is_a_name_or_a_number_of_a_signal_that_can_stop() {
+        let right = ["TERM", "sigterm", "15"].map(|text| (text, StopSignal(Signal::SIGTERM)));
+        assert_all(&right, &["STOP", "SIGCONT", "17", "99", "", "stop now"]);
+    }
+}
