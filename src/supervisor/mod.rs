@@ -18,7 +18,7 @@ use crate::drain::idle;
 use crate::drain::{Drain, Drained};
 use crate::fleet::{Action, Announcement, Event, Fleet};
 use crate::ids::{Borrower, SlotId, WorkerId};
-use crate::intercept::{self, Answers, Heard, Interception};
+use crate::intercept::{self, Answers, Interception, ListenChange};
 use crate::kernel::procfs;
 use crate::operate::control::{Awaited, ClientId, Control};
 use crate::operate::pidfile::PidFile;
@@ -487,7 +487,7 @@ impl Supervisor {
             self.labels.iter_mut().for_each(|labels| labels.has_ended(worker));
             self.workers.remove(&worker); // closing its fd takes it out of epoll
             if let Some(interception) = self.interceptions.get_mut(&worker) {
-                interception.retire();
+                interception.worker_has_ended();
             }
             self.drain.forget(worker);
             self.handle(Event::Ended { worker, end: reaped.end });
@@ -505,8 +505,10 @@ impl Supervisor {
         let Some(interception) = self.interceptions.get_mut(&worker) else { return };
         let is_starting = self.fleet.is_starting(worker);
         match interception.answer(&mut self.pool, &mut self.unix, is_starting) {
-            Some(Heard::Listens(endpoint)) => self.handle(Event::Listens { worker, endpoint }),
-            Some(Heard::Ceases(endpoint)) => self.handle(Event::StoppedListening { worker, endpoint }),
+            Some(ListenChange::Listens(endpoint)) => self.handle(Event::Listens { worker, endpoint }),
+            Some(ListenChange::StoppedListening(endpoint)) => {
+                self.handle(Event::StoppedListening { worker, endpoint });
+            }
             None => {}
         }
     }

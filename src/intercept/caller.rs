@@ -1,0 +1,74 @@
+//! The thread that waits for the answer to its system call: what it may do, and how the wrapper reaches it.
+//!
+//! The wrapper acts for a thread only where the kernel would have let the thread do the same.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use nix::unistd::Pid;
+
+use crate::ids::Borrower;
+use crate::kernel::procfs;
+use crate::kernel::sys;
+
+/// A thread of a worker, or of a process that the worker started.
+#[derive(Debug, Clone, Copy)]
+pub struct Caller<'a> {
+    pub tid: Pid,
+    pub borrower: Borrower,
+    notify_fd: BorrowedFd<'a>,
+    /// The kernel's id of this call.
+    id: u64,
+}
+
+/// A socket of a caller that isn't the wrapper's.
+#[derive(Debug, Clone, Copy)]
+pub struct OwnSocket {
+    pub fd: u32,
+    pub inode: u64,
+}
+
+impl<'a> Caller<'a> {
+    pub fn new(notify_fd: BorrowedFd<'a>, notif: &libc::seccomp_notif, borrower: Borrower) -> Self {
+        Self { tid: Pid::from_raw(notif.pid as i32), borrower, notify_fd, id: notif.id }
+    }
+
+    /// Whether the thread still waits for the answer. If it was killed, its id may name another thread by now: what
+    /// was read under this id is sure to be the caller's only if this holds afterwards (seccomp_unotify(2)).
+    pub fn still_waits(&self) -> bool {
+        sys::seccomp_notif_id_valid(self.notify_fd, self.id)
+    }
+
+    /// The inode number of a socket of the caller; `None` if the fd is no socket or can't be read.
+    pub fn socket_inode(&self, fd: u32) -> Option<u64> {
+        procfs::socket_inode(self.tid, fd).ok().flatten()
+    }
+
+    /// Puts `socket` in the place of the caller's `fd`.
+    pub fn replace(&self, fd: u32, socket: BorrowedFd, close_on_exec: bool) -> io::Result<()> {
+        sys::seccomp_notif_addfd(self.notify_fd, self.id, socket, fd, close_on_exec)
+    }
+
+    /// Whether the caller itself could bind a TCP port of the wrapper's network: it is in the same network
+    /// namespace and hasn't given up a right that the port needs.
+    pub fn may_bind(&self, port: u16) -> bool {
+        const NET_BIND_SERVICE: u64 = 1 << 10; // capabilities(7)
+        let wrapper = Pid::this();
+        let namespaces = (procfs::network_namespace(self.tid), procfs::network_namespace(wrapper));
+        if !matches!(namespaces, (Ok(its), Ok(ours)) if its == ours) {
+            return false;
+        }
+        port >= procfs::first_unprivileged_port()
+            || matches!(
+                (procfs::credentials(self.tid), procfs::credentials(wrapper)),
+                (Ok(its), Ok(ours)) if its.uids == ours.uids
+                    && its.effective & NET_BIND_SERVICE == ours.effective & NET_BIND_SERVICE
+            )
+    }
+
+    /// Whether the caller may do exactly what the wrapper may do.
+    pub fn has_same_rights(&self) -> bool {
+        let credentials = (procfs::credentials(self.tid), procfs::credentials(Pid::this()));
+        matches!(credentials, (Ok(its), Ok(ours)) if its == ours)
+    }
+}

@@ -1,0 +1,131 @@
+//! `bind` to a TCP port: the worker gets a socket of the pool in the place of its own.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use log::debug;
+
+use crate::address::Address;
+use crate::intercept::bound::BoundSockets;
+use crate::intercept::caller::{Caller, OwnSocket};
+use crate::intercept::options::{self, NotedOptions, Options};
+use crate::kernel::procfs;
+use crate::kernel::sys::{self, NotifResponse};
+use crate::pool::{Pool, Wish};
+
+/// Binds the caller's socket to the address in `sockaddr`, a `struct sockaddr`. What isn't a TCP port that the
+/// caller may bind is left to the kernel.
+pub fn bind(
+    caller: &Caller,
+    own: OwnSocket,
+    sockaddr: &[u8],
+    noted: &mut NotedOptions,
+    bound: &mut BoundSockets,
+    pool: &mut Pool,
+) -> NotifResponse {
+    let Caller { tid, borrower, .. } = *caller;
+    let Some(bind) = understand(caller, own, sockaddr, noted.of(own.inode)) else {
+        return NotifResponse::Continue;
+    };
+    if !caller.still_waits() {
+        return NotifResponse::Continue;
+    }
+    let address = bind.wish.address;
+    if bound.is_repetition(own.inode, &address.into()) {
+        return NotifResponse::Success;
+    }
+    if pool.lent(borrower.worker, own.inode).is_some() || bind.duplicate.as_ref().is_some_and(has_port) {
+        return NotifResponse::Continue; // bound already: the kernel refuses it
+    }
+    let inode = match pool.lend(borrower, bind.wish) {
+        Ok(inode) => inode,
+        Err(error) => {
+            debug!("worker {} can't bind {address}: {error}", borrower.slot);
+            return NotifResponse::Errno(error.raw_os_error().unwrap_or(libc::EADDRINUSE));
+        }
+    };
+    let Some(socket) = pool.lent(borrower.worker, inode) else { return NotifResponse::Continue };
+    if let Some(duplicate) = &bind.duplicate {
+        options::carry_over(duplicate.as_fd(), socket);
+    }
+    match caller.replace(own.fd, socket, bind.close_on_exec) {
+        Ok(()) => {
+            bound.insert(inode, address.into());
+            debug!("worker {} (pid {tid}) binds {address}", borrower.slot);
+            noted.forget(own.inode);
+            NotifResponse::Success
+        }
+        Err(error) => {
+            debug!("worker {} did not get its socket: {error}", borrower.slot);
+            pool.take_back(inode);
+            NotifResponse::Continue
+        }
+    }
+}
+
+/// A bind that the pool can carry out.
+struct Bind {
+    /// A duplicate of the caller's socket. `None` where pidfd_getfd(2) is refused: the socket is then taken for a new
+    /// one without options.
+    duplicate: Option<OwnedFd>,
+    close_on_exec: bool,
+    wish: Wish,
+}
+
+/// Reads what the caller asks for; `None` if the kernel has to answer it.
+fn understand(caller: &Caller, own: OwnSocket, sockaddr: &[u8], options: Options) -> Option<Bind> {
+    let v6only = options.v6only.unwrap_or_else(procfs::v6only_by_default);
+    let address = Address::from_sockaddr(sockaddr, v6only)?;
+    let protocol = procfs::socket_protocol(caller.tid, own.fd).ok()?;
+    let port = address.socket.port();
+    if !is_tcp_of_family(&protocol, &address) || port == 0 || !caller.may_bind(port) {
+        return None;
+    }
+    let process = procfs::process_of(caller.tid).and_then(|pid| sys::pidfd_open(pid.as_raw(), 0));
+    let duplicate = process.and_then(|process| sys::pidfd_getfd(process.as_fd(), own.fd)).ok();
+    let flags = procfs::fd_flags(caller.tid, own.fd).ok()?;
+    Some(Bind {
+        duplicate,
+        close_on_exec: flags & libc::O_CLOEXEC != 0,
+        wish: Wish { address, nonblocking: flags & libc::O_NONBLOCK != 0, shares: options.shares },
+    })
+}
+
+/// Whether a socket with this protocol name is a TCP socket of the address's family.
+fn is_tcp_of_family(protocol: &str, address: &Address) -> bool {
+    match protocol {
+        "TCP" | "MPTCP" => address.socket.is_ipv4(),
+        "TCPv6" | "MPTCPv6" => address.socket.is_ipv6(),
+        _ => false,
+    }
+}
+
+/// Whether a socket has a port already, because it is connected or was bound without the wrapper.
+fn has_port(socket: &OwnedFd) -> bool {
+    let address = socket2::SockRef::from(socket).local_addr();
+    address.is_ok_and(|address| address.as_socket().is_some_and(|address| address.port() != 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use socket2::{Domain, Socket, Type};
+
+    use super::*;
+
+    #[test]
+    fn only_a_tcp_socket_of_the_same_family_as_its_address_is_bound_by_the_pool() {
+        let v4 = Address { socket: "127.0.0.1:3000".parse().unwrap(), v6only: false };
+        let v6 = Address { socket: "[::1]:3000".parse().unwrap(), v6only: false };
+        let fits = |protocol| (is_tcp_of_family(protocol, &v4), is_tcp_of_family(protocol, &v6));
+        assert_eq!([fits("TCP"), fits("MPTCP")], [(true, false); 2]);
+        assert_eq!([fits("TCPv6"), fits("MPTCPv6")], [(false, true); 2]);
+        assert_eq!([fits("UDP"), fits("SCTP"), fits("UNIX-STREAM")], [(false, false); 3]);
+    }
+
+    #[test]
+    fn a_socket_has_a_port_once_it_is_bound() {
+        assert!(!has_port(&Socket::new(Domain::IPV4, Type::STREAM, None).unwrap().into()));
+        assert!(has_port(&TcpListener::bind("127.0.0.1:0").unwrap().into()));
+    }
+}

@@ -1,0 +1,112 @@
+//! `bind` and `unlink` of a Unix socket's path: the worker shares its generation's socket.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use log::debug;
+use socket2::SockRef;
+
+use crate::address::Endpoint;
+use crate::intercept::bound::BoundSockets;
+use crate::intercept::caller::{Caller, OwnSocket};
+use crate::kernel::procfs;
+use crate::kernel::sys::NotifResponse;
+use crate::pool::paths::{self, Place, Removal, UnixSockets};
+
+/// Binds the caller's socket to a path. What isn't a stream socket, or a path that wrapper and caller see alike, is
+/// left to the kernel.
+pub fn bind(
+    caller: &Caller,
+    own: OwnSocket,
+    path: &Path,
+    bound: &mut BoundSockets,
+    unix: &mut UnixSockets,
+) -> NotifResponse {
+    let Caller { tid, borrower, .. } = *caller;
+    if !is_stream(caller, own) || !caller.has_same_rights() {
+        return NotifResponse::Continue;
+    }
+    let Some(place) = Place::of(tid, None, path) else { return NotifResponse::Continue };
+    let (Ok(flags), Ok(mask)) = (procfs::fd_flags(tid, own.fd), procfs::umask(tid)) else {
+        return NotifResponse::Continue;
+    };
+    if !caller.still_waits() {
+        return NotifResponse::Continue;
+    }
+    let endpoint = Endpoint::Unix(place.path().to_owned());
+    if bound.is_repetition(own.inode, &endpoint) {
+        return NotifResponse::Success;
+    }
+    if unix.socket(own.inode).is_some() {
+        return NotifResponse::Continue; // bound already: the kernel refuses it
+    }
+    let inode = match unix.bind(&place, borrower, mask) {
+        Ok(inode) => inode,
+        // An error without a number means that the wrapper can't do it. The kernel perhaps can.
+        Err(error) => return error.raw_os_error().map_or(NotifResponse::Continue, NotifResponse::Errno),
+    };
+    let Some(socket) = unix.socket(inode) else { return NotifResponse::Continue };
+    // All workers of the generation share this flag, as they share the socket.
+    let replaced = SockRef::from(&socket)
+        .set_nonblocking(flags & libc::O_NONBLOCK != 0)
+        .and_then(|()| caller.replace(own.fd, socket.as_fd(), flags & libc::O_CLOEXEC != 0));
+    match replaced {
+        Ok(()) => {
+            debug!("worker {} (pid {tid}) binds {endpoint}", borrower.slot);
+            bound.insert(inode, endpoint);
+            NotifResponse::Success
+        }
+        Err(_) => NotifResponse::Continue,
+    }
+}
+
+fn is_stream(caller: &Caller, own: OwnSocket) -> bool {
+    match procfs::socket_protocol(caller.tid, own.fd).as_deref() {
+        Ok("UNIX-STREAM") => true,
+        // Before Linux 5.15 stream sockets had this name too.
+        Ok("UNIX") => procfs::unix_sockets().iter().any(|row| row.inode == own.inode && row.is_stream),
+        _ => false,
+    }
+}
+
+/// Keeps the caller from removing a path that other workers serve. `from` and `path` are as in
+/// [`Call::Unlink`](crate::intercept::filter::Call::Unlink). Returns the answer, and the path of the worker's own
+/// socket if that was removed.
+///
+/// The wrapper also answers for the path of any other socket, such as one that an earlier run left, and for a path
+/// that doesn't exist. If the kernel did it after the answer, another worker could bind the path in between and lose
+/// it. For a worker that is ready, only names that are served are examined, since to examine a file can take long.
+pub fn unlink(
+    caller: &Caller,
+    from: Option<u32>,
+    path: u64,
+    is_starting: bool,
+    unix: &mut UnixSockets,
+) -> (NotifResponse, Option<Endpoint>) {
+    const NOT_OURS: (NotifResponse, Option<Endpoint>) = (NotifResponse::Continue, None);
+    let path = procfs::memory(caller.tid, path, libc::PATH_MAX as usize).ok();
+    let path = path.and_then(|bytes| paths::path_of_bytes(&bytes));
+    let path = path.filter(|path| is_starting || unix.may_have(path));
+    let Some(place) = path.and_then(|path| Place::of(caller.tid, from, &path)) else { return NOT_OURS };
+    if !caller.has_same_rights() || !caller.still_waits() {
+        return NOT_OURS;
+    }
+    match fs::symlink_metadata(place.path()) {
+        Ok(file) if file.file_type().is_socket() => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return (NotifResponse::Errno(libc::ENOENT), None);
+        }
+        _ => return NOT_OURS,
+    }
+    match unix.remove(&place, caller.borrower.worker) {
+        Removal::Kept => (NotifResponse::Success, None),
+        Removal::Removed => (NotifResponse::Success, Some(Endpoint::Unix(place.path().to_owned()))),
+        Removal::NotOurs => match fs::remove_file(place.path()) {
+            Ok(()) => (NotifResponse::Success, None),
+            Err(error) => (error.raw_os_error().map_or(NotifResponse::Continue, NotifResponse::Errno), None),
+        },
+    }
+}
