@@ -1,29 +1,29 @@
-//! What goes wrong and what becomes of it: workers that die, alone and in the middle of a reload, that
-//! don't come back, or that close their listeners and live on.
+//! Workers that fail: they die, also during a reload, can't be restarted, or close their listeners and live on.
 
 mod common;
 
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use common::load::{self, Kind, Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Service, Waiting, app, free_address, get, naive, send, turn, wait_for_answers,
-    wait_until,
+    DEADLINE, Folder, Service, Waiting, free_address, get, naive, naive_with, python, send, turn,
+    wait_for_answers, wait_until,
 };
 use nix::sys::signal::Signal;
 
-/// Connections that worker `pid` had accepted and not closed, going by what it printed.
-fn in_hand(service: &Service, pid: u32) -> usize {
+/// How many connections a worker has accepted and not closed, by what it has printed.
+fn open_connections(service: &Service, pid: u32) -> usize {
     let count =
         |what: &str| service.out.all().iter().filter(|line| line.text == format!("{what} pid={pid}")).count();
     count("accepted") - count("closed")
 }
 
+/// The pid of the worker that listened last in this slot.
 fn worker_of_slot(service: &Service, slot: u32) -> u32 {
     let lines = service.out.all();
     let mut of_slot = lines.iter().rev().filter(|line| line.text.ends_with(&format!(" slot={slot}")));
-    let line = of_slot.find(|line| line.text.starts_with("listening ")).expect("it listens");
+    let line = of_slot.find(|line| line.text.starts_with("listening ")).expect("a worker that listens");
     load::Origin::of(&line.text).pid.expect("a pid")
 }
 
@@ -32,15 +32,13 @@ fn wait_for_listening(service: &Service, count: usize) {
     wait_until("the workers listen", DEADLINE, || service.out.count_of("listening ") >= count);
 }
 
-// A crash.
+// Crashes.
 
 #[test]
 fn a_worker_that_dies_under_load_fails_only_requests_that_it_had_accepted() {
     let _turn = turn();
     let addr = free_address();
-    let mut command = naive(addr);
-    command.push("--announce".to_owned());
-    let mut service = Service::run_ready("-n 2", &command);
+    let mut service = Service::run_ready("-n 2", &naive_with(addr, &["--announce"]));
     let load = Load::start(LoadOptions::new(addr, 8));
     let mut killed = Vec::new();
     for _ in 0..4 {
@@ -54,25 +52,24 @@ fn a_worker_that_dies_under_load_fails_only_requests_that_it_had_accepted() {
     }
     let report = load.stop();
     service.stop();
-    // One may be accepted by the kernel's account and not yet by the worker's own.
-    let accepted: usize = killed.iter().map(|pid| in_hand(&service, *pid) + 1).sum();
+    // A killed worker may have accepted one connection more than it had printed.
+    let accepted: usize = killed.iter().map(|pid| open_connections(&service, *pid) + 1).sum();
     println!("{report}\naccepted by killed workers: {accepted}");
-    assert!(report.counts.failed as usize <= accepted, "{accepted} were in hand: {report}");
+    assert!(report.counts.failed as usize <= accepted, "killed workers had {accepted}: {report}");
     assert_eq!(report.count(Kind::Refused), 0, "{report}");
     assert_eq!(report.count(Kind::TimeOut), 0, "{report}");
 }
 
 #[test]
-fn what_was_queued_on_a_dead_worker_is_served_by_its_replacement() {
+fn the_accept_queue_of_a_dead_worker_is_served_by_its_replacement() {
     for workers in [1, 2] {
         let (addr, folder) = (free_address(), Folder::new());
         folder.raise("deaf");
-        let mut command = naive(addr);
-        command.extend(["--deaf-while".to_owned(), folder.path("deaf")]);
+        let command = naive_with(addr, &["--deaf-while", &folder.path("deaf")]);
         let mut service = Service::run_ready(&format!("-n {workers}"), &command);
         let clients: Vec<Waiting> = (0..10).map(|_| Waiting::new(addr)).collect();
         let before = service.workers();
-        // Stopped first, lest they accept when the flag is lowered.
+        // Stopped first, so that they accept nothing when the flag is lowered.
         before.iter().for_each(|pid| send(*pid, Signal::SIGSTOP));
         folder.lower("deaf");
         assert!(clients.iter().all(Waiting::waits));
@@ -88,8 +85,7 @@ fn what_was_queued_on_a_dead_worker_is_served_by_its_replacement() {
 
 #[test]
 fn no_connection_goes_to_a_dead_slot_while_another_worker_is_ready() {
-    let (addr, folder) = (free_address(), Folder::new());
-    let mut service = Service::run_ready("-n 2", &folder.server(addr, &[]));
+    let (addr, folder, mut service) = Service::with_flags("-n 2", &[]);
     wait_for_listening(&service, 2);
     folder.raise("broken-1-1");
     send(worker_of_slot(&service, 1), Signal::SIGKILL);
@@ -98,7 +94,7 @@ fn no_connection_goes_to_a_dead_slot_while_another_worker_is_ready() {
     for _ in 0..50 {
         let begun = Instant::now();
         assert_eq!(get(addr).slot, Some(0));
-        // A connection that was dropped at first comes a second later.
+        // A SYN that was dropped is sent again after a second.
         assert!(begun.elapsed() < Duration::from_millis(900), "{:?}", begun.elapsed());
     }
     folder.lower("broken-1-1");
@@ -107,9 +103,8 @@ fn no_connection_goes_to_a_dead_slot_while_another_worker_is_ready() {
 }
 
 #[test]
-fn restarts_are_at_once_and_then_after_100_ms_doubling() {
-    let (addr, folder) = (free_address(), Folder::new());
-    let mut service = Service::run_ready("-n 1", &folder.server(addr, &[]));
+fn the_first_restart_is_immediate_and_later_ones_wait_100_ms_and_then_twice_as_long_each_time() {
+    let (addr, folder, mut service) = Service::with_flags("-n 1", &[]);
     folder.raise("broken-1-0");
     let killed_at = SystemTime::now();
     send(service.workers()[0], Signal::SIGKILL);
@@ -130,7 +125,7 @@ fn restarts_are_at_once_and_then_after_100_ms_doubling() {
 }
 
 #[test]
-fn a_slot_that_is_down_for_more_than_2_s_has_what_waits_for_it_reset_and_logged() {
+fn when_a_slot_is_down_for_more_than_2_s_its_accept_queue_is_reset_and_the_log_says_so() {
     let (addr, folder) = (free_address(), Folder::new());
     folder.raise("deaf");
     let mut service = Service::run_ready(
@@ -145,8 +140,8 @@ fn a_slot_that_is_down_for_more_than_2_s_has_what_waits_for_it_reset_and_logged(
     assert!(killed_at.elapsed() >= Duration::from_secs(2), "{:?}", killed_at.elapsed());
     let line = service.wait_for_line("reset");
     assert!(line.text.contains("3 connections") && line.text.contains(&addr.to_string()), "{line:?}");
-    // What comes while it is still down doesn't wait either.
-    let failure = load::get(addr, "/", DEADLINE).expect_err("nobody is there to answer");
+    // New connections are reset as well while it is down.
+    let failure = load::get(addr, "/", DEADLINE).expect_err("no worker that answers");
     assert_eq!(failure.kind, Kind::Reset, "{failure:?}");
 
     folder.lower("deaf");
@@ -159,33 +154,24 @@ fn a_slot_that_is_down_for_more_than_2_s_has_what_waits_for_it_reset_and_logged(
 // Giving up.
 
 #[test]
-fn when_no_worker_is_ready_and_the_last_10_starts_failed_it_exits_with_the_last_status() {
-    let (addr, folder) = (free_address(), Folder::new());
-    let mut service = Service::run_ready("-n 5", &folder.server(addr, &[]));
-    wait_for_listening(&service, 5);
-    (0..5).for_each(|slot| folder.raise(&format!("broken-1-{slot}")));
-    service.workers().into_iter().for_each(|pid| send(pid, Signal::SIGKILL));
-    assert_eq!(service.wait_end().code(), Some(3), "{}", service.log.text());
-    assert!(service.log.text().contains("giving up"), "{}", service.log.text());
-    assert_eq!(service.out.count_of("broken "), 10, "{}", service.log.text());
-    assert_eq!(service.descendants(), [0u32; 0]);
-}
-
-#[test]
-fn max_failures_sets_how_many_failed_starts_are_too_many() {
-    let (addr, folder) = (free_address(), Folder::new());
-    let mut service = Service::run_ready("-n 1 --max-failures 3", &folder.server(addr, &[]));
-    folder.raise("broken-1-0");
-    send(service.workers()[0], Signal::SIGKILL);
-    assert_eq!(service.wait_end().code(), Some(3), "{}", service.log.text());
-    assert_eq!(service.out.count_of("broken "), 3, "{}", service.log.text());
-    assert!(service.log.text().contains("--max-failures"), "{}", service.log.text());
+fn when_no_worker_is_ready_and_max_failures_starts_have_failed_it_exits_with_the_last_status() {
+    for (options, workers, failures) in [("-n 5", 5, 10), ("-n 1 --max-failures 3", 1, 3)] {
+        let (_, folder, mut service) = Service::with_flags(options, &[]);
+        wait_for_listening(&service, workers);
+        (0..workers).for_each(|slot| folder.raise(&format!("broken-1-{slot}")));
+        service.workers().into_iter().for_each(|pid| send(pid, Signal::SIGKILL));
+        assert_eq!(service.wait_end().code(), Some(3), "{options}: {}", service.log.text());
+        for part in ["giving up", "--max-failures"] {
+            assert!(service.log.text().contains(part), "{options}: no {part:?} in {}", service.log.text());
+        }
+        assert_eq!(service.out.count_of("broken "), failures, "{options}: {}", service.log.text());
+        assert_eq!(service.descendants(), [0u32; 0], "{options}");
+    }
 }
 
 #[test]
 fn with_max_failures_0_it_never_gives_up() {
-    let (addr, folder) = (free_address(), Folder::new());
-    let mut service = Service::run_ready("-n 4 --max-failures 0", &folder.server(addr, &[]));
+    let (addr, folder, mut service) = Service::with_flags("-n 4 --max-failures 0", &[]);
     wait_for_listening(&service, 4);
     (0..4).for_each(|slot| folder.raise(&format!("broken-1-{slot}")));
     service.workers().into_iter().for_each(|pid| send(pid, Signal::SIGKILL));
@@ -197,9 +183,8 @@ fn with_max_failures_0_it_never_gives_up() {
 }
 
 #[test]
-fn failed_starts_are_no_reason_to_give_up_while_a_worker_is_ready() {
-    let (addr, folder) = (free_address(), Folder::new());
-    let mut service = Service::run_ready("-n 2 --max-failures 2", &folder.server(addr, &[]));
+fn it_does_not_give_up_while_a_worker_is_ready() {
+    let (addr, folder, mut service) = Service::with_flags("-n 2 --max-failures 2", &[]);
     wait_for_listening(&service, 2);
     folder.raise("broken-1-1");
     send(worker_of_slot(&service, 1), Signal::SIGKILL);
@@ -210,13 +195,11 @@ fn failed_starts_are_no_reason_to_give_up_while_a_worker_is_ready() {
     service.stop();
 }
 
-// In the middle of a reload.
+// During a reload.
 
-/// Two workers, and a reload whose new workers are kept from going on, under a load which finds nothing
-/// refused and nothing late.
-fn reload_that_holds(options: &str, more: &[&str]) -> (std::net::SocketAddr, Folder, Service) {
-    let (addr, folder) = (free_address(), Folder::new());
-    let service = Service::run_ready(options, &folder.server(addr, more));
+/// Two workers, and a reload whose new workers wait until their flags `hold-2-0` and `hold-2-1` are lowered.
+fn held_reload(options: &str, more: &[&str]) -> (SocketAddr, Folder, Service) {
+    let (addr, folder, service) = Service::with_flags(options, more);
     wait_for_listening(&service, 2);
     folder.raise("hold-2-0");
     folder.raise("hold-2-1");
@@ -225,59 +208,59 @@ fn reload_that_holds(options: &str, more: &[&str]) -> (std::net::SocketAddr, Fol
     (addr, folder, service)
 }
 
+fn finish_held_reload(service: &Service, folder: &Folder) {
+    folder.lower("hold-2-0");
+    folder.lower("hold-2-1");
+    service.wait_for_line("reload done");
+}
+
 fn new_workers(service: &Service) -> Vec<u32> {
     let old = [worker_of_slot(service, 0), worker_of_slot(service, 1)];
     service.workers().into_iter().filter(|pid| !old.contains(pid)).collect()
 }
 
 #[test]
-fn an_old_worker_that_dies_while_the_new_ones_start_is_restarted_and_the_reload_goes_on() {
-    let (addr, folder, mut service) = reload_that_holds("-n 2", &[]);
+fn an_old_worker_that_dies_while_the_new_ones_start_is_restarted_and_the_reload_continues() {
+    let (addr, folder, mut service) = held_reload("-n 2", &[]);
     send(worker_of_slot(&service, 0), Signal::SIGKILL);
     service.wait_for_line("is ready, a replacement");
     assert_eq!(get(addr).generation, Some(1));
-    folder.lower("hold-2-0");
-    folder.lower("hold-2-1");
-    service.wait_for_line("reload done");
+    finish_held_reload(&service, &folder);
     assert_eq!(get(addr).generation, Some(2));
     service.stop();
 }
 
 #[test]
-fn all_old_workers_that_die_while_the_new_ones_start_are_restarted_and_the_reload_goes_on() {
-    let (addr, folder, mut service) = reload_that_holds("-n 2", &[]);
+fn old_workers_that_all_die_while_the_new_ones_start_are_restarted_and_the_reload_continues() {
+    let (addr, folder, mut service) = held_reload("-n 2", &[]);
     send(worker_of_slot(&service, 0), Signal::SIGKILL);
     send(worker_of_slot(&service, 1), Signal::SIGKILL);
-    wait_until("both are dead", DEADLINE, || service.log.count_of("was killed by SIGKILL") == 2);
-    assert_eq!(get(addr).generation, Some(1), "what came meanwhile has waited");
-    folder.lower("hold-2-0");
-    folder.lower("hold-2-1");
-    service.wait_for_line("reload done");
+    wait_until("both old workers are dead", DEADLINE, || service.log.count_of("was killed by SIGKILL") == 2);
+    assert_eq!(get(addr).generation, Some(1), "the connection waits for a restarted worker");
+    finish_held_reload(&service, &folder);
     assert_eq!(get(addr).generation, Some(2));
     service.stop();
 }
 
 #[test]
 fn a_slot_that_is_down_at_the_switch_is_taken_over_by_its_new_worker() {
-    let (addr, folder, mut service) = reload_that_holds("-n 2 --max-failures 0", &[]);
+    let (addr, folder, mut service) = held_reload("-n 2 --max-failures 0", &[]);
     folder.raise("broken-1-0");
     folder.raise("broken-1-1");
     send(worker_of_slot(&service, 0), Signal::SIGKILL);
     send(worker_of_slot(&service, 1), Signal::SIGKILL);
     wait_until("failed restarts", DEADLINE, || service.out.count_of("broken 1-") >= 4);
-    folder.lower("hold-2-0");
-    folder.lower("hold-2-1");
-    service.wait_for_line("reload done");
+    finish_held_reload(&service, &folder);
     let from = service.out.count();
     assert_eq!(get(addr).generation, Some(2));
     service.reload();
-    assert!(service.out.find(from, "broken").is_none(), "no worker of generation 1 was started any more");
+    assert!(service.out.find(from, "broken").is_none(), "a worker of generation 1 was started again");
     service.stop();
 }
 
 #[test]
 fn a_new_worker_that_dies_while_it_starts_ends_the_reload() {
-    let (addr, _folder, mut service) = reload_that_holds("-n 2", &[]);
+    let (addr, _folder, mut service) = held_reload("-n 2", &[]);
     let new = new_workers(&service);
     send(new[0], Signal::SIGKILL);
     service
@@ -290,8 +273,8 @@ fn a_new_worker_that_dies_while_it_starts_ends_the_reload() {
 }
 
 #[test]
-fn a_new_worker_that_dies_when_it_was_ready_and_another_was_not_ends_the_reload() {
-    let (addr, folder, mut service) = reload_that_holds("-n 2", &[]);
+fn a_ready_new_worker_that_dies_before_all_are_ready_ends_the_reload() {
+    let (addr, folder, mut service) = held_reload("-n 2", &[]);
     folder.lower("hold-2-0");
     wait_for_listening(&service, 3);
     send(worker_of_slot(&service, 0), Signal::SIGKILL);
@@ -343,9 +326,9 @@ fn a_new_worker_that_dies_while_the_old_one_drains_is_restarted_and_the_reload_e
 }
 
 #[test]
-fn an_old_worker_that_dies_while_a_reload_is_given_up_is_restarted() {
+fn an_old_worker_that_dies_while_a_reload_is_abandoned_is_restarted() {
     let (addr, folder) = (free_address(), Folder::new());
-    // The new ones need all of their time to stop.
+    // They ignore the stop signal, so that the new ones live until the stop time-out.
     let more = ["--ignore-int", "--ready-after", "0"];
     let mut service = Service::run_ready(
         "-n 2 --ready notify --stop-timeout 3s --ready-timeout 60s",
@@ -365,7 +348,7 @@ fn an_old_worker_that_dies_while_a_reload_is_given_up_is_restarted() {
     old.iter().for_each(|pid| send(*pid, Signal::SIGKILL));
     wait_until("two replacements", DEADLINE, || service.log.count_of("is ready, a replacement") == 2);
     assert_eq!(get(addr).generation, Some(1));
-    // The reload that was asked for meanwhile comes when the failed one is over.
+    // The queued reload begins when the failed one is over.
     service.wait_for_line("generation 3 serves");
     service.wait_for_line("reload done");
     service.signal(Signal::SIGTERM);
@@ -373,14 +356,14 @@ fn an_old_worker_that_dies_while_a_reload_is_given_up_is_restarted() {
 }
 
 #[test]
-fn sigterm_while_new_workers_start_stops_all_within_the_deadlines() {
-    let (_addr, _folder, mut service) = reload_that_holds("-n 2", &[]);
+fn sigterm_while_new_workers_start_stops_all_workers() {
+    let (_addr, _folder, mut service) = held_reload("-n 2", &[]);
     service.stop();
     assert!(service.log.text().contains("SIGTERM: stopping 4 workers"), "{}", service.log.text());
 }
 
 #[test]
-fn sigterm_while_old_workers_drain_stops_all_within_the_deadlines() {
+fn sigterm_while_old_workers_drain_stops_all_workers() {
     let addr = free_address();
     let mut service = Service::run_ready("-n 1 --drain 1h", &naive(addr));
     let slow = std::thread::spawn(move || load::get(addr, "/sleep/60000?id=slow", DEADLINE));
@@ -393,7 +376,7 @@ fn sigterm_while_old_workers_drain_stops_all_within_the_deadlines() {
 }
 
 #[test]
-fn sigterm_while_a_reload_is_given_up_stops_all_within_the_deadlines() {
+fn sigterm_while_a_reload_is_abandoned_stops_all_workers() {
     let (addr, folder) = (free_address(), Folder::new());
     let more = ["--ignore-int", "--ready-after", "0"];
     let mut service =
@@ -411,9 +394,8 @@ fn sigterm_while_a_reload_is_given_up_stops_all_within_the_deadlines() {
 }
 
 #[test]
-fn sigterm_while_the_only_worker_is_down_ends_at_once() {
-    let (addr, folder) = (free_address(), Folder::new());
-    let mut service = Service::run_ready("-n 1 --max-failures 0", &folder.server(addr, &[]));
+fn sigterm_while_the_only_worker_is_down_exits_with_0() {
+    let (_addr, folder, mut service) = Service::with_flags("-n 1 --max-failures 0", &[]);
     folder.raise("broken-1-0");
     send(service.workers()[0], Signal::SIGKILL);
     wait_until("failed restarts", DEADLINE, || service.out.count_of("broken 1-") >= 4);
@@ -428,7 +410,7 @@ fn sigusr2_before_the_first_generation_is_ready_reloads_as_soon_as_it_is() {
     wait_for_listening(&service, 1);
     service.signal(Signal::SIGUSR2);
     service.wait_for_line("reload: as soon as the first generation is ready");
-    assert_eq!(service.workers().len(), 2, "nobody was started for it yet");
+    assert_eq!(service.workers().len(), 2, "no worker of generation 2 runs yet");
     folder.lower("hold-1-1");
     service.wait_for_line("generation 1 is ready");
     service.wait_for_line("reload done");
@@ -437,11 +419,9 @@ fn sigusr2_before_the_first_generation_is_ready_reloads_as_soon_as_it_is() {
 }
 
 #[test]
-fn sigusr2_while_stopping_is_refused_in_the_log() {
+fn sigusr2_during_a_stop_is_refused_in_the_log() {
     let addr = free_address();
-    let mut command = naive(addr);
-    command.push("--ignore-int".to_owned());
-    let mut service = Service::run_ready("-n 2 --stop-timeout 1s", &command);
+    let mut service = Service::run_ready("-n 2 --stop-timeout 1s", &naive_with(addr, &["--ignore-int"]));
     service.signal(Signal::SIGTERM);
     service.wait_for_line("SIGTERM: stopping");
     service.signal(Signal::SIGUSR2);
@@ -453,17 +433,22 @@ fn sigusr2_while_stopping_is_refused_in_the_log() {
 
 // A worker that closes its listener and lives on.
 
-#[test]
-fn a_worker_that_closes_its_listener_is_found_and_steered_around_and_what_waits_is_reset() {
+/// Two workers, which close their listeners while `close-0` and `close-1` are raised.
+fn closing_workers() -> (SocketAddr, Folder, Service) {
     let (addr, folder) = (free_address(), Folder::new());
-    let port = addr.port().to_string();
-    let mut service =
-        Service::run_ready("-n 2", &["python3", &app("python/closes.py"), &port, &folder.path("")]);
+    let worker = python("closes.py", &[&addr.port().to_string(), &folder.path("")]);
+    let service = Service::run_ready("-n 2", &worker);
+    (addr, folder, service)
+}
+
+#[test]
+fn a_worker_that_closes_its_listener_gets_no_more_connections_and_its_accept_queue_is_reset() {
+    let (addr, folder, mut service) = closing_workers();
     folder.raise("close-1");
     service.wait_for_output("closed 1");
-    // Ask until one gets to the closed one and waits; the answers of the other come in between.
+    // Connects until a client waits on the closed listener. The other worker answers all others.
     let mut unanswered = Vec::new();
-    wait_until("a client waits where nobody is", DEADLINE, || {
+    wait_until("a client waits on the closed listener", DEADLINE, || {
         let client = Waiting::new(addr);
         let asked = Instant::now();
         while client.waits() && asked.elapsed() < Duration::from_millis(300) {
@@ -489,11 +474,8 @@ fn a_worker_that_closes_its_listener_is_found_and_steered_around_and_what_waits_
 }
 
 #[test]
-fn an_address_whose_workers_have_all_closed_it_refuses_and_comes_back_when_one_listens_again() {
-    let (addr, folder) = (free_address(), Folder::new());
-    let port = addr.port().to_string();
-    let mut service =
-        Service::run_ready("-n 2", &["python3", &app("python/closes.py"), &port, &folder.path("")]);
+fn when_all_workers_have_closed_an_address_it_is_refused_until_one_listens_again() {
+    let (addr, folder, mut service) = closing_workers();
     folder.raise("close-0");
     folder.raise("close-1");
     service.wait_for_output("closed 0");
@@ -507,9 +489,9 @@ fn an_address_whose_workers_have_all_closed_it_refuses_and_comes_back_when_one_l
         clients.extend(connected);
         refused
     });
-    // Which is said when it is so, hence a moment later.
-    wait_until("both are told of", DEADLINE, || service.log.count_of("has stopped listening on") == 2);
-    assert_eq!(service.workers(), workers, "they live on");
+    // The log says so a moment later.
+    wait_until("two lines in the log", DEADLINE, || service.log.count_of("has stopped listening on") == 2);
+    assert_eq!(service.workers(), workers, "the workers live on");
 
     folder.lower("close-0");
     service.wait_for_output("opened 0");

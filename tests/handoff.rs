@@ -1,4 +1,4 @@
-//! The handoff from one generation to the next, under load, with real programs: not one request fails.
+//! The handoff from one generation to the next, under load and with real programs: no request fails.
 
 mod common;
 
@@ -10,56 +10,26 @@ use std::time::{Duration, Instant};
 
 use common::load::{self, Kind, Load, LoadOptions, Mode};
 use common::{
-    DEADLINE, Deployment, Service, answered_more, app, free_address, node_app, own_network, send, server,
-    turn, wait_until,
+    DEADLINE, Deployment, Service, answered_more, app, free_address, get, get_path, naive, naive_with,
+    node_app, own_network, python, reload_under_load, send, server, turn, wait_until,
 };
 use nix::sys::signal::Signal;
 
-/// A naive server as a command.
-fn naive(addr: SocketAddr) -> Vec<String> {
-    vec![server(), "--listen".to_owned(), addr.to_string()]
-}
-
-fn get(addr: SocketAddr, path: &str) -> load::Answer {
-    match load::get(addr, path, Duration::from_secs(15)) {
-        Ok(answer) => answer,
-        Err(failure) => panic!("GET {path} from {addr}: {failure:?}"),
-    }
-}
-
-/// Reloads `times` times while the load gets answers between any two reloads.
-fn reload_under(load: &Load, service: &Service, times: usize) {
-    let answered = |more_than: u64| {
-        wait_until("answers between two reloads", DEADLINE, || load.snapshot().answered > more_than);
-    };
-    answered(0);
-    for _ in 0..times {
-        service.reload();
-        answered(load.snapshot().answered);
-    }
-}
-
-/// Puts a load on the service, reloads it so often, stops both, and returns what became of the requests:
-/// none failed.
+/// Reloads under load and stops reuse-run. Returns the load's report.
 #[track_caller]
-fn reload_without_a_loss(mut service: Service, load: LoadOptions, times: usize) -> load::Report {
-    let load = Load::start(load);
-    reload_under(&load, &service, times);
-    let report = load.stop();
-    println!("{report}");
-    report.assert_nothing_failed();
+fn reload_and_stop(mut service: Service, load: LoadOptions, times: u32) -> load::Report {
+    let report = reload_under_load(&service, load, times);
     service.stop();
     report
 }
 
 #[test]
-fn the_express_app_of_the_seed_loses_no_request_in_10_reloads_of_4_workers() {
+fn an_express_app_loses_no_request_in_10_reloads_of_4_workers() {
     let _turn = turn();
     own_network();
     let service = Service::run_ready("-n 4", &["node", &node_app("express/app.js")]);
-    let report =
-        reload_without_a_loss(service, LoadOptions::new(SocketAddr::from(([127, 0, 0, 1], 3000)), 32), 10);
-    assert!(report.counts.pids.len() >= 11, "every generation answered: {:?}", report.counts.pids);
+    let report = reload_and_stop(service, LoadOptions::new(SocketAddr::from(([127, 0, 0, 1], 3000)), 32), 10);
+    assert!(report.counts.pids.len() >= 11, "every generation has answered: {:?}", report.counts.pids);
 }
 
 #[test]
@@ -67,7 +37,7 @@ fn an_express_app_that_says_ready_loses_no_request_in_5_reloads() {
     let _turn = turn();
     own_network();
     let service = Service::run_ready("-n 2 --ready notify", &["node", &node_app("express-ready/app.js")]);
-    reload_without_a_loss(service, LoadOptions::new(SocketAddr::from(([127, 0, 0, 1], 3000)), 16), 5);
+    reload_and_stop(service, LoadOptions::new(SocketAddr::from(([127, 0, 0, 1], 3000)), 16), 5);
 }
 
 #[test]
@@ -75,8 +45,8 @@ fn a_naive_server_loses_no_request_in_50_reloads_at_full_speed() {
     let _turn = turn();
     let addr = free_address();
     let service = Service::run_ready("-n 2", &naive(addr));
-    let report = reload_without_a_loss(service, LoadOptions::new(addr, 16), 50);
-    assert_eq!(report.counts.generations.keys().copied().collect::<Vec<_>>(), (1..=51).collect::<Vec<_>>());
+    let report = reload_and_stop(service, LoadOptions::new(addr, 16), 50);
+    report.assert_generations(1..=51);
     assert_eq!(report.counts.slots.keys().copied().collect::<Vec<_>>(), [0, 1]);
 }
 
@@ -84,28 +54,26 @@ fn a_naive_server_loses_no_request_in_50_reloads_at_full_speed() {
 fn pythons_threading_http_server_loses_no_request_in_10_reloads() {
     let _turn = turn();
     let addr = free_address();
-    let port = addr.port().to_string();
-    let service = Service::run_ready("-n 2", &["python3", &app("python/naive.py"), &port]);
-    let report = reload_without_a_loss(service, LoadOptions::new(addr, 8), 10);
+    let service = Service::run_ready("-n 2", &python("naive.py", &[&addr.port().to_string()]));
+    let report = reload_and_stop(service, LoadOptions::new(addr, 8), 10);
     assert_eq!(report.counts.generations.len(), 11, "{:?}", report.counts.generations);
 }
 
 #[test]
-fn a_polite_python_server_loses_no_request_in_10_reloads() {
+fn a_python_server_with_a_graceful_stop_loses_no_request_in_10_reloads() {
     let _turn = turn();
     let addr = free_address();
-    let port = addr.port().to_string();
-    let service = Service::run_ready("-n 2", &["python3", &app("python/polite.py"), &port]);
-    reload_without_a_loss(service, LoadOptions::new(addr, 8), 10);
+    let service = Service::run_ready("-n 2", &python("polite.py", &[&addr.port().to_string()]));
+    reload_and_stop(service, LoadOptions::new(addr, 8), 10);
 }
 
 #[test]
-fn a_polite_node_server_loses_no_keep_alive_request_at_full_speed() {
+fn a_node_server_with_a_graceful_stop_loses_no_keep_alive_request_at_full_speed() {
     let _turn = turn();
     let addr = free_address();
     let port = addr.port().to_string();
     let service = Service::run_ready("-n 2", &["node", &app("node/polite.js"), &port]);
-    let report = reload_without_a_loss(
+    let report = reload_and_stop(
         service,
         LoadOptions::new(addr, 16).mode(Mode::KeepAlive { think: Duration::ZERO }),
         10,
@@ -114,20 +82,19 @@ fn a_polite_node_server_loses_no_keep_alive_request_at_full_speed() {
 }
 
 #[test]
-fn the_switch_is_atomic_no_later_connection_sees_the_older_generation() {
+fn the_switch_is_atomic() {
     let _turn = turn();
     let addr = free_address();
     let service = Service::run_ready("-n 4", &naive(addr));
-    let report = reload_without_a_loss(service, LoadOptions::new(addr, 16).record(), 20);
-    assert_eq!(report.counts.generations.len(), 21, "{:?}", report.counts.generations);
-    report.assert_nothing_stale();
+    let report = reload_and_stop(service, LoadOptions::new(addr, 16).record(), 20);
+    report.assert_switched_atomically(21);
 }
 
 #[test]
 fn a_replacement_that_listens_but_never_says_ready_gets_no_connection() {
     let addr = free_address();
     let deployment = Deployment::new(&format!("--listen {addr} --ready-after 0"));
-    // Long enough for both to listen where they are emulated (scripts/kernels).
+    // Long enough for both to listen in an emulated machine (scripts/kernels).
     let mut service = Service::run_ready("-n 2 --ready notify --ready-timeout 10s", &deployment.command());
     let load = Load::start(LoadOptions::new(addr, 8).path("/?id={id}"));
     wait_until("answers before the reload", DEADLINE, || load.snapshot().answered > 0);
@@ -141,7 +108,7 @@ fn a_replacement_that_listens_but_never_says_ready_gets_no_connection() {
     let report = load.stop();
     println!("{report}");
     report.assert_nothing_failed();
-    assert_eq!(report.counts.generations.keys().copied().collect::<Vec<_>>(), [1]);
+    report.assert_generations([1]);
     service.stop();
 }
 
@@ -151,8 +118,8 @@ fn a_first_generation_that_listens_but_has_not_said_ready_gets_no_connection_yet
     let deployment = Deployment::new(&format!("--listen {addr} --ready-after 2000"));
     let mut service = Service::run("-n 2 --ready notify", &deployment.command());
     wait_until("both workers listen", DEADLINE, || service.out.count_of("listening ") == 2);
-    // Asked for before anybody is ready, and answered only then: the kernel drops the SYN in silence
-    // and the client sends it again. The servers accept at once, so the order of what they print tells.
+    // The client connects before any worker is ready. The kernel drops its SYN until then and the client sends it
+    // again. The server prints `begun` as soon as it has accepted, so the order of the lines shows which came first.
     let answer = load::get(addr, "/?id=early", Duration::from_secs(60)).expect("an answer once ready");
     assert!(answer.body.contains("work=early"), "{}", answer.body);
     service.stop();
@@ -162,35 +129,29 @@ fn a_first_generation_that_listens_but_has_not_said_ready_gets_no_connection_yet
 }
 
 #[test]
-fn a_worker_that_shuts_its_own_listener_down_does_not_disturb_the_steering() {
+fn a_worker_that_shuts_its_own_listener_down_loses_no_request() {
     let _turn = turn();
     let addr = free_address();
-    let mut command = naive(addr);
-    command.push("--shutdown-on-int".to_owned());
-    let service = Service::run_ready("-n 2", &command);
-    let report = reload_without_a_loss(service, LoadOptions::new(addr, 16).record(), 20);
-    assert_eq!(report.counts.generations.len(), 21, "{:?}", report.counts.generations);
-    report.assert_nothing_stale();
+    let service = Service::run_ready("-n 2", &naive_with(addr, &["--shutdown-on-int"]));
+    let report = reload_and_stop(service, LoadOptions::new(addr, 16).record(), 20);
+    report.assert_switched_atomically(21);
 }
 
 #[test]
-fn idle_keep_alive_connections_count_as_quiet_and_no_request_being_worked_on_is_cut() {
-    // A request that arrives between the last look at a connection and the signal is read by a server
-    // that dies a moment later. Nobody outside the server can rule that out, so what was read that
-    // recently is counted apart from what was being worked on.
+fn idle_keep_alive_connections_do_not_hold_up_the_drain_and_no_request_in_progress_is_cut() {
+    // A request may arrive between the last check of its connection and the stop signal. The server reads it and dies.
+    // Nothing outside the server can prevent that, so these requests are counted apart.
     const JUST_ARRIVED: Duration = Duration::from_millis(100);
 
     let addr = free_address();
-    let mut command = naive(addr);
-    command.push("--keep-alive".to_owned());
-    let mut service = Service::run_ready("-n 2 --drain 10s", &command);
+    let mut service = Service::run_ready("-n 2 --drain 10s", &naive_with(addr, &["--keep-alive"]));
     let think = Duration::from_secs(1);
     let load =
         Load::start(LoadOptions::new(addr, 8).mode(Mode::KeepAlive { think }).path("/sleep/200?id={id}"));
     wait_until("every client has an answer", DEADLINE, || load.snapshot().answered >= 8);
     for _ in 0..5 {
         let took = service.reload();
-        assert!(took < Duration::from_secs(6), "the old workers were stopped well before 10 s: {took:?}");
+        assert!(took < Duration::from_secs(6), "the old workers ended long before 10 s: {took:?}");
         let answered = load.snapshot().answered;
         wait_until("answers between two reloads", DEADLINE, || load.snapshot().answered >= answered + 8);
     }
@@ -214,7 +175,7 @@ fn idle_keep_alive_connections_count_as_quiet_and_no_request_being_worked_on_is_
         }
     }
     println!("{report}\nnever read: {never_read}, just arrived: {just_arrived}");
-    assert!(cut.is_empty(), "cut while being worked on: {cut:#?}");
+    assert!(cut.is_empty(), "cut in progress: {cut:#?}");
     assert!(never_read + just_arrived <= 4, "more than a rare race: {report}");
 }
 
@@ -222,31 +183,31 @@ fn idle_keep_alive_connections_count_as_quiet_and_no_request_being_worked_on_is_
 fn a_request_of_3_s_that_began_before_the_reload_is_answered_in_full_by_the_old_worker() {
     let addr = free_address();
     let mut service = Service::run_ready("-n 2", &naive(addr));
-    let slow = thread::spawn(move || get(addr, "/sleep/3000?id=slow"));
+    let slow = thread::spawn(move || get_path(addr, "/sleep/3000?id=slow"));
     service.wait_for_output("begun slow");
     service.signal(Signal::SIGUSR2);
     let switched = service.wait_for_line("generation 2 serves");
-    assert_eq!(get(addr, "/").origin.generation, Some(2));
+    assert_eq!(get(addr).generation, Some(2));
 
     let answer = slow.join().expect("the slow request");
     assert_eq!(answer.origin.generation, Some(1));
-    assert!(answer.end > switched.at, "it was under way during the switch");
+    assert!(answer.end > switched.at, "it was in progress during the switch");
     let done = service.wait_for_line("reload done");
-    assert!(done.at >= answer.end, "the old worker was waited for");
+    assert!(done.at >= answer.end, "the reload ended after the answer");
     service.stop();
 }
 
 #[test]
-fn a_new_version_on_another_port_leaves_the_old_port_refused() {
+fn when_a_new_version_listens_on_another_port_the_old_port_is_refused() {
     let (old, new) = (free_address(), free_address());
     let deployment = Deployment::new(&format!("--listen {old} --ready-after 0"));
     let mut service = Service::run_ready("-n 2 --ready notify", &deployment.command());
-    assert_eq!(get(old, "/").origin.generation, Some(1));
+    assert_eq!(get(old).generation, Some(1));
 
     deployment.replace(&format!("--listen {new} --ready-after 0"));
     service.reload();
     for _ in 0..10 {
-        assert_eq!(get(new, "/").origin.generation, Some(2));
+        assert_eq!(get(new).generation, Some(2));
     }
     wait_until(
         "the old port is refused",
@@ -254,17 +215,17 @@ fn a_new_version_on_another_port_leaves_the_old_port_refused() {
         || matches!(load::get(old, "/", Duration::from_secs(2)), Err(failure) if failure.kind == Kind::Refused),
     );
 
-    // And back, so that a closed address can be opened again.
+    // And back: a closed address can be opened again.
     deployment.replace(&format!("--listen {old} --ready-after 0"));
     service.reload();
     for _ in 0..10 {
-        assert_eq!(get(old, "/").origin.generation, Some(3));
+        assert_eq!(get(old).generation, Some(3));
     }
     service.stop();
 }
 
 #[test]
-fn after_200_reloads_nothing_has_piled_up() {
+fn after_200_reloads_there_are_no_more_fds_processes_or_memory() {
     let addr = free_address();
     let mut service = Service::run_ready("-n 2", &naive(addr));
     let mut fds_after_2 = 0;
@@ -277,13 +238,13 @@ fn after_200_reloads_nothing_has_piled_up() {
             _ => {}
         }
     }
-    assert_eq!(get(addr, "/").origin.generation, Some(201));
+    assert_eq!(get(addr).generation, Some(201));
     assert!(fds_after_2 > 0);
-    // What belonged to an old worker may be closed a moment after its end is told.
+    // The fds of an old worker may be closed a moment after its end is logged.
     wait_until("no more file descriptors after 200 reloads than after 2", DEADLINE, || {
         service.fds() <= fds_after_2
     });
-    // Less than a KiB a reload: an allocator's page or two, but nothing that is kept each time.
+    // Less than a KiB for each reload: some pages of the allocator, but nothing that each reload keeps.
     let memory = service.memory_kib();
     assert!(memory <= memory_after_20 + 128, "KiB after 20 reloads: {memory_after_20}, after 200: {memory}");
     assert_eq!(service.zombies(), [0u32; 0], "zombies");
@@ -303,10 +264,9 @@ fn a_worker_that_dies_is_replaced_in_its_slot_and_no_connection_is_refused() {
         answered_more(&load);
         let before = service.workers();
         let from = service.log.count();
-        let victim = get(addr, "/").origin;
+        let victim = get(addr);
         let pid = victim.pid.expect("a pid");
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), Signal::SIGKILL)
-            .expect("kill a worker");
+        send(pid, Signal::SIGKILL);
         service.wait_for_line_after(from, "SIGKILL");
         wait_until("a replacement in the same slot answers", DEADLINE, || {
             let origin = get_or_none(addr);
@@ -319,16 +279,16 @@ fn a_worker_that_dies_is_replaced_in_its_slot_and_no_connection_is_refused() {
     println!("{report}");
     assert!(report.counts.answered > 0);
     assert_eq!(report.count(Kind::Refused), 0, "{report}");
-    assert_eq!(report.count(Kind::TimeOut), 0, "what was queued is inherited: {report}");
-    assert_eq!(report.counts.generations.keys().copied().collect::<Vec<_>>(), [1], "{report}");
-    // The sockets are in order after all that.
+    assert_eq!(report.count(Kind::TimeOut), 0, "the replacement serves the accept queue: {report}");
+    report.assert_generations([1]);
+    // A reload works after that.
     service.reload();
-    assert_eq!(get(addr, "/").origin.generation, Some(2));
+    assert_eq!(get(addr).generation, Some(2));
     service.stop();
 }
 
 #[test]
-fn the_only_worker_dies_and_no_connection_is_refused() {
+fn when_the_only_worker_dies_no_connection_is_refused() {
     let addr = free_address();
     let mut service = Service::run_ready("-n 1", &naive(addr));
     let load = Load::start(LoadOptions::new(addr, 4));
@@ -336,8 +296,7 @@ fn the_only_worker_dies_and_no_connection_is_refused() {
         wait_until("an answer", DEADLINE, || get_or_none(addr).is_some());
         let victim = service.workers();
         assert_eq!(victim.len(), 1);
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(victim[0] as i32), Signal::SIGKILL)
-            .expect("kill it");
+        send(victim[0], Signal::SIGKILL);
         wait_until("its replacement answers", DEADLINE, || {
             get_or_none(addr).is_some_and(|origin| origin.pid.is_some_and(|pid| pid != victim[0]))
         });
@@ -349,7 +308,7 @@ fn the_only_worker_dies_and_no_connection_is_refused() {
     service.stop();
 }
 
-/// Who answers, if anybody does: near a death a connection may be cut.
+/// Who answers. `None` if the connection is cut, as it may be when a worker dies.
 fn get_or_none(addr: SocketAddr) -> Option<load::Origin> {
     match load::get(addr, "/", Duration::from_secs(15)) {
         Ok(answer) => Some(answer.origin),
@@ -363,25 +322,25 @@ fn clients_that_ask_again_before_their_answer_is_acknowledged_do_not_hold_up_the
     let _turn = turn();
     let addr = free_address();
     let mut service = Service::run_ready("-n 2 --drain 100s", &naive(addr));
-    // The kernel delays an acknowledgement by up to 40 ms, to send it with the next request.
+    // The client's kernel delays an acknowledgement by up to 40 ms, to send it with the next request.
     let mode = Mode::KeepAlive { think: Duration::from_millis(20) };
     let load = Load::start(LoadOptions::new(addr, 4).mode(mode));
     wait_until("answers", DEADLINE, || load.snapshot().answered > 20);
     let took = service.reload();
     assert!(took < Duration::from_secs(50), "{took:?}");
     assert_eq!(service.log.count_of("was not seen idle"), 0, "{}", service.log.text());
-    load.stop(); // what a naive server cuts off is another test's business
+    load.stop(); // a server without a graceful stop may cut some; other tests count these
     service.stop();
 }
 
-/// A client of a server that keeps connections open.
+/// A keep-alive connection to a worker.
 struct Kept {
     stream: TcpStream,
     worker: u32,
 }
 
 impl Kept {
-    /// One of the worker in this slot.
+    /// A connection to the worker in this slot.
     fn of_slot(slot: u32, addr: SocketAddr) -> Self {
         let mut kept = None;
         wait_until("a connection to the worker", DEADLINE, || {
@@ -422,10 +381,10 @@ fn answer(stream: &mut TcpStream) -> load::Origin {
     load::Origin::of(&String::from_utf8_lossy(&text))
 }
 
-/// What comes so soon after an answer looks answered: two clock ticks of the slowest kernels.
+/// Two clock ticks of the slowest kernels. A request that comes sooner after an answer looks answered.
 const TICKS: Duration = Duration::from_millis(20);
 
-/// Two workers, told to stop one after the other.
+/// Two workers that get their stop signals one after the other.
 struct Pair {
     service: Service,
     addr: SocketAddr,
@@ -433,7 +392,7 @@ struct Pair {
 }
 
 impl Pair {
-    /// The first is started with this option, if any, the second ignores SIGINT.
+    /// The first worker gets this option, if any; the second ignores SIGINT.
     fn start(option: &str) -> Self {
         let addr = free_address();
         let text = format!(
@@ -444,8 +403,8 @@ impl Pair {
         Self { service, addr, reloads: 0 }
     }
 
-    /// Replaces both. Returns whether an idle connection of the second, which closes nothing, is open still after
-    /// its signal.
+    /// Reloads. Returns whether an idle connection of the second worker, which closes nothing itself, is still open after
+    /// the stop signal.
     fn is_open_after_a_reload(&mut self) -> bool {
         let mut idle = Kept::of_slot(0, self.addr);
         let mut busy = Kept::of_slot(1, self.addr);
@@ -453,7 +412,7 @@ impl Pair {
         let (begin, end) = REQUEST.split_at(10);
         busy.stream.write_all(begin).expect("begin to ask");
         self.service.signal(Signal::SIGUSR2);
-        assert_eq!(idle.stream.read(&mut [0]).expect("the end of what the first worker had"), 0);
+        assert_eq!(idle.stream.read(&mut [0]).expect("the end of the first worker's connection"), 0);
         busy.stream.write_all(end).expect("ask");
         assert_eq!(answer(&mut busy.stream).pid, Some(busy.worker));
         self.reloads += 1;
@@ -468,15 +427,15 @@ impl Pair {
 }
 
 #[test]
-fn when_the_signal_kills_one_of_a_generation_idle_connections_of_the_others_are_closed_before_it() {
+fn when_the_signal_kills_one_worker_idle_connections_of_the_others_are_closed_before_it() {
     let _turn = turn();
     let mut pair = Pair::start("");
-    // Who takes more than 3 ms to die, as it may where CPUs are short, isn't known to be killed.
+    // reuse-run waits 3 ms to see whether the signal kills. On a busy machine it may take longer.
     wait_until("a connection that reuse-run closes", DEADLINE, || !pair.is_open_after_a_reload());
 }
 
 #[test]
-fn when_one_of_a_generation_exits_on_the_signal_idle_connections_of_the_others_are_left_to_them() {
+fn when_one_worker_handles_the_signal_idle_connections_of_the_others_are_left_open() {
     let _turn = turn();
     let mut pair = Pair::start("--exit-on-int");
     assert!([(); 3].iter().all(|()| pair.is_open_after_a_reload()));
@@ -486,8 +445,7 @@ fn when_one_of_a_generation_exits_on_the_signal_idle_connections_of_the_others_a
 fn a_worker_that_handles_the_signal_keeps_its_idle_connections() {
     let _turn = turn();
     let addr = free_address();
-    let mut command = naive(addr);
-    command.extend(["--keep-alive", "--ignore-int"].map(str::to_owned));
+    let command = naive_with(addr, &["--keep-alive", "--ignore-int"]);
     let service = Service::run_ready("-n 2 --drain 1h --stop-timeout 1h", &command);
     let mut kept = [0, 1].map(|slot| Kept::of_slot(slot, addr));
     service.signal(Signal::SIGUSR2);

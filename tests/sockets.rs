@@ -1,26 +1,21 @@
-//! Which sockets are shared, which are left alone, and who may have a port.
+//! Which sockets are shared, which are left alone, and which ports a worker may have.
 
 mod common;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use common::load::{self, Kind, Load, LoadOptions};
+use common::load::{self, Kind, LoadOptions};
 use common::{
-    DEADLINE, Deployment, Service, answered_more, app, free_address, free_port, server, wait_until,
+    DEADLINE, Deployment, Service, free_address, free_port, get, naive, python, reload_under_loads, server,
+    wait_until,
 };
 use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
 
-fn naive(addr: SocketAddr) -> Vec<String> {
-    vec![server(), "--listen".to_owned(), addr.to_string()]
-}
-
-fn get(addr: SocketAddr) -> load::Origin {
-    match load::get(addr, "/", Duration::from_secs(15)) {
-        Ok(answer) => answer.origin,
-        Err(failure) => panic!("GET / from {addr}: {failure:?}"),
-    }
+/// A first worker is ready when it listens on one port. It prints a line when it listens on all.
+fn wait_for_every_port(service: &Service) {
+    wait_until("both workers listen on every port", DEADLINE, || service.out.count_of("listening ") == 2);
 }
 
 #[test]
@@ -31,22 +26,10 @@ fn an_app_with_several_ports_loses_no_request_on_any_of_them() {
         command.extend(["--listen".to_owned(), addr.to_string()]);
     }
     let mut service = Service::run_ready("-n 2", &command);
-    // A worker of the first generation counts as ready at its first port; it prints after its last.
-    wait_until("both workers listen on every port", DEADLINE, || service.out.count_of("listening ") == 2);
-    let loads: Vec<Load> =
-        addrs.iter().map(|addr| Load::start(LoadOptions::new(*addr, 4).record())).collect();
-    for _ in 0..5 {
-        service.reload();
-        for load in &loads {
-            answered_more(load);
-        }
-    }
-    for load in loads {
-        let report = load.stop();
-        println!("{report}");
-        report.assert_nothing_failed();
-        assert_eq!(report.counts.generations.keys().next_back(), Some(&6), "{:?}", report.counts.generations);
-        report.assert_nothing_stale();
+    wait_for_every_port(&service);
+    let loads = addrs.map(|addr| LoadOptions::new(addr, 4).record());
+    for report in reload_under_loads(&service, loads, 5) {
+        report.assert_switched_atomically(6);
     }
     service.stop();
 }
@@ -55,19 +38,10 @@ fn an_app_with_several_ports_loses_no_request_on_any_of_them() {
 fn a_dual_stack_listener_is_shared_for_ipv4_and_ipv6() {
     let port = free_port();
     let mut service = Service::run_ready("-n 2", &naive((Ipv6Addr::UNSPECIFIED, port).into()));
-    let loads = [
-        Load::start(LoadOptions::new(SocketAddr::from((Ipv4Addr::LOCALHOST, port)), 4)),
-        Load::start(LoadOptions::new(SocketAddr::from((Ipv6Addr::LOCALHOST, port)), 4)),
-    ];
-    for _ in 0..5 {
-        service.reload();
-    }
-    for load in loads {
-        answered_more(&load);
-        let report = load.stop();
-        println!("{report}");
-        report.assert_nothing_failed();
-        assert_eq!(report.counts.generations.keys().next_back(), Some(&6), "{:?}", report.counts.generations);
+    let ips: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    let loads = ips.map(|ip| LoadOptions::new(SocketAddr::new(ip, port), 4));
+    for report in reload_under_loads(&service, loads, 5) {
+        assert_eq!(report.counts.generations.keys().next_back(), Some(&6), "{report}");
     }
     service.stop();
 }
@@ -75,9 +49,9 @@ fn a_dual_stack_listener_is_shared_for_ipv4_and_ipv6() {
 #[test]
 fn ipv4_and_ipv6_wildcards_on_one_port_are_two_addresses() {
     let port = free_port();
-    let command = ["python3", &app("python/binds.py"), "wildcards", &port.to_string()].map(str::to_owned);
+    let command = python("binds.py", &["wildcards", &port.to_string()]);
     let mut service = Service::run_ready("-n 2", &command);
-    // The first generation is ready at its first listen, which may be the only one yet.
+    // A first worker is ready when it listens on one address; the other may follow.
     let listens = |ip: IpAddr| TcpStream::connect((ip, port)).is_ok();
     wait_until("both addresses", DEADLINE, || {
         listens(Ipv4Addr::LOCALHOST.into()) && listens(Ipv6Addr::LOCALHOST.into())
@@ -93,32 +67,31 @@ fn ipv4_and_ipv6_wildcards_on_one_port_are_two_addresses() {
 }
 
 #[test]
-fn options_that_are_set_before_bind_are_there_after_it_and_gone_with_the_program_that_set_them() {
+fn socket_options_from_before_bind_are_kept_after_it_and_not_given_to_the_next_generation() {
     let port = free_port();
-    let command = ["python3", &app("python/binds.py"), "options", &port.to_string()].map(str::to_owned);
+    let command = python("binds.py", &["options", &port.to_string()]);
     let mut service = Service::run_ready("-n 1", &command);
     service.reload();
-    service.reload(); // to the socket that the first generation had
-    wait_until("three have told", DEADLINE, || service.out.count_of("options: ") == 3);
+    service.reload(); // which uses the socket of the first generation again
+    wait_until("three workers have printed", DEADLINE, || service.out.count_of("options: ") == 3);
     let lines = service.out.all().into_iter().map(|line| line.text);
-    let told: Vec<(String, String)> = lines
+    let printed: Vec<(String, String)> = lines
         .filter_map(|line| {
             let (before, after) = line.strip_prefix("options: ")?.split_once(" before, ")?;
             Some((before.to_owned(), after.strip_suffix(" after")?.to_owned()))
         })
         .collect();
-    assert!(told.iter().all(|(before, after)| before == after), "{told:?}");
-    assert_ne!(told[0], told[2], "only the first sets any");
+    assert!(printed.iter().all(|(before, after)| before == after), "{printed:?}");
+    assert_ne!(printed[0], printed[2], "only the first generation sets options");
     service.stop();
 }
 
 #[test]
-fn a_replacement_that_listens_on_some_of_the_addresses_is_named_and_given_up() {
+fn when_a_replacement_lacks_an_address_the_log_names_it_and_the_reload_is_abandoned() {
     let (kept, missing) = (free_address(), free_address());
     let deployment = Deployment::new(&format!("--listen {kept} --listen {missing}"));
     let mut service = Service::run_ready("-n 2 --ready-timeout 3s", &deployment.command());
-    // A worker of the first generation counts as ready at its first port; it prints after its last.
-    wait_until("both workers listen on every port", DEADLINE, || service.out.count_of("listening ") == 2);
+    wait_for_every_port(&service);
     deployment.replace(&format!("--listen {kept}"));
 
     let begun = service.log.count();
@@ -128,14 +101,14 @@ fn a_replacement_that_listens_on_some_of_the_addresses_is_named_and_given_up() {
     let waits = service
         .wait_for_line_where(begun, "waits", |line| line.contains("wait") && line.contains(&missing_name));
     let after = waits.at - started;
-    assert!(after >= Duration::from_millis(900), "it says what it waits for after a second: {after:?}");
-    assert!(after < Duration::from_millis(2900), "it says so before the time-out: {after:?}");
+    assert!(after >= Duration::from_millis(900), "logged before a second has passed: {after:?}");
+    assert!(after < Duration::from_millis(2900), "logged after the time-out: {after:?}");
     service.wait_for_line_after(begun, "reload abandoned");
     let log: Vec<String> = service.log.all().into_iter().skip(begun).map(|line| line.text).collect();
     let names = |line: &&String| line.contains(&missing.to_string()) && line.contains("--ready notify");
     assert!(
         log.iter().any(|line| names(&line)),
-        "the time-out names the address and the way out:\n{}",
+        "no line names the address and the remedy:\n{}",
         log.join("\n")
     );
 
@@ -148,7 +121,7 @@ fn a_replacement_that_listens_on_some_of_the_addresses_is_named_and_given_up() {
 }
 
 #[test]
-fn the_same_replacement_is_welcome_with_ready_notify_and_the_lost_port_is_closed() {
+fn with_ready_notify_a_replacement_may_lack_an_address_and_that_is_closed() {
     let (kept, dropped) = (free_address(), free_address());
     let deployment = Deployment::new(&format!("--listen {kept} --listen {dropped} --ready-after 0"));
     let mut service = Service::run_ready("-n 2 --ready notify", &deployment.command());
@@ -181,16 +154,16 @@ fn a_replacement_may_listen_on_more_addresses() {
 }
 
 #[test]
-fn udp_unix_and_port_0_binds_go_through_untouched() {
+fn udp_unix_and_port_0_binds_are_left_to_the_kernel() {
     let port = free_port();
-    let command = ["python3", &app("python/binds.py"), "others", &port.to_string()].map(str::to_owned);
+    let command = python("binds.py", &["others", &port.to_string()]);
     let mut service = Service::run_ready("-n 2", &command);
     wait_until("both workers have bound everything", DEADLINE, || service.out.count_of("port 0: ") == 2);
-    // A UDP port has one owner: were it shared like a TCP port, both workers would have it.
+    // Only one worker can have a UDP port. If it were shared like a TCP port, both would have it.
     assert_eq!(service.out.count_of("udp: bound"), 1, "{}", service.out.text());
     assert_eq!(service.out.count_of("udp: in use"), 1, "{}", service.out.text());
     assert_eq!(service.out.count_of("unix: bound"), 2, "{}", service.out.text());
-    // Port 0 gives each worker a port of its own, and the kernel's answer is the true one.
+    // With port 0 the kernel gives each worker another port.
     let mut ports = Vec::new();
     for line in service.out.all() {
         if let Some(port) = line.text.strip_prefix("port 0: ") {
@@ -199,13 +172,13 @@ fn udp_unix_and_port_0_binds_go_through_untouched() {
     }
     assert_ne!(ports[0], ports[1]);
     for port in ports {
-        TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("a port of its own listens");
+        TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("connect");
     }
     assert_eq!(get((Ipv4Addr::LOCALHOST, port).into()).generation, Some(1));
     service.stop();
 }
 
-/// A listener of the test itself on a port that a worker will want.
+/// A listener of this test, on the port that a worker will bind.
 fn foreign_listener(addr: SocketAddr, reuse_port: bool) -> TcpListener {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None).expect("socket");
     socket.set_reuse_address(true).expect("SO_REUSEADDR");
@@ -215,43 +188,34 @@ fn foreign_listener(addr: SocketAddr, reuse_port: bool) -> TcpListener {
     socket.into()
 }
 
-/// The worker gets EADDRINUSE, here as its exit status, and reuse-run ends with it and says whose port it is.
+/// Asserts that the worker gets EADDRINUSE (its exit status), that reuse-run exits with the same, and that the log
+/// names the port and this process.
 #[track_caller]
 fn assert_in_use(wanted: SocketAddr) {
     let mut service = Service::run("-n 2", &naive(wanted));
     let status = service.wait_end();
     let log = service.log.text();
     assert_eq!(status.code(), Some(libc::EADDRINUSE), "{log}");
-    let said = |line: &str| line.starts_with("reuse-run[") && line.contains(&wanted.port().to_string());
-    assert!(log.lines().any(said), "the log names the port:\n{log}");
+    let names = |line: &str| line.starts_with("reuse-run[") && line.contains(&wanted.port().to_string());
+    assert!(log.lines().any(names), "no line names the port:\n{log}");
     let owner = std::process::id().to_string();
-    assert!(log.contains(&owner), "the log names who has it ({owner}):\n{log}");
+    assert!(log.contains(&owner), "no line names its process ({owner}):\n{log}");
     assert_eq!(service.descendants(), [0u32; 0]);
 }
 
 #[test]
-fn a_port_of_another_process_is_in_use() {
-    let addr = free_address();
-    let _listener = foreign_listener(addr, false);
-    assert_in_use(addr);
+fn a_port_of_another_process_is_in_use_even_if_that_has_so_reuseport_or_another_address() {
+    let rows = [(Ipv4Addr::LOCALHOST, false), (Ipv4Addr::LOCALHOST, true), (Ipv4Addr::UNSPECIFIED, true)];
+    for (ip, reuse_port) in rows {
+        println!("a listener of {ip}, SO_REUSEPORT: {reuse_port}");
+        let addr = free_address();
+        let _listener = foreign_listener((ip, addr.port()).into(), reuse_port);
+        assert_in_use(addr);
+    }
 }
 
 #[test]
-fn a_port_of_another_process_is_in_use_even_if_it_would_share_it() {
-    let addr = free_address();
-    let _listener = foreign_listener(addr, true);
-    assert_in_use(addr);
-}
-
-#[test]
-fn a_port_on_another_overlapping_address_is_in_use_too() {
-    let addr = free_address();
-    let _listener = foreign_listener((Ipv4Addr::UNSPECIFIED, addr.port()).into(), true);
-    assert_in_use(addr);
-}
-
-#[test]
-fn a_second_reuse_run_on_the_same_port_is_refused_it() {
+fn a_second_reuse_run_cannot_have_the_same_port() {
     let addr = free_address();
     let mut first = Service::run_ready("-n 2", &naive(addr));
     let mut second = Service::run("-n 2", &naive(addr));
@@ -268,7 +232,7 @@ fn a_second_reuse_run_on_the_same_port_is_refused_it() {
 fn a_port_in_time_wait_is_not_in_use() {
     let addr = free_address();
     let mut service = Service::run_ready("-n 1", &naive(addr));
-    // The server closes first, so the port is left in TIME_WAIT.
+    // The server closes the connections first, so its port is in TIME_WAIT.
     for _ in 0..10 {
         get(addr);
     }
@@ -279,7 +243,7 @@ fn a_port_in_time_wait_is_not_in_use() {
 }
 
 #[test]
-fn a_socket_listens_by_its_own_account_only_after_listen_though_it_is_borrowed() {
+fn a_workers_socket_says_that_it_listens_only_after_listen() {
     let addr = free_address();
     let server = "import os, socket, sys, time\n\
         listener = socket.socket()\n\
@@ -293,6 +257,6 @@ fn a_socket_listens_by_its_own_account_only_after_listen_though_it_is_borrowed()
     for _ in 0..3 {
         service.reload();
     }
-    wait_until("the answers of four workers", DEADLINE, || service.out.count_of("listens: 0 1") == 4);
+    wait_until("a line from each of four workers", DEADLINE, || service.out.count_of("listens: 0 1") == 4);
     service.stop();
 }

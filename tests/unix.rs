@@ -1,4 +1,4 @@
-//! Unix sockets: a path that all workers share and that every generation hands to the next.
+//! Unix sockets: a path that all workers share and that each generation takes over from the one before.
 
 mod common;
 
@@ -10,11 +10,10 @@ use std::process::{Child, Command, Stdio};
 
 use common::load::{self, Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Service, app, arguments, free_address, inline, own_network, packaged, reuse_run, turn,
-    wait_until,
+    DEADLINE, Folder, Service, app, behind, free_address, inline, own_network, packaged, reload_under_load,
+    reuse_run_with, run, send, turn, wait_until,
 };
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use socket2::SockAddr;
 
 fn node(path: &str) -> Vec<String> {
@@ -22,7 +21,7 @@ fn node(path: &str) -> Vec<String> {
 }
 
 fn python(path: &str) -> Vec<String> {
-    ["python3", &app("python/unix.py"), path].map(str::to_owned).to_vec()
+    common::python("unix.py", &[path])
 }
 
 fn addr(path: &str) -> SockAddr {
@@ -35,25 +34,11 @@ fn get(path: &str) -> load::Origin {
     load::get(addr(path), "/", DEADLINE).unwrap_or_else(|failure| panic!("{path}: {failure:?}")).origin
 }
 
-/// Reloads under load: nothing fails, each switch is atomic, and all generations answer.
+/// Reloads under load, and asserts that no request fails and that each switch is atomic.
 #[track_caller]
-fn reloads_lose_nothing(service: &Service, addr: impl Into<SockAddr>, times: u32) {
-    let load = Load::start(LoadOptions::new(addr, 8).record());
-    let answered_by = |generation: u32| {
-        wait_until("answers of the newest generation", DEADLINE, || {
-            load.snapshot().generations.contains_key(&generation)
-        });
-    };
-    answered_by(1);
-    for time in 1..=times {
-        service.reload();
-        answered_by(time + 1);
-    }
-    let report = load.stop();
-    println!("{report}");
-    report.assert_nothing_failed();
-    report.assert_nothing_stale();
-    assert_eq!(report.counts.generations.len() as u32, times + 1, "{:?}", report.counts.generations);
+fn assert_reloads_lose_nothing(service: &Service, addr: impl Into<SockAddr>, times: u32) {
+    let report = reload_under_load(service, LoadOptions::new(addr, 8).record(), times);
+    report.assert_switched_atomically(times + 1);
 }
 
 /// The names in a folder.
@@ -69,15 +54,15 @@ fn mode(path: &str) -> u32 {
 }
 
 #[test]
-fn a_node_server_that_unlinks_its_path_on_its_way_out_loses_no_request_in_5_reloads() {
+fn a_node_server_that_unlinks_its_path_when_it_stops_loses_no_request_in_5_reloads() {
     let _turn = turn();
     let folder = Folder::new();
     let path = folder.path("socket");
     let mut service = Service::run_ready("-n 2", &node(&path));
-    reloads_lose_nothing(&service, addr(&path), 5);
+    assert_reloads_lose_nothing(&service, addr(&path), 5);
     assert_eq!(names(&folder), ["socket"]);
     service.stop();
-    assert_eq!(names(&folder), [""; 0], "the path goes with the last worker");
+    assert_eq!(names(&folder), [""; 0], "the path is removed with the last worker");
 }
 
 #[test]
@@ -86,7 +71,7 @@ fn a_python_server_that_only_binds_its_path_loses_no_request_in_10_reloads() {
     let folder = Folder::new();
     let path = folder.path("socket");
     let mut service = Service::run_ready("-n 4", &python(&path));
-    reloads_lose_nothing(&service, addr(&path), 10);
+    assert_reloads_lose_nothing(&service, addr(&path), 10);
     let load = Load::start(LoadOptions::new(addr(&path), 16));
     wait_until("every worker answers", DEADLINE, || load.snapshot().slots.len() == 4);
     load.stop().assert_nothing_failed();
@@ -102,19 +87,19 @@ fn gunicorn_and_uvicorn_on_a_path_lose_no_request_in_3_reloads() {
     let bind = format!("unix:{path}");
     let rest = ["--workers", "2", "--bind", &bind, "web:wsgi"];
     let mut service = packaged("-n 2 --stop-signal TERM", "gunicorn", &rest);
-    reloads_lose_nothing(&service, addr(&path), 3);
+    assert_reloads_lose_nothing(&service, addr(&path), 3);
     service.stop();
 
     let path = folder.path("uvicorn");
     let rest = ["--uds", &path, "--lifespan", "off", "--no-access-log", "web:asgi"];
     let mut service = packaged("-n 2", "uvicorn", &rest);
-    reloads_lose_nothing(&service, addr(&path), 3);
+    assert_reloads_lose_nothing(&service, addr(&path), 3);
     service.stop();
     assert_eq!(names(&folder), [""; 0]);
 }
 
 #[test]
-fn a_path_of_a_workers_own_is_nobody_elses_business() {
+fn a_path_that_only_one_worker_uses_is_left_alone() {
     let _turn = turn();
     let (addr, folder) = (free_address(), Folder::new());
     let manager = "import multiprocessing, os, runpy, sys\n\
@@ -123,17 +108,16 @@ fn a_path_of_a_workers_own_is_nobody_elses_business() {
         sys.argv = sys.argv[1:]\n\
         runpy.run_path(sys.argv[0], run_name='app')";
     for workers in [1, 2] {
-        let mut command = reuse_run();
-        let worker = ["python3", "-c", manager, &app("python/naive.py"), &addr.port().to_string()];
-        command.args(arguments(&format!("-n {workers}"), &worker)).env("TMPDIR", &folder.0);
-        let mut service = Service::spawn(command);
-        service.wait_for_line("generation 1 is ready");
-        reloads_lose_nothing(&service, addr, 2);
+        let worker = inline(manager, &[&app("python/naive.py"), &addr.port().to_string()]);
+        let mut command = reuse_run_with(&format!("-n {workers}"), &worker);
+        command.env("TMPDIR", &folder.0);
+        let mut service = Service::spawn_ready(command);
+        assert_reloads_lose_nothing(&service, addr, 2);
         service.stop();
     }
 }
 
-/// An nginx in the foreground that proxies what comes to a port.
+/// An nginx in the foreground that forwards a port to a Unix socket.
 struct Nginx(Child);
 
 impl Nginx {
@@ -165,14 +149,14 @@ impl Drop for Nginx {
 }
 
 #[test]
-fn nginx_that_proxies_to_a_path_sees_no_request_fail_in_5_reloads() {
+fn behind_nginx_no_request_fails_in_5_reloads() {
     let _turn = turn();
     let (folder, proxy, path) = (Folder::new(), free_address(), Folder::new());
     let path = path.path("socket");
     let mut service = Service::run_ready("-n 2", &node(&path));
     let nginx = Nginx::start(&folder, proxy.port(), &path);
     wait_until("nginx listens", DEADLINE, || std::net::TcpStream::connect(proxy).is_ok());
-    reloads_lose_nothing(&service, proxy, 5);
+    assert_reloads_lose_nothing(&service, proxy, 5);
     drop(nginx);
     service.stop();
 }
@@ -188,7 +172,7 @@ fn an_old_worker_may_finish_its_request_on_a_path_before_it_gets_the_stop_signal
         let path = path.clone();
         move || get(&path)
     });
-    wait_until("the request is being worked on", DEADLINE, || {
+    wait_until("the worker has accepted the request", DEADLINE, || {
         let open = fs::read_dir(format!("/proc/{}/fd", old[0])).map_or(0, |fds| {
             fds.flatten()
                 .filter(|fd| is_connected_to(&path, &fs::read_link(fd.path()).unwrap_or_default()))
@@ -207,7 +191,7 @@ fn an_old_worker_may_finish_its_request_on_a_path_before_it_gets_the_stop_signal
     service.stop();
 }
 
-/// Whether an fd's link is a connection that came by a path.
+/// Whether the link of an fd is a connection to a path.
 fn is_connected_to(path: &str, link: &Path) -> bool {
     let table = fs::read_to_string("/proc/net/unix").expect("the table of Unix sockets");
     let inode = link.display().to_string();
@@ -218,7 +202,7 @@ fn is_connected_to(path: &str, link: &Path) -> bool {
 }
 
 #[test]
-fn a_worker_that_crashes_is_replaced_on_the_path_and_nobody_is_refused() {
+fn a_worker_that_crashes_is_replaced_on_the_path_and_no_connection_is_refused() {
     let _turn = turn();
     let folder = Folder::new();
     let path = folder.path("socket");
@@ -226,7 +210,7 @@ fn a_worker_that_crashes_is_replaced_on_the_path_and_nobody_is_refused() {
     for _ in 0..3 {
         let from = service.log.count();
         let crashed = service.workers()[0];
-        kill(Pid::from_raw(crashed as i32), Signal::SIGKILL).expect("kill a worker");
+        send(crashed, Signal::SIGKILL);
         wait_until("the worker is gone", DEADLINE, || !service.workers().contains(&crashed));
         get(&path);
         service.wait_for_line_after(from, "is ready, a replacement");
@@ -235,7 +219,7 @@ fn a_worker_that_crashes_is_replaced_on_the_path_and_nobody_is_refused() {
 }
 
 #[test]
-fn a_failed_reload_leaves_the_path_to_the_generation_that_serves() {
+fn after_a_failed_reload_the_old_generation_keeps_the_path() {
     let folder = Folder::new();
     let path = folder.path("socket");
     let script =
@@ -243,14 +227,14 @@ fn a_failed_reload_leaves_the_path_to_the_generation_that_serves() {
     let mut service = Service::run_ready("-n 2", &["sh", "-c", &script]);
     service.failing_reload();
     assert_eq!(get(&path).generation, Some(1));
-    assert_eq!(names(&folder), ["socket"], "nothing of generation 2 is left");
+    assert_eq!(names(&folder), ["socket"], "a path of generation 2 is left");
     service.reload();
     assert_eq!(get(&path).generation, Some(3));
     service.stop();
 }
 
 #[test]
-fn the_mode_that_a_worker_or_its_umask_gave_the_path_stays() {
+fn a_path_keeps_the_mode_that_a_worker_or_its_umask_gave_it() {
     let folder = Folder::new();
     let path = folder.path("socket");
     let script = format!("umask 007; exec {}", python(&path).join(" "));
@@ -263,22 +247,21 @@ fn the_mode_that_a_worker_or_its_umask_gave_the_path_stays() {
 }
 
 #[test]
-fn a_path_is_the_same_relative_by_a_link_or_longer_than_an_address_may_be() {
+fn a_path_may_be_relative_behind_a_link_or_longer_than_an_address() {
     let folder = Folder::new();
     let deep = folder.0.join("d".repeat(120));
     fs::create_dir(&deep).expect("make a folder");
     symlink(&deep, folder.0.join("link")).expect("make a link");
-    let mut command = reuse_run();
-    command.current_dir(folder.0.join("link")).args(arguments("-n 2", &python("socket")));
-    let mut service = Service::spawn(command);
-    service.wait_for_line("generation 1 is ready");
-    reloads_lose_nothing(&service, addr(&folder.path("link/socket")), 2);
+    let mut command = reuse_run_with("-n 2", &python("socket"));
+    command.current_dir(folder.0.join("link"));
+    let mut service = Service::spawn_ready(command);
+    assert_reloads_lose_nothing(&service, addr(&folder.path("link/socket")), 2);
     service.stop();
     assert!(!deep.join("socket").exists());
 }
 
 #[test]
-fn a_path_that_another_program_has_is_in_use() {
+fn a_path_of_another_program_is_in_use() {
     let folder = Folder::new();
     let path = folder.path("socket");
     let other = UnixListener::bind(&path).expect("bind a path");
@@ -290,7 +273,7 @@ fn a_path_that_another_program_has_is_in_use() {
 }
 
 #[test]
-fn a_file_that_a_worker_removes_is_removed_while_a_path_is_served() {
+fn a_worker_may_remove_a_file_while_a_path_is_served() {
     let folder = Folder::new();
     let path = folder.path("socket");
     folder.raise("other");
@@ -304,10 +287,10 @@ fn a_file_that_a_worker_removes_is_removed_while_a_path_is_served() {
 }
 
 #[test]
-fn a_path_is_removed_when_all_is_over_whatever_the_workers_do() {
+fn a_path_is_removed_at_the_end_even_if_the_worker_is_down() {
     let folder = Folder::new();
     let path = PathBuf::from(folder.path("socket"));
-    // It crashes and is in its delay when the stop comes.
+    // The worker is down, between two restarts, when the stop comes.
     let script = format!(
         "[ -e {0} ] && exit 3; exec {1}",
         folder.path("broken"),
@@ -315,7 +298,7 @@ fn a_path_is_removed_when_all_is_over_whatever_the_workers_do() {
     );
     let mut service = Service::run_ready("-n 1", &["sh", "-c", &script]);
     folder.raise("broken");
-    kill(Pid::from_raw(service.workers()[0] as i32), Signal::SIGKILL).expect("kill a worker");
+    send(service.workers()[0], Signal::SIGKILL);
     wait_until("a pause between restarts", DEADLINE, || service.log.count_of("status 3") >= 3);
     service.signal(Signal::SIGTERM);
     service.wait_end();
@@ -325,11 +308,11 @@ fn a_path_is_removed_when_all_is_over_whatever_the_workers_do() {
 // Paths that are removed and bound at the same time.
 
 #[test]
-fn programs_that_all_remove_their_paths_and_bind_them_at_the_same_time_have_them_when_they_are_ready() {
+fn workers_that_remove_and_bind_the_same_paths_at_the_same_time_all_have_them() {
     let _turn = turn();
     let folder = Folder::new();
     for round in 0..2 {
-        // Every other path is one that an earlier run has left.
+        // Every second path is left from an earlier run.
         let path = |number: usize| folder.path(&format!("{round}-{number}"));
         for number in (0..100).step_by(2) {
             drop(UnixListener::bind(path(number)).expect("bind a path"));
@@ -358,10 +341,10 @@ fn programs_that_all_remove_their_paths_and_bind_them_at_the_same_time_have_them
     }
 }
 
-// Paths where somebody else has been.
+// Paths that others have changed.
 
-/// A worker that is ready when it has its path and, from generation 2 on, PATH.go is there too.
-fn held_up(path: &str) -> Vec<String> {
+/// A worker that is ready when it has its path; from generation 2 on it first waits for the file PATH.go.
+fn held(path: &str) -> Vec<String> {
     let program = "import os, socket, sys, time\n\
         path = sys.argv[1]\n\
         server = socket.socket(socket.AF_UNIX)\n\
@@ -374,10 +357,10 @@ fn held_up(path: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_link_that_the_owner_of_the_folder_lays_is_not_followed_at_the_switch() {
+fn a_link_in_the_place_of_the_new_socket_is_not_followed_at_the_switch() {
     let folder = Folder::new();
     let (path, victim) = (folder.path("socket"), folder.path("victim"));
-    let mut service = Service::run_ready("-n 1 --ready notify", &held_up(&path));
+    let mut service = Service::run_ready("-n 1 --ready notify", &held(&path));
     folder.raise("victim");
     fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).expect("close a file");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).expect("open the path");
@@ -395,7 +378,7 @@ fn a_link_that_the_owner_of_the_folder_lays_is_not_followed_at_the_switch() {
 }
 
 #[test]
-fn a_path_in_a_folder_that_was_replaced_is_the_next_generations_and_stays() {
+fn in_a_folder_that_was_replaced_the_next_generation_has_the_path() {
     let folder = Folder::new();
     let inner = folder.path("run");
     let path = folder.path("run/socket");
@@ -404,9 +387,8 @@ fn a_path_in_a_folder_that_was_replaced_is_the_next_generations_and_stays() {
     fs::rename(&inner, folder.path("run.old")).expect("move a folder");
     fs::create_dir(&inner).expect("make a folder");
     service.reload();
-    // What reuse-run does when generation 1 has ended it has done when it answers.
-    let status = reuse_run().args(["status", &service.pid().to_string()]).output();
-    assert_eq!(status.expect("run reuse-run status").status.code(), Some(0));
+    // When reuse-run answers, it has done all that follows the end of generation 1.
+    assert_eq!(run(&service, "status").code, Some(0));
     assert_eq!(get(&path).generation, Some(2));
     service.reload();
     assert_eq!(get(&path).generation, Some(3));
@@ -415,7 +397,7 @@ fn a_path_in_a_folder_that_was_replaced_is_the_next_generations_and_stays() {
 }
 
 #[test]
-fn a_socket_that_another_program_has_put_in_the_place_of_the_workers_is_left_alone() {
+fn a_socket_that_another_program_has_bound_in_the_place_of_the_workers_is_left_alone() {
     let folder = Folder::new();
     let path = folder.path("socket");
     let mut service = Service::run_ready("-n 2", &python(&path));
@@ -425,12 +407,12 @@ fn a_socket_that_another_program_has_put_in_the_place_of_the_workers_is_left_alo
     UnixStream::connect(&path).expect("the other program still has it");
 }
 
-// What a worker may finish.
+// Requests in progress.
 
-/// Waits until a worker has one more socket than it had.
+/// Waits until a worker has one socket more than before.
 #[track_caller]
 fn accepted_one(worker: u32, before: usize) {
-    wait_until("the request is being worked on", DEADLINE, || sockets(worker) == before + 1);
+    wait_until("the worker has accepted the request", DEADLINE, || sockets(worker) == before + 1);
 }
 
 fn sockets(pid: u32) -> usize {
@@ -466,7 +448,7 @@ fn a_request_from_another_network_namespace_is_finished_before_the_stop_signal()
 }
 
 #[test]
-fn a_worker_that_has_become_another_user_and_cannot_be_looked_into_has_all_of_the_drain() {
+fn a_worker_with_another_user_whose_fds_cannot_be_read_has_the_whole_drain() {
     let folder = Folder::new();
     fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o755)).expect("open the folder");
     let path = folder.path("socket");
@@ -486,12 +468,8 @@ fn a_worker_that_has_become_another_user_and_cannot_be_looked_into_has_all_of_th
         os.setgroups([])\n\
         os.setuid(65534)\n\
         server.serve_forever()";
-    let mut command = Command::new("setpriv");
-    command.args(["--inh-caps=-sys_ptrace", "--bounding-set=-sys_ptrace", "--"]);
-    command.arg(reuse_run().get_program()).env_remove("RUST_LOG");
-    command.args(arguments("-n 1 --drain 100s", &inline(program, &[&path])));
-    let mut service = Service::spawn(command);
-    service.wait_for_line("generation 1 is ready");
+    let setpriv = ["setpriv", "--inh-caps=-sys_ptrace", "--bounding-set=-sys_ptrace", "--"];
+    let mut service = Service::spawn_ready(behind(&setpriv, "-n 1 --drain 100s", &inline(program, &[&path])));
     let old = service.workers()[0];
     let client = std::thread::spawn({
         let path = path.clone();
@@ -508,7 +486,7 @@ fn a_worker_that_has_become_another_user_and_cannot_be_looked_into_has_all_of_th
 }
 
 #[test]
-fn a_path_that_is_bound_and_never_listened_on_holds_no_reload_up() {
+fn a_path_that_is_bound_without_listen_does_not_hold_up_a_reload() {
     let (addr, folder) = (free_address(), Folder::new());
     let program = "import runpy, os, socket, sys\n\
         idle = socket.socket(socket.AF_UNIX)\n\
@@ -525,10 +503,10 @@ fn a_path_that_is_bound_and_never_listened_on_holds_no_reload_up() {
     service.stop();
 }
 
-// What a worker may not do, and what it does for itself.
+// Permissions, and paths of one worker.
 
 #[test]
-fn a_root_worker_that_may_not_override_permissions_gets_what_it_would_get_alone() {
+fn a_root_worker_without_cap_dac_override_gets_the_same_error_as_alone() {
     let folder = Folder::new();
     fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o555)).expect("close the folder");
     let program = "import socket, sys\n\
@@ -548,7 +526,7 @@ fn a_root_worker_that_may_not_override_permissions_gets_what_it_would_get_alone(
 }
 
 #[test]
-fn a_ready_worker_may_make_and_remove_listeners_of_its_own_without_a_word_or_a_trace() {
+fn a_ready_worker_may_make_and_remove_its_own_listeners_and_nothing_is_logged_or_left() {
     let (addr, folder) = (free_address(), Folder::new());
     let program = "import os, socket, sys, time\n\
         folder, port = sys.argv[1:]\n\
@@ -568,8 +546,7 @@ fn a_ready_worker_may_make_and_remove_listeners_of_its_own_without_a_word_or_a_t
     folder.raise("go");
     service.wait_for_output("all are gone");
     assert_eq!(names(&folder), ["go"]);
-    let status = reuse_run().args(["status", "--json", &service.pid().to_string()]).output();
-    let status = String::from_utf8(status.expect("run reuse-run status").stdout).expect("UTF-8");
+    let status = run(&service, "status --json").out;
     assert!(status.contains(&addr.to_string()) && !status.contains(&folder.path("")), "{status}");
     assert!(service.fds() < before + 20, "{} fds, and {before} before", service.fds());
     service.stop();
@@ -577,7 +554,7 @@ fn a_ready_worker_may_make_and_remove_listeners_of_its_own_without_a_word_or_a_t
 }
 
 #[test]
-fn workers_with_nothing_but_a_path_of_their_own_are_told_of_the_way_out() {
+fn when_each_worker_has_only_its_own_path_the_log_names_the_remedy() {
     let folder = Folder::new();
     let script = format!("exec python3 {} {}-$REUSE_RUN_SLOT", app("python/unix.py"), folder.path("socket"));
     let mut service = Service::run("-n 2 --ready-timeout 4s", &["sh", "-c", &script]);
