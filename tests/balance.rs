@@ -1,33 +1,31 @@
-//! `--balance`: who gets new connections when a worker is stuck, and what it costs to know.
+//! `--balance`: which workers get new connections when one is stuck, and what the samples of accept queues cost.
 
 mod common;
 
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::load::{Load, LoadOptions, Record, Report};
+use common::load::{Load, LoadOptions, Origin, Record, Report};
 use common::{
-    DEADLINE, Folder, Service, Waiting, free_address, get, naive, reuse_run, send, turn, wait_for_answers,
-    wait_until, wake_ups,
+    DEADLINE, Outcome, Service, Waiting, free_address, get, holds_for, inline, naive, reuse_run_with, run,
+    run_words, send, turn, wait_for_answers, wait_until, wake_ups, workers_where,
 };
 use nix::sys::signal::Signal;
-use serde_json::Value;
 
 const CLIENTS: usize = 16;
 /// How long a worker is stopped under load.
 const STOP: Duration = Duration::from_secs(2);
 
-/// A worker that is stopped, and goes on at the end.
+/// A worker that is stopped by SIGSTOP until this is dropped.
 struct Stopped(u32);
 
 impl Stopped {
     fn new(worker: u32) -> Self {
         send(worker, Signal::SIGSTOP);
-        // A thread that has yet to notice it takes a connection before it stops.
+        // A thread may still accept a connection before it stops.
         wait_until("all its threads have stopped", DEADLINE, || {
             let tasks = fs::read_dir(format!("/proc/{worker}/task")).expect("its threads");
             let stat = |task: fs::DirEntry| fs::read_to_string(task.path().join("stat")).unwrap_or_default();
@@ -44,12 +42,12 @@ impl Drop for Stopped {
     }
 }
 
-/// Clients that pause between two requests, 16 of them, 300 requests a second in all.
+/// 16 clients that send 300 requests a second together, with pauses.
 fn load(addr: SocketAddr) -> Load {
     Load::start(LoadOptions::new(addr, CLIENTS).rate(300.0).record())
 }
 
-/// Stops a worker for a while under load: what the clients saw, and when it was stopped.
+/// Stops a worker for a while under load. Returns the load's report, and when the worker was stopped.
 fn with_a_stopped_worker(options: &str) -> (Report, Instant) {
     let addr = free_address();
     let mut service = Service::run_ready(options, &naive(addr));
@@ -57,7 +55,7 @@ fn with_a_stopped_worker(options: &str) -> (Report, Instant) {
     wait_for_answers(&load, 150);
     let at = Instant::now();
     let stopped = Stopped::new(service.workers()[0]);
-    wait_until("the time is over", DEADLINE, || at.elapsed() > STOP);
+    wait_until("the end of the stop", DEADLINE, || at.elapsed() > STOP);
     drop(stopped);
     wait_for_answers(&load, 150);
     let report = load.stop();
@@ -71,39 +69,39 @@ fn took(record: &Record) -> Duration {
 }
 
 #[test]
-fn a_stopped_worker_traps_few_and_all_others_are_answered_within_50_ms() {
+fn a_stopped_worker_delays_few_clients_and_all_others_are_answered_within_50_ms() {
     let _turn = turn();
-    // A machine that is busy otherwise delays answers too; that is no matter of who got the connection.
+    // A busy machine delays answers too, hence some more tries.
     let mut slow = Vec::new();
     for _ in 0..20 {
         let (report, at) = with_a_stopped_worker("-n 4");
-        let trapped: Vec<&Record> = report.records.iter().filter(|r| took(r) > STOP / 2).collect();
-        let late = trapped.iter().filter(|r| r.connect_start > at + STOP / 4).count();
-        assert_eq!(late, 0, "it was found out long before\n{report}");
+        let delayed: Vec<&Record> = report.records.iter().filter(|r| took(r) > STOP / 2).collect();
+        let late = delayed.iter().filter(|r| r.connect_start > at + STOP / 4).count();
+        assert_eq!(late, 0, "it got connections long after it was stopped\n{report}");
         let others = report.records.iter().filter(|r| took(r) <= STOP / 2).map(took).max().expect("answers");
-        if others < Duration::from_millis(50) && trapped.len() <= CLIENTS / 2 {
+        if others < Duration::from_millis(50) && delayed.len() <= CLIENTS / 2 {
             return;
         }
-        slow.push((others, trapped.len()));
+        slow.push((others, delayed.len()));
     }
-    panic!("the slowest of the other answers, and how many were trapped: {slow:?}");
+    panic!("the slowest other answer, and how many were delayed: {slow:?}");
 }
 
 #[test]
-fn at_random_a_stopped_worker_traps_most_clients() {
+fn with_balance_random_a_stopped_worker_delays_most_clients() {
     let _turn = turn();
     let (report, _) = with_a_stopped_worker("-n 4 --balance random");
-    let trapped = report.records.iter().filter(|r| took(r) > STOP / 2).count();
-    assert!(trapped > CLIENTS / 2, "{trapped}\n{report}");
+    let delayed = report.records.iter().filter(|r| took(r) > STOP / 2).count();
+    assert!(delayed > CLIENTS / 2, "{delayed}\n{report}");
 }
 
 #[test]
-fn when_all_are_stuck_connections_wait_for_all_of_them() {
+fn when_all_workers_are_stuck_all_of_them_get_connections() {
     let addr = free_address();
     let mut service = Service::run_ready("-n 3", &naive(addr));
     let stopped: Vec<Stopped> = service.workers().into_iter().map(Stopped::new).collect();
     let mut clients: Vec<Waiting> = Vec::new();
-    wait_until("all are seen to be stuck", DEADLINE, || {
+    wait_until("all workers are stuck", DEADLINE, || {
         clients.push(Waiting::new(addr));
         loads(&service) == ["stuck"; 3]
     });
@@ -114,20 +112,18 @@ fn when_all_are_stuck_connections_wait_for_all_of_them() {
     }
     let pids = later.into_iter().map(|client| client.outcome().expect("an answer").pid);
     assert_eq!(pids.collect::<std::collections::BTreeSet<_>>().len(), 3);
-    wait_until("all are free again", DEADLINE, || loads(&service) == ["free"; 3]);
+    wait_until("all workers are free again", DEADLINE, || loads(&service) == ["free"; 3]);
     service.stop();
 }
 
-/// How the workers are off, by slot, as `status --json` has it.
+/// The load of the workers in `status --json`, by slot.
 fn loads(service: &Service) -> Vec<String> {
-    let output = reuse_run().args(["status", "--json", &service.pid().to_string()]).output().expect("status");
-    let status: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    let workers = status["workers"].as_array().expect("workers");
+    let workers = workers_where(service, |_| true);
     workers.iter().map(|worker| worker["load"].as_str().expect("a load").to_owned()).collect()
 }
 
 #[test]
-fn status_and_log_tell_who_is_left_out_and_when_that_is_over() {
+fn status_and_log_show_which_worker_is_stuck_and_when_it_is_free_again() {
     let addr = free_address();
     let mut service = Service::run_ready("-n 2", &naive(addr));
     let worker = service.workers()[1];
@@ -137,14 +133,13 @@ fn status_and_log_tell_who_is_left_out_and_when_that_is_over() {
         clients.push(Waiting::new(addr));
         loads(&service).contains(&"stuck".to_owned())
     });
-    let output = reuse_run().args(["status", &service.pid().to_string()]).output().expect("status");
-    let text = String::from_utf8_lossy(&output.stdout);
+    let Outcome { code, out: text, .. } = run(&service, "status");
     assert!(
         text.lines().any(|line| line.contains("ready, stuck") && line.contains(&worker.to_string())),
         "{text}"
     );
-    assert_eq!(output.status.code(), Some(0), "it is ready all the same: {text}");
-    // Nobody has to come for it to be seen.
+    assert_eq!(code, Some(0), "a stuck worker is ready: {text}");
+    // This is logged without further connections.
     let line = service.wait_for_line("has taken no connection on").text;
     assert!(line.contains(&format!("(pid {worker}, generation 1)")) && line.ends_with("for 1 s"), "{line}");
     for _ in 0..20 {
@@ -154,7 +149,7 @@ fn status_and_log_tell_who_is_left_out_and_when_that_is_over() {
     let line = service.wait_for_line("takes connections on").text;
     assert!(line.contains(&format!("(pid {worker}, generation 1)")), "{line}");
     wait_until("it is free", DEADLINE, || loads(&service) == ["free"; 2]);
-    wait_until("it gets connections again", DEADLINE, || get(addr).pid == Some(worker));
+    wait_until("the worker gets connections again", DEADLINE, || get(addr).pid == Some(worker));
     for client in clients {
         client.outcome().expect("an answer");
     }
@@ -163,9 +158,9 @@ fn status_and_log_tell_who_is_left_out_and_when_that_is_over() {
 }
 
 #[test]
-fn a_worker_that_has_been_stuck_gets_nothing_while_it_is_busy() {
+fn a_worker_that_was_stuck_gets_no_connection_while_it_is_busy() {
     let _turn = turn();
-    // Its main thread blocks for as long as the file says, for whoever asks for /block.
+    // Its main thread sleeps for as many seconds as the path says.
     let text = "import http.server, os, time
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -176,11 +171,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_): pass
 http.server.HTTPServer(('127.0.0.1', int(os.environ['TEST_PORT'])), Handler).serve_forever()";
     let addr = free_address();
-    let mut command = reuse_run();
-    command.args(common::arguments("-n 2", &["python3", "-c", text]));
+    let mut command = reuse_run_with("-n 2", &inline(text, &[]));
     command.env("TEST_PORT", addr.port().to_string()).env("RUST_LOG", "debug");
-    let mut service = Service::spawn(command);
-    service.wait_for_line("generation 1 is ready");
+    let mut service = Service::spawn_ready(command);
     let ask = |path: &str| {
         let mut stream = TcpStream::connect(addr).expect("connect");
         write!(stream, "GET /{path} HTTP/1.1\r\nHost: test\r\n\r\n").expect("ask");
@@ -189,9 +182,9 @@ http.server.HTTPServer(('127.0.0.1', int(os.environ['TEST_PORT'])), Handler).ser
     let pid = |mut stream: TcpStream| {
         let mut text = String::new();
         stream.read_to_string(&mut text).expect("an answer");
-        common::load::Origin::of(&text).pid.expect("a pid")
+        Origin::of(&text).pid.expect("a pid")
     };
-    // One is stuck, with others behind it, until all that wait have been answered.
+    // One worker is stuck, with connections in its accept queue, until all have been answered.
     let blocked = ask("0.5");
     let mut others = Vec::new();
     wait_until("it is stuck", DEADLINE, || {
@@ -202,12 +195,12 @@ http.server.HTTPServer(('127.0.0.1', int(os.environ['TEST_PORT'])), Handler).ser
     for stream in others {
         pid(stream);
     }
-    wait_until("it is free, and was seen to be idle", DEADLINE, || pid(ask("")) == suspect);
-    // Now it blocks again. Looks are taken only while connections come, and the first of them that is taken
-    // while it is busy leaves it out, although nothing waits there.
+    wait_until("the worker is free and was idle in a sample", DEADLINE, || pid(ask("")) == suspect);
+    // It blocks again. Samples are taken only while connections come. The first sample that finds it busy makes
+    // reuse-run skip it, although no connection waits there.
     let before = service.log.count_of("is busy: spared");
     let mut blocked = Vec::new();
-    wait_until("it is left out before a connection waits", DEADLINE, || {
+    wait_until("the worker is skipped before a connection waits", DEADLINE, || {
         let stream = ask("0.2");
         stream.set_nonblocking(true).expect("set non-blocking");
         blocked.push(stream);
@@ -222,7 +215,7 @@ http.server.HTTPServer(('127.0.0.1', int(os.environ['TEST_PORT'])), Handler).ser
 }
 
 #[test]
-fn however_many_connections_come_the_wrapper_wakes_up_a_few_hundred_times_a_second() {
+fn reuse_run_wakes_up_a_few_hundred_times_a_second_at_any_rate_of_connections() {
     let _turn = turn();
     let addr = free_address();
     let mut service = Service::run_ready("-n 4", &naive(addr));
@@ -240,7 +233,7 @@ fn however_many_connections_come_the_wrapper_wakes_up_a_few_hundred_times_a_seco
 }
 
 #[test]
-fn after_the_last_connection_it_sleeps_and_one_that_waits_for_long_takes_few_looks() {
+fn after_the_last_connection_reuse_run_sleeps_and_for_a_stuck_worker_it_wakes_up_seldom() {
     let _turn = turn();
     let addr = free_address();
     let mut service = Service::run_ready("-n 2", &naive(addr));
@@ -254,7 +247,7 @@ fn after_the_last_connection_it_sleeps_and_one_that_waits_for_long_takes_few_loo
         before = now;
         now == was
     });
-    common::holds_for("it sleeps", Duration::from_secs(10), || wake_ups(service.pid()) == before);
+    holds_for("it sleeps", Duration::from_secs(10), || wake_ups(service.pid()) == before);
 
     let stopped: Vec<Stopped> = service.workers().into_iter().map(Stopped::new).collect();
     let client = Waiting::new(addr);
@@ -269,15 +262,14 @@ fn after_the_last_connection_it_sleeps_and_one_that_waits_for_long_takes_few_loo
 }
 
 #[test]
-fn reloads_while_a_worker_is_stuck_lose_nothing_but_what_it_had() {
+fn reloads_while_a_worker_is_stuck_lose_no_request() {
     let _turn = turn();
-    let (addr, folder) = (free_address(), Folder::new());
-    let mut service = Service::run_ready("-n 4 --drain 200ms", &folder.server(addr, &[]));
+    let (addr, _folder, mut service) = Service::with_flags("-n 4 --drain 200ms", &[]);
     let load = load(addr);
     for generation in 2..=4 {
         let stopped = Stopped::new(service.workers()[0]);
         wait_for_answers(&load, 100);
-        // It goes on before it is killed, so that what waits for it is answered.
+        // It continues before it is killed, so that its accept queue is answered.
         thread::scope(|scope| {
             scope.spawn(|| service.reload());
             service.wait_for_line(&format!("generation {generation} serves"));
@@ -291,9 +283,8 @@ fn reloads_while_a_worker_is_stuck_lose_nothing_but_what_it_had() {
 }
 
 #[test]
-fn a_wrong_word_after_balance_is_refused() {
-    let output = Command::new(reuse_run().get_program()).args(["--balance", "fair", "true"]).output();
-    let output = output.expect("run reuse-run");
-    assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("neither load nor random"), "{output:?}");
+fn a_wrong_value_of_balance_is_refused() {
+    let outcome = run_words("--balance fair true");
+    assert_eq!(outcome.code, Some(2), "{outcome:?}");
+    assert!(outcome.err.contains("neither load nor random"), "{outcome:?}");
 }

@@ -1,4 +1,4 @@
-//! `--label`: the workers' output line by line, whole and with nothing lost, whatever its reader does.
+//! `--label`: the output of workers line by line. No part of it is lost, even if its reader is slow.
 
 mod common;
 
@@ -9,33 +9,24 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::load::{Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Service, arguments, free_address, get, naive, reuse_run, send, server, ticks,
-    wait_until, wake_ups,
+    DEADLINE, Folder, Outcome, Service, free_address, get, naive, redirected, reuse_run_with, run, send,
+    server, ticks, wait_until, wake_ups,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
-/// `reuse-run` with a redirection of the shell's.
-fn redirected<S: AsRef<str>>(redirection: &str, options: &str, command: &[S]) -> Command {
-    let mut shell = Command::new("sh");
-    shell.args(["-c", &format!(r#"exec "$0" "$@" {redirection}"#)]);
-    shell.arg(reuse_run().get_program()).args(arguments(options, command)).env_remove("RUST_LOG");
-    shell
-}
-
-/// Starts it and waits until the workers are ready, which they are by a byte on READY_FD.
+/// Workers that become ready by a byte on READY_FD.
 fn start(options: &str, command: &[&str]) -> Service {
     Service::run_ready(&format!("--label --ready notify {options}"), command)
 }
 
-/// A named pipe: its path, and a reader that reads nothing by itself and waits for nobody.
+/// The path of a named pipe, and its read end, which is non-blocking at first.
 fn named_pipe(folder: &Folder) -> (String, File) {
     let path = folder.path("pipe");
     nix::unistd::mkfifo(path.as_str(), nix::sys::stat::Mode::S_IRWXU).expect("make a pipe");
@@ -44,22 +35,22 @@ fn named_pipe(folder: &Folder) -> (String, File) {
     (path, reader)
 }
 
-/// Waits until somebody has written, and lets reads wait from then on. (Before that they see an end of file.)
+/// Waits for the first bytes, then makes reads blocking. (Before there is a writer, they return an end of file.)
 fn begin_to_read(reader: &File) {
     let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
     let timeout = PollTimeout::try_from(DEADLINE).expect("a timeout");
-    assert_eq!(poll(&mut fds, timeout), Ok(1), "nobody writes");
+    assert_eq!(poll(&mut fds, timeout), Ok(1), "no writer");
     nix::fcntl::fcntl(reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty())).expect("fcntl");
 }
 
-/// A labelled line: slot, pid and text.
+/// Parses a labelled line: slot, pid and text.
 fn parse(line: &str) -> Option<(u32, u32, &str)> {
     let (label, text) = line.split_once(' ')?;
     let (slot, pid) = label.split_once('|')?;
     Some((slot.parse().ok()?, pid.parse().ok()?, text))
 }
 
-/// The texts of each worker by pid, in the order in which they came. Every line must have a label.
+/// The texts of each worker by pid, in order. Every line must have a label.
 #[track_caller]
 fn by_pid<'a>(lines: impl IntoIterator<Item = &'a str>) -> BTreeMap<u32, Vec<&'a str>> {
     let mut texts: BTreeMap<u32, Vec<&str>> = BTreeMap::new();
@@ -70,14 +61,14 @@ fn by_pid<'a>(lines: impl IntoIterator<Item = &'a str>) -> BTreeMap<u32, Vec<&'a
     texts
 }
 
-/// Prints 10,000 numbered lines on both streams, cut anywhere, and then ends: by itself in even slots,
-/// else killed. Whoever comes after it only lives.
-const TELLER: &str = r#"
+/// A worker that prints 10,000 numbered lines on each stream, in pieces of random length, and then ends: in even slots by
+/// itself, in odd ones by SIGKILL. Its replacement prints nothing.
+const PRINTER: &str = r#"
 import os, random, signal, sys, time
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 folder, slot = sys.argv[1], os.environ['REUSE_RUN_SLOT']
 os.write(int(os.environ['READY_FD']), b'\n')
-if os.path.exists(folder + 'told-' + slot):
+if os.path.exists(folder + 'printed-' + slot):
     open(folder + 'lives-' + slot, 'w')
     time.sleep(1000)
 text = {fd: b''.join(b'%s %d %s\n' % (name, n, b'x' * (n % 150)) for n in range(10000)) for fd, name in ((1, b'out'), (2, b'err'))}
@@ -85,39 +76,39 @@ while text[1] or text[2]:
     fd = random.choice([fd for fd in text if text[fd]])
     written = os.write(fd, text[fd][:random.randint(1, 5000)])
     text[fd] = text[fd][written:]
-open(folder + 'told-' + slot, 'w')
+open(folder + 'printed-' + slot, 'w')
 if int(slot) % 2:
     os.kill(os.getpid(), signal.SIGKILL)
 "#;
 
-/// What one teller prints on a stream.
-fn told(name: &str) -> Vec<String> {
+/// What a printer prints on a stream.
+fn printed(name: &str) -> Vec<String> {
     (0..10_000).map(|n| format!("{name} {n} {}", "x".repeat(n % 150))).collect()
 }
 
-// Whole lines, and all of them.
+// Lines are whole, and none is lost.
 
 #[test]
-fn four_workers_that_print_at_once_and_die_are_heard_line_by_line_to_the_last() {
+fn no_line_of_four_workers_that_print_and_die_is_lost_or_mixed() {
     let folder = Folder::new();
-    let mut service = start("-n 4", &["python3", "-c", TELLER, &folder.path("")]);
+    let mut service = start("-n 4", &["python3", "-c", PRINTER, &folder.path("")]);
     let lives = |slot| Path::new(&folder.path(&format!("lives-{slot}"))).exists();
-    wait_until("all were followed by others", DEADLINE, || (0..4).all(lives));
+    wait_until("four replacements", DEADLINE, || (0..4).all(lives));
     service.stop();
     let (out, log) = (service.out.all(), service.log.all());
     let texts = by_pid(out.iter().map(|line| line.text.as_str()));
     assert_eq!(texts.len(), 4);
-    texts.values().for_each(|texts| assert!(*texts == told("out")));
+    texts.values().for_each(|texts| assert!(*texts == printed("out")));
     let labelled = log.iter().map(|line| line.text.as_str()).filter(|line| !line.starts_with("reuse-run["));
     let texts = by_pid(labelled);
     assert_eq!(texts.len(), 4);
-    texts.values().for_each(|texts| assert!(*texts == told("err")));
+    texts.values().for_each(|texts| assert!(*texts == printed("err")));
 }
 
 #[test]
-fn what_a_worker_said_last_comes_before_the_log_says_that_it_died_though_its_line_has_no_end() {
+fn the_last_output_of_a_worker_even_half_a_line_comes_before_the_log_line_about_its_death() {
     let folder = Folder::new();
-    // As much as a pipe holds, so that reading takes more than one turn.
+    // As much as a pipe holds, so that one read doesn't get it all.
     let text = r#"echo >&$READY_FD; [ ! -e "$0died" ] || exec sleep 1000
         while [ ! -e "$0die" ]; do sleep 0.02; done
         : >"$0died"; printf half
@@ -125,7 +116,7 @@ fn what_a_worker_said_last_comes_before_the_log_says_that_it_died_though_its_lin
     let mut service = start("-n 1", &["sh", "-c", text, &folder.path("")]);
     service.signal(Signal::SIGSTOP);
     folder.raise("die");
-    wait_until("it has died", DEADLINE, || !service.zombies().is_empty());
+    wait_until("the worker has died", DEADLINE, || !service.zombies().is_empty());
     service.signal(Signal::SIGCONT);
     service.wait_for_line("is ready, a replacement");
     service.stop();
@@ -139,7 +130,7 @@ fn what_a_worker_said_last_comes_before_the_log_says_that_it_died_though_its_lin
 }
 
 #[test]
-fn what_is_written_while_the_wrapper_stops_is_not_lost() {
+fn output_during_the_stop_is_not_lost() {
     let text = "import os, signal, sys
 def stop(*_):
     sys.stdout.write(''.join(f'line {n}\\n' for n in range(50000)) + 'the last')
@@ -159,7 +150,7 @@ while True: signal.pause()";
 }
 
 #[test]
-fn a_child_that_outlives_its_worker_is_heard_under_the_workers_label() {
+fn output_of_a_child_that_outlives_its_worker_has_the_workers_label() {
     let folder = Folder::new();
     let text = r#"setsid sh -c ': >"$0child"; while [ ! -e "$0speak" ]; do sleep 0.02; done; echo the child' "$0" &
         while [ ! -e "$0child" ]; do sleep 0.02; done
@@ -168,7 +159,7 @@ fn a_child_that_outlives_its_worker_is_heard_under_the_workers_label() {
     let worker = service.workers()[0];
     send(worker, Signal::SIGKILL);
     service.wait_for_line("was killed by SIGKILL");
-    wait_until("the next one", DEADLINE, || service.log.find(0, "is ready, a replacement").is_some());
+    wait_until("the replacement", DEADLINE, || service.log.find(0, "is ready, a replacement").is_some());
     folder.raise("speak");
     service.wait_for_output(&format!("0|{worker} the child"));
     wait_until("the child has ended", DEADLINE, || service.descendants().len() == 1);
@@ -176,7 +167,7 @@ fn a_child_that_outlives_its_worker_is_heard_under_the_workers_label() {
 }
 
 #[test]
-fn a_line_of_a_mebibyte_of_any_bytes_arrives_whole_in_content() {
+fn a_line_of_a_mebibyte_of_any_bytes_arrives_unchanged() {
     let folder = Folder::new();
     let text = "import os, time
 os.write(2, b'ignored\\n')
@@ -187,8 +178,7 @@ time.sleep(1000)";
     let path = folder.path("out");
     let command = ["python3", "-c", text];
     let mut service =
-        Service::spawn(redirected(&format!(">{path}"), "--label -n 1 --ready notify", &command));
-    service.wait_for_line("generation 1 is ready");
+        Service::spawn_ready(redirected(&format!(">{path}"), "--label -n 1 --ready notify", &command));
     let label = format!("0|{} ", service.workers()[0]);
     service.stop();
     let bytes = fs::read(path).expect("the output");
@@ -203,7 +193,7 @@ time.sleep(1000)";
 }
 
 #[test]
-fn the_log_never_comes_amid_a_line_of_a_worker() {
+fn log_lines_never_come_in_the_middle_of_a_workers_line() {
     let folder = Folder::new();
     let (path, reader) = named_pipe(&folder);
     let line = format!("begin {} end", "x".repeat(20_000));
@@ -222,7 +212,7 @@ while True:
     );
     command.env("RUST_LOG", "debug");
     let mut service = Service::spawn(command);
-    // With so small a pipe no line fits in one piece.
+    // No line fits into so small a pipe.
     nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096)).expect("F_SETPIPE_SZ");
     begin_to_read(&reader);
     let (log_line, mut reloads, mut labelled) = (format!("reuse-run[{}]: ", service.pid()), 0, 0);
@@ -236,7 +226,7 @@ while True:
             }
         } else {
             let (_, _, text) = parse(&read).unwrap_or_else(|| panic!("no label: {read:?}"));
-            // One that is stopped may be cut short.
+            // The last line of a worker that is stopped may be incomplete.
             assert!(text == line || line.starts_with(text), "{text:?}");
             labelled += usize::from(text == line);
         }
@@ -246,41 +236,38 @@ while True:
 }
 
 #[test]
-fn a_failed_reload_shows_what_the_worker_at_fault_wrote_last() {
+fn a_failed_reload_shows_the_last_lines_of_the_worker_that_failed() {
     let text = r#"[ $REUSE_RUN_GENERATION = 1 ] && exec sleep 1000
         for word in one two three four five six seven; do echo "$word" >&2; done; printf 'no newline' >&2; exit 3"#;
     let mut service = Service::run_ready("-n 1 --label --ready 1s", &["sh", "-c", text]);
-    let mut command = reuse_run();
-    let output = command.args(["reload", &service.pid().to_string()]).output().expect("reload");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{said}");
+    let Outcome { code, err, .. } = run(&service, "reload");
+    assert_eq!(code, Some(1), "{err}");
     let expected = ["  four", "  five", "  six", "  seven", "  no newline"];
-    assert_eq!(said.lines().filter(|line| line.starts_with("  ")).collect::<Vec<_>>(), expected, "{said}");
+    assert_eq!(err.lines().filter(|line| line.starts_with("  ")).collect::<Vec<_>>(), expected, "{err}");
     service.stop();
 }
 
-// Readers that are slow, or gone.
+// Readers that are slow, or have closed.
 
-/// The test server; the worker in slot 0 floods stdout besides.
+/// The test server. In slot 0 another process floods stdout.
 const FLOODING_SERVER: &str = r#"[ $REUSE_RUN_SLOT != 0 ] || yes "a line of the flood" &
     exec "$0" --listen "$1" >/dev/null"#;
 
 #[test]
-fn while_nobody_reads_a_flood_the_others_serve_and_a_reload_loses_nothing() {
+fn while_a_flood_is_not_read_workers_serve_and_a_reload_loses_no_request() {
     let (addr, folder) = (free_address(), Folder::new());
     let (path, mut reader) = named_pipe(&folder);
     let command = ["sh", "-c", FLOODING_SERVER, &server(), &addr.to_string()];
-    let mut service = Service::spawn(redirected(&format!(">{path}"), "--label -n 2", &command));
-    service.wait_for_line("generation 1 is ready");
+    let mut service = Service::spawn_ready(redirected(&format!(">{path}"), "--label -n 2", &command));
     let load = Load::start(LoadOptions::new(addr, 4));
     for _ in 0..3 {
         service.reload();
     }
     load.stop().assert_nothing_failed();
-    // It waits for the reader, and does nothing else.
+    // reuse-run only waits for the reader.
     let before = ticks(service.pid());
     let quiet = Instant::now();
-    wait_until("a second has gone by", DEADLINE, || quiet.elapsed() > Duration::from_secs(1));
+    wait_until("one second", DEADLINE, || quiet.elapsed() > Duration::from_secs(1));
     let used = ticks(service.pid()) - before;
     assert!(used < 20, "{used} hundredths of a second");
     assert!(service.memory_kib() < 16 * 1024, "{} KiB", service.memory_kib());
@@ -289,20 +276,22 @@ fn while_nobody_reads_a_flood_the_others_serve_and_a_reload_loses_nothing() {
     let mut text = String::new();
     let _ = reader.read_to_string(&mut text);
     let whole = text.lines().filter_map(parse).filter(|(.., text)| *text == "a line of the flood").count();
-    // What had no room any more is missing, and with it the end of the last line.
+    // At the stop, output that doesn't fit into the pipe is dropped, so the last line may be incomplete.
     assert!(whole > 1000 && whole + 1 >= text.lines().count(), "{whole} of {}", text.lines().count());
 }
 
 #[test]
-fn a_slow_reader_gets_the_lines_of_those_that_write_little_too() {
+fn a_slow_reader_also_gets_lines_of_a_worker_that_writes_little() {
     let folder = Folder::new();
     let (path, reader) = named_pipe(&folder);
     let text = r#"echo >&$READY_FD
         [ $REUSE_RUN_SLOT = 3 ] || exec yes "a line of the flood"
         while :; do echo little; sleep 0.05; done"#;
-    let mut service =
-        Service::spawn(redirected(&format!(">{path}"), "--label -n 4 --ready notify", &["sh", "-c", text]));
-    service.wait_for_line("generation 1 is ready");
+    let mut service = Service::spawn_ready(redirected(
+        &format!(">{path}"),
+        "--label -n 4 --ready notify",
+        &["sh", "-c", text],
+    ));
     begin_to_read(&reader);
     let stop = AtomicBool::new(false);
     let (lines, little) = thread::scope(|scope| {
@@ -312,13 +301,13 @@ fn a_slow_reader_gets_the_lines_of_those_that_write_little_too() {
             for line in BufReader::with_capacity(4096, &reader).lines() {
                 let line = line.expect("a line");
                 let (slot, _, text) = parse(&line).unwrap_or_else(|| panic!("no label: {line:?}"));
-                // A worker that is stopped may be cut short.
+                // The last line of a worker that is stopped may be incomplete.
                 let whole = if slot == 3 { "little" } else { "a line of the flood" };
                 assert!(whole.starts_with(text), "{line:?}");
                 lines += 1;
                 little += usize::from(slot == 3);
                 if lines % 128 == 0 && !stop.load(Ordering::Relaxed) {
-                    thread::sleep(Duration::from_millis(4)); // this is what makes it slow
+                    thread::sleep(Duration::from_millis(4)); // the slow reader
                 }
                 if little == 20 && !stop.swap(true, Ordering::Relaxed) {
                     service.signal(Signal::SIGTERM);
@@ -328,12 +317,15 @@ fn a_slow_reader_gets_the_lines_of_those_that_write_little_too() {
         });
         slow.join().expect("the reader")
     });
-    assert!(lines > 1000 && little >= 20, "{lines} lines, {little} of them from the one who writes little");
+    assert!(
+        lines > 1000 && little >= 20,
+        "{lines} lines, {little} of them from the worker that writes little"
+    );
     assert_eq!(service.wait_end().code(), Some(0));
 }
 
 #[test]
-fn a_worker_whose_output_nobody_can_read_any_more_is_not_hurt() {
+fn a_worker_lives_on_when_its_output_cannot_be_read_any_more() {
     for redirection in [">PIPE", ">&-", ">/dev/null", ">/dev/full"] {
         let folder = Folder::new();
         let (path, reader) = named_pipe(&folder);
@@ -342,38 +334,36 @@ fn a_worker_whose_output_nobody_can_read_any_more_is_not_hurt() {
         let command = ["sh", "-c", text, &folder.path("")];
         let redirection = redirection.replace("PIPE", &path);
         let options = "--label -n 1 --ready notify";
-        let mut service = Service::spawn(redirected(&redirection, options, &command));
-        service.wait_for_line("generation 1 is ready");
+        let mut service = Service::spawn_ready(redirected(&redirection, options, &command));
         let workers = service.workers();
         drop(reader);
         folder.raise("go");
         let done = folder.path("done");
-        wait_until("it has printed all", DEADLINE, || Path::new(&done).exists());
+        wait_until("it has printed everything", DEADLINE, || Path::new(&done).exists());
         assert_eq!(service.workers(), workers, "{redirection}: {}", service.log.text());
         service.stop();
     }
 }
 
 #[test]
-fn a_socket_is_written_to_without_waiting_and_nothing_is_lost() {
+fn reuse_run_does_not_wait_for_a_socket_that_it_writes_to_and_nothing_is_lost() {
     let (ours, its) = UnixStream::pair().expect("a pair of sockets");
     let folder = Folder::new();
-    let mut command = reuse_run();
     let options = "--label -n 4 --ready notify";
-    command.args(arguments(options, &["python3", "-c", TELLER, &folder.path("")]));
+    let mut command = reuse_run_with(options, &["python3", "-c", PRINTER, &folder.path("")]);
     let (out, err) = (its.try_clone().expect("a duplicate"), its);
     let mut child =
         command.stdout(OwnedFd::from(out)).stderr(OwnedFd::from(err)).spawn().expect("start reuse-run");
-    drop(command); // and its copies of the socket
-    // As long as nobody reads it waits for room, and yet heeds its signals.
+    drop(command); // with its copies of the socket
+    // Until the test reads, there is no room in the socket.
     let wait = Instant::now();
-    wait_until("its output waits", DEADLINE, || wait.elapsed() > Duration::from_millis(300));
+    wait_until("a full socket", DEADLINE, || wait.elapsed() > Duration::from_millis(300));
     let (mut counts, mut lives) = (BTreeMap::<u32, usize>::new(), 0);
     for line in BufReader::new(ours).lines() {
         let line = line.expect("a line");
         if let Some((_, pid, text)) = parse(&line) {
-            let told = text.split(' ').nth(1).and_then(|n| n.parse::<usize>().ok()).expect("a number");
-            assert_eq!(text.len(), format!("out {told} ").len() + told % 150, "{line:?}");
+            let number = text.split(' ').nth(1).and_then(|n| n.parse::<usize>().ok()).expect("a number");
+            assert_eq!(text.len(), format!("out {number} ").len() + number % 150, "{line:?}");
             *counts.entry(pid).or_default() += 1;
         } else {
             assert!(line.starts_with("reuse-run["), "{line:?}");
@@ -389,14 +379,14 @@ fn a_socket_is_written_to_without_waiting_and_nothing_is_lost() {
 }
 
 #[test]
-fn into_one_file_both_streams_and_the_log_go_line_by_line() {
+fn in_one_file_both_streams_and_the_log_are_whole_lines() {
     let folder = Folder::new();
     let path = folder.path("out");
-    let command = ["python3", "-c", TELLER, &folder.path("")];
+    let command = ["python3", "-c", PRINTER, &folder.path("")];
     let mut service =
         Service::spawn(redirected(&format!(">{path} 2>&1"), "--label -n 4 --ready notify", &command));
     let lives = |slot| Path::new(&folder.path(&format!("lives-{slot}"))).exists();
-    wait_until("all were followed by others", DEADLINE, || (0..4).all(lives));
+    wait_until("four replacements", DEADLINE, || (0..4).all(lives));
     service.stop();
     let text = fs::read_to_string(path).expect("the output");
     let texts = by_pid(text.lines().filter(|line| !line.starts_with("reuse-run[")));
@@ -404,7 +394,7 @@ fn into_one_file_both_streams_and_the_log_go_line_by_line() {
     for texts in texts.values() {
         for name in ["out", "err"] {
             let of_stream: Vec<&str> = texts.iter().filter(|text| text.starts_with(name)).copied().collect();
-            assert!(of_stream == told(name), "{name}");
+            assert!(of_stream == printed(name), "{name}");
         }
     }
     assert_eq!(text.lines().filter(|line| line.contains("stopping")).count(), 1);
@@ -413,7 +403,7 @@ fn into_one_file_both_streams_and_the_log_go_line_by_line() {
 // What it costs.
 
 #[test]
-fn without_label_a_worker_has_the_very_stdout_and_stderr_of_reuse_run() {
+fn without_label_a_worker_has_the_same_stdout_and_stderr_as_reuse_run() {
     let addr = free_address();
     let links = |pid: u32| [1, 2].map(|fd| fs::read_link(format!("/proc/{pid}/fd/{fd}")).expect("a link"));
     for (options, same) in [("-n 2", true), ("--label -n 2", false)] {
@@ -428,7 +418,7 @@ fn without_label_a_worker_has_the_very_stdout_and_stderr_of_reuse_run() {
 }
 
 #[test]
-fn after_200_reloads_no_more_files_are_open_than_after_2_and_it_rests() {
+fn after_200_reloads_no_more_fds_are_open_than_after_2_and_reuse_run_is_idle() {
     let addr = free_address();
     let mut service = Service::run_ready("--label -n 1", &naive(addr));
     let mut after_2 = 0;
@@ -440,7 +430,7 @@ fn after_200_reloads_no_more_files_are_open_than_after_2_and_it_rests() {
     }
     assert_eq!(service.fds(), after_2);
     assert_eq!(get(addr).generation, Some(201));
-    // It may have to look at something yet, but not for long.
+    // It may have something left to do, but not for long.
     let (mut seen, mut since) = (wake_ups(service.pid()), Instant::now());
     wait_until("two seconds without a wake-up", DEADLINE, || {
         let now = wake_ups(service.pid());

@@ -1,5 +1,5 @@
-//! reuse-run as an init: signals, orphans and exit codes, as PID 1 of a namespace and elsewhere; what a
-//! worker leaves behind; the wrapper's own death; and what may become of stderr.
+//! reuse-run as an init: signals, orphans and exit statuses, as PID 1 and otherwise; what a worker leaves behind; the
+//! death of reuse-run; and a broken stderr.
 #![allow(unsafe_code)]
 
 mod common;
@@ -16,21 +16,18 @@ use std::time::Duration;
 
 use common::load::{self, Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Process, Service, app, arguments, children, free_address, get, naive, reuse_run, send,
-    server, signals_in, wait_until,
+    DEADLINE, Folder, Process, Service, behind, behind_shell, children, free_address, get, naive, python,
+    redirected, reuse_run_with, script, send, server, signals_in, wait_until,
 };
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 
-/// `reuse-run OPTIONS -- COMMAND` as PID 1 of a PID namespace of its own. What unshare exits with is
-/// what PID 1 exits with.
+/// `reuse-run OPTIONS -- COMMAND` as PID 1 of a new PID namespace. unshare exits with its status.
 fn as_pid_1<S: AsRef<str>>(options: &str, command: &[S]) -> Service {
-    let mut unshare = Command::new("unshare");
-    unshare.args(["--pid", "--fork", "--mount-proc", "--kill-child", "--"]);
-    unshare.arg(reuse_run().get_program()).args(arguments(options, command));
-    Service::spawn(unshare)
+    let unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "--"];
+    Service::spawn(behind(&unshare, options, command))
 }
 
-/// The pid of reuse-run, seen from out here.
+/// The pid of reuse-run outside its namespace.
 fn pid_1(service: &Service) -> u32 {
     let mut pid = None;
     wait_until("PID 1 runs", DEADLINE, || {
@@ -45,18 +42,14 @@ fn is_zombie(pid: u32) -> bool {
     Process::read(pid).is_some_and(|process| process.state == 'Z')
 }
 
-fn script(text: &str, addr: SocketAddr) -> Vec<String> {
-    ["sh", "-c", text, &server(), &addr.to_string()].map(str::to_owned).to_vec()
-}
-
 fn signal_printer(more: &[&str]) -> Vec<String> {
-    let script = app("python/signals.py");
-    ["python3", &script].iter().chain(more).map(|word| (*word).to_owned()).collect()
+    python("signals.py", more)
 }
 
 // Orphans.
 
-/// Starts twenty orphans that live until a flag is lowered, in sessions of their own, then listens.
+/// A worker that starts twenty orphans and listens. The orphans have sessions of their own and live until `live` is
+/// lowered.
 fn with_orphans(folder: &Folder, addr: SocketAddr) -> Vec<String> {
     let text = r#"for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
             (setsid sh -c 'while [ -e "$0/live" ]; do sleep 0.05; done; exit 5' "$2" &)
@@ -66,7 +59,7 @@ fn with_orphans(folder: &Folder, addr: SocketAddr) -> Vec<String> {
     command
 }
 
-/// The twenty come to `wrapper`, and are reaped when they end.
+/// Asserts that the twenty become children of reuse-run, and that it reaps them.
 #[track_caller]
 fn assert_orphans_are_reaped(wrapper: u32, folder: &Folder, addr: SocketAddr) {
     wait_until("the orphans come to reuse-run", DEADLINE, || children(wrapper).len() == 21);
@@ -77,11 +70,11 @@ fn assert_orphans_are_reaped(wrapper: u32, folder: &Folder, addr: SocketAddr) {
 }
 
 #[test]
-fn as_pid_1_it_reaps_orphans() {
+fn as_pid_1_reuse_run_reaps_orphans() {
     let (addr, folder) = (free_address(), Folder::new());
     folder.raise("live");
     let mut service = as_pid_1("-n 1", &with_orphans(&folder, addr));
-    service.wait_for_line("generation 1 is ready");
+    service.wait_until_ready();
     let wrapper = pid_1(&service);
     assert_orphans_are_reaped(wrapper, &folder, addr);
     send(wrapper, Signal::SIGTERM);
@@ -89,7 +82,7 @@ fn as_pid_1_it_reaps_orphans() {
 }
 
 #[test]
-fn elsewhere_it_reaps_orphans_too() {
+fn not_as_pid_1_reuse_run_also_reaps_orphans() {
     let (addr, folder) = (free_address(), Folder::new());
     folder.raise("live");
     let mut service = Service::run_ready("-n 1", &with_orphans(&folder, addr));
@@ -98,37 +91,37 @@ fn elsewhere_it_reaps_orphans_too() {
 }
 
 #[test]
-fn an_orphan_that_ends_in_the_middle_of_a_stop_does_not_end_it() {
+fn an_orphan_that_ends_during_a_stop_does_not_end_the_stop() {
     let (addr, folder) = (free_address(), Folder::new());
     folder.raise("live");
     let mut command = with_orphans(&folder, addr);
     command[2] = command[2].replace("--listen", "--ignore-int --listen");
     let mut service = as_pid_1("-n 1 --stop-timeout 1s", &command);
-    service.wait_for_line("generation 1 is ready");
+    service.wait_until_ready();
     let wrapper = pid_1(&service);
     wait_until("the orphans come to reuse-run", DEADLINE, || children(wrapper).len() == 21);
     send(wrapper, Signal::SIGTERM);
     service.wait_for_output("ignored SIGINT");
     folder.lower("live");
-    assert_eq!(service.wait_end().code(), Some(1), "the worker's end counts: {}", service.log.text());
+    assert_eq!(service.wait_end().code(), Some(1), "the worker had to be killed: {}", service.log.text());
 }
 
 #[test]
-fn with_pid_1_all_of_its_namespace_ends() {
+fn when_pid_1_is_killed_every_process_of_its_namespace_ends() {
     let (addr, folder) = (free_address(), Folder::new());
     folder.raise("live");
     let mut service = as_pid_1("-n 1", &with_orphans(&folder, addr));
-    service.wait_for_line("generation 1 is ready");
+    service.wait_until_ready();
     let wrapper = pid_1(&service);
     wait_until("the orphans come to reuse-run", DEADLINE, || children(wrapper).len() == 21);
     send(wrapper, Signal::SIGKILL);
     service.wait_exit();
-    wait_until("nobody is left", DEADLINE, || service.descendants().is_empty());
+    wait_until("no process is left", DEADLINE, || service.descendants().is_empty());
 }
 
 // Signals.
 
-/// USR2 and HUP reload and reach no worker; what is forwarded reaches each once.
+/// Asserts that SIGUSR2 and SIGHUP reload and aren't forwarded, and that other signals reach each worker once.
 #[track_caller]
 fn assert_signals_are_forwarded(mut service: Service, wrapper: u32) {
     for (reload, signal) in [Signal::SIGUSR2, Signal::SIGHUP].into_iter().enumerate() {
@@ -137,7 +130,7 @@ fn assert_signals_are_forwarded(mut service: Service, wrapper: u32) {
     }
     for signal in [Signal::SIGUSR1, Signal::SIGWINCH, Signal::SIGCONT, Signal::SIGALRM] {
         send(wrapper, signal);
-        wait_until("both workers got it", DEADLINE, || {
+        wait_until("the signal at both workers", DEADLINE, || {
             service.out.count_of(&format!("generation=3 {signal}")) == 2
         });
     }
@@ -161,23 +154,23 @@ fn assert_signals_are_forwarded(mut service: Service, wrapper: u32) {
 }
 
 #[test]
-fn as_pid_1_it_forwards_signals_without_a_meaning_here_and_never_usr2_or_hup() {
+fn as_pid_1_reuse_run_forwards_signals_that_it_does_not_use_itself() {
     let service = as_pid_1("-n 2 --ready notify", &signal_printer(&[]));
-    service.wait_for_line("generation 1 is ready");
+    service.wait_until_ready();
     let wrapper = pid_1(&service);
     assert_signals_are_forwarded(service, wrapper);
 }
 
 #[test]
-fn elsewhere_it_forwards_the_same_signals() {
+fn not_as_pid_1_reuse_run_forwards_the_same_signals() {
     let service = Service::run_ready("-n 2 --ready notify", &signal_printer(&[]));
     let wrapper = service.pid();
     assert_signals_are_forwarded(service, wrapper);
 }
 
 #[test]
-fn a_worker_that_still_starts_gets_forwarded_signals_too() {
-    // What has no handler for them would die of most; a shell's trap tells.
+fn a_worker_that_is_not_ready_yet_also_gets_forwarded_signals() {
+    // The shell has a handler, as most signals kill otherwise.
     let text = "trap 'echo got it' USR1; echo prepares; while :; do sleep 0.05; done";
     let mut service = Service::run("-n 1 --ready notify", &["sh", "-c", text]);
     service.wait_for_output("prepares");
@@ -187,18 +180,17 @@ fn a_worker_that_still_starts_gets_forwarded_signals_too() {
 }
 
 #[test]
-fn as_pid_1_one_sigterm_stops_and_two_quick_ones_kill() {
+fn as_pid_1_a_first_signal_stops_and_a_second_kills_even_at_once() {
     for quick in [false, true] {
         let mut service = as_pid_1("-n 2 --ready notify --stop-timeout 1h", &signal_printer(&["stays"]));
-        service.wait_for_line("generation 1 is ready");
+        service.wait_until_ready();
         let wrapper = pid_1(&service);
         send(wrapper, Signal::SIGTERM);
         if !quick {
-            wait_until("both got it", DEADLINE, || service.out.count_of("SIGINT") == 2);
+            wait_until("the signal at both workers", DEADLINE, || service.out.count_of("SIGINT") == 2);
             service.wait_for_line("SIGTERM: stopping 2 workers");
         }
-        // Two of one kind that nobody has looked at yet are one to the kernel, so the second may be of
-        // another kind.
+        // The kernel merges equal signals that are pending, so at once the second is another one.
         send(wrapper, if quick { Signal::SIGINT } else { Signal::SIGTERM });
         assert_eq!(service.wait_end().code(), Some(1), "{}", service.log.text());
         assert!(service.out.count_of("SIGINT") <= 2, "{}", service.out.text());
@@ -207,20 +199,20 @@ fn as_pid_1_one_sigterm_stops_and_two_quick_ones_kill() {
 }
 
 #[test]
-fn every_stop_signal_works_as_pid_1() {
+fn as_pid_1_every_stop_signal_works() {
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT] {
         let addr = free_address();
         let mut service = as_pid_1("-n 2", &naive(addr));
-        service.wait_for_line("generation 1 is ready");
+        service.wait_until_ready();
         send(pid_1(&service), signal);
         assert_eq!(service.wait_end().code(), Some(0), "{signal}: {}", service.log.text());
     }
 }
 
-// Exit codes.
+// Exit statuses.
 
 #[test]
-fn as_pid_1_it_exits_with_the_status_of_a_worker_that_fails_at_the_start() {
+fn as_pid_1_reuse_run_exits_with_the_status_of_a_worker_that_fails_at_the_start() {
     for status in [0, 1, 42, 255] {
         let mut service = as_pid_1("-n 1", &["sh", "-c", &format!("exit {status}")]);
         assert_eq!(service.wait_end().code(), Some(status), "{}", service.log.text());
@@ -228,7 +220,7 @@ fn as_pid_1_it_exits_with_the_status_of_a_worker_that_fails_at_the_start() {
 }
 
 #[test]
-fn as_pid_1_it_exits_with_128_and_the_signal_that_a_worker_died_of_at_the_start() {
+fn as_pid_1_reuse_run_exits_with_128_and_the_signal_that_kills_a_worker_at_the_start() {
     for signal in [
         Signal::SIGTERM,
         Signal::SIGINT,
@@ -246,24 +238,24 @@ fn as_pid_1_it_exits_with_128_and_the_signal_that_a_worker_died_of_at_the_start(
 }
 
 #[test]
-fn as_pid_1_it_exits_126_and_127_for_what_can_not_be_started() {
-    let mut service = as_pid_1("-n 2", &["/etc/passwd"]);
-    assert_eq!(service.wait_end().code(), Some(126), "{}", service.log.text());
-    let mut service = as_pid_1("-n 2", &["no-such-program-anywhere"]);
-    assert_eq!(service.wait_end().code(), Some(127), "{}", service.log.text());
+fn as_pid_1_reuse_run_exits_with_126_or_127_for_a_command_that_cannot_be_started() {
+    for (command, status) in [("/etc/passwd", 126), ("no-such-program-anywhere", 127)] {
+        let mut service = as_pid_1("-n 2", &[command]);
+        assert_eq!(service.wait_end().code(), Some(status), "{command}: {}", service.log.text());
+    }
 }
 
 #[test]
-fn as_pid_1_it_exits_1_when_a_worker_had_to_be_killed() {
+fn as_pid_1_reuse_run_exits_with_1_when_a_worker_had_to_be_killed() {
     let mut service = as_pid_1("-n 1 --ready notify --stop-timeout 500ms", &signal_printer(&["stays"]));
-    service.wait_for_line("generation 1 is ready");
+    service.wait_until_ready();
     send(pid_1(&service), Signal::SIGTERM);
     assert_eq!(service.wait_end().code(), Some(1), "{}", service.log.text());
 }
 
 // The stop signal and the worker.
 
-/// Sets up a command as by a starter that ignores and blocks whatever it can.
+/// Makes a command start with signals ignored and blocked.
 fn with_everything_ignored_and_blocked(command: &mut Command) {
     let hostile = || {
         let ignored = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGUSR2, Signal::SIGCHLD];
@@ -279,14 +271,13 @@ fn with_everything_ignored_and_blocked(command: &mut Command) {
 }
 
 #[test]
-fn whatever_the_starter_ignored_and_blocked_it_reloads_and_stops_python_and_rust_workers() {
+fn reloads_and_stops_work_even_if_the_starter_ignores_and_blocks_signals() {
     let addr = free_address();
     for (options, worker) in [("-n 2 --ready notify", signal_printer(&[])), ("-n 2", naive(addr))] {
-        let mut command = reuse_run();
-        command.args(arguments(options, &worker));
+        let mut command = reuse_run_with(options, &worker);
         with_everything_ignored_and_blocked(&mut command);
         let mut service = Service::spawn(command);
-        service.wait_for_line("generation 1 is ready");
+        service.wait_until_ready();
         for pid in service.workers() {
             assert_eq!(signals_in(pid, "SigBlk:"), [], "blocked");
             let ignored = signals_in(pid, "SigIgn:");
@@ -299,19 +290,19 @@ fn whatever_the_starter_ignored_and_blocked_it_reloads_and_stops_python_and_rust
 }
 
 #[test]
-fn a_worker_that_ignores_the_stop_signal_is_killed_with_its_group_at_the_time_out() {
+fn a_worker_that_ignores_the_stop_signal_is_killed_with_its_group_after_the_time_out() {
     let addr = free_address();
     let text = r#"sh -c "trap '' INT; sleep 1000 & sleep 1000" & exec "$0" --ignore-int --listen "$1""#;
     let mut service = Service::run_ready("-n 2 --stop-timeout 500ms", &script(text, addr));
     wait_until("the helpers run", DEADLINE, || service.descendants().len() == 8);
     service.signal(Signal::SIGTERM);
     assert_eq!(service.wait_exit().code(), Some(1), "{}", service.log.text());
-    wait_until("nobody is left", DEADLINE, || service.descendants().is_empty());
+    wait_until("no process is left", DEADLINE, || service.descendants().is_empty());
     assert_eq!(service.out.count_of("ignored SIGINT"), 2);
 }
 
 #[test]
-fn what_is_left_of_a_dead_workers_group_is_killed() {
+fn other_processes_of_a_dead_workers_group_are_killed() {
     let addr = free_address();
     let mut service = Service::run_ready("-n 1", &script(r#"sleep 1000 & exec "$0" --listen "$1""#, addr));
     wait_until("worker and helper run", DEADLINE, || service.descendants().len() == 2);
@@ -325,7 +316,7 @@ fn what_is_left_of_a_dead_workers_group_is_killed() {
     service.stop();
 }
 
-/// `npm start` in the folder, of a package that starts so.
+/// `npm start` for a package in the folder whose start script is this.
 fn npm_start(folder: &Folder, start: &str) -> Vec<String> {
     let package = format!(r#"{{"name": "app", "version": "1.0.0", "scripts": {{"start": "{start}"}}}}"#);
     fs::write(folder.path("package.json"), package).expect("write package.json");
@@ -334,9 +325,9 @@ fn npm_start(folder: &Folder, start: &str) -> Vec<String> {
 }
 
 #[test]
-fn npm_start_is_reloaded_killed_and_stopped_as_a_whole() {
+fn npm_start_and_its_server_are_reloaded_killed_and_stopped_together() {
     let (addr, folder) = (free_address(), Folder::new());
-    // npm runs it by `sh -c` and forwards signals to that, which must not keep them to itself.
+    // npm runs the script by `sh -c` and forwards signals to that shell only, hence `exec`.
     let start = format!("exec {} --listen {addr}", server());
     let mut service = Service::run_ready("-n 1", &npm_start(&folder, &start));
     service.reload();
@@ -357,12 +348,12 @@ fn npm_start_is_reloaded_killed_and_stopped_as_a_whole() {
 }
 
 #[test]
-fn the_stop_signal_reaches_a_server_behind_npm_and_a_shell_that_keeps_it() {
+fn the_stop_signal_reaches_a_server_behind_npm_and_behind_a_shell_that_forwards_nothing() {
     let (addr, folder) = (free_address(), Folder::new());
     let behind_npm = npm_start(&folder, &format!("{} --listen {addr}", server()));
     let behind_sh = ["sh", "-c", &format!("{} --listen {addr}; true", server())].map(str::to_owned).to_vec();
     for command in [behind_npm, behind_sh] {
-        // A server that the signal doesn't reach would be waited for in vain.
+        // If the signal didn't reach the server, this test would time out.
         let mut service = Service::run_ready("-n 1 --stop-timeout 1h", &command);
         service.reload();
         assert_eq!(get(addr).generation, Some(2));
@@ -371,7 +362,7 @@ fn the_stop_signal_reaches_a_server_behind_npm_and_a_shell_that_keeps_it() {
 }
 
 #[test]
-fn what_npm_start_leaves_behind_under_a_shell_that_forwards_nothing_is_killed() {
+fn processes_that_npm_start_leaves_behind_a_shell_are_killed() {
     let (addr, folder) = (free_address(), Folder::new());
     let start = format!("{} --listen {addr}; true", server());
     let mut service =
@@ -383,10 +374,10 @@ fn what_npm_start_leaves_behind_under_a_shell_that_forwards_nothing_is_killed() 
     assert_eq!(service.descendants(), [0u32; 0], "{}", service.log.text());
 }
 
-// The wrapper dies.
+// The death of reuse-run.
 
 #[test]
-fn a_killed_wrapper_takes_its_workers_down_and_the_next_start_finds_the_port_free() {
+fn when_reuse_run_is_killed_its_workers_die_and_the_next_start_finds_the_port_free() {
     let addr = free_address();
     for _ in 0..5 {
         let mut service = Service::run_ready("-n 2", &naive(addr));
@@ -395,7 +386,7 @@ fn a_killed_wrapper_takes_its_workers_down_and_the_next_start_finds_the_port_fre
         let workers = service.workers();
         service.signal(Signal::SIGKILL);
         service.wait_exit();
-        wait_until("the workers are gone at once", Duration::from_secs(10), || {
+        wait_until("the workers are gone", Duration::from_secs(10), || {
             let alive = |pid: &u32| Process::read(*pid).is_some_and(|process| process.state != 'Z');
             !workers.iter().any(alive)
         });
@@ -406,18 +397,10 @@ fn a_killed_wrapper_takes_its_workers_down_and_the_next_start_finds_the_port_fre
     service.stop();
 }
 
-// What may become of stderr.
+// A broken stderr.
 
-/// `reuse-run` with a redirection of the shell's.
-fn redirected(redirection: &str, options: &str, command: &[String]) -> Command {
-    let mut shell = Command::new("sh");
-    shell.args(["-c", &format!(r#"exec "$0" "$@" {redirection}"#)]);
-    shell.arg(reuse_run().get_program()).args(arguments(options, command));
-    shell
-}
-
-/// Without the log, the answers tell how it goes.
-fn assert_it_goes_on(mut service: Service, addr: SocketAddr) {
+/// Asserts that reuse-run starts, reloads three times, replaces a worker and stops, by the answers and without the log.
+fn assert_works(mut service: Service, addr: SocketAddr) {
     let serves = |generation| {
         wait_until("the generation serves", DEADLINE, || {
             load::get(addr, "/", DEADLINE).is_ok_and(|answer| answer.origin.generation == Some(generation))
@@ -440,19 +423,16 @@ fn assert_it_goes_on(mut service: Service, addr: SocketAddr) {
 }
 
 #[test]
-fn with_stderr_closed_it_goes_on() {
-    let addr = free_address();
-    assert_it_goes_on(Service::spawn(redirected("2>&-", "-n 2", &naive(addr))), addr);
+fn with_closed_standard_streams_reuse_run_works() {
+    for redirections in ["2>&-", "<&- >&- 2>&-"] {
+        println!("{redirections}");
+        let addr = free_address();
+        assert_works(Service::spawn(redirected(redirections, "-n 2", &naive(addr))), addr);
+    }
 }
 
 #[test]
-fn with_all_of_stdin_stdout_and_stderr_closed_it_goes_on() {
-    let addr = free_address();
-    assert_it_goes_on(Service::spawn(redirected("<&- >&- 2>&-", "-n 2", &naive(addr))), addr);
-}
-
-#[test]
-fn with_a_full_pipe_on_stderr_that_nobody_reads_it_goes_on() {
+fn with_a_full_pipe_on_stderr_that_is_not_read_reuse_run_works() {
     let (addr, folder) = (free_address(), Folder::new());
     let path = folder.path("pipe");
     nix::unistd::mkfifo(path.as_str(), nix::sys::stat::Mode::S_IRWXU).expect("make a pipe");
@@ -466,28 +446,25 @@ fn with_a_full_pipe_on_stderr_that_nobody_reads_it_goes_on() {
     while pipe.write(b"x").is_ok() {}
     let mut command = redirected(&format!("2>{path}"), "-n 2", &naive(addr));
     command.env("RUST_LOG", "debug");
-    assert_it_goes_on(Service::spawn(command), addr);
+    assert_works(Service::spawn(command), addr);
 }
 
 #[test]
-fn with_a_pipe_on_stderr_whose_reader_has_gone_it_goes_on() {
+fn with_a_pipe_on_stderr_whose_reader_has_closed_reuse_run_works() {
     let addr = free_address();
-    // `true` ends at once, and the pipe with it.
-    let mut shell = Command::new("sh");
-    shell
-        .args(["-c", r#"exec 3>&1; { "$0" "$@" 2>&1 >&3 3>&- & echo "wrapper $!" >&3; exec 3>&-; } | true"#]);
-    shell.arg(reuse_run().get_program()).args(arguments("-n 2", &naive(addr)));
-    let service = Service::spawn(shell);
+    // `true` ends immediately and closes the pipe.
+    let text = r#"exec 3>&1; { "$0" "$@" 2>&1 >&3 3>&- & echo "wrapper $!" >&3; exec 3>&-; } | true"#;
+    let service = Service::spawn(behind_shell(text, "-n 2", &naive(addr)));
     let line = service.wait_for_output("wrapper ").text;
     let wrapper: u32 = line.trim_start_matches("wrapper ").parse().expect("a pid");
-    wait_until("it serves", DEADLINE, || load::get(addr, "/", DEADLINE).is_ok());
+    wait_until("an answer", DEADLINE, || load::get(addr, "/", DEADLINE).is_ok());
     send(wrapper, Signal::SIGUSR2);
     wait_until("the second generation serves", DEADLINE, || get(addr).generation == Some(2));
     send(wrapper, Signal::SIGTERM);
-    wait_until("nobody is left", DEADLINE, || service.descendants().is_empty());
+    wait_until("no process is left", DEADLINE, || service.descendants().is_empty());
 }
 
-/// A pseudo-terminal: its master, which nobody inherits, and the path of its other end.
+/// A pseudo-terminal: its master, which no child inherits, and the path of its other end.
 fn terminal() -> (File, String) {
     let flags = libc::O_NOCTTY;
     let master = OpenOptions::new()
@@ -510,24 +487,24 @@ fn terminal() -> (File, String) {
 }
 
 #[test]
-fn when_the_terminal_on_stderr_hangs_up_it_goes_on() {
+fn when_the_terminal_on_stderr_hangs_up_reuse_run_works() {
     let addr = free_address();
     let (master, path) = terminal();
     let service = Service::spawn(redirected(&format!("2>{path}"), "-n 2", &naive(addr)));
-    wait_until("it serves", DEADLINE, || load::get(addr, "/", DEADLINE).is_ok());
+    wait_until("an answer", DEADLINE, || load::get(addr, "/", DEADLINE).is_ok());
     drop(master);
-    assert_it_goes_on(service, addr);
+    assert_works(service, addr);
 }
 
 #[test]
-fn when_the_controlling_terminal_hangs_up_it_reloads_and_goes_on() {
+fn when_the_controlling_terminal_hangs_up_reuse_run_reloads() {
     let addr = free_address();
     let (master, path) = terminal();
     let mut command = redirected(&format!("<{path} 2>{path}"), "-n 2", &naive(addr));
     // SAFETY: setsid(2) is a system call and no more, which is all right between fork and exec.
     unsafe { command.pre_exec(|| Ok(nix::unistd::setsid().map(drop)?)) };
     let mut service = Service::spawn(command);
-    wait_until("it serves", DEADLINE, || load::get(addr, "/", DEADLINE).is_ok());
+    wait_until("an answer", DEADLINE, || load::get(addr, "/", DEADLINE).is_ok());
     drop(master);
     wait_until("the second generation serves", DEADLINE, || get(addr).generation == Some(2));
     service.signal(Signal::SIGTERM);
