@@ -1,9 +1,5 @@
-//! Hangs up for workers that die of the stop signal, as those do that have no handler for it.
-//!
-//! When a process ends, the kernel frees its memory first and closes its files last (do_exit, kernel/exit.c), which
-//! takes milliseconds. A client that keeps its connection open and sends the next request in that time gets no answer.
-//! So the first such worker of a generation has its idle connections closed as soon as it is seen to die, and all
-//! others have theirs closed before the signal. A worker that has a handler ends its connections as it likes.
+//! Closes idle connections of workers that the stop signal kills, as far as this process may duplicate their
+//! descriptors (pidfd_getfd(2)). [`super::signal_effect`] says why and decides when.
 
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,15 +13,15 @@ use crate::kernel::procfs::{self, Life};
 use crate::kernel::sockdiag::Traffic;
 use crate::kernel::sys;
 
-/// Whom the stop signal hasn't killed after so long is taken to have a handler for it.
-const LONGEST: Duration = Duration::from_millis(3);
+/// A worker that is still alive so long after the stop signal is assumed to handle it.
+const WATCH_TIMEOUT: Duration = Duration::from_millis(3);
 
 /// A connection that its client keeps open.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OpenConnection {
     pub fd: u32,
     pub inode: u64,
-    /// [`Traffic::received`] when it was looked at.
+    /// [`Traffic::received`] when it was found idle.
     pub received: u64,
 }
 
@@ -39,34 +35,33 @@ impl OpenConnection {
         procfs::inode(duplicate.as_fd()).is_ok_and(|inode| inode == self.inode).then_some(duplicate)
     }
 
-    /// Whether something has come since it was looked at, as far as this process may know.
-    fn is_awake(&self, duplicate: &OwnedFd) -> bool {
+    /// Whether something has come since it was found idle, if this process can know.
+    fn has_new_data(&self, duplicate: &OwnedFd) -> bool {
         sys::tcp_info(duplicate.as_fd()).is_ok_and(|info| Traffic::parse(&info).received != self.received)
     }
 
-    /// Closes it. Returns false if something has come and it is left open.
+    /// Closes it, unless something has come. Returns whether nothing has.
     fn close(&self, duplicate: &OwnedFd) -> bool {
-        let is_idle = !self.is_awake(duplicate);
+        let is_idle = !self.has_new_data(duplicate);
         if is_idle {
-            let _ = SockRef::from(duplicate).shutdown(Shutdown::Both); // else the client has closed it
+            let _ = SockRef::from(duplicate).shutdown(Shutdown::Both); // an error means that the client has closed it
         }
         is_idle
     }
 }
 
-/// Whether something has come since these connections were looked at, as far as this process may know.
-pub fn are_awake(idle: &[Idle]) -> bool {
-    let is_awake = |(pid, connections): &Idle| {
+/// Whether something has come on these connections since they were found idle, if this process can know.
+pub fn have_new_data(idle: &[Idle]) -> bool {
+    let has_new_data = |(pid, connections): &Idle| {
         let Ok(pidfd) = sys::pidfd_open(pid.as_raw(), 0) else { return false };
-        let is_awake = |it: &OpenConnection| it.duplicate(&pidfd).is_some_and(|fd| it.is_awake(&fd));
-        connections.iter().any(is_awake)
+        let has_new_data = |it: &OpenConnection| it.duplicate(&pidfd).is_some_and(|fd| it.has_new_data(&fd));
+        connections.iter().any(has_new_data)
     };
-    idle.iter().any(is_awake)
+    idle.iter().any(has_new_data)
 }
 
-/// Closes these connections, as far as this process may, but for those on which something has come. Returns whether
-/// there are none of these.
-pub fn hang_up(idle: &[Idle]) -> bool {
+/// Closes these connections, except those on which something has come. Returns whether there are no such exceptions.
+pub fn close(idle: &[Idle]) -> bool {
     let mut all = true;
     for (pid, connections) in idle {
         let Ok(pidfd) = sys::pidfd_open(pid.as_raw(), 0) else { continue };
@@ -77,19 +72,19 @@ pub fn hang_up(idle: &[Idle]) -> bool {
     all
 }
 
-/// Waits a moment for processes that were sent the stop signal, and closes these connections of those that are
-/// killed. Returns whether it kills all of them, and there are any.
-pub fn see_off(idle: &[Idle], stop_signal: Signal) -> bool {
-    let deadline = Instant::now() + LONGEST;
+/// Watches for a moment processes that were sent the stop signal, and closes these connections of those that it
+/// kills. Returns whether it kills all of them, and there are any.
+pub fn watch_end(idle: &[Idle], stop_signal: Signal) -> bool {
+    let deadline = Instant::now() + WATCH_TIMEOUT;
     let mut alive: Vec<&Idle> = idle.iter().collect();
     let mut kills = !idle.is_empty();
-    // Without a pause: who sleeps when a process of many threads ends may be woken only after it.
+    // No sleep in between: this process might be woken only after the end of a process with many threads.
     while !alive.is_empty() && Instant::now() < deadline {
         alive.retain(|(pid, connections)| {
             let life = procfs::life(*pid);
             if let Life::Killed(signal) = life {
                 kills &= signal == stop_signal as u32;
-                hang_up_killed(*pid, connections, deadline);
+                close_of_killed(*pid, connections, deadline);
             }
             kills &= life != Life::Over;
             life == Life::Lives
@@ -98,9 +93,9 @@ pub fn see_off(idle: &[Idle], stop_signal: Signal) -> bool {
     alive.is_empty() && kills
 }
 
-/// Closes what it can of these connections until then.
-fn hang_up_killed(pid: Pid, connections: &[OpenConnection], deadline: Instant) {
-    // The main thread may be gone already while another still has the files.
+/// Closes what it can of these connections until the deadline.
+fn close_of_killed(pid: Pid, connections: &[OpenConnection], deadline: Instant) {
+    // The main thread may have ended while another one still has the files.
     for tid in procfs::threads(pid) {
         let flags = if tid == pid { 0 } else { libc::PIDFD_THREAD };
         let Ok(pidfd) = sys::pidfd_open(tid.as_raw(), flags) else { continue };
@@ -153,44 +148,44 @@ mod tests {
         let (mut idle_client, _idle_server, idle) = connection();
         let (mut client, mut server, kept) = connection();
         let both = [(Pid::this(), vec![kept.clone(), idle.clone()])];
-        assert!(!are_awake(&both));
+        assert!(!have_new_data(&both));
         client.write_all(b"?").unwrap();
         server.read_exact(&mut [0]).unwrap();
-        assert!(are_awake(&both) && !are_awake(&[(Pid::this(), vec![idle])]));
-        assert!(!hang_up(&both));
+        assert!(have_new_data(&both) && !have_new_data(&[(Pid::this(), vec![idle])]));
+        assert!(!close(&both));
         assert!(is_open(&mut client) && !is_open(&mut idle_client));
-        assert!(hang_up(&[(Pid::this(), vec![OpenConnection { received: 1, ..kept }])]));
+        assert!(close(&[(Pid::this(), vec![OpenConnection { received: 1, ..kept }])]));
         assert!(!is_open(&mut client));
     }
 
     #[test]
     fn another_socket_under_the_same_number_is_left_alone() {
         let (mut client, _server, kept) = connection();
-        assert!(hang_up(&[(Pid::this(), vec![OpenConnection { inode: kept.inode + 1, ..kept }])]));
+        assert!(close(&[(Pid::this(), vec![OpenConnection { inode: kept.inode + 1, ..kept }])]));
         assert!(is_open(&mut client));
     }
 
     #[test]
-    fn whom_the_signal_kills_is_told_from_who_lives_on_and_who_exits() {
-        assert!(!see_off(&[(Pid::this(), Vec::new())], Signal::SIGINT), "it lives");
-        let sees_off = |command: &mut Command, signal| {
+    fn a_process_that_the_signal_kills_is_told_from_one_that_lives_on_and_one_that_exits() {
+        assert!(!watch_end(&[(Pid::this(), Vec::new())], Signal::SIGINT), "it lives");
+        let is_killed_by = |command: &mut Command, signal| {
             let mut child = command.spawn().unwrap();
             let pid = Pid::from_raw(child.id() as i32);
             kill(pid, signal).unwrap();
             waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
-            let is_killed = see_off(&[(pid, Vec::new())], Signal::SIGINT);
+            let is_killed = watch_end(&[(pid, Vec::new())], Signal::SIGINT);
             child.wait().unwrap();
             is_killed
         };
-        assert!(sees_off(Command::new("sleep").arg("1000"), Signal::SIGINT));
-        assert!(!sees_off(Command::new("sleep").arg("1000"), Signal::SIGTERM), "by another signal");
-        assert!(!sees_off(Command::new("sleep").arg("0"), Signal::SIGCONT), "it exits");
-        assert!(!see_off(&[], Signal::SIGINT), "there was nobody to see");
+        assert!(is_killed_by(Command::new("sleep").arg("1000"), Signal::SIGINT));
+        assert!(!is_killed_by(Command::new("sleep").arg("1000"), Signal::SIGTERM), "by another signal");
+        assert!(!is_killed_by(Command::new("sleep").arg("0"), Signal::SIGCONT), "it exits");
+        assert!(!watch_end(&[], Signal::SIGINT), "there is no process");
     }
 
     /// The duplicate here would keep the connection open over the end of the process.
     #[test]
-    fn what_a_killed_process_has_is_closed_before_its_end() {
+    fn connections_of_a_killed_process_are_closed_before_its_end() {
         const FD: i32 = 500;
         let (mut client, server, connection) = connection();
         let mut command = Command::new("sleep");
@@ -206,7 +201,7 @@ mod tests {
         assert!(matches!(waitpid(pid, None), Ok(WaitStatus::PtraceEvent(..))), "it stops half dead");
         let idle = [(pid, vec![OpenConnection { fd: FD as u32, ..connection }])];
         assert!(is_open(&mut client));
-        assert!(see_off(&idle, Signal::SIGINT));
+        assert!(watch_end(&idle, Signal::SIGINT));
         assert!(!is_open(&mut client));
         ptrace::detach(pid, None).unwrap();
         killed.wait().unwrap();

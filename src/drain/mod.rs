@@ -1,9 +1,10 @@
-//! When a retired worker has nothing left to do.
+//! Which retired workers have finished their work.
 //!
-//! After the switch nothing new is sent to it. What was on its way arrives: handshakes complete and are
-//! accepted. When that is over and each of its connections is quiet, it may be told to stop.
+//! After the switch no new connection is sent to them. What was under way arrives: handshakes complete and connections
+//! are accepted. When that is over and each of its connections is quiet, a worker may get the stop signal.
 
 pub mod idle;
+pub mod signal_effect;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
@@ -21,14 +22,14 @@ use crate::kernel::sockdiag::{Connection, SockDiag};
 use crate::pool::Pool;
 use crate::pool::paths::UnixSockets;
 
-/// The time between two looks, at least.
-const INTERVAL: Duration = Duration::from_millis(20);
-/// Looks take at most one part in so many of the time, however many connections there are.
-const SHARE: u32 = 10;
+/// The time between two polls, at least.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// Polls take at most one part in so many of the time, however many connections there are.
+const POLL_SHARE: u32 = 10;
 /// A client that takes longer than this for its handshake is not waited for.
-const LONGEST_HANDSHAKE: Duration = Duration::from_secs(3);
+const MAX_HANDSHAKE: Duration = Duration::from_secs(3);
 /// A connection on which nothing has come yet is given so long to send its request.
-const FIRST_REQUEST: Duration = Duration::from_secs(1);
+const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct Retired {
@@ -36,35 +37,36 @@ struct Retired {
     generation: u32,
     since: Instant,
     addresses: BTreeSet<Address>,
-    /// Clients whose handshake was under way at the first look; `None` before it.
+    /// Clients whose handshake was under way at the first poll; `None` before it.
     handshakes: Option<HashSet<SocketAddr>>,
 }
 
-/// A worker that has nothing left to do.
+/// A worker that has finished its work.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Drained {
     pub worker: WorkerId,
-    /// What its clients keep open.
+    pub generation: u32,
+    /// The connections that its clients keep open.
     pub idle: Vec<Idle>,
 }
 
 impl Drained {
-    /// How many connections its clients keep open.
+    /// The number of connections that its clients keep open.
     pub fn connections(&self) -> usize {
         self.idle.iter().map(|(_, connections)| connections.len()).sum()
     }
 }
 
-/// Watches the workers that are retired.
+/// The retired workers that are watched.
 #[derive(Default)]
 pub struct Drain {
     retired: BTreeMap<WorkerId, Retired>,
     diag: Option<SockDiag>,
-    next_look: Option<Instant>,
+    next_poll: Option<Instant>,
 }
 
 impl Drain {
-    /// Begins to watch a worker; call it after the switch.
+    /// Begins to watch a worker's connections to these addresses; call it after the switch.
     pub fn watch(
         &mut self,
         worker: WorkerId,
@@ -75,36 +77,36 @@ impl Drain {
     ) {
         let retired = Retired { pid, generation, since: now, addresses, handshakes: None };
         self.retired.insert(worker, retired);
-        self.next_look.get_or_insert(now);
+        self.next_poll.get_or_insert(now);
     }
 
-    /// No longer watches a worker.
+    /// Stops watching a worker.
     pub fn forget(&mut self, worker: WorkerId) {
         self.retired.remove(&worker);
         if self.retired.is_empty() {
-            self.next_look = None;
+            self.next_poll = None;
             self.diag = None;
         }
     }
 
-    /// When to call [`Drain::look`] at the latest.
+    /// When to call [`Drain::poll`] at the latest.
     pub fn deadline(&self) -> Option<Instant> {
-        self.next_look
+        self.next_poll
     }
 
-    /// The workers that have nothing left to do, if it is time for a look. To be followed by [`Drain::has_looked`].
-    pub fn look(&mut self, pool: &Pool, unix: &UnixSockets, now: Instant) -> Vec<Drained> {
-        if self.next_look.is_none_or(|at| at > now) {
+    /// The workers that have finished their work, if a poll is due. Call [`Drain::polled`] after it.
+    pub fn poll(&mut self, pool: &Pool, unix: &UnixSockets, now: Instant) -> Vec<Drained> {
+        if self.next_poll.is_none_or(|at| at > now) {
             return Vec::new();
         }
-        // The queues first: what leaves them later is among the connections as somebody's.
+        // The queues first: a connection that leaves its queue later has an owner when connections are listed.
         let empty: BTreeSet<WorkerId> =
             self.retired.keys().copied().filter(|worker| pool.accept_queues_are_empty(*worker)).collect();
         let connections = match self.connections() {
             Ok(connections) => connections,
             Err(error) => {
-                warn!("can't look at connections, so that retired workers get all of --drain: {error}");
-                self.next_look = None;
+                warn!("can't list connections, so retired workers take all of --drain: {error}");
+                self.next_poll = None;
                 return Vec::new();
             }
         };
@@ -116,7 +118,7 @@ impl Drain {
         for (worker, retired) in &mut self.retired {
             let rows: Vec<&Connection> = retired.addresses.iter().flat_map(of).collect();
             if retired.has_arrived(&rows, empty.contains(worker), now) && !busy_on_paths.contains(worker) {
-                arrived.push((*worker, retired.pid));
+                arrived.push((*worker, retired.pid, retired.generation));
             }
         }
         let (mut open, mut busy) = (HashMap::new(), HashSet::new());
@@ -126,42 +128,42 @@ impl Drain {
                 busy.insert(row.inode.into());
             }
         }
-        if arrived.is_empty() { Vec::new() } else { self.idle(&arrived, &busy, &Owned::look(&open)) }
+        if arrived.is_empty() { Vec::new() } else { self.idle(&arrived, &busy, &Owned::find(&open)) }
     }
 
-    /// The look that began then is over, and what it gave is dealt with.
-    pub fn has_looked(&mut self, begun: Instant, now: Instant) {
-        if self.next_look.is_some_and(|at| at <= begun) {
-            self.next_look = Some(now + INTERVAL.max((now - begun) * SHARE));
+    /// The poll that began then is over, and its workers were dealt with.
+    pub fn polled(&mut self, begun: Instant, now: Instant) {
+        if self.next_poll.is_some_and(|at| at <= begun) {
+            self.next_poll = Some(now + POLL_INTERVAL.max((now - begun) * POLL_SHARE));
         }
     }
 
-    /// Those of `workers` which have none of the busy connections, given by their inode numbers.
-    fn idle(&mut self, workers: &[(WorkerId, Pid)], busy: &HashSet<u64>, owned: &Owned) -> Vec<Drained> {
-        let mut nobodys = busy.difference(&owned.inodes).peekable();
-        if nobodys.peek().is_some() {
-            // It has ended since, or was accepted just now by a thread that has yet to get its number.
+    /// Those of `workers` that have none of the busy connections. These are given by their inode numbers.
+    fn idle(&mut self, workers: &[(WorkerId, Pid, u32)], busy: &HashSet<u64>, owned: &Owned) -> Vec<Drained> {
+        let mut unowned = busy.difference(&owned.inodes).peekable();
+        if unowned.peek().is_some() {
+            // It has ended since, or a thread accepts it right now and has yet to get its descriptor.
             let Ok(connections) = self.connections() else { return Vec::new() };
             let exist: HashSet<u64> = connections.values().flatten().map(|row| row.inode.into()).collect();
-            if nobodys.any(|inode| exist.contains(inode)) {
+            if unowned.any(|inode| exist.contains(inode)) {
                 return Vec::new();
             }
         }
-        let drained = |(worker, pid): &(WorkerId, Pid)| {
+        let drained = |(worker, pid, generation): &(WorkerId, Pid, u32)| {
             let processes = owned.below(*pid)?;
             let is_idle = !processes.iter().flat_map(|(_, open)| open).any(|open| busy.contains(&open.inode));
             let idle = processes.into_iter().filter(|(_, open)| !open.is_empty()).collect();
-            is_idle.then_some(Drained { worker: *worker, idle })
+            is_idle.then_some(Drained { worker: *worker, generation: *generation, idle })
         };
         workers.iter().filter_map(drained).collect()
     }
 
-    /// The connections of all addresses that retired workers listen on, by family and port.
+    /// The connections to all addresses that are watched, by family and port.
     fn connections(&mut self) -> io::Result<HashMap<(bool, u16), Vec<Connection>>> {
-        self.ask().inspect_err(|_| self.diag = None) // there may be answers left in it
+        self.list().inspect_err(|_| self.diag = None) // replies may be left in it
     }
 
-    fn ask(&mut self) -> io::Result<HashMap<(bool, u16), Vec<Connection>>> {
+    fn list(&mut self) -> io::Result<HashMap<(bool, u16), Vec<Connection>>> {
         let diag = match &mut self.diag {
             Some(diag) => diag,
             none => none.insert(SockDiag::new()?),
@@ -180,7 +182,7 @@ fn key(address: &Address) -> (bool, u16) {
     (address.socket.is_ipv6(), address.socket.port())
 }
 
-/// Which process below this one has which of some connections open.
+/// Which process among this one's descendants has which of some connections open.
 #[derive(Default)]
 struct Owned {
     processes: HashMap<Pid, Vec<OpenConnection>>,
@@ -188,11 +190,11 @@ struct Owned {
 }
 
 impl Owned {
-    /// `connections` are inode numbers, and how many bytes came.
-    fn look(connections: &HashMap<u64, u64>) -> Self {
+    /// `connections` are inode numbers with the number of bytes received.
+    fn find(connections: &HashMap<u64, u64>) -> Self {
         let mut owned = Self::default();
         for pid in procfs::tree(Pid::this()) {
-            // A process that may not be looked into owns nothing here, so that what it owns is nobody's.
+            // A process that this one may not inspect owns nothing here, so its connections have no owner.
             let all = procfs::sockets(pid).unwrap_or_default().into_iter();
             let open: Vec<OpenConnection> = all
                 .filter_map(|(fd, inode)| {
@@ -205,15 +207,15 @@ impl Owned {
         owned
     }
 
-    /// What a process and each of its descendants have of them, unless one is new.
+    /// The connections that a process and its descendants have; `None` if one of these is new.
     fn below(&self, pid: Pid) -> Option<Vec<Idle>> {
         procfs::tree(pid).into_iter().map(|pid| Some((pid, self.processes.get(&pid)?.clone()))).collect()
     }
 }
 
 impl Retired {
-    /// Whether all that was sent to the worker before the switch has reached it, given the connections to
-    /// its ports.
+    /// Whether every connection that was steered to the worker before the switch has reached it, given all
+    /// connections to its ports.
     fn has_arrived(&mut self, rows: &[&Connection], queues_are_empty: bool, now: Instant) -> bool {
         let opening: HashSet<SocketAddr> =
             rows.iter().filter(|row| row.opening).map(|row| row.peer).collect();
@@ -222,24 +224,24 @@ impl Retired {
             return false;
         };
         handshakes.retain(|peer| opening.contains(peer));
-        queues_are_empty && (handshakes.is_empty() || now - self.since > LONGEST_HANDSHAKE)
+        queues_are_empty && (handshakes.is_empty() || now - self.since > MAX_HANDSHAKE)
     }
 }
 
-/// Whether nothing is being worked on for the client of a connection, as far as the kernel can tell:
-/// everything was read, and answered by something that was sent at the same time or later.
+/// Whether the worker has no request of this connection to answer, by what the kernel knows: all that came was read,
+/// and something was sent at the same time or later.
 ///
-/// Times have the resolution of the kernel's tick. A request that arrives in the tick in which the answer
-/// to the last one left looks answered.
+/// The kernel counts these times in ticks of 1 to 10 ms. A request that arrives in the tick in which the answer to the
+/// last one left looks answered.
 fn is_quiet(connection: &Connection) -> bool {
     let traffic = connection.traffic;
-    // What was sent is the kernel's to deliver, whatever becomes of the worker; and its acknowledgement may be
-    // delayed until the next request.
+    // What was sent the kernel delivers, even if the worker ends; so unacknowledged data doesn't count. Its
+    // acknowledgement may be delayed until the next request.
     if connection.unread > 0 || traffic.unsent > 0 {
         return false;
     }
     match (traffic.received > 0, traffic.has_sent) {
-        (false, _) => traffic.received_ago >= FIRST_REQUEST,
+        (false, _) => traffic.received_ago >= FIRST_REQUEST_TIMEOUT,
         (true, false) => false,
         (true, true) => traffic.sent_ago <= traffic.received_ago,
     }
@@ -247,8 +249,13 @@ fn is_quiet(connection: &Connection) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
+    use std::process::Command;
+
     use super::*;
     use crate::kernel::sockdiag::Traffic;
+    use crate::kernel::sys;
 
     fn connection(sent_ago: u64, received_ago: u64, has_sent: bool, has_received: bool) -> Connection {
         let traffic = Traffic {
@@ -269,7 +276,7 @@ mod tests {
         assert!(!is_quiet(&connection(20, 10, true, true)), "the next request is being worked on");
         assert!(!is_quiet(&connection(5000, 4000, false, true)), "so is the first");
         assert!(!is_quiet(&connection(500, 500, false, false)), "a request may be on its way");
-        assert!(is_quiet(&connection(1000, 1000, false, false)), "none came in good time");
+        assert!(is_quiet(&connection(1000, 1000, false, false)), "none came in time");
         assert!(is_quiet(&connection(10, 1000, true, false)), "a server that speaks first has spoken");
         let answered = connection(10, 20, true, true);
         assert!(!is_quiet(&Connection { unread: 1, ..answered }));
@@ -288,16 +295,16 @@ mod tests {
     }
 
     #[test]
-    fn all_has_arrived_when_the_handshakes_of_the_first_look_are_over_and_the_queues_empty() {
+    fn all_has_arrived_when_the_handshakes_of_the_first_poll_are_over_and_the_queues_are_empty() {
         let start = Instant::now();
         let mut retired = retired(start);
         let opening = Connection { opening: true, inode: 0, ..connection(0, 0, false, false) };
         let other = Connection { peer: "127.0.0.1:2".parse().unwrap(), ..opening };
         let at = |ms| start + Duration::from_millis(ms);
-        assert!(!retired.has_arrived(&[&opening], true, at(0)), "the first look only takes note");
+        assert!(!retired.has_arrived(&[&opening], true, at(0)), "the first poll only takes note");
         assert!(!retired.has_arrived(&[&opening], true, at(20)), "the handshake goes on");
         assert!(!retired.has_arrived(&[&other], false, at(40)), "it has arrived and waits");
-        assert!(retired.has_arrived(&[&other], true, at(60)), "a later handshake is not its own");
+        assert!(retired.has_arrived(&[&other], true, at(60)), "a later handshake goes to another worker");
     }
 
     #[test]
@@ -306,49 +313,58 @@ mod tests {
         let mut retired = retired(start);
         let opening = Connection { opening: true, inode: 0, ..connection(0, 0, false, false) };
         assert!(!retired.has_arrived(&[&opening], true, start));
-        assert!(!retired.has_arrived(&[&opening], true, start + LONGEST_HANDSHAKE));
-        assert!(retired.has_arrived(&[&opening], true, start + LONGEST_HANDSHAKE + INTERVAL));
+        assert!(!retired.has_arrived(&[&opening], true, start + MAX_HANDSHAKE));
+        assert!(retired.has_arrived(&[&opening], true, start + MAX_HANDSHAKE + POLL_INTERVAL));
     }
 
     #[test]
-    fn looks_and_what_comes_of_them_take_a_share_of_the_time() {
+    fn polls_take_a_share_of_the_time() {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let mut drain = Drain::default();
-        drain.has_looked(at(0), at(10));
-        assert_eq!(drain.deadline(), None, "there is nobody to look at");
+        drain.polled(at(0), at(10));
+        assert_eq!(drain.deadline(), None, "nobody is watched");
         drain.watch(WorkerId(1), Pid::this(), 1, BTreeSet::new(), at(0));
-        drain.has_looked(at(0), at(1));
+        drain.polled(at(0), at(1));
         assert_eq!(drain.deadline(), Some(at(21)));
-        drain.has_looked(at(20), at(20));
-        assert_eq!(drain.deadline(), Some(at(21)), "it was not time for a look");
-        drain.has_looked(at(21), at(31));
+        drain.polled(at(20), at(20));
+        assert_eq!(drain.deadline(), Some(at(21)), "no poll was due");
+        drain.polled(at(21), at(31));
         assert_eq!(drain.deadline(), Some(at(131)));
     }
 
+    /// A process of its own has the connection: this one may start others at any time, for other tests.
     #[test]
-    fn a_busy_connection_keeps_the_worker_that_has_it_and_one_that_nobody_has_keeps_all() {
-        let me = (WorkerId(1), Pid::this());
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    fn a_busy_connection_keeps_its_owner_and_one_without_an_owner_keeps_all_workers() {
+        const FD: u32 = 500;
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = Address { socket: listener.local_addr().unwrap(), v6only: false };
-        let _client = std::net::TcpStream::connect(address.socket).unwrap();
+        let _client = TcpStream::connect(address.socket).unwrap();
         let (server, _) = listener.accept().unwrap();
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&server) as u32;
-        let inode = procfs::socket_inode(Pid::this(), fd).unwrap().unwrap();
+        let inode = procfs::inode(server.as_fd()).unwrap();
+        let mut command = Command::new("sleep");
+        command.arg("1000");
+        sys::before_exec(&mut command, move || sys::dup2_for_exec(server.as_fd(), FD as i32));
+        let mut process = command.spawn().unwrap();
+        drop(command); // and with it this process's descriptor of the connection
+        let pid = Pid::from_raw(process.id() as i32);
 
         let mut drain = Drain::default();
-        drain.watch(WorkerId(1), Pid::this(), 1, BTreeSet::from([address]), Instant::now());
-        let mut idle =
-            |busy: &[u64], owned: &Owned| drain.idle(&[me], &busy.iter().copied().collect(), owned);
-        let its = Owned::look(&HashMap::from([(inode, 42)]));
-        let nobodys = Owned::look(&HashMap::new());
-        let drained = |idle: &[Idle]| [Drained { worker: WorkerId(1), idle: idle.to_vec() }];
-        assert_eq!(idle(&[], &nobodys), drained(&[]));
-        let open = OpenConnection { fd, inode, received: 42 };
-        assert_eq!(idle(&[], &its), drained(&[(Pid::this(), vec![open])]), "its client keeps it");
-        assert_eq!([idle(&[], &its), idle(&[], &nobodys)].map(|idle| idle[0].connections()), [1, 0]);
-        assert!(idle(&[inode], &its).is_empty(), "it is its own");
-        assert!(idle(&[inode], &nobodys).is_empty(), "it exists, and is in nobody's hands");
-        assert_eq!(idle(&[u64::MAX], &nobodys), drained(&[]), "it exists no more");
+        drain.watch(WorkerId(1), pid, 1, BTreeSet::from([address]), Instant::now());
+        let mut idle = |busy: &[u64], owned: &Owned| {
+            drain.idle(&[(WorkerId(1), pid, 1)], &busy.iter().copied().collect(), owned)
+        };
+        let its = Owned::find(&HashMap::from([(inode, 42)]));
+        let unowned = Owned::find(&HashMap::new());
+        let drained = |idle: &[Idle]| [Drained { worker: WorkerId(1), generation: 1, idle: idle.to_vec() }];
+        assert_eq!(idle(&[], &unowned), drained(&[]));
+        let open = OpenConnection { fd: FD, inode, received: 42 };
+        assert_eq!(idle(&[], &its), drained(&[(pid, vec![open])]), "its client keeps it open");
+        assert_eq!([idle(&[], &its), idle(&[], &unowned)].map(|idle| idle[0].connections()), [1, 0]);
+        assert!(idle(&[inode], &its).is_empty(), "this worker has it");
+        assert!(idle(&[inode], &unowned).is_empty(), "it exists and has no owner");
+        assert_eq!(idle(&[u64::MAX], &unowned), drained(&[]), "it is gone");
+        process.kill().unwrap();
+        process.wait().unwrap();
     }
 }

@@ -12,6 +12,7 @@ use log::debug;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
+use crate::fleet::Ticket;
 use crate::operate::protocol::{self, LONGEST_REQUEST, Reply, Request};
 
 /// More at once are turned away.
@@ -27,19 +28,6 @@ const LONGEST_BACKLOG: usize = 256 * 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ClientId(pub u32);
 
-/// What a client waits for the end of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Awaited {
-    /// The reload that is to bring this generation.
-    Reload(u32),
-    /// The scaling with this number, to so many workers.
-    Scale {
-        number: u32,
-        workers: u32,
-    },
-    Stop,
-}
-
 #[derive(Debug)]
 struct Client {
     stream: UnixStream,
@@ -54,7 +42,7 @@ struct Client {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Asking,
-    Waiting(Awaited),
+    Waiting(Ticket),
     /// Has its last reply, or part of it.
     Ending,
 }
@@ -156,20 +144,20 @@ impl Control {
         self.send(id, reply);
     }
 
-    /// Has a client wait.
-    pub fn have_wait(&mut self, id: ClientId, awaited: Awaited) {
+    /// Has a client wait for the end of an operation.
+    pub fn have_wait(&mut self, id: ClientId, ticket: Ticket) {
         if let Some(client) = self.clients.get_mut(&id) {
-            client.state = State::Waiting(awaited);
+            client.state = State::Waiting(ticket);
         }
     }
 
     /// The clients that wait, and for what.
-    pub fn waiting(&self) -> Vec<(ClientId, Awaited)> {
-        let awaited = |client: &Client| match client.state {
-            State::Waiting(awaited) => Some(awaited),
+    pub fn waiting(&self) -> Vec<(ClientId, Ticket)> {
+        let ticket = |client: &Client| match client.state {
+            State::Waiting(ticket) => Some(ticket),
             State::Asking | State::Ending => None,
         };
-        self.clients.iter().filter_map(|(id, client)| Some((*id, awaited(client)?))).collect()
+        self.clients.iter().filter_map(|(id, client)| Some((*id, ticket(client)?))).collect()
     }
 
     /// Tells all that wait of a step; of one that comes again at once, as when many ask for the same, only once.

@@ -813,14 +813,6 @@ impl Pool {
         !self.stopped.is_empty() || !self.unserved.is_empty()
     }
 
-    /// The addresses on which a worker listens.
-    pub fn addresses(&self, worker: WorkerId) -> BTreeSet<Address> {
-        self.lent_to(worker)
-            .filter(|(_, member)| member.listening)
-            .map(|(_, member)| member.address)
-            .collect()
-    }
-
     /// Whether no connection waits to be accepted by the worker.
     pub fn accept_queues_are_empty(&self, worker: WorkerId) -> bool {
         self.lent_to(worker).all(|(_, member)| {

@@ -15,12 +15,13 @@ use nix::unistd::Pid;
 use crate::address::{Address, Endpoint};
 use crate::cli::Options;
 use crate::drain::idle;
+use crate::drain::signal_effect::{self, SignalEffects, Treatment};
 use crate::drain::{Drain, Drained};
-use crate::fleet::{Action, Announcement, Event, Fleet};
+use crate::fleet::{Action, Announcement, Command, Endpoints, Event, Fleet, Target};
 use crate::ids::{Borrower, SlotId, WorkerId};
 use crate::intercept::{self, Answers, Interception, ListenChange};
 use crate::kernel::procfs;
-use crate::operate::control::{Awaited, ClientId, Control};
+use crate::operate::control::{ClientId, Control};
 use crate::operate::pidfile::PidFile;
 use crate::operate::signals::{Asked, Signals};
 use crate::operate::systemd::Manager;
@@ -84,15 +85,15 @@ impl Source {
     }
 }
 
-/// The kernel's side of a worker.
-struct Worker {
+/// The process of a worker, and the ways by which it can say something.
+struct Process {
     pid: Pid,
     generation: u32,
     /// `None` when the worker has closed its end, or has none.
     pipe: Option<ReadyPipe>,
     node: Option<NodeChannel>,
     notify: NotifySocket,
-    /// What it said last of itself.
+    /// Its last STATUS= message.
     status: Option<String>,
 }
 
@@ -101,8 +102,7 @@ pub struct Supervisor {
     pool: Pool,
     unix: UnixSockets,
     drain: Drain,
-    /// Generations, and whether the stop signal kills their workers.
-    dies_of_signal: Vec<(u32, bool)>,
+    signal_effects: SignalEffects,
     /// Set when workers aren't intercepted.
     bystander: Option<Bystander>,
     manager: Manager,
@@ -122,8 +122,8 @@ pub struct Supervisor {
     /// What becomes of answers to workers.
     answers: Answers,
     stop_signal: Signal,
-    workers: BTreeMap<WorkerId, Worker>,
-    /// One for each worker, and for each that has ended as long as a process that it started lives on.
+    processes: BTreeMap<WorkerId, Process>,
+    /// One for each worker; also for one that has ended, as long as a process that it started lives on.
     interceptions: BTreeMap<WorkerId, Interception>,
     pids: HashMap<Pid, WorkerId>,
     epoll: Epoll,
@@ -168,13 +168,17 @@ pub fn run(options: Options) -> io::Result<u8> {
     control.as_ref().map_or(Ok(()), |control| watch(&epoll, control, Source::Control))?;
     let labels = label.then(Labels::new).transpose()?;
     labels.iter().try_for_each(|labels| watch(&epoll, labels, Source::Labels))?;
-    let (fleet, actions) = Fleet::new(policy, Instant::now());
+    let endpoints = Endpoints::new(
+        listen.iter().copied().collect(),
+        inherited.iter().map(|(_, endpoint)| endpoint.clone()).collect(),
+    );
+    let (fleet, actions) = Fleet::new(policy, endpoints, Instant::now());
     let mut supervisor = Supervisor {
         fleet,
         pool,
         unix: UnixSockets::default(),
         drain: Drain::default(),
-        dies_of_signal: Vec::new(),
+        signal_effects: SignalEffects::default(),
         bystander,
         manager: Manager::new(Instant::now()),
         control,
@@ -188,7 +192,7 @@ pub fn run(options: Options) -> io::Result<u8> {
         inherited: inherited.into(),
         answers: answers.unwrap_or(Answers::Arrive), // or nobody asks
         stop_signal,
-        workers: BTreeMap::new(),
+        processes: BTreeMap::new(),
         interceptions: BTreeMap::new(),
         pids: HashMap::new(),
         epoll,
@@ -203,7 +207,7 @@ pub fn run(options: Options) -> io::Result<u8> {
         supervisor.wait_and_handle();
     };
     supervisor.unix.keep(|_| false);
-    supervisor.all_ended(status);
+    supervisor.stop_ended(status);
     supervisor.labels.into_iter().for_each(Labels::finish);
     // The clients are to see an end of file only when the process, and with it every port, is free.
     std::mem::forget(supervisor.control);
@@ -269,39 +273,36 @@ impl Supervisor {
         }
     }
 
-    /// Tells those to stop that have nothing left to do.
+    /// Stops the workers that have finished their work.
     fn stop_drained(&mut self) {
         let begun = Instant::now();
-        let mut drained = self.drain.look(&self.pool, &self.unix, begun);
-        // The first shows what the signal does, and is closed too late: the fewer connections it has, the better.
-        if let Some(first) = (0..drained.len()).min_by_key(|index| drained[*index].connections()) {
-            drained.swap(0, first);
-        }
-        for Drained { worker, idle } in drained {
-            let Some(generation) = self.workers.get(&worker).map(|worker| worker.generation) else {
-                continue;
+        let mut drained = self.drain.poll(&self.pool, &self.unix, begun);
+        signal_effect::order(&mut drained);
+        for drained in drained {
+            let treatment = self.signal_effects.treatment(&drained);
+            let Drained { worker, generation, idle } = drained;
+            // If something has come on an idle connection since, the worker waits for the next poll.
+            let is_idle = match treatment {
+                Treatment::CloseFirst => idle::close(&idle),
+                Treatment::Signal | Treatment::SignalAndWatch => !idle::have_new_data(&idle),
             };
-            let known = self.dies_of_signal.iter().find(|(known, _)| *known == generation);
-            let dies = known.map(|(_, dies)| *dies);
-            // What has come on an idle connection meanwhile puts it off until the next look.
-            let is_idle = if dies == Some(true) { idle::hang_up(&idle) } else { !idle::are_awake(&idle) };
             if !is_idle {
                 continue;
             }
             self.handle(Event::Drained { worker });
-            if dies.is_none() && !idle.is_empty() {
-                let dies = idle::see_off(&idle, self.stop_signal);
-                self.dies_of_signal.push((generation, dies));
+            if treatment == Treatment::SignalAndWatch {
+                self.signal_effects.learn(generation, idle::watch_end(&idle, self.stop_signal));
             }
         }
-        self.drain.has_looked(begun, Instant::now());
+        self.drain.polled(begun, Instant::now());
     }
 
     /// Without interception: finds out who listens.
     fn look_on(&mut self) {
         let Some(bystander) = &mut self.bystander else { return };
-        let pid = |id: WorkerId| self.workers.get(&id).map(|worker| (id, worker.pid));
-        let starting: Vec<(WorkerId, Pid)> = self.fleet.starting().into_iter().filter_map(pid).collect();
+        let pid = |id: WorkerId| self.processes.get(&id).map(|worker| (id, worker.pid));
+        let starting: Vec<(WorkerId, Pid)> =
+            self.fleet.crew().starting().into_iter().filter_map(pid).collect();
         for (worker, address) in bystander.look(&starting, Instant::now()) {
             self.handle(Event::Listens { worker, endpoint: address.into() });
         }
@@ -335,12 +336,8 @@ impl Supervisor {
                     self.pool.steer(plan);
                     self.unix.switch(generation);
                 }
-                Action::Drain { worker } => {
-                    if let Some(Worker { pid, generation, .. }) = self.workers.get(&worker) {
-                        let mut addresses = self.pool.addresses(worker);
-                        if self.bystander.is_some() {
-                            addresses.extend(self.fleet.addresses(worker));
-                        }
+                Action::Drain { worker, addresses } => {
+                    if let Some(Process { pid, generation, .. }) = self.processes.get(&worker) {
                         self.drain.watch(worker, *pid, *generation, addresses, Instant::now());
                     }
                 }
@@ -354,7 +351,7 @@ impl Supervisor {
                 Action::Kill { worker } => self.pid(worker).into_iter().for_each(worker::kill_group),
                 Action::Release { worker, successor } => self.pool.release(worker, successor),
                 Action::ResetQueue { slot, generation } => self.pool.reset_reserved(slot, generation),
-                Action::LookForStrangers => self.pool.look_for_strangers(),
+                Action::FindForeignListeners => self.pool.look_for_strangers(),
                 Action::Unreserve { slot, generation } => self.pool.unreserve(slot, generation),
                 Action::Log { level, line } => {
                     log!(level, "{line}");
@@ -368,14 +365,7 @@ impl Supervisor {
                     }
                     self.manager.announce(&announcement);
                 }
-                Action::ReloadEnded { generation, result, serving, culprit } => {
-                    let is_it = |awaited| awaited == Awaited::Reload(generation);
-                    self.has_ended("reload", is_it, result, serving, culprit);
-                }
-                Action::ScaleEnded { number, result, serving, culprit } => {
-                    let is_it = |awaited| matches!(awaited, Awaited::Scale { number: n, .. } if n == number);
-                    self.has_ended("scaling", is_it, result, serving, culprit);
-                }
+                Action::Ended { ticket, outcome, culprit } => self.operation_ended(ticket, outcome, culprit),
                 Action::Exit { status } => self.exit = Some(status),
             }
         }
@@ -383,7 +373,7 @@ impl Supervisor {
 
     /// The process of a worker, until it is reaped.
     fn pid(&self, worker: WorkerId) -> Option<Pid> {
-        self.workers.get(&worker).map(|worker| worker.pid)
+        self.processes.get(&worker).map(|worker| worker.pid)
     }
 
     fn send_stop_signal(&self, pids: impl IntoIterator<Item = Pid>) {
@@ -391,7 +381,7 @@ impl Supervisor {
     }
 
     fn start(&mut self, worker: WorkerId, slot: SlotId, generation: u32) {
-        if !self.fleet.wants(worker) {
+        if !self.fleet.crew().wants(worker) {
             return;
         }
         let event = match self.start_watched(worker, slot, generation) {
@@ -431,7 +421,7 @@ impl Supervisor {
             labels.add(worker, slot, pid, ends);
         }
         let (pipe, node, notify) = (Some(started.ready), started.node, started.notify);
-        self.workers.insert(worker, Worker { pid, generation, pipe, node, notify, status: None });
+        self.processes.insert(worker, Process { pid, generation, pipe, node, notify, status: None });
         self.interceptions.extend(interception.map(|interception| (worker, interception)));
         if let Some(bystander) = &mut self.bystander {
             bystander.wake(Instant::now());
@@ -451,7 +441,7 @@ impl Supervisor {
 
     /// What a generation starts with: read when the first of its workers starts, and the same for all.
     fn environment(&mut self, generation: u32) -> Result<Environment, StartError> {
-        let oldest = self.fleet.oldest_generation();
+        let oldest = self.fleet.crew().oldest_generation();
         self.environments.retain(|generation, _| *generation >= oldest);
         if let Some(environment) = self.environments.get(&generation) {
             return Ok(environment.clone());
@@ -465,17 +455,20 @@ impl Supervisor {
         for asked in self.signals.pending() {
             match asked {
                 Asked::Reap => self.reap(),
-                Asked::Reload => self.reload_by_signal(),
-                Asked::Stop(signal) => self.handle(Event::Stop { signal: signal.as_str() }),
-                Asked::Scale { more } => self.scale_by(more),
+                Asked::Reload => self.command_by_signal(Command::Reload(None)),
+                Asked::Stop(signal) => self.handle(Event::StopSignal { signal: signal.as_str() }),
+                Asked::Scale { more } => {
+                    let target = if more { Target::More(1) } else { Target::Fewer(1) };
+                    self.command_by_signal(Command::Scale(target));
+                }
                 Asked::Forward(signal) => self.forward(signal),
             }
         }
     }
 
     fn forward(&self, signal: Signal) {
-        debug!("{signal} is passed on to {}", count(self.workers.len(), "worker"));
-        self.workers.values().for_each(|worker| worker::signal(worker.pid, signal));
+        debug!("{signal} is passed on to {}", count(self.processes.len(), "worker"));
+        self.processes.values().for_each(|worker| worker::signal(worker.pid, signal));
     }
 
     fn reap(&mut self) {
@@ -485,15 +478,15 @@ impl Supervisor {
                 continue;
             };
             self.labels.iter_mut().for_each(|labels| labels.has_ended(worker));
-            self.workers.remove(&worker); // closing its fd takes it out of epoll
+            self.processes.remove(&worker); // closing its fd takes it out of epoll
             if let Some(interception) = self.interceptions.get_mut(&worker) {
                 interception.worker_has_ended();
             }
             self.drain.forget(worker);
             self.handle(Event::Ended { worker, end: reaped.end });
-            let alive = |generation| self.workers.values().any(|worker| worker.generation == generation);
-            self.unix.keep(|generation| self.fleet.has_slot_of(generation) || alive(generation));
-            self.dies_of_signal.retain(|(generation, _)| alive(*generation));
+            let alive = |generation| self.processes.values().any(|worker| worker.generation == generation);
+            self.unix.keep(|generation| self.fleet.crew().has_slot_of(generation) || alive(generation));
+            self.signal_effects.keep(alive);
         }
     }
 
@@ -503,7 +496,7 @@ impl Supervisor {
             return;
         }
         let Some(interception) = self.interceptions.get_mut(&worker) else { return };
-        let is_starting = self.fleet.is_starting(worker);
+        let is_starting = self.fleet.crew().is_starting(worker);
         match interception.answer(&mut self.pool, &mut self.unix, is_starting) {
             Some(ListenChange::Listens(endpoint)) => self.handle(Event::Listens { worker, endpoint }),
             Some(ListenChange::StoppedListening(endpoint)) => {
@@ -514,7 +507,7 @@ impl Supervisor {
     }
 
     fn hear(&mut self, id: WorkerId, source: Source) {
-        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let Some(worker) = self.processes.get_mut(&id) else { return };
         let said = match source {
             Source::Pipe(_) => worker.pipe.as_ref().map(ReadyPipe::read),
             Source::Node(_) => worker.node.as_mut().map(NodeChannel::read),
@@ -528,13 +521,13 @@ impl Supervisor {
                 Said::Status(text) => {
                     let text = printable(text.as_bytes());
                     debug!("worker (pid {pid}) says: {text}");
-                    if let Some(worker) = self.workers.get_mut(&id) {
+                    if let Some(worker) = self.processes.get_mut(&id) {
                         worker.status = Some(text);
                     }
                 }
                 Said::Stopping => debug!("worker (pid {pid}) says that it stops"),
                 Said::Closed => {
-                    let Some(worker) = self.workers.get_mut(&id) else { return };
+                    let Some(worker) = self.processes.get_mut(&id) else { return };
                     match source {
                         Source::Pipe(_) => worker.pipe = None,
                         _ => worker.node = None,

@@ -35,7 +35,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use socket2::{Domain, Socket, Type};
 
 use address::{Address, Endpoint};
-use fleet::{Action, End, Event, Fleet, Policy, Readiness, Rollout};
+use fleet::{Action, Command, End, Endpoints, Event, Fleet, Policy, Readiness, Rollout};
 use ids::MemberId;
 use steering::load::Balance;
 use steering::{Share, Targets};
@@ -102,11 +102,15 @@ fn reloads(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("reload in the state machine");
     for n in SIZES {
         let mut world = World::new(n);
-        world.event(Event::Reload(Rollout::AllAtOnce));
-        assert_eq!((world.fleet.generation(), world.fleet.oldest_generation()), (2, 2), "a whole reload");
+        world.reload();
+        assert_eq!(
+            (world.fleet.crew().generation(), world.fleet.crew().oldest_generation()),
+            (2, 2),
+            "a whole reload"
+        );
         group.throughput(Throughput::Elements(n.into()));
         group.bench_function(BenchmarkId::from_parameter(n), |bencher| {
-            bencher.iter(|| world.event(Event::Reload(Rollout::AllAtOnce)));
+            bencher.iter(|| world.reload());
         });
     }
 }
@@ -131,7 +135,7 @@ impl World {
             rollout: Rollout::AllAtOnce,
         };
         let now = Instant::now();
-        let (fleet, actions) = Fleet::new(policy, now);
+        let (fleet, actions) = Fleet::new(policy, Endpoints::default(), now);
         let socket = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 3000));
         let endpoint = Endpoint::Tcp(Address { socket, v6only: false });
         let mut world = World { fleet, now, endpoint };
@@ -139,8 +143,8 @@ impl World {
         world
     }
 
-    fn event(&mut self, event: Event) {
-        let actions = self.fleet.handle(event, self.now);
+    fn reload(&mut self) {
+        let (_accepted, actions) = self.fleet.command(Command::Reload(None), self.now);
         self.carry_out(actions);
     }
 
@@ -152,7 +156,7 @@ impl World {
                     Event::Started { worker, pid: worker.0 as i32 + 100 },
                     Event::Listens { worker, endpoint: self.endpoint.clone() },
                 ],
-                Action::Drain { worker } => vec![Event::Drained { worker }],
+                Action::Drain { worker, .. } => vec![Event::Drained { worker }],
                 Action::Signal { worker } => vec![Event::Ended { worker, end: End::Exited(0) }],
                 _ => Vec::new(),
             };

@@ -1,0 +1,183 @@
+//! Where workers listen, and where their replacements have to. Nobody else keeps that.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::address::{Address, Endpoint};
+use crate::ids::{SlotId, WorkerId};
+
+#[derive(Debug, Default)]
+pub struct Endpoints {
+    /// Addresses on which each worker is given a socket that listens already.
+    given: BTreeSet<Address>,
+    /// Where reuse-run's own supervisor listens for all workers: nobody steers these connections.
+    inherited: BTreeSet<Endpoint>,
+    /// Where each worker listens, and whether it has called listen(2) itself.
+    of_workers: BTreeMap<WorkerId, BTreeMap<Endpoint, bool>>,
+    /// Where the last ready worker of a slot listened: its replacement has to as well.
+    of_slots: BTreeMap<SlotId, BTreeSet<Endpoint>>,
+    /// Unix sockets that several workers have listened on. Another one may be a worker's own, for processes that it
+    /// starts.
+    shared: BTreeSet<Endpoint>,
+}
+
+impl Endpoints {
+    pub fn new(given: BTreeSet<Address>, inherited: BTreeSet<Endpoint>) -> Self {
+        Self { given, inherited, ..Self::default() }
+    }
+
+    /// A worker has started, with what it is given.
+    pub fn add_worker(&mut self, id: WorkerId) {
+        let given = self.given.iter().map(|address| ((*address).into(), false)).collect();
+        self.of_workers.insert(id, given);
+    }
+
+    /// A worker has called listen(2). Returns whether clients are known to come there from now on, since it is the
+    /// second worker of a Unix socket.
+    pub fn add(&mut self, id: WorkerId, endpoint: Endpoint) -> bool {
+        let is_new = !self.is_public(&endpoint) && self.is_anothers(id, &endpoint);
+        if is_new {
+            self.shared.insert(endpoint.clone());
+        }
+        if let Some(endpoints) = self.of_workers.get_mut(&id) {
+            endpoints.insert(endpoint, true);
+        }
+        is_new
+    }
+
+    pub fn remove(&mut self, id: WorkerId, endpoint: &Endpoint) {
+        if let Some(endpoints) = self.of_workers.get_mut(&id) {
+            endpoints.remove(endpoint);
+        }
+    }
+
+    pub fn remove_worker(&mut self, id: WorkerId) {
+        self.of_workers.remove(&id);
+    }
+
+    /// Where a worker has called listen(2).
+    pub fn of(&self, id: WorkerId) -> impl Iterator<Item = &Endpoint> {
+        let endpoints = self.of_workers.get(&id).into_iter().flatten();
+        endpoints.filter(|(_, has_called)| **has_called).map(|(endpoint, _)| endpoint)
+    }
+
+    /// The TCP addresses at which connections come to this worker alone.
+    pub fn addresses(&self, id: WorkerId) -> BTreeSet<Address> {
+        let endpoints = self.of_workers.get(&id).into_iter().flatten().map(|(endpoint, _)| endpoint);
+        let own = endpoints.filter(|endpoint| !self.inherited.contains(*endpoint));
+        own.filter_map(|endpoint| match endpoint {
+            Endpoint::Tcp(address) => Some(*address),
+            Endpoint::Unix(_) => None,
+        })
+        .collect()
+    }
+
+    /// Whether clients are known to come to an endpoint.
+    pub fn is_public(&self, endpoint: &Endpoint) -> bool {
+        matches!(endpoint, Endpoint::Tcp(_)) || self.shared.contains(endpoint)
+    }
+
+    /// Whether clients are known to come to some endpoint of a worker.
+    pub fn has_public(&self, id: WorkerId) -> bool {
+        self.of(id).any(|endpoint| self.is_public(endpoint))
+    }
+
+    /// Whether another worker listens there, or a slot's last one did.
+    fn is_anothers(&self, id: WorkerId, endpoint: &Endpoint) -> bool {
+        let mut others = self.of_workers.keys().filter(|other| **other != id);
+        others.any(|other| self.of(*other).any(|its| its == endpoint))
+            || self.of_slots.values().any(|endpoints| endpoints.contains(endpoint))
+    }
+
+    /// Where a worker of this slot has to listen and doesn't yet.
+    pub fn missing(&self, id: WorkerId, slot: SlotId) -> Vec<Endpoint> {
+        let its: BTreeSet<&Endpoint> = self.of(id).collect();
+        let needed = self.of_slots.get(&slot).into_iter().flatten();
+        needed.filter(|endpoint| self.is_public(endpoint) && !its.contains(endpoint)).cloned().collect()
+    }
+
+    /// A worker that serves in this slot sets what its replacements have to do.
+    pub fn remember(&mut self, id: WorkerId, slot: SlotId) {
+        self.of_slots.insert(slot, self.of(id).cloned().collect());
+    }
+
+    pub fn remove_slot(&mut self, slot: SlotId) {
+        self.of_slots.remove(&slot);
+    }
+
+    /// Where the workers of so many slots listen, or have listened, for clients: of a single one, anywhere.
+    pub fn public(&self, slots: usize) -> BTreeSet<&Endpoint> {
+        let endpoints = self.of_slots.values().flatten();
+        endpoints.filter(|endpoint| slots == 1 || self.is_public(endpoint)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: WorkerId = WorkerId(1);
+    const TWO: WorkerId = WorkerId(2);
+
+    fn address(port: u16) -> Address {
+        Address { socket: ([127, 0, 0, 1], port).into(), v6only: false }
+    }
+
+    fn path(name: &str) -> Endpoint {
+        Endpoint::Unix(name.into())
+    }
+
+    #[test]
+    fn connections_come_to_a_worker_alone_by_what_it_is_given_and_by_its_own_listeners_only() {
+        let inherited = Endpoint::Tcp(address(1));
+        let mut endpoints = Endpoints::new([address(2)].into(), [inherited.clone()].into());
+        endpoints.add_worker(ONE);
+        assert_eq!(endpoints.of(ONE).count(), 0, "it hasn't called listen");
+        assert_eq!(endpoints.addresses(ONE), [address(2)].into());
+        for endpoint in [inherited, address(3).into(), path("a")] {
+            endpoints.add(ONE, endpoint);
+        }
+        assert_eq!(endpoints.addresses(ONE), [address(2), address(3)].into());
+        endpoints.remove(ONE, &address(2).into());
+        assert_eq!(endpoints.addresses(ONE), [address(3)].into());
+        endpoints.remove_worker(ONE);
+        assert!(endpoints.addresses(ONE).is_empty() && endpoints.of(ONE).next().is_none());
+    }
+
+    #[test]
+    fn a_unix_socket_is_public_from_its_second_worker_on() {
+        let mut endpoints = Endpoints::default();
+        endpoints.add_worker(ONE);
+        endpoints.add_worker(TWO);
+        assert!(!endpoints.add(ONE, path("a")) && !endpoints.has_public(ONE));
+        assert!(!endpoints.add(ONE, path("a")), "it is the same worker");
+        assert!(endpoints.add(TWO, path("a")) && endpoints.has_public(ONE) && endpoints.has_public(TWO));
+        assert!(!endpoints.add(ONE, path("a")), "it is public already");
+
+        let mut endpoints = Endpoints::default();
+        endpoints.add_worker(ONE);
+        endpoints.add(ONE, path("a"));
+        endpoints.remember(ONE, SlotId(0));
+        endpoints.remove_worker(ONE);
+        endpoints.add_worker(TWO);
+        assert!(endpoints.add(TWO, path("a")), "its slot's last worker had it");
+    }
+
+    #[test]
+    fn a_replacement_lacks_what_its_slot_had_and_clients_come_to() {
+        let mut endpoints = Endpoints::default();
+        endpoints.add_worker(ONE);
+        for endpoint in [address(1).into(), address(2).into(), path("own")] {
+            endpoints.add(ONE, endpoint);
+        }
+        endpoints.remember(ONE, SlotId(0));
+        endpoints.add_worker(TWO);
+        endpoints.add(TWO, address(2).into());
+        assert_eq!(endpoints.missing(TWO, SlotId(0)), [address(1).into()]);
+        assert_eq!(endpoints.missing(TWO, SlotId(1)), []);
+        assert_eq!(endpoints.public(1).len(), 3, "clients of the only worker may come anywhere");
+        endpoints.remember(TWO, SlotId(1));
+        assert_eq!(endpoints.public(2), [&address(1).into(), &address(2).into()].into());
+        endpoints.remove_slot(SlotId(0));
+        assert_eq!(endpoints.missing(ONE, SlotId(0)), []);
+    }
+}

@@ -1,0 +1,187 @@
+//! What the fleet is told, what it decides, and the answer that a command gets.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use nix::sys::signal::Signal;
+
+use super::policy::{Rollout, Target};
+use crate::address::{Address, Endpoint};
+use crate::ids::{SlotId, WorkerId};
+use crate::steering::Plan;
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    Exited(i32),
+    /// By the signal with this number.
+    Killed(i32),
+}
+
+impl End {
+    /// The status with which a shell would report it.
+    pub fn status(self) -> u8 {
+        match self {
+            Self::Exited(status) => status as u8,
+            Self::Killed(signal) => (128 + signal) as u8,
+        }
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Exited(status) => write!(f, "exited with status {status}"),
+            Self::Killed(signal) => match Signal::try_from(*signal) {
+                Ok(signal) => write!(f, "was killed by {signal}"),
+                Err(_) => write!(f, "was killed by signal {signal}"),
+            },
+        }
+    }
+}
+
+/// What has happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// [`Action::Start`] was carried out.
+    Started { worker: WorkerId, pid: i32 },
+    /// [`Action::Start`] failed. `status` is what reuse-run exits with if it gives up because of it.
+    StartFailed { worker: WorkerId, why: String, status: u8 },
+    /// A worker has begun to listen.
+    Listens { worker: WorkerId, endpoint: Endpoint },
+    /// A worker has closed a listener, or shut it down.
+    StoppedListening { worker: WorkerId, endpoint: Endpoint },
+    /// A worker has said that it is ready.
+    SaysReady { worker: WorkerId },
+    /// A worker that [`Action::Drain`] named has finished its work.
+    Drained { worker: WorkerId },
+    /// A worker's process has ended.
+    Ended { worker: WorkerId, end: End },
+    /// The signal with this name asks reuse-run to stop; a second one, to kill.
+    StopSignal { signal: &'static str },
+    /// Time has passed: see [`super::Fleet::deadline`].
+    Tick,
+}
+
+/// What a signal or a control command asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// Replace the workers; `None`: as a queued reload does, or else as the command line says.
+    Reload(Option<Rollout>),
+    /// End the reload that runs or is queued, and keep the workers that serve.
+    Abort,
+    Scale(Target),
+    /// Stop everything, as the first [`Event::StopSignal`] does.
+    Stop,
+}
+
+/// Names one accepted command until [`Action::Ended`] or [`Action::Exit`]; never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ticket(pub(super) u32);
+
+/// How a command was accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accepted {
+    Begun(Ticket),
+    /// It begins when the current operation ends.
+    Queued(Ticket),
+    /// The same was asked for before and hasn't ended.
+    Joined(Ticket),
+    /// The reload was aborted; nothing is left to wait for.
+    Aborted,
+}
+
+/// Why a command was refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    Stopping,
+    /// A reload of another kind is queued.
+    OtherReloadQueued,
+    NoReloadToAbort,
+    /// A number is outside of its limits; the text says which.
+    Limit(String),
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::Stopping => "reuse-run is stopping",
+            Self::OtherReloadQueued => "a reload of another kind is queued already (see reload --abort)",
+            Self::NoReloadToAbort => "there is no reload to abort",
+            Self::Limit(limit) => limit,
+        })
+    }
+}
+
+/// What to do, in the order of a list of actions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Start a worker; [`Event::Started`] or [`Event::StartFailed`] answers.
+    Start {
+        worker: WorkerId,
+        slot: SlotId,
+        generation: u32,
+    },
+    /// Have the kernel send new connections where this plan says.
+    Steer(Plan),
+    /// Watch a retired worker's connections to these addresses until [`Event::Drained`].
+    Drain {
+        worker: WorkerId,
+        addresses: BTreeSet<Address>,
+    },
+    /// Send it the stop signal.
+    Signal {
+        worker: WorkerId,
+    },
+    /// Send the stop signal to those of its processes whose parent is a shell: a shell doesn't pass it on.
+    SignalBehindShells {
+        worker: WorkerId,
+    },
+    /// Send SIGKILL to its process group.
+    Kill {
+        worker: WorkerId,
+    },
+    /// Take back the sockets of a worker that has ended, and keep them for its successor if there will be one.
+    Release {
+        worker: WorkerId,
+        successor: bool,
+    },
+    /// The successor for this slot and generation takes long: reset the connections that wait for it.
+    ResetQueue {
+        slot: SlotId,
+        generation: u32,
+    },
+    /// No successor will come for this slot and generation: give up what was kept for it.
+    Unreserve {
+        slot: SlotId,
+        generation: u32,
+    },
+    /// Find the listeners of other programs on our addresses.
+    FindForeignListeners,
+    Log {
+        level: log::Level,
+        line: String,
+    },
+    /// Tell the service manager.
+    Announce(Announcement),
+    /// The operation with this ticket has ended. On success the text says which workers serve, else also why it
+    /// failed.
+    Ended {
+        ticket: Ticket,
+        outcome: Result<String, String>,
+        /// The worker that made it fail.
+        culprit: Option<WorkerId>,
+    },
+    /// All workers have ended.
+    Exit {
+        status: u8,
+    },
+}
+
+/// The state of the service as a whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Announcement {
+    Reloading,
+    Ready { status: String },
+    Stopping,
+}

@@ -1,0 +1,133 @@
+//! What the fleet is doing: one operation at a time.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use super::events::Ticket;
+use super::policy::Rollout;
+use super::worker::Worker;
+use crate::steering::Share;
+
+/// A reload that is under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reload {
+    pub rollout: Rollout,
+    pub since: Instant,
+    pub ticket: Ticket,
+}
+
+impl Reload {
+    /// The slots that are replaced together, from this one on, when there are so many slots.
+    pub fn batch(&self, from: usize, slots: usize) -> Range<usize> {
+        let most = match self.rollout {
+            Rollout::Batches(most) => most as usize,
+            Rollout::AllAtOnce | Rollout::Canary { .. } => slots,
+        };
+        from..slots.min(from.saturating_add(most))
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// The first generation isn't ready yet.
+    Starting,
+    Serving,
+    /// The next generation starts, in a batch of slots from this one on.
+    Replacing {
+        reload: Reload,
+        from: usize,
+    },
+    /// The next generation is ready and has the canary's share of new connections.
+    Canary {
+        reload: Reload,
+    },
+    /// The next generation serves in all slots before `next`; the workers that served there are retired.
+    Retiring {
+        reload: Reload,
+        next: usize,
+    },
+    /// The next generation, or a new slot, has failed and is stopped.
+    Abandoning,
+    /// There are new slots from this one on, or the workers of removed ones are retired.
+    Scaling {
+        from: usize,
+        ticket: Ticket,
+    },
+    /// All workers are stopped.
+    Stopping {
+        status: u8,
+        ticket: Ticket,
+    },
+}
+
+impl Phase {
+    /// The operation's ticket, if there is an operation.
+    pub fn ticket(self) -> Option<Ticket> {
+        match self {
+            Self::Starting | Self::Serving | Self::Abandoning => None,
+            Self::Replacing { reload, .. } | Self::Canary { reload } | Self::Retiring { reload, .. } => {
+                Some(reload.ticket)
+            }
+            Self::Scaling { ticket, .. } | Self::Stopping { ticket, .. } => Some(ticket),
+        }
+    }
+
+    pub fn is_stopping(self) -> bool {
+        matches!(self, Self::Stopping { .. })
+    }
+
+    /// Whether a reload has replaced some of so many slots and not all.
+    pub fn is_rolling(self, slots: usize) -> bool {
+        match self {
+            Self::Replacing { from, .. } => from > 0,
+            Self::Retiring { next, .. } => next < slots,
+            _ => false,
+        }
+    }
+
+    /// Whether a reload runs that hasn't replaced all of so many slots.
+    pub fn can_abort(self, slots: usize) -> bool {
+        matches!(self, Self::Replacing { .. } | Self::Canary { .. }) || self.is_rolling(slots)
+    }
+
+    /// Whether the reload to the `newest` generation, or the scaling, fails if this worker does.
+    pub fn is_on_trial(self, worker: &Worker, serves: bool, newest: u32) -> bool {
+        match self {
+            Self::Replacing { .. } | Self::Canary { .. } => worker.generation == newest && !serves,
+            Self::Scaling { from, .. } => worker.ready_at.is_none() && worker.slot.index() >= from && serves,
+            _ => false,
+        }
+    }
+
+    /// The share of new connections that the canary gets, while there is one.
+    pub fn canary(self) -> Option<Share> {
+        match self {
+            Self::Canary { reload: Reload { rollout: Rollout::Canary { share, .. }, .. } } => Some(share),
+            _ => None,
+        }
+    }
+
+    /// What a queued operation waits for.
+    pub fn queued_until(self) -> &'static str {
+        match self {
+            Self::Starting => "the first generation is ready",
+            Self::Scaling { .. } => "the scaling ends",
+            _ => "the current reload ends",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_ends_with_the_last_slot_and_all_at_once_is_one_batch() {
+        let batch =
+            |rollout, from| Reload { rollout, since: Instant::now(), ticket: Ticket(0) }.batch(from, 5);
+        assert_eq!(batch(Rollout::Batches(2), 0), 0..2);
+        assert_eq!(batch(Rollout::Batches(2), 4), 4..5);
+        assert_eq!(batch(Rollout::Batches(u32::MAX), 1), 1..5);
+        assert_eq!(batch(Rollout::AllAtOnce, 0), 0..5);
+    }
+}

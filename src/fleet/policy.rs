@@ -1,0 +1,174 @@
+//! What the command line decides for the whole run, and the limits of its numbers, which hold for commands as well.
+
+use std::time::Duration;
+
+use super::timers::WorkerTimer;
+use super::worker::State;
+use crate::steering::Share;
+
+/// How many workers there can be.
+pub const MAX_WORKERS: u32 = 65_535;
+/// No duration is longer: far more than anyone waits, and far less than would overflow a clock.
+pub const MAX_DURATION: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// A shell that has passed the stop signal on, as a trap can, has done so by then; a worker that is another shell, or
+/// npm, which runs one, ends only when its child does.
+const SHELL_GRACE: Duration = Duration::from_secs(1);
+/// A process that hasn't ended so long after SIGKILL is stuck in the kernel.
+pub const KILL_GRACE: Duration = Duration::from_secs(10);
+
+/// When a worker is ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readiness {
+    /// When it listens, or says so.
+    Listen,
+    /// When it says so.
+    Notify,
+    /// When it has lived for so long.
+    Alive(Duration),
+}
+
+/// What the command line decides for the whole run.
+#[derive(Debug, Clone)]
+pub struct Policy {
+    pub workers: u32,
+    pub readiness: Readiness,
+    pub ready_timeout: Duration,
+    /// How long a retired worker may take to finish its work.
+    pub drain: Duration,
+    /// How long a worker may take to end after the stop signal.
+    pub stop_timeout: Duration,
+    /// The name of the stop signal.
+    pub stop_signal: &'static str,
+    /// After so many failed starts in a row, with no worker ready, reuse-run gives up. 0: never.
+    pub max_failures: u32,
+    /// How the workers are replaced when a reload doesn't say it.
+    pub rollout: Rollout,
+}
+
+impl Policy {
+    /// The timers that begin when a worker enters a state.
+    pub fn timers(&self, state: State) -> Vec<(WorkerTimer, Duration)> {
+        match (state, self.readiness) {
+            (State::Starting, Readiness::Alive(needed)) => {
+                vec![
+                    (WorkerTimer::AliveLongEnough, needed),
+                    (WorkerTimer::ReadyTimeout, self.ready_timeout.max(needed)),
+                ]
+            }
+            (State::Starting, _) => vec![(WorkerTimer::ReadyTimeout, self.ready_timeout)],
+            (State::Ready, _) => Vec::new(),
+            (State::Draining, _) => vec![(WorkerTimer::DrainTimeout, self.drain)],
+            (State::Stopping, _) => {
+                vec![(WorkerTimer::ShellGrace, SHELL_GRACE), (WorkerTimer::StopTimeout, self.stop_timeout)]
+            }
+            (State::Killed, _) => vec![(WorkerTimer::KillGrace, KILL_GRACE)],
+        }
+    }
+}
+
+/// How a reload replaces the workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rollout {
+    AllAtOnce,
+    /// At most so many slots at a time; each batch begins when the one before is done.
+    Batches(u32),
+    /// All at once, after the new workers have had this share of new connections for so long.
+    Canary {
+        share: Share,
+        period: Duration,
+    },
+}
+
+impl Rollout {
+    /// # Errors
+    /// When a batch would be empty.
+    pub fn batches(most: u32) -> Result<Self, String> {
+        if most == 0 { Err("a batch has at least 1 worker".to_owned()) } else { Ok(Self::Batches(most)) }
+    }
+
+    /// # Errors
+    /// When the share is nothing or everything, or the period too long.
+    pub fn canary(percent: f64, period: Duration) -> Result<Self, String> {
+        let share = Share::from_percent(percent)
+            .ok_or_else(|| format!("{percent} is not a share between 0.01 and 99.99 percent"))?;
+        if period > MAX_DURATION {
+            return Err("a canary lasts at most a year".to_owned());
+        }
+        Ok(Self::Canary { share, period })
+    }
+}
+
+/// A number of workers, as a command gives it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    Exactly(u32),
+    More(u32),
+    Fewer(u32),
+}
+
+impl Target {
+    /// The number of workers, when there are `now`.
+    ///
+    /// # Errors
+    /// When there can't be so many.
+    pub fn workers(self, now: u32) -> Result<u32, String> {
+        let workers = match self {
+            Self::Exactly(number) => number,
+            Self::More(number) => now.saturating_add(number),
+            Self::Fewer(number) => now.saturating_sub(number),
+        };
+        if (1..=MAX_WORKERS).contains(&workers) {
+            Ok(workers)
+        } else {
+            Err(format!("there can be 1 to {MAX_WORKERS} workers, not {workers}"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_workers_batches_and_canaries_have_limits() {
+        assert_eq!(Target::Exactly(4).workers(9), Ok(4));
+        assert_eq!(Target::More(2).workers(MAX_WORKERS - 2), Ok(MAX_WORKERS));
+        assert_eq!(Target::Fewer(2).workers(3), Ok(1));
+        for (target, now) in [(Target::Exactly(0), 1), (Target::More(1), MAX_WORKERS), (Target::Fewer(3), 3)]
+        {
+            let limit = target.workers(now).unwrap_err();
+            assert!(limit.contains("1 to 65535 workers"), "{limit}");
+        }
+        assert_eq!(Rollout::batches(1), Ok(Rollout::Batches(1)));
+        assert!(Rollout::batches(0).is_err());
+        let share = Share::from_percent(5.0).unwrap();
+        assert_eq!(Rollout::canary(5.0, MAX_DURATION), Ok(Rollout::Canary { share, period: MAX_DURATION }));
+        assert!(Rollout::canary(0.0, Duration::ZERO).is_err());
+        assert!(Rollout::canary(5.0, MAX_DURATION + Duration::from_nanos(1)).is_err());
+    }
+
+    #[test]
+    fn a_worker_that_is_ready_after_a_duration_is_not_late_before_it() {
+        let policy = |readiness| Policy {
+            workers: 1,
+            readiness,
+            ready_timeout: Duration::from_secs(60),
+            drain: Duration::ZERO,
+            stop_timeout: Duration::ZERO,
+            stop_signal: "SIGINT",
+            max_failures: 0,
+            rollout: Rollout::AllAtOnce,
+        };
+        for (needed, timeout) in [(2, 60), (90, 90)] {
+            let needed = Duration::from_secs(needed);
+            assert_eq!(
+                policy(Readiness::Alive(needed)).timers(State::Starting),
+                [
+                    (WorkerTimer::AliveLongEnough, needed),
+                    (WorkerTimer::ReadyTimeout, Duration::from_secs(timeout))
+                ]
+            );
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! A slot: a place for a worker that serves, and how long its next restart waits.
+
+use std::time::Duration;
+
+/// The first restart of a slot is at once, the next after this; each doubles it.
+const FIRST_DELAY: Duration = Duration::from_millis(100);
+const MAX_DELAY: Duration = Duration::from_secs(5);
+/// A worker that was ready for so long is restarted at once again.
+pub const PROVEN_AFTER: Duration = Duration::from_secs(10);
+
+#[derive(Debug)]
+pub struct Slot {
+    /// The generation of the worker that serves here, or will.
+    pub generation: u32,
+    /// How often a worker had to be restarted since the last reload.
+    pub restarts: u32,
+    /// How long the next restart waits.
+    delay: Duration,
+}
+
+impl Slot {
+    pub fn new(generation: u32) -> Self {
+        Self { generation, restarts: 0, delay: Duration::ZERO }
+    }
+
+    /// Its worker has ended, after it was ready for so long if it ever was. Returns how long the next one waits.
+    pub fn restart(&mut self, was_ready_for: Option<Duration>) -> Duration {
+        self.restarts += 1;
+        if was_ready_for.is_some_and(|ready_for| ready_for >= PROVEN_AFTER) {
+            self.delay = Duration::ZERO;
+        }
+        let delay = self.delay;
+        self.delay = (delay * 2).clamp(FIRST_DELAY, MAX_DELAY);
+        delay
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn restarts_wait_twice_as_long_each_time_until_a_worker_has_proven_itself() {
+        let mut slot = Slot::new(1);
+        let mut wait = |was_ready_for| slot.restart(was_ready_for).as_millis();
+        let waits: Vec<u128> = (0..8).map(|_| wait(None)).collect();
+        assert_eq!(waits, [0, 100, 200, 400, 800, 1600, 3200, 5000]);
+        assert_eq!(wait(Some(PROVEN_AFTER - Duration::from_nanos(1))), 5000);
+        assert_eq!([wait(Some(PROVEN_AFTER)), wait(Some(Duration::ZERO))], [0, 100]);
+        assert_eq!(slot.restarts, 11);
+    }
+}

@@ -1,0 +1,95 @@
+//! The log's longer texts.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use humantime::format_duration;
+
+use super::endpoints::Endpoints;
+use super::policy::{KILL_GRACE, Policy, Readiness, Rollout};
+use super::roster::Roster;
+use super::slot::Slot;
+use super::worker::{State, Worker};
+use crate::address::Endpoint;
+use crate::ids::WorkerId;
+use crate::words::{count, list, millis};
+
+/// "4 workers of generation 3"; after a rolling reload that was given up, "2 workers of generation 3 and 2 of
+/// generation 2".
+pub fn composition(slots: &[Slot]) -> String {
+    let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
+    for slot in slots {
+        *counts.entry(slot.generation).or_default() += 1;
+    }
+    let parts = counts.into_iter().rev().enumerate().map(|(index, (generation, number))| {
+        let number = if index == 0 { count(number, "worker") } else { number.to_string() };
+        format!("{number} of generation {generation}")
+    });
+    parts.collect::<Vec<_>>().join(" and ")
+}
+
+/// "4 workers of generation 3 serve"
+pub fn who_serves(slots: &[Slot]) -> String {
+    format!("{} {}", composition(slots), if slots.len() == 1 { "serves" } else { "serve" })
+}
+
+/// "reload: starting generation 3, 4 workers, 2 at a time"
+pub fn reload_begins(generation: u32, slots: usize, rollout: Rollout) -> String {
+    let how = match rollout {
+        Rollout::AllAtOnce => String::new(),
+        Rollout::Batches(most) => format!(", {most} at a time"),
+        Rollout::Canary { .. } => ", with a canary".to_owned(),
+    };
+    format!("reload: starting generation {generation}, {}{how}", count(slots, "worker"))
+}
+
+/// "generation 3 is ready after 186 ms: 4 workers on [::]:3000"
+pub fn generation_ready(generation: u32, took: Duration, roster: &Roster, endpoints: &Endpoints) -> String {
+    let ready = roster.ids(|worker| worker.generation == generation && worker.state == State::Ready);
+    let on: BTreeSet<&Endpoint> = ready.iter().flat_map(|id| endpoints.of(*id)).collect();
+    let on = if on.is_empty() { String::new() } else { format!(" on {}", list(on)) };
+    let workers = count(ready.len(), "worker");
+    format!("generation {generation} is ready after {}: {workers}{on}", millis(took))
+}
+
+/// Why a worker wasn't ready in time.
+pub fn not_ready(id: WorkerId, worker: &Worker, policy: &Policy, endpoints: &Endpoints) -> String {
+    let missing = endpoints.missing(id, worker.slot);
+    let lacks = match policy.readiness {
+        Readiness::Notify => "it did not say that it is".to_owned(),
+        _ if endpoints.of(id).next().is_none() => {
+            "it listens on no TCP port or Unix socket that can be shared, and did not say that it is ready \
+             (see --ready)"
+                .to_owned()
+        }
+        _ if missing.is_empty() => {
+            "it listens only on Unix sockets that no other worker has (see --ready notify)".to_owned()
+        }
+        _ => format!(
+            "it does not listen on {}, as the worker that it replaces does (see --ready notify)",
+            list(missing)
+        ),
+    };
+    let timeout = format_duration(policy.ready_timeout);
+    format!("{worker} was not ready within {timeout}: {lacks} (see --ready-timeout)")
+}
+
+/// A worker that starts waits to be ready.
+pub fn waits(worker: &Worker, missing: Vec<Endpoint>) -> String {
+    let missing = list(missing);
+    format!("{worker} waits: it does not listen on {missing}, as the worker that it replaces does")
+}
+
+pub fn not_idle(name: &str, policy: &Policy) -> String {
+    format!("{name} was not seen idle within {} (see --drain)", format_duration(policy.drain))
+}
+
+pub fn not_stopped(name: &str, policy: &Policy) -> String {
+    let (signal, timeout) = (policy.stop_signal, format_duration(policy.stop_timeout));
+    format!("{name} did not end within {timeout} of {signal} (see --stop-timeout); killing it")
+}
+
+pub fn not_killed(name: &str) -> String {
+    let waited = format_duration(KILL_GRACE);
+    format!("{name} has not ended {waited} after SIGKILL; no longer waiting for it")
+}

@@ -1,0 +1,878 @@
+//! The fleet in a made-up world with a made-up clock.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::policy::Target;
+use super::slot::PROVEN_AFTER;
+use super::*;
+use crate::address::Address;
+use crate::steering::{Plan, Role, Share};
+use std::time::Duration;
+
+const WORKERS: u32 = 3;
+
+fn policy(readiness: Readiness) -> Policy {
+    Policy {
+        workers: WORKERS,
+        readiness,
+        ready_timeout: Duration::from_secs(60),
+        drain: Duration::from_secs(10),
+        stop_timeout: Duration::from_secs(30),
+        stop_signal: "SIGINT",
+        max_failures: 10,
+        rollout: Rollout::AllAtOnce,
+    }
+}
+
+/// What the kernel would make of the fleet's actions, with a made-up clock.
+struct World {
+    fleet: Fleet,
+    now: Instant,
+    /// The living, and what they were told.
+    alive: BTreeMap<WorkerId, Told>,
+    /// The slot and the generation of everyone that ever lived.
+    places: BTreeMap<WorkerId, (u32, u32)>,
+    draining: BTreeSet<WorkerId>,
+    log: Vec<String>,
+    exit: Option<u8>,
+    reset: Vec<u32>,
+    /// Slot and generation of those that got connections when it was last said who gets them.
+    steered_to: Vec<(u32, u32)>,
+    /// Slot and generation of those whose sockets are kept for a successor.
+    reserved: BTreeSet<(u32, u32)>,
+    next_pid: i32,
+    /// Whether starts fail from now on.
+    starts_fail: bool,
+    most_alive: usize,
+    /// Operations that were accepted and haven't ended.
+    pending: BTreeMap<Ticket, Command>,
+    /// Whether the reloads that have ended succeeded.
+    reloads: Vec<bool>,
+    scalings: Vec<bool>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Told {
+    Nothing,
+    Stop,
+    Kill,
+}
+
+impl World {
+    fn new(policy: Policy) -> Self {
+        let now = Instant::now();
+        let (fleet, actions) = Fleet::new(policy, Endpoints::default(), now);
+        let mut world = Self {
+            fleet,
+            now,
+            alive: BTreeMap::new(),
+            places: BTreeMap::new(),
+            draining: BTreeSet::new(),
+            log: Vec::new(),
+            exit: None,
+            reset: Vec::new(),
+            steered_to: Vec::new(),
+            reserved: BTreeSet::new(),
+            next_pid: 100,
+            starts_fail: false,
+            most_alive: 0,
+            pending: BTreeMap::new(),
+            reloads: Vec::new(),
+            scalings: Vec::new(),
+        };
+        world.carry_out(actions);
+        world
+    }
+
+    fn carry_out(&mut self, actions: Vec<Action>) {
+        let mut actions = VecDeque::from(actions);
+        while let Some(action) = actions.pop_front() {
+            assert_eq!(self.exit, None, "{action:?} after the exit");
+            match action {
+                Action::Start { worker, .. } if !self.fleet.crew.wants(worker) => {}
+                Action::Start { worker, .. } if self.starts_fail => {
+                    let why = "no memory".to_owned();
+                    actions
+                        .extend(self.fleet.handle(Event::StartFailed { worker, why, status: 1 }, self.now));
+                }
+                Action::Start { worker, slot, generation } => {
+                    self.places.insert(worker, (slot.0, generation));
+                    self.alive.insert(worker, Told::Nothing);
+                    self.most_alive = self.most_alive.max(self.alive.len());
+                    self.next_pid += 1;
+                    let started = Event::Started { worker, pid: self.next_pid };
+                    actions.extend(self.fleet.handle(started, self.now));
+                }
+                Action::Drain { worker, .. } => {
+                    assert!(self.alive.contains_key(&worker), "{worker:?} is dead and to be drained");
+                    self.draining.insert(worker);
+                }
+                Action::Signal { worker } => {
+                    let told = self.alive.insert(worker, Told::Stop);
+                    assert_eq!(told, Some(Told::Nothing), "{worker:?} is to be told to stop");
+                }
+                Action::SignalBehindShells { worker } => {
+                    assert_eq!(self.alive.get(&worker), Some(&Told::Stop), "{worker:?} is to be nudged");
+                }
+                Action::Kill { worker } => {
+                    let told = self.alive.insert(worker, Told::Kill);
+                    assert!(told.is_some(), "{worker:?} is dead and to be killed");
+                }
+                Action::Release { worker, successor } => {
+                    self.reserved.extend(self.places.get(&worker).filter(|_| successor));
+                    // It has ended, or is stuck in the kernel and given up.
+                    let told = self.alive.remove(&worker);
+                    assert!(
+                        matches!(told, None | Some(Told::Kill)),
+                        "{worker:?} lives and loses its sockets"
+                    );
+                }
+                Action::ResetQueue { slot, .. } => self.reset.push(slot.0),
+                Action::Log { line, .. } => self.log.push(line),
+                Action::Exit { status } => self.exit = Some(status),
+                Action::Steer(plan) => {
+                    let ready = self.places.iter().filter(|(id, _)| plan.role(**id) == Role::Ready);
+                    self.steered_to = ready.map(|(_, place)| *place).collect();
+                    self.steered_to.sort_unstable();
+                }
+                Action::Unreserve { slot, generation } => {
+                    self.reserved.remove(&(slot.0, generation));
+                }
+                Action::Ended { ticket, outcome, .. } => match self.pending.remove(&ticket) {
+                    Some(Command::Reload(_)) => self.reloads.push(outcome.is_ok()),
+                    Some(Command::Scale(_)) => self.scalings.push(outcome.is_ok()),
+                    other => panic!("{ticket:?} of {other:?} has ended"),
+                },
+                Action::FindForeignListeners | Action::Announce(_) => {}
+            }
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        if self.exit.is_none() {
+            let actions = self.fleet.handle(event, self.now);
+            self.carry_out(actions);
+        }
+    }
+
+    fn plan(&self) -> Plan {
+        self.fleet.crew.plan(self.fleet.phase.canary())
+    }
+
+    fn refusal(&mut self, command: Command) -> Option<Refusal> {
+        let (answer, actions) = self.fleet.command(command, self.now);
+        self.carry_out(actions);
+        answer.err()
+    }
+
+    fn command(&mut self, command: Command) {
+        if self.exit.is_some() {
+            return;
+        }
+        let (answer, actions) = self.fleet.command(command, self.now);
+        if let Ok(Accepted::Begun(ticket) | Accepted::Queued(ticket)) = answer
+            && command != Command::Stop
+        {
+            self.pending.insert(ticket, command);
+        }
+        self.carry_out(actions);
+    }
+
+    /// Lets time pass, waking the fleet when it wants to be.
+    fn pass(&mut self, duration: Duration) {
+        let end = self.now + duration;
+        while let Some(deadline) = self.fleet.deadline().filter(|at| *at <= end && self.exit.is_none()) {
+            self.now = self.now.max(deadline);
+            self.event(Event::Tick);
+        }
+        self.now = end;
+        self.event(Event::Tick);
+    }
+
+    fn end(&mut self, worker: WorkerId, end: End) {
+        self.alive.remove(&worker);
+        self.draining.remove(&worker);
+        self.event(Event::Ended { worker, end });
+    }
+
+    /// Those that were told to stop or killed do end.
+    fn obey(&mut self) {
+        let told = |told: &Told| *told != Told::Nothing;
+        for worker in self.alive.iter().filter(|(_, t)| told(t)).map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.end(worker, End::Exited(0));
+        }
+    }
+
+    fn ready_all(&mut self) {
+        for worker in self.alive.keys().copied().collect::<Vec<_>>() {
+            self.event(Event::SaysReady { worker });
+        }
+    }
+
+    fn drain_all(&mut self) {
+        for worker in std::mem::take(&mut self.draining) {
+            self.event(Event::Drained { worker });
+        }
+    }
+
+    fn ids(&self) -> Vec<WorkerId> {
+        self.alive.keys().copied().collect()
+    }
+
+    fn steered_to(&self) -> Vec<(u32, u32)> {
+        self.steered_to.clone()
+    }
+
+    fn said(&self, part: &str) -> bool {
+        self.log.iter().any(|line| line.contains(part))
+    }
+}
+
+fn serving() -> World {
+    let mut world = World::new(policy(Readiness::Notify));
+    world.ready_all();
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+    world
+}
+
+fn address(port: u16) -> Endpoint {
+    Endpoint::Tcp(Address { socket: ([127, 0, 0, 1], port).into(), v6only: false })
+}
+
+#[test]
+fn a_reload_switches_when_all_are_ready_and_stops_each_old_worker_when_it_is_drained() {
+    let mut world = serving();
+    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    let [a, b, c] = world.ids()[3..] else { panic!("{:?}", world.ids()) };
+    world.event(Event::SaysReady { worker: a });
+    world.event(Event::SaysReady { worker: b });
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+    world.event(Event::SaysReady { worker: c });
+    assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
+    assert!(world.alive.values().all(|told| *told == Told::Nothing), "nobody is told before it is drained");
+    world.drain_all();
+    world.obey();
+    assert!(world.said("reload done"));
+    assert_eq!(world.ids(), [a, b, c]);
+}
+
+#[test]
+fn a_replacement_that_ends_or_is_late_ends_the_reload_and_the_old_never_notice() {
+    for late in [false, true] {
+        let mut world = serving();
+        world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+        let first = world.ids()[3];
+        if late {
+            world.pass(Duration::from_secs(61));
+            assert!(world.said("was not ready within 1m"), "{:?}", world.log);
+        } else {
+            world.end(first, End::Killed(libc::SIGSEGV));
+            assert!(world.said("was killed by SIGSEGV before it was ready; reload abandoned"));
+        }
+        world.obey();
+        assert_eq!(world.ids().len(), 3);
+        assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+        world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+        world.ready_all();
+        assert_eq!(world.steered_to(), [(0, 3), (1, 3), (2, 3)], "the next one may succeed");
+    }
+}
+
+#[test]
+fn reloads_asked_for_during_a_reload_are_one_more() {
+    let mut world = serving();
+    for _ in 0..5 {
+        world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    }
+    for _ in 0..3 {
+        world.ready_all();
+        world.drain_all();
+        world.obey();
+    }
+    assert_eq!(world.steered_to(), [(0, 3), (1, 3), (2, 3)]);
+    assert_eq!(world.log.iter().filter(|line| line.contains("reload done")).count(), 2);
+}
+
+#[test]
+fn a_reload_asked_for_before_the_first_generation_is_ready_comes_after_it() {
+    let mut world = World::new(policy(Readiness::Notify));
+    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    assert_eq!(world.ids().len(), 3);
+    world.ready_all();
+    assert_eq!(world.ids().len(), 6);
+}
+
+#[test]
+fn a_worker_that_dies_is_restarted_at_once_then_ever_later_and_at_once_again_when_it_was_proven() {
+    let mut world = serving();
+    let mut waits = Vec::new();
+    for _ in 0..9 {
+        let worker = *world.ids().last().unwrap();
+        world.end(worker, End::Exited(1));
+        let died = world.now;
+        while world.ids().len() < 3 {
+            world.pass(Duration::from_millis(10));
+        }
+        waits.push((world.now - died).as_millis());
+        world.ready_all();
+    }
+    assert_eq!(waits, [0, 100, 200, 400, 800, 1600, 3200, 5000, 5000]);
+    world.pass(PROVEN_AFTER);
+    let worker = *world.ids().last().unwrap();
+    world.end(worker, End::Exited(1));
+    assert_eq!(world.ids().len(), 3, "restarted at once");
+}
+
+#[test]
+fn clients_of_a_slot_that_is_down_for_two_seconds_are_reset() {
+    let mut world = serving();
+    world.starts_fail = true;
+    let worker = world.ids()[1];
+    world.end(worker, End::Exited(1));
+    world.pass(Duration::from_millis(1999));
+    assert_eq!(world.reset, [0u32; 0]);
+    world.pass(Duration::from_millis(1));
+    assert_eq!(world.reset, [1]);
+}
+
+#[test]
+fn when_no_worker_is_ready_and_ten_starts_failed_it_exits_with_the_last_status() {
+    let mut world = serving();
+    let ids = world.ids();
+    ids.into_iter().for_each(|worker| world.end(worker, End::Exited(7)));
+    for failures in 1..=10 {
+        while world.ids().is_empty() {
+            world.pass(Duration::from_millis(50));
+        }
+        assert_eq!(world.exit, None, "after {failures} failures");
+        let worker = world.ids()[0];
+        world.end(worker, End::Exited(40 + failures));
+    }
+    world.obey();
+    assert_eq!(world.exit, Some(50), "{:?}", world.log);
+}
+
+#[test]
+fn with_max_failures_0_it_never_gives_up() {
+    let mut world = World::new(Policy { max_failures: 0, ..policy(Readiness::Notify) });
+    world.ready_all();
+    let ids = world.ids();
+    ids.into_iter().for_each(|worker| world.end(worker, End::Exited(7)));
+    world.starts_fail = true;
+    world.pass(Duration::from_secs(600));
+    assert_eq!(world.exit, None);
+}
+
+#[test]
+fn a_first_worker_that_ends_before_it_is_ready_ends_everything_with_its_status() {
+    let mut world = World::new(policy(Readiness::Notify));
+    let first = world.ids()[0];
+    world.end(first, End::Exited(3));
+    assert_eq!(world.exit, None, "the others are stopped first");
+    world.obey();
+    assert_eq!(world.exit, Some(3));
+}
+
+#[test]
+fn a_stop_exits_with_0_and_with_1_when_somebody_had_to_be_killed() {
+    let mut world = serving();
+    world.event(Event::StopSignal { signal: "SIGTERM" });
+    world.obey();
+    assert_eq!(world.exit, Some(0));
+
+    let mut world = serving();
+    world.event(Event::StopSignal { signal: "SIGTERM" });
+    world.pass(Duration::from_secs(30));
+    assert!(world.alive.values().all(|told| *told == Told::Kill));
+    world.obey();
+    assert_eq!(world.exit, Some(1));
+
+    let mut world = serving();
+    world.event(Event::StopSignal { signal: "SIGTERM" });
+    world.event(Event::StopSignal { signal: "SIGTERM" });
+    assert!(world.alive.values().all(|told| *told == Told::Kill), "a second one kills at once");
+    world.obey();
+    assert_eq!(world.exit, Some(1));
+}
+
+#[test]
+fn a_stop_in_the_middle_of_a_reload_stops_both_generations() {
+    let mut world = serving();
+    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.event(Event::StopSignal { signal: "SIGTERM" });
+    assert!(world.alive.values().all(|told| *told == Told::Stop));
+    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.obey();
+    assert_eq!(world.exit, Some(0));
+}
+
+#[test]
+fn a_process_that_outlives_sigkill_holds_nothing_up() {
+    let mut world = serving();
+    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.ready_all();
+    world.pass(Duration::from_secs(10 + 30 + 10));
+    assert!(world.said("reload done"), "{:?}", world.log);
+}
+
+#[test]
+fn a_replacement_has_to_listen_where_the_worker_before_it_does() {
+    let mut world = World::new(policy(Readiness::Listen));
+    for worker in world.ids() {
+        world.event(Event::Listens { worker, endpoint: address(1) });
+        world.event(Event::Listens { worker, endpoint: address(2) });
+    }
+    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    for worker in world.ids().split_off(3) {
+        world.event(Event::Listens { worker, endpoint: address(1) });
+    }
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+    world.pass(Duration::from_secs(1));
+    assert!(world.said("does not listen on 127.0.0.1:2"), "{:?}", world.log);
+    for worker in world.ids().split_off(3) {
+        world.event(Event::Listens { worker, endpoint: address(2) });
+    }
+    assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
+}
+
+#[test]
+fn a_restarted_worker_has_to_listen_where_the_dead_one_did() {
+    let mut world = World::new(policy(Readiness::Listen));
+    for worker in world.ids() {
+        world.event(Event::Listens { worker, endpoint: address(1) });
+        world.event(Event::Listens { worker, endpoint: address(2) });
+    }
+    let worker = world.ids()[0];
+    world.end(worker, End::Exited(0));
+    let worker = *world.ids().last().unwrap();
+    world.event(Event::Listens { worker, endpoint: address(2) });
+    assert_eq!(world.steered_to().len(), 2);
+    world.event(Event::Listens { worker, endpoint: address(1) });
+    assert_eq!(world.steered_to().len(), 3);
+}
+
+#[test]
+fn a_unix_socket_counts_when_two_workers_listen_on_it_or_after_a_while_that_of_the_only_one() {
+    let path = |name: &str| Endpoint::Unix(name.into());
+    let mut world = World::new(policy(Readiness::Listen));
+    let ids = world.ids();
+    for (worker, name) in ids.iter().zip(["a", "b", "c"]) {
+        world.event(Event::Listens { worker: *worker, endpoint: path(name) });
+    }
+    assert_eq!(world.steered_to(), [], "each has one of its own");
+    world.event(Event::Listens { worker: ids[0], endpoint: path("public") });
+    assert_eq!(world.steered_to(), []);
+    world.event(Event::Listens { worker: ids[1], endpoint: path("public") });
+    world.event(Event::Listens { worker: ids[2], endpoint: path("public") });
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    let new = world.ids().split_off(3);
+    for worker in &new {
+        world.event(Event::Listens { worker: *worker, endpoint: path("public") });
+    }
+    assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)], "nobody asks for a, b and c");
+
+    let mut world = World::new(Policy { workers: 1, ..policy(Readiness::Listen) });
+    let worker = world.ids()[0];
+    world.event(Event::Listens { worker, endpoint: path("a") });
+    assert_eq!(world.steered_to(), [], "it may listen elsewhere yet");
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.steered_to(), [(0, 1)]);
+}
+
+#[test]
+fn a_rolling_reload_replaces_one_batch_after_the_other() {
+    let mut world = serving();
+    world.command(Command::Reload(Some(Rollout::Batches(2))));
+    assert_eq!(world.ids().len(), 5);
+    world.ready_all();
+    assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 1)]);
+    assert_eq!(world.ids().len(), 5, "the next batch waits for the old workers' ends");
+    world.drain_all();
+    world.obey();
+    assert_eq!(world.ids().len(), 4);
+    world.ready_all();
+    world.drain_all();
+    assert!(world.reloads.is_empty());
+    world.obey();
+    assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
+    assert_eq!((world.reloads.as_slice(), world.most_alive), (&[true][..], 5));
+}
+
+#[test]
+fn a_rolling_reload_that_fails_leaves_both_generations_and_the_next_one_replaces_all() {
+    let mut world = serving();
+    world.command(Command::Reload(Some(Rollout::Batches(1))));
+    world.ready_all();
+    world.drain_all();
+    world.obey();
+    let failed = *world.ids().last().unwrap();
+    world.end(failed, End::Exited(3));
+    assert_eq!(world.steered_to(), [(0, 2), (1, 1), (2, 1)]);
+    assert!(world.said("1 worker of generation 2 and 2 of generation 1 serve on"), "{:?}", world.log);
+    assert_eq!((world.reloads.as_slice(), world.fleet.crew.oldest_generation()), (&[false][..], 1));
+    // Who crashes comes back as he was.
+    let old = world.ids()[0];
+    world.end(old, End::Exited(1));
+    world.pass(Duration::ZERO);
+    world.ready_all();
+    assert_eq!(world.steered_to(), [(0, 2), (1, 1), (2, 1)]);
+    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.ready_all();
+    assert_eq!(world.steered_to(), [(0, 3), (1, 3), (2, 3)]);
+}
+
+#[test]
+fn a_rolling_reload_stops_when_a_new_worker_dies_that_was_ready() {
+    let mut world = serving();
+    world.command(Command::Reload(Some(Rollout::Batches(1))));
+    world.ready_all();
+    let new = *world.ids().last().unwrap();
+    world.end(new, End::Exited(1));
+    assert_eq!(world.reloads, [false]);
+    world.drain_all();
+    world.obey();
+    world.pass(Duration::from_secs(1));
+    world.ready_all();
+    assert_eq!(world.steered_to(), [(0, 2), (1, 1), (2, 1)], "no other slot is touched");
+}
+
+#[test]
+fn a_canary_is_tried_and_then_all_follow() {
+    let period = Duration::from_secs(60);
+    let share = Share(1000);
+    let mut world = serving();
+    world.command(Command::Reload(Some(Rollout::Canary { share, period })));
+    assert_eq!(world.plan().share, Share::default());
+    world.ready_all();
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+    assert_eq!(world.plan().share, share);
+    let plan = world.plan();
+    let canaries = world.ids().into_iter().filter(|id| plan.role(*id) == Role::Canary).count();
+    assert_eq!(canaries, 3);
+    world.pass(period - Duration::from_millis(1));
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+    world.pass(Duration::from_millis(1));
+    assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
+    assert_eq!(world.plan().share, Share::default());
+    world.drain_all();
+    world.obey();
+    assert_eq!(world.reloads, [true]);
+}
+
+#[test]
+fn a_canary_that_dies_has_the_others_drained_and_the_old_generation_serves_on() {
+    let mut world = serving();
+    let period = Duration::from_secs(60);
+    world.command(Command::Reload(Some(Rollout::Canary { share: Share(1000), period })));
+    world.ready_all();
+    let [a, b, c] = world.ids()[3..] else { panic!() };
+    world.end(b, End::Killed(libc::SIGSEGV));
+    assert_eq!(world.reloads, [false]);
+    assert_eq!(world.draining, BTreeSet::from([a, c]), "they may have requests");
+    assert_eq!(world.plan().share, Share::default());
+    world.drain_all();
+    world.obey();
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+    assert_eq!(world.ids().len(), 3);
+}
+
+#[test]
+fn an_abort_ends_a_reload_before_its_switch_and_one_that_waits() {
+    let mut world = serving();
+    assert_eq!(world.refusal(Command::Abort), Some(Refusal::NoReloadToAbort));
+    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(Command::Abort);
+    world.obey();
+    assert_eq!(world.reloads, [false, false]);
+    assert_eq!(world.ids().len(), 3);
+    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.ready_all();
+    assert_eq!(world.refusal(Command::Abort), Some(Refusal::NoReloadToAbort), "the new ones serve");
+    world.command(Command::Abort);
+    assert_eq!(world.steered_to(), [(0, 3), (1, 3), (2, 3)]);
+}
+
+#[test]
+fn scaling_adds_slots_and_drains_those_that_it_removes() {
+    let mut world = serving();
+    world.command(Command::Scale(Target::Exactly(5)));
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+    let new = world.ids().split_off(3);
+    world.event(Event::SaysReady { worker: new[1] });
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1), (4, 1)]);
+    assert!(world.scalings.is_empty());
+    world.ready_all();
+    assert_eq!(world.scalings, [true]);
+    world.command(Command::Scale(Target::Exactly(1)));
+    assert_eq!(world.steered_to(), [(0, 1)]);
+    assert_eq!(world.draining.len(), 4);
+    world.drain_all();
+    world.obey();
+    assert_eq!((world.ids().len(), world.scalings.as_slice()), (1, &[true, true][..]));
+    world.command(Command::Scale(Target::Exactly(1)));
+    assert_eq!(world.scalings, [true; 3], "nothing to do is done at once");
+}
+
+#[test]
+fn a_new_worker_that_fails_ends_the_scaling_and_the_others_serve_on() {
+    let mut world = serving();
+    world.command(Command::Scale(Target::Exactly(5)));
+    let new = world.ids().split_off(3);
+    world.event(Event::SaysReady { worker: new[0] });
+    world.end(new[1], End::Exited(1));
+    assert_eq!(world.scalings, [false]);
+    assert_eq!(world.draining, BTreeSet::from([new[0]]), "it may have requests");
+    world.drain_all();
+    world.obey();
+    assert_eq!(world.ids().len(), 3);
+    assert_eq!(world.fleet.crew.slots(), 3);
+}
+
+#[test]
+fn what_is_asked_for_meanwhile_is_done_afterwards() {
+    let mut world = serving();
+    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(Command::Scale(Target::Exactly(4)));
+    assert_eq!((world.ids().len(), world.fleet.queue.workers()), (6, Some(4)));
+    world.ready_all();
+    world.drain_all();
+    world.obey();
+    assert_eq!((world.ids().len(), world.reloads.as_slice()), (4, &[true][..]));
+    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.ready_all();
+    assert_eq!(world.scalings, [true]);
+    world.ready_all();
+    assert_eq!(world.steered_to(), [(0, 3), (1, 3), (2, 3), (3, 3)]);
+}
+
+#[test]
+fn every_place_is_told_of() {
+    let mut world = serving();
+    let dead = world.ids()[1];
+    world.end(dead, End::Exited(1));
+    world.ready_all();
+    world.end(WorkerId(3), End::Exited(1)); // ended twice in a row: its slot waits
+    let states = |world: &World| {
+        let views = world.fleet.crew.views().into_iter();
+        let state = |view: &View| view.process.map(|process| process.state);
+        views.map(|view| (view.slot.0, view.serves, state(&view), view.restarts)).collect::<Vec<_>>()
+    };
+    assert_eq!(states(&world)[1], (1, true, None, 2));
+    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    assert_eq!(
+        states(&world)[..3],
+        [(0, true, Some(State::Ready), 0), (0, false, Some(State::Starting), 0), (1, true, None, 2)]
+    );
+}
+
+#[test]
+fn ready_after_a_duration_means_alive_that_long_even_past_the_ready_timeout() {
+    let mut world = World::new(policy(Readiness::Alive(Duration::from_secs(90))));
+    world.pass(Duration::from_millis(89_999));
+    assert_eq!(world.steered_to().len(), 0);
+    world.pass(Duration::from_millis(1));
+    assert_eq!(world.steered_to().len(), 3);
+}
+
+/// Something that the world does to the fleet; indices choose among those alive.
+#[derive(Debug, Clone)]
+enum Step {
+    Ready(prop::sample::Index),
+    Listens(prop::sample::Index, u16),
+    Unlistens(prop::sample::Index, u16),
+    Ends(prop::sample::Index),
+    Drained(prop::sample::Index),
+    Pass(u64),
+    StartsFail(bool),
+    Reload(Rollout),
+    Abort,
+    Scale(u32),
+    Stop,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let who = any::<prop::sample::Index>;
+    prop_oneof![
+        8 => who().prop_map(Step::Ready),
+        2 => (who(), 1u16..3).prop_map(|(who, port)| Step::Listens(who, port)),
+        1 => (who(), 1u16..3).prop_map(|(who, port)| Step::Unlistens(who, port)),
+        4 => who().prop_map(Step::Ends),
+        4 => who().prop_map(Step::Drained),
+        4 => (1u64..40_000).prop_map(Step::Pass),
+        1 => any::<bool>().prop_map(Step::StartsFail),
+        4 => rollout().prop_map(Step::Reload),
+        1 => Just(Step::Abort),
+        1 => (1..=MOST_WORKERS).prop_map(Step::Scale),
+        1 => Just(Step::Stop),
+    ]
+}
+
+/// To how many workers tests scale.
+const MOST_WORKERS: u32 = 4;
+
+fn rollout() -> impl Strategy<Value = Rollout> {
+    let canary = |seconds| Rollout::Canary { share: Share::default(), period: Duration::from_secs(seconds) };
+    prop_oneof![
+        2 => Just(Rollout::AllAtOnce),
+        1 => (1u32..4).prop_map(Rollout::Batches),
+        1 => (0u64..30).prop_map(canary),
+    ]
+}
+
+impl World {
+    /// Takes a step. With `gentle`, no worker that serves ends unless it was told to.
+    fn take(&mut self, step: Step, gentle: bool) {
+        let choose =
+            |who: prop::sample::Index, of: Vec<WorkerId>| (!of.is_empty()).then(|| of[who.index(of.len())]);
+        match step {
+            Step::Ready(who) => {
+                if let Some(worker) = choose(who, self.ids()) {
+                    self.event(Event::SaysReady { worker });
+                }
+            }
+            Step::Listens(who, port) => {
+                if let Some(worker) = choose(who, self.ids()) {
+                    self.event(Event::Listens { worker, endpoint: address(port) });
+                }
+            }
+            Step::Unlistens(who, port) => {
+                if let Some(worker) = choose(who, self.ids()) {
+                    self.event(Event::StoppedListening { worker, endpoint: address(port) });
+                }
+            }
+            Step::Ends(who) => {
+                let plan = self.plan();
+                let may = |id: &WorkerId| !gentle || plan.role(*id) != Role::Ready;
+                let candidates = self.ids().into_iter().filter(may).collect();
+                if let Some(worker) = choose(who, candidates) {
+                    self.end(worker, End::Exited(1));
+                }
+            }
+            Step::Drained(who) => {
+                if let Some(worker) = choose(who, self.draining.iter().copied().collect()) {
+                    self.draining.remove(&worker);
+                    self.event(Event::Drained { worker });
+                }
+            }
+            Step::Pass(ms) => self.pass(Duration::from_millis(ms)),
+            Step::StartsFail(fail) => self.starts_fail = fail,
+            Step::Reload(rollout) => self.command(Command::Reload(Some(rollout))),
+            Step::Abort => self.command(Command::Abort),
+            Step::Scale(workers) => self.command(Command::Scale(Target::Exactly(workers))),
+            Step::Stop => self.event(Event::StopSignal { signal: "SIGTERM" }),
+        }
+    }
+
+    fn stopping(&self) -> bool {
+        self.exit.is_some() || matches!(self.fleet.phase, Phase::Stopping { .. })
+    }
+}
+
+fn readiness() -> impl Strategy<Value = Readiness> {
+    prop_oneof![
+        Just(Readiness::Listen),
+        Just(Readiness::Notify),
+        Just(Readiness::Alive(Duration::from_secs(2)))
+    ]
+}
+
+proptest! {
+    /// Whatever happens, a worker is never named after its end, there are never more than two
+    /// generations, everything ends when it is told to, and then nobody lives. (The world itself
+    /// checks that no action names a dead worker.)
+    #[test]
+    fn whatever_happens_a_reload_and_a_stop_come_to_an_end(
+        readiness in readiness(), steps in vec(step(), 0..60)
+    ) {
+        let mut world = World::new(policy(readiness));
+        for step in steps {
+            world.take(step, false);
+            prop_assert!(world.most_alive <= 2 * MOST_WORKERS as usize, "{} alive", world.most_alive);
+            let has_slot = |(slot, generation): &(u32, u32)| {
+                world.fleet.crew.roster.slots.get(*slot as usize).is_some_and(|slot| slot.generation == *generation)
+            };
+            let kept = world.reserved.iter().all(has_slot);
+            prop_assert!(kept, "kept for no successor: {:?}", world.reserved);
+            let plan = world.plan();
+            let ready = world.places.iter().filter(|(id, _)| plan.role(**id) == Role::Ready);
+            let ready: BTreeSet<_> = ready.map(|(_, place)| *place).collect();
+            prop_assert_eq!(&world.steered_to.iter().copied().collect::<BTreeSet<_>>(), &ready);
+        }
+        // Nobody does anything any more but end when killed: the longest way through two rolling reloads.
+        for _ in 0..1000 {
+            world.pass(Duration::from_secs(1));
+            let killed = |(id, told): (&WorkerId, &Told)| (*told == Told::Kill).then_some(*id);
+            for worker in world.alive.iter().filter_map(killed).collect::<Vec<_>>() {
+                world.end(worker, End::Killed(libc::SIGKILL));
+            }
+        }
+        let phase = world.fleet.phase;
+        prop_assert!(world.exit.is_some() || matches!(phase, Phase::Starting | Phase::Serving), "{phase:?}");
+        world.event(Event::StopSignal { signal: "SIGTERM" });
+        world.obey();
+        prop_assert!(world.exit.is_some());
+        prop_assert!(world.alive.is_empty());
+        prop_assert!(world.reserved.is_empty());
+    }
+
+    /// Each ticket is answered once, at the latest when everything stops. (The world checks that none is answered
+    /// twice.)
+    #[test]
+    fn every_accepted_command_is_told_how_it_ended(readiness in readiness(), steps in vec(step(), 0..60)) {
+        let mut world = World::new(policy(readiness));
+        for step in steps {
+            world.take(step, false);
+            let is_known = |ticket: &Ticket| {
+                world.fleet.queue.has(*ticket) || world.fleet.phase.ticket() == Some(*ticket)
+            };
+            prop_assert!(world.pending.keys().all(is_known), "{:?}", world.pending);
+        }
+        world.event(Event::StopSignal { signal: "SIGTERM" });
+        prop_assert!(world.pending.is_empty(), "{:?}", world.pending);
+    }
+
+    /// A rolling reload has never more than a batch of extra workers.
+    #[test]
+    fn in_batches_there_are_never_more_workers_than_one_batch_more(
+        readiness in readiness(), most in 1u32..3, steps in vec(step(), 0..80)
+    ) {
+        let mut world = World::new(policy(readiness));
+        for step in steps {
+            match step {
+                Step::Scale(_) => {}
+                Step::Reload(_) => world.take(Step::Reload(Rollout::Batches(most)), false),
+                step => world.take(step, false),
+            }
+            let allowed = (WORKERS + most) as usize;
+            prop_assert!(world.most_alive <= allowed, "{} alive", world.most_alive);
+        }
+    }
+
+    /// From the moment that a worker is ready there always is one that gets connections, through all
+    /// reloads and scalings, unless those that serve end by themselves or everything is stopped.
+    #[test]
+    fn at_every_moment_of_a_reload_somebody_gets_connections(
+        readiness in readiness(), steps in vec(step(), 0..60)
+    ) {
+        let mut world = World::new(policy(readiness));
+        let mut begun = false;
+        let is_rolling = |step: &Step| matches!(step, Step::Reload(Rollout::Batches(_)));
+        let rolling = steps.iter().any(is_rolling);
+        for step in steps {
+            world.take(step.clone(), true);
+            begun |= !world.steered_to().is_empty();
+            if world.stopping() {
+                break;
+            }
+            prop_assert!(!begun || !world.steered_to().is_empty(), "nobody after {step:?}");
+            let mut generations: Vec<u32> = world.steered_to().iter().map(|(_, g)| *g).collect();
+            generations.dedup();
+            prop_assert!(rolling || generations.len() <= 1, "two generations get connections: {generations:?}");
+        }
+    }
+}

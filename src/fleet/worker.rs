@@ -1,0 +1,57 @@
+//! A worker as the fleet sees it.
+
+use std::fmt;
+use std::time::Instant;
+
+use crate::ids::SlotId;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    Starting,
+    Ready,
+    /// It gets no new connections and finishes its work.
+    Draining,
+    /// It was sent the stop signal.
+    Stopping,
+    /// It was sent SIGKILL.
+    Killed,
+}
+
+#[derive(Debug)]
+pub struct Worker {
+    pub slot: SlotId,
+    pub generation: u32,
+    /// `None` until [`super::Action::Start`] was carried out.
+    pub pid: Option<i32>,
+    pub started: Instant,
+    pub ready_at: Option<Instant>,
+    pub state: State,
+    /// Since when it has been in that state.
+    pub since: Instant,
+}
+
+impl Worker {
+    pub fn new(slot: SlotId, generation: u32, now: Instant) -> Self {
+        Self { slot, generation, pid: None, started: now, ready_at: None, state: State::Starting, since: now }
+    }
+
+    pub fn enter(&mut self, state: State, now: Instant) {
+        (self.state, self.since) = (state, now);
+        match state {
+            State::Starting => self.started = now,
+            State::Ready => self.ready_at = Some(now),
+            State::Draining | State::Stopping | State::Killed => {}
+        }
+    }
+}
+
+/// "worker 2 (pid 12, generation 3)"
+impl fmt::Display for Worker {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Self { slot, generation, .. } = self;
+        match self.pid {
+            Some(pid) => write!(f, "worker {slot} (pid {pid}, generation {generation})"),
+            None => write!(f, "worker {slot} (generation {generation})"),
+        }
+    }
+}
