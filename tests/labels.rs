@@ -71,6 +71,8 @@ os.write(int(os.environ['READY_FD']), b'\n')
 if os.path.exists(folder + 'printed-' + slot):
     open(folder + 'lives-' + slot, 'w')
     time.sleep(1000)
+while not os.path.exists(folder + 'go'):
+    time.sleep(0.01)
 text = {fd: b''.join(b'%s %d %s\n' % (name, n, b'x' * (n % 150)) for n in range(10000)) for fd, name in ((1, b'out'), (2, b'err'))}
 while text[1] or text[2]:
     fd = random.choice([fd for fd in text if text[fd]])
@@ -91,6 +93,7 @@ fn printed(name: &str) -> Vec<String> {
 #[test]
 fn no_line_of_four_workers_that_print_and_die_is_lost_or_mixed() {
     let folder = Folder::new();
+    folder.raise("go");
     let mut service = start("-n 4", &["python3", "-c", PRINTER, &folder.path("")]);
     let lives = |slot| Path::new(&folder.path(&format!("lives-{slot}"))).exists();
     wait_until("four replacements", DEADLINE, || (0..4).all(lives));
@@ -355,12 +358,15 @@ fn reuse_run_does_not_wait_for_a_socket_that_it_writes_to_and_nothing_is_lost() 
     let mut child =
         command.stdout(OwnedFd::from(out)).stderr(OwnedFd::from(err)).spawn().expect("start reuse-run");
     drop(command); // with its copies of the socket
+    let mut lines = BufReader::new(ours).lines().map(|line| line.expect("a line"));
+    // Only then is each next worker called a replacement.
+    lines.find(|line| line.contains("generation 1 is ready")).expect("the workers are ready");
+    folder.raise("go");
     // Until the test reads, there is no room in the socket.
     let wait = Instant::now();
     wait_until("a full socket", DEADLINE, || wait.elapsed() > Duration::from_millis(300));
     let (mut counts, mut lives) = (BTreeMap::<u32, usize>::new(), 0);
-    for line in BufReader::new(ours).lines() {
-        let line = line.expect("a line");
+    for line in lines {
         if let Some((_, pid, text)) = parse(&line) {
             let number = text.split(' ').nth(1).and_then(|n| n.parse::<usize>().ok()).expect("a number");
             assert_eq!(text.len(), format!("out {number} ").len() + number % 150, "{line:?}");
@@ -381,6 +387,7 @@ fn reuse_run_does_not_wait_for_a_socket_that_it_writes_to_and_nothing_is_lost() 
 #[test]
 fn in_one_file_both_streams_and_the_log_are_whole_lines() {
     let folder = Folder::new();
+    folder.raise("go");
     let path = folder.path("out");
     let command = ["python3", "-c", PRINTER, &folder.path("")];
     let mut service =
