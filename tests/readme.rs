@@ -25,7 +25,7 @@ const CONTAINERS: &str = "docs/containers.md";
 const KUBERNETES: &str = "docs/kubernetes.md";
 const SYSTEMD: &str = "docs/systemd.md";
 const SIGNAL_HANDLER: &str = "docs/signal-handler.md";
-/// How long a worker may take to end unless --stop-timeout says otherwise.
+/// The default of --stop-timeout, in seconds.
 const STOP_TIMEOUT: u64 = 30;
 
 fn page(path: &str) -> String {
@@ -73,7 +73,7 @@ fn with_app(identity: Identity, profile_name: &str) -> Bundle {
     bundle
 }
 
-/// Starts an entrypoint, which has to be reuse-run's, and a command.
+/// Starts a container with this entrypoint, which must be reuse-run, and this command.
 #[track_caller]
 fn start(bundle: Bundle, entrypoint: &Value, command: &Value) -> Container {
     let words = [words(entrypoint), words(command)].concat();
@@ -105,7 +105,7 @@ fn body() -> String {
     load::get(SocketAddr::from(ADDRESS), "/", Duration::from_secs(15)).expect("an answer").body
 }
 
-/// A configuration folder as the kubelet makes it of a ConfigMap, whose content changes at once by a link.
+/// A folder as the kubelet makes it of a ConfigMap: a link switches all of its content at once.
 struct ConfigMap {
     folder: Folder,
 }
@@ -130,7 +130,7 @@ impl ConfigMap {
 }
 
 #[test]
-fn the_dockerfile_is_one_to_buildkit_and_its_entrypoint_starts_and_its_healthcheck_is_healthy() {
+fn buildkit_accepts_the_dockerfile_whose_entrypoint_starts_and_whose_healthcheck_is_healthy() {
     let instructions = parse("dockerfile", CONTAINERS, "Dockerfile");
     let all: Vec<&Value> = instructions.as_array().expect("a list").iter().collect();
     let last = |name: &str| *all.iter().rfind(|instruction| instruction["cmd"] == name).expect(name);
@@ -139,7 +139,7 @@ fn the_dockerfile_is_one_to_buildkit_and_its_entrypoint_starts_and_its_healthche
     for in_exec_form in ["ENTRYPOINT", "CMD", "HEALTHCHECK"] {
         assert_eq!(last(in_exec_form)["json"], true, "{in_exec_form}");
     }
-    // The stage that builds is the one that the image takes its binary from, by a script that there is.
+    // The image takes its binary from the stage that builds it, by a script that exists.
     let stages: Vec<&Value> =
         all.iter().copied().filter(|instruction| instruction["cmd"] == "FROM").collect();
     assert_eq!(stages.len(), 2);
@@ -161,7 +161,7 @@ fn the_dockerfile_is_one_to_buildkit_and_its_entrypoint_starts_and_its_healthche
 }
 
 #[test]
-fn docker_compose_takes_the_service_which_reloads_its_configuration_in_place() {
+fn docker_compose_accepts_the_service_and_it_reloads_its_configuration_in_place() {
     let found = parse("compose", CONTAINERS, "compose.yaml");
     let service = &found["services"]["app"];
     assert_eq!(service["read_only"], true);
@@ -183,7 +183,7 @@ fn docker_compose_takes_the_service_which_reloads_its_configuration_in_place() {
 }
 
 #[test]
-fn kubernetes_takes_the_deployment_whose_probes_pass_and_whose_config_map_is_reloaded_in_place() {
+fn kubernetes_accepts_the_deployment_whose_probes_pass_and_whose_config_map_is_reloaded_in_place() {
     let deployment = parse("deployment", KUBERNETES, "deployment.yaml");
     let pod = &deployment["spec"]["template"]["spec"];
     let container = &pod["containers"][0];
@@ -240,12 +240,12 @@ fn verify(unit: &str) -> String {
 }
 
 #[test]
-fn systemd_takes_the_unit_also_as_it_is_to_be_written_for_an_old_one() {
+fn systemd_accepts_the_unit_and_its_form_for_an_older_systemd() {
     let unit = example(SYSTEMD, "app.service");
     let wrong = verify(&unit);
     let new = "Type=notify-reload\n";
     assert!(unit.contains(new));
-    // systemd 252, which has nothing to say of the rest.
+    // systemd 252 warns of the type and of nothing else.
     let is_old = |line: &str| line.ends_with("Failed to parse service type, ignoring: notify-reload");
     assert!(wrong.lines().all(is_old), "{wrong}");
 
@@ -274,7 +274,7 @@ fn the_units_commands_start_reload_and_stop_the_service() {
     service.wait_for_line("generation 1 is ready");
     assert_eq!(get(ADDRESS.into()).generation, Some(1));
 
-    // notify-reload, then what is to be written for an old systemd.
+    // First as notify-reload does it, then as the page says for an older systemd.
     service.signal(Signal::SIGHUP);
     wait_until("a reload", DEADLINE, || service.log.count_of("reload done") == 1);
     let reload = value(&page, "ExecReload").replace("$MAINPID", &service.pid().to_string());
@@ -291,7 +291,7 @@ fn the_signal_handler_loses_no_request_of_clients_that_ask_without_a_pause() {
     own_network();
     let folder = Folder::new();
     fs::write(folder.path("app.js"), example(SIGNAL_HANDLER, "app.js")).expect("write the app");
-    let mut service = Service::run_ready("-n 2", &["node", &folder.path("app.js")]);
+    let mut service = Service::run_ready("-n 2 --drain 1s", &["node", &folder.path("app.js")]);
     let mode = Mode::KeepAlive { think: Duration::ZERO };
     let load = Load::start(LoadOptions::new(SocketAddr::from(ADDRESS), 16).mode(mode));
     answered_more(&load);
