@@ -31,7 +31,7 @@ use crate::pool::unintercepted::{self, Bystander};
 use crate::pool::{Pool, StoppedListening};
 use crate::words::{count, printable};
 use crate::worker::environment::{Environment, Sources};
-use crate::worker::ready::{NodeChannel, NotifySocket, ReadyPipe, Said};
+use crate::worker::ready::{Message, NodeChannel, NotifySocket, ReadyPipe};
 use crate::worker::{self, Listener, StartError, Starter};
 
 mod commands;
@@ -517,16 +517,16 @@ impl Supervisor {
         for said in said.unwrap_or_default() {
             match said {
                 // What it was said on stays open: a worker that says it twice is not to die of SIGPIPE.
-                Said::Ready => self.handle(Event::SaysReady { worker: id }),
-                Said::Status(text) => {
+                Message::Ready => self.handle(Event::SaysReady { worker: id }),
+                Message::Status(text) => {
                     let text = printable(text.as_bytes());
                     debug!("worker (pid {pid}) says: {text}");
                     if let Some(worker) = self.processes.get_mut(&id) {
                         worker.status = Some(text);
                     }
                 }
-                Said::Stopping => debug!("worker (pid {pid}) says that it stops"),
-                Said::Closed => {
+                Message::Stopping => debug!("worker (pid {pid}) says that it stops"),
+                Message::Closed => {
                     let Some(worker) = self.processes.get_mut(&id) else { return };
                     match source {
                         Source::Pipe(_) => worker.pipe = None,

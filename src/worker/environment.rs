@@ -1,6 +1,6 @@
-//! What a generation starts with: environment variables from files, and the directory.
+//! A generation's environment variables from files and its directory, and the variables of each worker.
 //!
-//! All of it is read anew for every generation, and kept for those of its workers that start later.
+//! The files are read anew for every generation. Its workers that start later get what was read then.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -13,17 +13,20 @@ use std::str::FromStr;
 
 use log::warn;
 
-/// Where it comes from, as the command line says.
+use crate::ids::SlotId;
+use crate::worker::fds;
+
+/// Where variables and directory come from, as the command line says.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {
     /// Files of NAME=value lines; a later one has precedence.
     pub env_files: Vec<PathBuf>,
     pub secrets: Vec<Secret>,
-    /// The workers' directory; without it the one that reuse-run was started in.
+    /// The workers' directory; `None` for the one that reuse-run was started in.
     pub directory: Option<PathBuf>,
 }
 
-/// A variable whose value is what a file holds.
+/// A variable whose value is a file's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Secret {
     pub name: String,
@@ -43,31 +46,33 @@ impl FromStr for Secret {
     }
 }
 
-/// What was read.
+/// What all workers of a generation start with.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Environment {
+    /// In their order; a later one has precedence.
     pub variables: Vec<(OsString, OsString)>,
-    /// As it was called, and with all links resolved.
     pub directory: Option<Directory>,
 }
 
-/// A directory is kept in both forms. The physical one is entered, so that a worker that starts later starts
-/// in the same release as its generation, whatever a link then points to.
+/// Workers enter the physical directory. So a worker that starts later has the same release as the rest of its
+/// generation, wherever a link points by then.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Directory {
+    /// As it was named.
     pub logical: PathBuf,
+    /// With all links resolved.
     pub physical: PathBuf,
 }
 
 impl Directory {
-    /// What PWD is to be: the logical form as long as that leads there.
+    /// The value of PWD: the logical name as long as it leads to the physical directory.
     pub fn name(&self) -> &Path {
         let leads_there = fs::canonicalize(&self.logical).is_ok_and(|now| now == self.physical);
         if leads_there { &self.logical } else { &self.physical }
     }
 }
 
-/// Names only: values stay out of every log.
+/// Shows names only: no value gets into a log.
 impl fmt::Debug for Environment {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let names: Vec<&OsString> = self.variables.iter().map(|(name, _)| name).collect();
@@ -75,13 +80,49 @@ impl fmt::Debug for Environment {
     }
 }
 
-/// The access that users other than the owner and the group have to a file.
+// The access of users other than the owner and the group to a file.
 const OTHERS_READ: u32 = 0o004;
 const OTHERS_WRITE: u32 = 0o002;
 
+/// What one worker is given, as far as its variables tell it.
+pub struct Given<'a> {
+    pub slot: SlotId,
+    pub generation: u32,
+    /// The names of its listeners, in the order of their fds.
+    pub listeners: &'a [&'a str],
+    pub has_node_channel: bool,
+    pub notify_socket: &'a str,
+}
+
+impl Environment {
+    /// The variables that a worker gets besides those of reuse-run itself; a later one has precedence.
+    pub fn of_worker(&self, given: &Given) -> Vec<(OsString, OsString)> {
+        let mut variables = self.variables.clone();
+        if let Some(directory) = &self.directory {
+            variables.push(("PWD".into(), directory.name().into()));
+        }
+        let mut set = |name: &str, value: String| variables.push((name.into(), value.into()));
+        let count = given.listeners.len();
+        set("READY_FD", fds::ready_fd(count).to_string());
+        set("NOTIFY_SOCKET", given.notify_socket.to_owned());
+        if given.has_node_channel {
+            set("NODE_CHANNEL_FD", fds::node_channel_fd(count).to_string());
+            set("NODE_CHANNEL_SERIALIZATION_MODE", "json".to_owned());
+        }
+        if count > 0 {
+            set("LISTEN_FDS", count.to_string());
+            set("LISTEN_FDNAMES", given.listeners.join(":"));
+        }
+        set("REUSE_RUN_SLOT", given.slot.to_string());
+        set("REUSE_RUN_GENERATION", given.generation.to_string());
+        set("NODE_APP_INSTANCE", given.slot.to_string());
+        variables
+    }
+}
+
 impl Sources {
-    /// Without a directory of its own, this takes the one that the shell calls the current one: PWD if it
-    /// is that (environ(7)), so that a link in it is followed anew each time.
+    /// Completes the directory by the current one. That is PWD if it names the current directory (environ(7)): a link
+    /// in it is then followed anew for each generation.
     pub fn with_current_directory(mut self) -> Self {
         let logical = std::env::var_os("PWD").map(PathBuf::from).filter(|path| path.is_absolute());
         let same = |a: &Path, b: &Path| match (fs::metadata(a), fs::metadata(b)) {
@@ -89,7 +130,7 @@ impl Sources {
             _ => false,
         };
         let current = logical.filter(|path| same(path, Path::new(".")));
-        // Without PWD, as under systemd, it is the physical one, which no link leads away from.
+        // Without PWD, as under systemd, only the physical name is known.
         let current = current.or_else(|| std::env::current_dir().ok().filter(|_| self.directory.is_some()));
         self.directory = match (self.directory, current) {
             (Some(directory), Some(current)) => Some(current.join(directory).components().collect()),
@@ -98,15 +139,15 @@ impl Sources {
         self
     }
 
-    /// Whether values are read that nobody else is to see.
+    /// Whether there are values that nobody else may see.
     pub fn has_values(&self) -> bool {
         !self.env_files.is_empty() || !self.secrets.is_empty()
     }
 
-    /// Reads all anew.
+    /// Reads all files anew.
     ///
     /// # Errors
-    /// One line that names the file, and the line in it, but no value.
+    /// One line that names the file and the line in it, but never a value.
     pub fn read(&self) -> Result<Environment, String> {
         let mut variables = Vec::new();
         for file in &self.env_files {
@@ -127,22 +168,22 @@ impl Sources {
     }
 }
 
-/// No file with variables is longer, in bytes: Linux takes none that is (MAX_ARG_STRLEN, execve(2)).
-const LONGEST: u64 = 128 * 1024;
+/// In bytes. Linux takes no longer variable (MAX_ARG_STRLEN, execve(2)).
+const MAX_FILE_LENGTH: u64 = 128 * 1024;
 
-/// What a file holds, and which access others have to it.
+/// A file's content, and the access that others have to it.
 fn read_file(path: &Path) -> Result<(Vec<u8>, u32), String> {
     let read = || -> io::Result<(Vec<u8>, u32)> {
-        // To open a FIFO without a writer would block, and a device may have no end.
+        // To open a FIFO without a writer would block, and reading some devices never ends.
         let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
         let metadata = file.metadata()?;
         if !metadata.is_file() {
             return Err(io::Error::other("not a regular file"));
         }
         let mut content = Vec::new();
-        file.take(LONGEST + 1).read_to_end(&mut content)?;
-        if content.len() as u64 > LONGEST {
-            return Err(io::Error::other(format!("longer than {} KiB", LONGEST / 1024)));
+        file.take(MAX_FILE_LENGTH + 1).read_to_end(&mut content)?;
+        if content.len() as u64 > MAX_FILE_LENGTH {
+            return Err(io::Error::other(format!("longer than {} KiB", MAX_FILE_LENGTH / 1024)));
         }
         Ok((content, metadata.mode() & (OTHERS_READ | OTHERS_WRITE)))
     };
@@ -158,7 +199,7 @@ fn read_env_file(path: &Path) -> Result<Vec<(OsString, OsString)>, String> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let mut variables = Vec::new();
     for item in dotenvy::Iter::new(text.as_bytes()) {
-        // The error bears the line's text, which may be a secret.
+        // The error is left out: it holds the line's text, which may be a secret.
         let (name, value) = item.map_err(|_| {
             let line = line_of_error(text);
             format!("{}:{line}: not a line of the form NAME=value, with spaces in quotes", path.display())
@@ -168,7 +209,7 @@ fn read_env_file(path: &Path) -> Result<Vec<(OsString, OsString)>, String> {
     Ok(variables)
 }
 
-/// The number of the line that can't be parsed: the one after as many lines as can be.
+/// The number, from 1, of the first line that can't be parsed.
 fn line_of_error(text: &str) -> usize {
     let lines: Vec<&str> = text.split_inclusive('\n').collect();
     let parses =
@@ -176,7 +217,7 @@ fn line_of_error(text: &str) -> usize {
     1 + (0..lines.len()).rev().find(parses).unwrap_or(0)
 }
 
-/// The file's content, less one newline at its end.
+/// The file's content without one newline at its end.
 fn read_secret(path: &Path) -> Result<OsString, String> {
     let (mut value, others) = read_file(path)?;
     if others != 0 {
@@ -189,7 +230,7 @@ fn read_secret(path: &Path) -> Result<OsString, String> {
     Ok(variable(path, OsString::new(), OsString::from_vec(value))?.1)
 }
 
-/// A string of an environment ends at its first zero byte (environ(7)).
+/// Refuses a zero byte, which would end the variable (environ(7)).
 fn variable(path: &Path, name: OsString, value: OsString) -> Result<(OsString, OsString), String> {
     let has_zero = |text: &OsStr| text.as_bytes().contains(&0);
     if has_zero(&name) || has_zero(&value) {
@@ -255,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_is_a_files_content_less_one_newline() {
+    fn a_secret_is_a_files_content_without_one_newline_at_its_end() {
         let folder = Folder::new("secret");
         let secret = |file| Secret { name: "KEY".to_owned(), file };
         let value = |content: &[u8]| {
@@ -286,6 +327,34 @@ mod tests {
             Sources { env_files: vec![folder.file("env", b"NAME=hunter2", 0o600)], ..Sources::default() };
         let shown = format!("{:?}", sources.read().unwrap());
         assert!(shown.contains("NAME") && !shown.contains("hunter2"), "{shown}");
+    }
+
+    #[test]
+    fn a_worker_hears_of_what_it_is_given_and_of_nothing_else() {
+        let environment = Environment {
+            variables: vec![("A".into(), "1".into()), ("READY_FD".into(), "x".into())],
+            directory: None,
+        };
+        let mut given = Given {
+            slot: SlotId(2),
+            generation: 7,
+            listeners: &[],
+            has_node_channel: false,
+            notify_socket: "/tmp/notify",
+        };
+        let variables = |given: &Given| -> Vec<String> {
+            let variables = environment.of_worker(given).into_iter();
+            variables.map(|(name, value)| format!("{}={}", name.display(), value.display())).collect()
+        };
+        let always = ["REUSE_RUN_SLOT=2", "REUSE_RUN_GENERATION=7", "NODE_APP_INSTANCE=2"];
+        let first = ["A=1", "READY_FD=x", "READY_FD=3", "NOTIFY_SOCKET=/tmp/notify"];
+        assert_eq!(variables(&given), [&first[..], &always[..]].concat());
+        given.listeners = &["http", "admin"];
+        given.has_node_channel = true;
+        let first = ["A=1", "READY_FD=x", "READY_FD=5", "NOTIFY_SOCKET=/tmp/notify"];
+        let node = ["NODE_CHANNEL_FD=6", "NODE_CHANNEL_SERIALIZATION_MODE=json"];
+        let listen = ["LISTEN_FDS=2", "LISTEN_FDNAMES=http:admin"];
+        assert_eq!(variables(&given), [&first[..], &node, &listen, &always].concat());
     }
 
     #[test]

@@ -1,0 +1,76 @@
+//! NODE_CHANNEL_FD: the channel that Node's `process.send` writes to, a stream socket with one JSON value a line
+//! (lib/internal/child_process/serialization.js).
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use crate::lines::{Lines, TooLong};
+use crate::worker::ready::{MAX_BYTES_PER_TURN, Message};
+
+/// Longer lines than this, in bytes, mean nothing to the wrapper.
+const MAX_LINE_LENGTH: usize = 64;
+
+/// The wrapper's end. It stays open as long as the worker lives: when it is closed, Node emits 'disconnect'.
+#[derive(Debug)]
+pub struct NodeChannel {
+    stream: UnixStream,
+    lines: Lines,
+}
+
+impl NodeChannel {
+    /// A channel, and the worker's end of it.
+    pub fn new() -> io::Result<(Self, OwnedFd)> {
+        let (ours, its) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        Ok((Self { stream: ours, lines: Lines::new(MAX_LINE_LENGTH, TooLong::Drop) }, its.into()))
+    }
+
+    /// PM2 waits for the string "ready", naught for "online": both mean ready. Everything else is ignored.
+    pub fn read(&mut self) -> Vec<Message> {
+        let mut bytes = vec![0; MAX_BYTES_PER_TURN];
+        match self.stream.read(&mut bytes) {
+            Ok(0) => vec![Message::Closed],
+            Ok(count) => {
+                let mut is_ready = false;
+                self.lines.take(&bytes[..count], &mut |line: &[u8]| {
+                    is_ready |= matches!(line, b"\"ready\"" | b"\"online\"");
+                });
+                if is_ready { vec![Message::Ready] } else { Vec::new() }
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Vec::new(),
+            Err(_) => vec![Message::Closed],
+        }
+    }
+}
+
+impl AsFd for NodeChannel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn on_nodes_channel_the_two_words_mean_ready_and_nothing_else_does() {
+        let (mut channel, worker) = NodeChannel::new().unwrap();
+        let mut worker = UnixStream::from(worker);
+        let mut say = |text: &[u8]| {
+            worker.write_all(text).unwrap();
+            channel.read()
+        };
+        assert_eq!(say(b"{\"cmd\":\"NODE_HANDLE\"}\n\"started\"\n"), []);
+        assert_eq!(say(&[b'x'; 3 * MAX_LINE_LENGTH]), []);
+        assert_eq!(say(b"\"ready\"\n"), [], "that was the end of a longer line");
+        assert_eq!(say(b"\"rea"), []);
+        assert_eq!(say(b"dy\"\n"), [Message::Ready]);
+        assert_eq!(say(b"\"online\"\n"), [Message::Ready]);
+        drop(worker);
+        assert_eq!(channel.read(), [Message::Closed]);
+    }
+}
