@@ -198,7 +198,7 @@ http.server.HTTPServer(('127.0.0.1', int(os.environ['TEST_PORT'])), Handler).ser
     wait_until("the worker is free and was idle in a sample", DEADLINE, || pid(ask("")) == suspect);
     // It blocks again. Samples are taken only while connections come. The first sample that finds it busy makes
     // reuse-run skip it, although no connection waits there.
-    let before = service.log.count_of("is busy: spared");
+    let before = service.log.count_of("is busy: skipped");
     let mut blocked = Vec::new();
     wait_until("the worker is skipped before a connection waits", DEADLINE, || {
         let stream = ask("0.2");
@@ -209,7 +209,7 @@ http.server.HTTPServer(('127.0.0.1', int(os.environ['TEST_PORT'])), Handler).ser
             drop(ask(""));
             thread::yield_now();
         }
-        service.log.count_of("is busy: spared") > before
+        service.log.count_of("is busy: skipped") > before
     });
     service.stop();
 }

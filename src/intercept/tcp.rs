@@ -10,7 +10,7 @@ use crate::intercept::caller::{Caller, OwnSocket};
 use crate::intercept::options::{self, NotedOptions, Options};
 use crate::kernel::procfs;
 use crate::kernel::sys::{self, NotifResponse};
-use crate::pool::{Pool, Wish};
+use crate::pool::{BindRequest, Pool};
 
 /// Binds the caller's socket to the address in `sockaddr`, a `struct sockaddr`. What isn't a TCP port that the
 /// caller may bind is left to the kernel.
@@ -29,14 +29,14 @@ pub fn bind(
     if !caller.still_waits() {
         return NotifResponse::Continue;
     }
-    let address = bind.wish.address;
+    let address = bind.request.address;
     if bound.is_repetition(own.inode, &address.into()) {
         return NotifResponse::Success;
     }
     if pool.lent(borrower.worker, own.inode).is_some() || bind.duplicate.as_ref().is_some_and(has_port) {
         return NotifResponse::Continue; // bound already: the kernel refuses it
     }
-    let inode = match pool.lend(borrower, bind.wish) {
+    let inode = match pool.lend(borrower, bind.request) {
         Ok(inode) => inode,
         Err(error) => {
             debug!("worker {} can't bind {address}: {error}", borrower.slot);
@@ -68,7 +68,7 @@ struct Bind {
     /// one without options.
     duplicate: Option<OwnedFd>,
     close_on_exec: bool,
-    wish: Wish,
+    request: BindRequest,
 }
 
 /// Reads what the caller asks for; `None` if the kernel has to answer it.
@@ -86,7 +86,7 @@ fn understand(caller: &Caller, own: OwnSocket, sockaddr: &[u8], options: Options
     Some(Bind {
         duplicate,
         close_on_exec: flags & libc::O_CLOEXEC != 0,
-        wish: Wish { address, nonblocking: flags & libc::O_NONBLOCK != 0, shares: options.shares },
+        request: BindRequest { address, nonblocking: flags & libc::O_NONBLOCK != 0, shares: options.shares },
     })
 }
 

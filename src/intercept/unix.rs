@@ -14,7 +14,7 @@ use crate::intercept::bound::BoundSockets;
 use crate::intercept::caller::{Caller, OwnSocket};
 use crate::kernel::procfs;
 use crate::kernel::sys::NotifResponse;
-use crate::pool::paths::{self, Place, Removal, UnixSockets};
+use crate::pool::paths::{self, Removal, SocketPath, UnixSockets};
 
 /// Binds the caller's socket to a path. What isn't a stream socket, or a path that wrapper and caller see alike, is
 /// left to the kernel.
@@ -29,7 +29,7 @@ pub fn bind(
     if !is_stream(caller, own) || !caller.has_same_rights() {
         return NotifResponse::Continue;
     }
-    let Some(place) = Place::of(tid, None, path) else { return NotifResponse::Continue };
+    let Some(place) = SocketPath::resolve(tid, None, path) else { return NotifResponse::Continue };
     let (Ok(flags), Ok(mask)) = (procfs::fd_flags(tid, own.fd), procfs::umask(tid)) else {
         return NotifResponse::Continue;
     };
@@ -90,7 +90,9 @@ pub fn unlink(
     let path = procfs::memory(caller.tid, path, libc::PATH_MAX as usize).ok();
     let path = path.and_then(|bytes| paths::path_of_bytes(&bytes));
     let path = path.filter(|path| is_starting || unix.may_have(path));
-    let Some(place) = path.and_then(|path| Place::of(caller.tid, from, &path)) else { return NOT_OURS };
+    let Some(place) = path.and_then(|path| SocketPath::resolve(caller.tid, from, &path)) else {
+        return NOT_OURS;
+    };
     if !caller.has_same_rights() || !caller.still_waits() {
         return NOT_OURS;
     }

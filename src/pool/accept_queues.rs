@@ -1,12 +1,13 @@
-//! The accept queues of lent listeners, looked at only while connections come.
+//! Samples of the accept queues of lent listeners, taken only while connections come.
 //!
-//! The epoll in here tells of each listener on which a connection waits. It is itself watched by the pool's,
-//! which tells of it once (EPOLLONESHOT). From that moment on the queues are looked at every so often, and
-//! when nothing has waited at a few looks in a row, the pool's epoll is asked to tell again. So there is no
-//! timer without traffic, and under load the wrapper wakes up hardly more often than the timer has it.
+//! The epoll in here reports each listener on which a connection waits. The pool's epoll watches this epoll and reports
+//! it once (EPOLLONESHOT). From then on the queues are sampled at an interval. After a few samples in a row at which
+//! nothing waited, the pool's epoll is armed again. So there is no timer without traffic, and under load the wrapper
+//! wakes up hardly more often than at the interval.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
@@ -14,53 +15,50 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use crate::ids::MemberId;
 use crate::kernel::sockdiag;
+use crate::steering::load::LONG;
 
-/// After so many looks at which nothing waited the epoll tells again.
-const QUIET_LOOKS: u32 = 4;
-/// A queue that stands for so long is looked at more seldom, lest one that does so forever cost as much as
-/// traffic.
-pub const LONG: Duration = Duration::from_secs(1);
-/// How often that is, and so is the only queue that there is.
-const SELDOM: Duration = Duration::from_millis(100);
-/// The next look is put off so far that this one has taken no more than one part in so many of a CPU's time. (To
-/// wake up takes about as much again.)
-const SHARE: u32 = 200;
-/// The same while it had better come soon.
-const SHARE_WHEN_SOON: u32 = 50;
-/// It is not put off longer than this.
-const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+/// After so many samples in a row at which nothing waited, the epoll takes over.
+const QUIET_SAMPLES: u32 = 4;
+/// The interval for queues that haven't moved for [`LONG`], which otherwise would cost as much as traffic for ever, and
+/// for a queue that is the only one.
+const SLOW_INTERVAL: Duration = Duration::from_millis(100);
+/// Sampling takes at most one part in this many of a CPU's time. (To wake up takes about as much again.)
+const CPU_SHARE: u32 = 200;
+/// The same while the next sample should come soon.
+const CPU_SHARE_WHEN_SOON: u32 = 50;
+/// The next sample is put off by at most this much for the sake of the CPU's time.
+const MAX_PAUSE: Duration = Duration::from_millis(50);
 
 /// See the module's comment.
 #[derive(Debug)]
-pub struct Queues {
+pub struct AcceptQueues {
     epoll: Epoll,
-    every: Duration,
-    /// At how many looks in a row nothing waited; `None` while it is the epoll that tells.
+    interval: Duration,
+    /// At how many samples in a row nothing waited; `None` while the epoll is to report it.
     quiet: Option<u32>,
-    next_look: Option<Instant>,
+    next_sample: Option<Instant>,
     watched: BTreeSet<MemberId>,
-    /// The queues that weren't empty at the last look: how long they were, and since which look they haven't become
-    /// shorter.
+    /// The queues that weren't empty at the last sample: their lengths, and since which sample they haven't moved.
     filled: BTreeMap<MemberId, (u32, Instant)>,
-    /// Those that have stood for long, of which the epoll doesn't tell.
-    aside: BTreeSet<MemberId>,
+    /// Those that haven't moved for [`LONG`]. The epoll doesn't report them.
+    slow: BTreeSet<MemberId>,
 }
 
-impl Queues {
-    /// Queues that are looked at so often while connections come.
-    pub fn new(every: Duration) -> io::Result<Self> {
+impl AcceptQueues {
+    /// `interval` is the time between two samples while connections come.
+    pub fn new(interval: Duration) -> io::Result<Self> {
         Ok(Self {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
-            every,
+            interval,
             quiet: None,
-            next_look: None,
+            next_sample: None,
             watched: BTreeSet::new(),
             filled: BTreeMap::new(),
-            aside: BTreeSet::new(),
+            slow: BTreeSet::new(),
         })
     }
 
-    /// Looks at this listener's queue too.
+    /// Samples this listener's queue from now on.
     ///
     /// # Errors
     /// Those of epoll_ctl(2).
@@ -72,69 +70,69 @@ impl Queues {
         Ok(())
     }
 
-    /// Doesn't any more.
+    /// Doesn't sample this listener's queue any more.
     pub fn forget(&mut self, id: MemberId, listener: BorrowedFd) {
         if self.watched.remove(&id) {
             let _ = self.epoll.delete(listener);
             self.filled.remove(&id);
-            self.aside.remove(&id);
+            self.slow.remove(&id);
         }
     }
 
-    /// The epoll has told that something waits.
+    /// The epoll has reported that a connection waits.
     pub fn begin(&mut self, now: Instant) {
         self.quiet = Some(0);
-        self.next_look = Some(now + self.every());
+        self.next_sample = Some(now + self.interval());
     }
 
-    /// How often the queues are looked at: of one that is the only one nobody would be told to go elsewhere.
-    fn every(&self) -> Duration {
-        if self.len() > 1 { self.every } else { self.every.max(SELDOM) }
+    /// The interval that holds now. If there is only one queue, no connection could go to another one.
+    fn interval(&self) -> Duration {
+        if self.len() > 1 { self.interval } else { self.interval.max(SLOW_INTERVAL) }
     }
 
-    /// Whether the epoll is to tell when something waits.
-    pub fn rests(&self) -> bool {
+    /// Whether the epoll is to report when a connection waits.
+    pub fn is_resting(&self) -> bool {
         self.quiet.is_none()
     }
 
-    /// When to call [`Queues::look`].
+    /// When to call [`AcceptQueues::sample`].
     pub fn deadline(&self) -> Option<Instant> {
-        self.next_look
+        self.next_sample
     }
 
-    /// How many connections wait in each queue that isn't empty. To be followed by [`Queues::has_looked`].
-    pub fn look<'a>(
+    /// How many connections wait in each queue that isn't empty. Call [`AcceptQueues::set_next`] after it.
+    pub fn sample<'a>(
         &mut self,
         now: Instant,
         listener: impl Fn(MemberId) -> Option<BorrowedFd<'a>>,
     ) -> BTreeMap<MemberId, u32> {
         let mut events = vec![EpollEvent::empty(); self.watched.len().max(1)];
         let count = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
-        let told: BTreeSet<MemberId> =
+        let reported: BTreeSet<MemberId> =
             events[..count].iter().map(|event| MemberId(event.data() as u32)).collect();
-        let before = std::mem::take(&mut self.filled);
+        let before = mem::take(&mut self.filled);
         let mut lengths = BTreeMap::new();
-        for id in told.union(&self.aside.clone()).copied() {
+        for id in reported.union(&self.slow.clone()).copied() {
             let Some(fd) = listener(id) else { continue };
             let length = sockdiag::listen_info(fd).map_or(0, |info| info.accept_queue);
-            let stands = before.get(&id).filter(|(before, _)| *before <= length);
-            let since = stands.map_or(now, |(_, since)| *since);
-            let is_aside = length > 0 && now.saturating_duration_since(since) >= LONG;
-            if is_aside != self.aside.contains(&id) {
-                self.set_aside(id, fd, is_aside);
+            let unmoved = before.get(&id).filter(|(before, _)| *before <= length);
+            let since = unmoved.map_or(now, |(_, since)| *since);
+            let is_slow = length > 0 && now.saturating_duration_since(since) >= LONG;
+            if is_slow != self.slow.contains(&id) {
+                self.set_slow(id, fd, is_slow);
             }
             if length > 0 {
                 lengths.insert(id, length);
                 self.filled.insert(id, (length, since));
             }
         }
-        self.quiet = match told.is_empty() {
-            true => self.quiet.map(|looks| looks + 1).filter(|looks| *looks < QUIET_LOOKS),
+        self.quiet = match reported.is_empty() {
+            true => self.quiet.map(|samples| samples + 1).filter(|samples| *samples < QUIET_SAMPLES),
             false => Some(0),
         };
-        self.next_look = match self.rests() {
-            true => (!self.aside.is_empty()).then_some(now + SELDOM.max(self.every)),
-            false => Some(now + self.every()),
+        self.next_sample = match self.is_resting() {
+            true => (!self.slow.is_empty()).then_some(now + SLOW_INTERVAL.max(self.interval)),
+            false => Some(now + self.interval()),
         };
         lengths
     }
@@ -144,31 +142,31 @@ impl Queues {
         self.watched.len()
     }
 
-    /// Whether nothing waited in some queue at the last look.
+    /// Whether some queue was empty at the last sample.
     pub fn has_empty(&self) -> bool {
         self.filled.len() < self.len()
     }
 
-    /// The last look has taken so much of a CPU's time. The next one comes `soon` or not, and also if the epoll
-    /// doesn't tell, when one is `wanted`.
-    pub fn has_looked(&mut self, took: Duration, soon: bool, wanted: bool, now: Instant) {
-        let share = if soon { SHARE_WHEN_SOON } else { SHARE };
-        let earliest = now + (took * share).min(LONGEST_PAUSE);
-        let wanted = wanted.then_some(now + SELDOM);
-        self.next_look = self.next_look.or(wanted).map(|next| next.max(earliest));
+    /// Sets when the next sample comes, after one that took so much of a CPU's time. It may take a larger share of the
+    /// CPU if the next one should come `soon`. With `is_needed` it comes even if the epoll reports nothing.
+    pub fn set_next(&mut self, took: Duration, soon: bool, is_needed: bool, now: Instant) {
+        let share = if soon { CPU_SHARE_WHEN_SOON } else { CPU_SHARE };
+        let earliest = now + (took * share).min(MAX_PAUSE);
+        let needed = is_needed.then_some(now + SLOW_INTERVAL);
+        self.next_sample = self.next_sample.or(needed).map(|next| next.max(earliest));
     }
 
-    fn set_aside(&mut self, id: MemberId, listener: BorrowedFd, is_aside: bool) {
-        let flags = if is_aside { EpollFlags::empty() } else { EpollFlags::EPOLLIN };
+    fn set_slow(&mut self, id: MemberId, listener: BorrowedFd, is_slow: bool) {
+        let flags = if is_slow { EpollFlags::empty() } else { EpollFlags::EPOLLIN };
         let _ = self.epoll.modify(listener, &mut EpollEvent::new(flags, u64::from(id.0)));
-        match is_aside {
-            true => self.aside.insert(id),
-            false => self.aside.remove(&id),
+        match is_slow {
+            true => self.slow.insert(id),
+            false => self.slow.remove(&id),
         };
     }
 }
 
-impl AsFd for Queues {
+impl AsFd for AcceptQueues {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.epoll.0.as_fd()
     }
@@ -182,12 +180,12 @@ mod tests {
 
     use super::*;
 
-    /// When the next look comes after one that took 0.1 ms, with connections waiting at so many of these listeners,
+    /// When the next sample comes after one that took 0.1 ms, with connections waiting at so many of these listeners,
     /// and whether some queue is empty.
-    fn next_look(count: usize, filled: usize, soon: bool) -> (Duration, bool) {
+    fn next_sample(count: usize, filled: usize, soon: bool) -> (Duration, bool) {
         let listeners: Vec<TcpListener> =
             (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-        let mut queues = Queues::new(Duration::from_millis(1)).unwrap();
+        let mut queues = AcceptQueues::new(Duration::from_millis(1)).unwrap();
         for (id, listener) in (0..).map(MemberId).zip(&listeners) {
             queues.watch(id, listener.as_fd()).unwrap();
         }
@@ -195,27 +193,27 @@ mod tests {
         queues.begin(now);
         let connect = |listener: &TcpListener| TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let _waiting: Vec<TcpStream> = listeners[..filled].iter().map(connect).collect();
-        // To the client a connection may be there a moment before it is in the queue.
+        // The client may see its connection a moment before it is in the queue.
         for listener in &listeners[..filled] {
             let mut readable = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
             assert_eq!(poll(&mut readable, PollTimeout::from(60_000u16)), Ok(1));
         }
-        let lengths = queues.look(now, |id| Some(listeners[id.0 as usize].as_fd()));
+        let lengths = queues.sample(now, |id| Some(listeners[id.0 as usize].as_fd()));
         assert_eq!(lengths.len(), filled);
-        queues.has_looked(Duration::from_micros(100), soon, false, now);
+        queues.set_next(Duration::from_micros(100), soon, false, now);
         (queues.deadline().unwrap() - now, queues.has_empty())
     }
 
     #[test]
-    fn looks_take_a_share_of_a_cpu_and_more_of_it_while_they_had_better_come_soon() {
+    fn samples_take_a_share_of_a_cpu_and_a_larger_one_if_the_next_should_come_soon() {
         let (seldom, often) = (Duration::from_millis(20), Duration::from_millis(5));
-        assert_eq!(next_look(2, 1, false), (seldom, true));
-        assert_eq!(next_look(2, 1, true), (often, true));
-        assert_eq!(next_look(2, 2, true), (often, false));
+        assert_eq!(next_sample(2, 1, false), (seldom, true));
+        assert_eq!(next_sample(2, 1, true), (often, true));
+        assert_eq!(next_sample(2, 2, true), (often, false));
     }
 
     #[test]
-    fn the_only_queue_is_looked_at_seldom() {
-        assert_eq!(next_look(1, 1, true), (SELDOM, false));
+    fn a_queue_that_is_the_only_one_is_sampled_slowly() {
+        assert_eq!(next_sample(1, 1, true), (SLOW_INTERVAL, false));
     }
 }

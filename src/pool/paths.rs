@@ -1,9 +1,9 @@
-//! Unix sockets: all workers of a generation share the one that is bound to a path, and the next
-//! generation's takes its place by rename(2), so that a client always finds one there.
+//! Unix sockets: all workers of a generation share the socket that is bound to a path. The socket of the next generation
+//! replaces it by rename(2), so clients always find a socket there.
 //!
-//! A worker that unlinks the path, to bind it or on its way out, would take it from the others: it is told
-//! that it has, and the wrapper removes the path when nobody serves it any more. A path that only one worker
-//! has bound is its own to unlink.
+//! If a worker could unlink the path, before it binds it or when it ends, the others would lose it. So the worker is told
+//! that it has unlinked the path, and the wrapper removes it when no worker serves it any more. A path that only one
+//! worker has bound is its own to unlink.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
@@ -24,17 +24,17 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use crate::ids::{Borrower, WorkerId};
 use crate::kernel::procfs;
 
-/// At how many paths it is looked which of them are abandoned.
-const MANY: usize = 64;
+/// Each time that there are this many paths more, those whose sockets are closed are forgotten.
+const FORGET_CLOSED_EVERY: usize = 64;
 
-/// A name in a directory, by whatever way a worker calls it.
+/// The path of a socket without links, so that it is the same however a worker calls it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place(PathBuf);
+pub struct SocketPath(PathBuf);
 
-impl Place {
-    /// The place that thread `tid` means by `path`, from directory fd `from` or from its current one.
-    /// `None` when that is none, or the thread has another root or mounts than the wrapper.
-    pub fn of(tid: Pid, from: Option<u32>, path: &Path) -> Option<Self> {
+impl SocketPath {
+    /// What thread `tid` means by `path`, which starts at directory fd `from` or at the thread's current directory.
+    /// `None` if there is no such directory, or if the thread has another root or other mounts than the wrapper.
+    pub fn resolve(tid: Pid, from: Option<u32>, path: &Path) -> Option<Self> {
         if !procfs::same_mounts(tid) {
             return None;
         }
@@ -49,10 +49,11 @@ impl Place {
         &self.0
     }
 
-    /// A name beside it for the socket of a generation, until that takes the place: short, since addresses are,
-    /// and the same each time, so that what a killed wrapper has left is found again.
-    fn beside(&self, generation: u32) -> PathBuf {
-        // FNV-1a: each name in a directory has its own.
+    /// The name, in the same directory, of a newer generation's socket until it replaces the one at the path. It is
+    /// short, since the addresses of Unix sockets are, and always the same, so that a file which a killed wrapper left
+    /// is found.
+    fn temporary(&self, generation: u32) -> PathBuf {
+        // FNV-1a, so that each path in a directory has its own name.
         let bytes = self.0.as_os_str().as_bytes();
         let hash = bytes
             .iter()
@@ -61,14 +62,14 @@ impl Place {
     }
 }
 
-/// What tells a file from every other, whatever its name is.
+/// Device and inode: which file it is, whatever its name.
 type FileId = (u64, u64);
 
 fn file_id(path: &Path) -> io::Result<FileId> {
     fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// The path in a `struct sockaddr_un` (unix(7)); `None` for another family, and for names that are no path.
+/// The path in a `struct sockaddr_un` (unix(7)). `None` for another family, and for a name that is no path.
 pub fn path_of_sockaddr(bytes: &[u8]) -> Option<PathBuf> {
     let (family, path) = bytes.split_at_checked(2)?;
     let path = path.split(|byte| *byte == 0).next()?;
@@ -76,29 +77,35 @@ pub fn path_of_sockaddr(bytes: &[u8]) -> Option<PathBuf> {
     (is_unix && !path.is_empty()).then(|| PathBuf::from(OsStr::from_bytes(path)))
 }
 
-/// A socket that is bound.
+/// A path as a worker's memory holds it: up to its zero byte.
+pub fn path_of_bytes(bytes: &[u8]) -> Option<PathBuf> {
+    let end = bytes.iter().position(|byte| *byte == 0)?;
+    (end > 0).then(|| PathBuf::from(OsString::from_vec(bytes[..end].to_vec())))
+}
+
+/// A bound socket.
 #[derive(Debug)]
 struct Bound {
     socket: Socket,
     inode: u64,
-    /// Where it is now.
+    /// Where its file is now.
     path: PathBuf,
-    /// The file that is to be there: somebody may have put another in its place.
+    /// Its file. A worker may have put another file at the path.
     file: FileId,
-    /// What it was bound as, which stays with it and with the connections that it accepts.
+    /// The name that it was bound to. The kernel keeps it for the socket and the connections that it accepts.
     name: String,
-    /// The workers that have bound it, the dead ones too.
+    /// The workers that have bound it, also those that died.
     borrowers: BTreeMap<WorkerId, Pid>,
 }
 
 impl Bound {
-    /// Binds a new socket to a path, with the permissions that a process with this umask gives it.
+    /// Binds a new socket to a path, with the permissions that it gets from a process with this umask.
     ///
     /// # Errors
-    /// What bind(2) says; an error without a number when the path is too long even so.
+    /// What bind(2) says. Without an error number if the path is too long even by way of its directory.
     fn new(path: PathBuf, mask: u32) -> io::Result<Self> {
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-        let (address, _directory) = short_enough(&path)?;
+        let (address, _directory) = short_address(&path)?;
         let before = umask(Mode::from_bits_truncate(mask));
         let result = socket.bind(&address);
         umask(before);
@@ -108,10 +115,10 @@ impl Bound {
         Ok(Self { socket, inode, path, file, name, borrowers: BTreeMap::new() })
     }
 
-    /// Takes a path in one step, with the owner and mode of the socket that is there.
-    fn take(&mut self, path: &Path) -> io::Result<()> {
-        // The directory may be a worker's own, and whoever it is now may put anything there in between: so this
-        // follows no links, and changes nothing but its own file.
+    /// Replaces the socket at a path, in one step, and takes over its owner and mode.
+    fn replace(&mut self, path: &Path) -> io::Result<()> {
+        // The directory may belong to a worker, and another user may put anything there in between. So this follows no
+        // links, and changes nothing but its own file.
         let own = fs::OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
@@ -131,8 +138,17 @@ impl Bound {
         Ok(())
     }
 
-    fn is_listening(&self) -> bool {
-        self.socket.is_listener().unwrap_or(false)
+    /// Whether a connection waits to be accepted.
+    fn has_waiting(&self) -> bool {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        let is_listening = self.socket.is_listener().unwrap_or(false);
+        is_listening && poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Whether only one worker has bound it, and has closed it since.
+    fn is_abandoned(&self) -> bool {
+        let mut pids = self.borrowers.values();
+        matches!((pids.next(), pids.next()), (Some(pid), None) if !procfs::is_open_elsewhere(*pid, self.inode))
     }
 }
 
@@ -147,9 +163,9 @@ impl Drop for Bound {
     }
 }
 
-/// The address of a path, by way of its directory where it is longer than addresses can be (unix(7)), which
-/// a worker gets around by being there.
-fn short_enough(path: &Path) -> io::Result<(SockAddr, Option<fs::File>)> {
+/// The address of a path. If the path is longer than addresses can be (unix(7)), it goes by way of the fd of its
+/// directory, which has to stay open until the bind. (A worker gets around the limit by changing into the directory.)
+fn short_address(path: &Path) -> io::Result<(SockAddr, Option<fs::File>)> {
     if let Ok(address) = SockAddr::unix(path) {
         return Ok((address, None));
     }
@@ -162,7 +178,7 @@ fn short_enough(path: &Path) -> io::Result<(SockAddr, Option<fs::File>)> {
 /// What has become of a path that a worker wanted to remove.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Removal {
-    /// It is there, since others have it too.
+    /// It is still there, since other workers have bound it too.
     Kept,
     Removed,
     NotOurs,
@@ -170,68 +186,62 @@ pub enum Removal {
 
 /// The sockets of all paths, by generation.
 #[derive(Debug, Default)]
-pub struct UnixSockets(BTreeMap<Place, BTreeMap<u32, Bound>>);
+pub struct UnixSockets(BTreeMap<SocketPath, BTreeMap<u32, Bound>>);
 
 impl UnixSockets {
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Whether a name may be that of a path that is served.
+    /// Whether `path`, which isn't resolved yet, may be a path of ours: one of them has the same file name.
     pub fn may_have(&self, path: &Path) -> bool {
-        let of = |bound: &Bound| bound.path.file_name() == path.file_name();
-        self.0
-            .iter()
-            .any(|(place, sockets)| place.path().file_name() == path.file_name() || sockets.values().any(of))
+        let bound_paths = self.0.values().flat_map(BTreeMap::values).map(|bound| bound.path.as_path());
+        let mut ours = self.0.keys().map(SocketPath::path).chain(bound_paths);
+        ours.any(|ours| ours.file_name() == path.file_name())
     }
 
-    /// What becomes of a path that a worker removes: its socket is forgotten, unless others have it as well.
-    pub fn remove(&mut self, place: &Place, worker: WorkerId) -> Removal {
-        let Some(sockets) = self.0.get(place) else {
-            // One that has yet to take its place bears another name, which the worker may have asked for.
-            let is_ours = self.0.values().flat_map(BTreeMap::values).any(|bound| bound.path == place.path());
+    /// Removes a path for a worker, and forgets its socket, unless other workers have bound it too.
+    pub fn remove(&mut self, path: &SocketPath, worker: WorkerId) -> Removal {
+        let Some(sockets) = self.0.get(path) else {
+            // A socket that hasn't replaced the older one yet has a temporary name, which the worker may have asked for.
+            let is_ours = self.0.values().flat_map(BTreeMap::values).any(|bound| bound.path == path.path());
             return if is_ours { Removal::Kept } else { Removal::NotOurs };
         };
         if sockets.values().any(|bound| bound.borrowers.keys().any(|other| *other != worker)) {
             return Removal::Kept;
         }
-        self.0.remove(place); // and the file with it, if that was still the socket's
-        if fs::symlink_metadata(place.path()).is_err() { Removal::Removed } else { Removal::NotOurs }
+        self.0.remove(path); // and the file, if it is still the socket's
+        if fs::symlink_metadata(path.path()).is_err() { Removal::Removed } else { Removal::NotOurs }
     }
 
-    /// The inode number of the socket that a worker is to have for a place. Until [`UnixSockets::switch`] that
-    /// of a newer generation than one which has the place bears another name.
+    /// Binds a path for a worker, and returns the inode number of the socket that the worker's generation shares. If
+    /// another generation has the path, the socket has a temporary name until [`UnixSockets::switch`].
     ///
     /// # Errors
     /// What bind(2) would have said to the worker, whose umask is `mask`.
-    pub fn bind(&mut self, place: &Place, borrower: Borrower, mask: u32) -> io::Result<u64> {
+    pub fn bind(&mut self, path: &SocketPath, borrower: Borrower, mask: u32) -> io::Result<u64> {
         let Borrower { worker, pid, generation, .. } = borrower;
         self.forget_abandoned();
-        if let Some(bound) = self.0.get_mut(place).and_then(|sockets| sockets.get_mut(&generation)) {
+        if let Some(bound) = self.0.get_mut(path).and_then(|sockets| sockets.get_mut(&generation)) {
             bound.borrowers.insert(worker, pid);
             return Ok(bound.inode);
         }
-        let mut path = place.path().to_owned();
-        if self.0.contains_key(place) {
-            path = place.beside(generation);
-            let _ = fs::remove_file(&path); // of a wrapper that was killed
+        let mut file = path.path().to_owned();
+        if self.0.contains_key(path) {
+            file = path.temporary(generation);
+            let _ = fs::remove_file(&file); // a killed wrapper may have left it
         }
-        let mut bound = Bound::new(path, mask)?;
+        let mut bound = Bound::new(file, mask)?;
         bound.borrowers.insert(worker, pid);
         let inode = bound.inode;
-        self.0.entry(place.clone()).or_default().insert(generation, bound);
+        self.0.entry(path.clone()).or_default().insert(generation, bound);
         Ok(inode)
     }
 
-    /// A worker's own sockets that it has closed are forgotten when there are many of them.
+    /// When there are many paths, forgets those that only one worker has bound and has closed since.
     fn forget_abandoned(&mut self) {
-        let is_abandoned = |sockets: &BTreeMap<u32, Bound>| {
-            let mut all =
-                sockets.values().flat_map(|bound| bound.borrowers.values().map(|pid| (bound.inode, *pid)));
-            matches!((all.next(), all.next()), (Some((inode, pid)), None) if !procfs::is_open_elsewhere(pid, inode))
-        };
-        if self.0.len() % MANY == MANY - 1 {
-            self.0.retain(|_, sockets| !is_abandoned(sockets));
+        if self.0.len() % FORGET_CLOSED_EVERY == FORGET_CLOSED_EVERY - 1 {
+            self.0.retain(|_, sockets| sockets.len() > 1 || !sockets.values().all(Bound::is_abandoned));
         }
     }
 
@@ -245,32 +255,33 @@ impl UnixSockets {
     /// # Errors
     /// What listen(2) would have said to the worker.
     pub fn listen(&self, inode: u64, backlog: i32) -> io::Result<PathBuf> {
-        let (place, bound) = self.find(inode).ok_or(io::ErrorKind::NotFound)?;
+        let (path, bound) = self.find(inode).ok_or(io::ErrorKind::NotFound)?;
         bound.socket.listen(backlog)?;
-        Ok(place.path().to_owned())
+        Ok(path.path().to_owned())
     }
 
-    fn find(&self, inode: u64) -> Option<(&Place, &Bound)> {
-        self.0.iter().find_map(|(place, bound)| {
-            bound.values().find(|bound| bound.inode == inode).map(|bound| (place, bound))
+    fn find(&self, inode: u64) -> Option<(&SocketPath, &Bound)> {
+        self.0.iter().find_map(|(path, sockets)| {
+            sockets.values().find(|bound| bound.inode == inode).map(|bound| (path, bound))
         })
     }
 
-    /// Has the sockets of a generation take the places of older ones, each in one step, with their owner and
-    /// mode: a worker that has changed those meant the path.
+    /// Has the sockets of a generation replace older ones, each in one step, with their owner and mode: a worker that
+    /// changed those meant the path and not the socket.
     pub fn switch(&mut self, generation: u32) {
-        for (place, sockets) in &mut self.0 {
-            let Some(bound) = sockets.get_mut(&generation).filter(|bound| bound.path != place.path()) else {
+        for (path, sockets) in &mut self.0 {
+            let path = path.path();
+            let Some(bound) = sockets.get_mut(&generation).filter(|bound| bound.path != path) else {
                 continue;
             };
-            match bound.take(place.path()) {
-                Ok(()) => debug!("{} is generation {generation}'s", place.path().display()),
-                Err(error) => warn!("can't hand {} over: {error}", place.path().display()),
+            match bound.replace(path) {
+                Ok(()) => debug!("{} belongs to generation {generation}", path.display()),
+                Err(error) => warn!("can't hand {} over to generation {generation}: {error}", path.display()),
             }
         }
     }
 
-    /// Closes the sockets of all generations but these, and removes the paths that nobody has any more.
+    /// Closes the sockets of all other generations, and removes the paths that no generation has any more.
     pub fn keep(&mut self, keep: impl Fn(u32) -> bool) {
         self.0.retain(|_, sockets| {
             sockets.retain(|generation, _| keep(*generation));
@@ -278,77 +289,74 @@ impl UnixSockets {
         });
     }
 
-    /// The inode numbers of the connections that came by any of the sockets, as far as their clients are in this
-    /// network namespace.
+    /// The inode numbers of the connections that came by any of the sockets. A connection whose client is in another
+    /// network namespace is missing.
     pub fn connections(&self) -> Vec<u64> {
         if self.is_empty() {
             return Vec::new();
         }
-        let names = self.names();
+        let generations = self.generations();
         let ours = procfs::unix_sockets()
             .into_iter()
-            .filter(|row| row.is_connected && names.contains_key(&row.name));
+            .filter(|row| row.is_connected && generations.contains_key(&row.name));
         ours.map(|row| row.inode).collect()
     }
 
-    /// The generations of all sockets, by what these were bound as.
-    fn names(&self) -> HashMap<String, u32> {
+    /// The generations of all sockets, by the names that these were bound to.
+    fn generations(&self) -> HashMap<String, u32> {
         let all = self.0.values().flatten();
         all.map(|(generation, bound)| (bound.name.clone(), *generation)).collect()
     }
 
-    /// Those of some workers, given with their generations, which have something to do that came by a path: a
-    /// connection, or one that waits for any worker of the generation.
+    /// Which of some workers, given with their generations, have a connection that came by a path, or one that waits
+    /// for any worker of their generation.
     pub fn busy(&self, workers: &[(WorkerId, Pid, u32)]) -> BTreeSet<WorkerId> {
         if self.is_empty() || workers.is_empty() {
             return BTreeSet::new();
         }
-        let waits = |bound: &Bound| {
-            let mut fds = [PollFd::new(bound.socket.as_fd(), PollFlags::POLLIN)];
-            bound.is_listening() && poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
-        };
-        let waiting = self.0.values().flatten().filter(|(_, bound)| waits(bound));
+        let waiting = self.0.values().flatten().filter(|(_, bound)| bound.has_waiting());
         let mut busy_generations: BTreeSet<u32> = waiting.map(|(generation, _)| *generation).collect();
-        let names = self.names();
-        let mut known: HashMap<u64, Option<u32>> = HashMap::new();
-        for row in procfs::unix_sockets() {
-            let generation = names.get(&row.name).copied().filter(|_| row.is_connected && row.inode != 0);
-            known.insert(row.inode, generation);
-        }
-        let mut unheld: BTreeMap<u64, u32> =
-            known.iter().filter_map(|(inode, generation)| Some((*inode, (*generation)?))).collect();
-        let mut busy_processes: HashSet<Pid> = HashSet::new();
-        for process in procfs::tree(Pid::this()).into_iter().skip(1) {
-            let Ok(sockets) = procfs::sockets(process) else {
-                busy_processes.insert(process); // for all that can be known
-                continue;
-            };
-            for (fd, inode) in sockets {
-                unheld.remove(&inode);
-                let is_ours = match known.get(&inode) {
-                    Some(generation) => generation.is_some(),
-                    // Not of this network namespace: a connection has its client's (`unix_create1`).
-                    None => procfs::socket_protocol(process, fd).is_ok_and(|name| name.starts_with("UNIX")),
-                };
-                if is_ours {
-                    busy_processes.insert(process);
-                }
-            }
-        }
-        // Accepted just now by a thread that has yet to get its number.
-        busy_generations.extend(unheld.into_values());
+        let (busy_processes, unheld) = self.connections_of_processes();
+        busy_generations.extend(unheld);
         let is_busy = |(_, pid, generation): &&(WorkerId, Pid, u32)| {
             busy_generations.contains(generation)
                 || procfs::tree(*pid).iter().any(|process| busy_processes.contains(process))
         };
         workers.iter().filter(is_busy).map(|(worker, ..)| *worker).collect()
     }
-}
 
-/// A path as a worker's memory holds it: up to its zero byte.
-pub fn path_of_bytes(bytes: &[u8]) -> Option<PathBuf> {
-    let end = bytes.iter().position(|byte| *byte == 0)?;
-    (end > 0).then(|| PathBuf::from(OsString::from_vec(bytes[..end].to_vec())))
+    /// The processes that have a connection which came by any of the sockets, and the generations of the connections
+    /// that no process has: a thread has accepted them and hasn't got their fd yet.
+    fn connections_of_processes(&self) -> (HashSet<Pid>, Vec<u32>) {
+        let generations = self.generations();
+        let mut known: HashMap<u64, Option<u32>> = HashMap::new();
+        for row in procfs::unix_sockets() {
+            let generation =
+                generations.get(&row.name).copied().filter(|_| row.is_connected && row.inode != 0);
+            known.insert(row.inode, generation);
+        }
+        let mut unheld: BTreeMap<u64, u32> =
+            known.iter().filter_map(|(inode, generation)| Some((*inode, (*generation)?))).collect();
+        let mut processes: HashSet<Pid> = HashSet::new();
+        for process in procfs::tree(Pid::this()).into_iter().skip(1) {
+            let Ok(sockets) = procfs::sockets(process) else {
+                processes.insert(process); // it may have one
+                continue;
+            };
+            for (fd, inode) in sockets {
+                unheld.remove(&inode);
+                let is_ours = match known.get(&inode) {
+                    Some(generation) => generation.is_some(),
+                    // In no list of this network namespace: a connection is in its client's (`unix_create1`).
+                    None => procfs::socket_protocol(process, fd).is_ok_and(|name| name.starts_with("UNIX")),
+                };
+                if is_ours {
+                    processes.insert(process);
+                }
+            }
+        }
+        (processes, unheld.into_values().collect())
+    }
 }
 
 #[cfg(test)]
@@ -382,22 +390,22 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_the_same_however_it_is_called() {
+    fn a_socket_path_is_the_same_however_a_worker_calls_it() {
         let folder = Folder::new("place");
         std::os::unix::fs::symlink(&folder.0, folder.0.join("link")).unwrap();
-        let place = |path: PathBuf| Place::of(Pid::this(), None, &path).unwrap();
+        let place = |path: PathBuf| SocketPath::resolve(Pid::this(), None, &path).unwrap();
         let direct = place(folder.0.join("socket"));
         assert_eq!(place(folder.0.join("link/./socket")), direct);
-        assert_ne!(direct.beside(2), direct.beside(3));
-        assert_eq!(Place::of(Pid::this(), None, &folder.0.join("missing/socket")), None);
-        assert_eq!(Place::of(Pid::this(), None, Path::new("/")), None);
+        assert_ne!(direct.temporary(2), direct.temporary(3));
+        assert_eq!(SocketPath::resolve(Pid::this(), None, &folder.0.join("missing/socket")), None);
+        assert_eq!(SocketPath::resolve(Pid::this(), None, Path::new("/")), None);
     }
 
     #[test]
-    fn a_generation_shares_a_socket_and_the_next_takes_its_place() {
+    fn a_generation_shares_a_socket_and_the_next_generations_socket_replaces_it() {
         let folder = Folder::new("generations");
         let path = folder.0.join("socket");
-        let place = Place::of(Pid::this(), None, &path).unwrap();
+        let place = SocketPath::resolve(Pid::this(), None, &path).unwrap();
         let mut sockets = UnixSockets::default();
         let first = sockets.bind(&place, borrower(1, 1), 0o077).unwrap();
         assert_eq!(sockets.bind(&place, borrower(2, 1), 0o077).unwrap(), first, "siblings share it");
@@ -406,7 +414,7 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
         let _client = UnixStream::connect(&path).unwrap();
         let workers = [(WorkerId(1), Pid::this(), 1), (WorkerId(3), Pid::this(), 2)];
-        assert_eq!(sockets.busy(&workers), BTreeSet::from([WorkerId(1)]), "somebody waits");
+        assert_eq!(sockets.busy(&workers), BTreeSet::from([WorkerId(1)]), "a connection waits");
 
         fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
         let second = sockets.bind(&place, borrower(3, 2), 0o022).unwrap();
@@ -427,7 +435,7 @@ mod tests {
     fn a_generation_that_fails_leaves_the_path_to_the_one_that_serves() {
         let folder = Folder::new("fails");
         let path = folder.0.join("socket");
-        let place = Place::of(Pid::this(), None, &path).unwrap();
+        let place = SocketPath::resolve(Pid::this(), None, &path).unwrap();
         let mut sockets = UnixSockets::default();
         let first = sockets.bind(&place, borrower(1, 1), 0).unwrap();
         sockets.listen(first, 8).unwrap();
@@ -438,84 +446,84 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_a_workers_own_to_unlink_until_another_has_bound_it() {
+    fn a_worker_may_unlink_a_path_until_another_worker_has_bound_it() {
         let folder = Folder::new("own");
-        let place = Place::of(Pid::this(), None, &folder.0.join("socket")).unwrap();
+        let place = SocketPath::resolve(Pid::this(), None, &folder.0.join("socket")).unwrap();
         let mut sockets = UnixSockets::default();
         let inode = sockets.bind(&place, borrower(1, 1), 0).unwrap();
-        assert_eq!(sockets.remove(&place, WorkerId(2)), Removal::Kept, "it is another's");
+        assert_eq!(sockets.remove(&place, WorkerId(2)), Removal::Kept, "another worker has it");
         assert_eq!(sockets.remove(&place, WorkerId(1)), Removal::Removed);
         assert!(sockets.socket(inode).is_none() && sockets.is_empty() && !place.path().exists());
         assert_eq!(sockets.remove(&place, WorkerId(1)), Removal::NotOurs);
         sockets.bind(&place, borrower(1, 1), 0).unwrap();
         sockets.bind(&place, borrower(2, 2), 0).unwrap();
-        let beside = Place(place.beside(2));
-        for place in [&place, &beside] {
+        let temporary = SocketPath(place.temporary(2));
+        for place in [&place, &temporary] {
             assert_eq!(sockets.remove(place, WorkerId(1)), Removal::Kept);
             assert_eq!(sockets.remove(place, WorkerId(2)), Removal::Kept);
         }
         sockets.switch(2);
         sockets.keep(|generation| generation == 2);
-        assert_eq!(sockets.remove(&place, WorkerId(2)), Removal::Removed, "all others have gone");
+        assert_eq!(sockets.remove(&place, WorkerId(2)), Removal::Removed, "the others are gone");
     }
 
     #[test]
-    fn what_somebody_has_put_in_the_place_of_a_socket_is_left_alone() {
+    fn a_file_that_replaced_the_socket_is_not_removed() {
         let folder = Folder::new("others");
         let path = folder.0.join("socket");
-        let place = Place::of(Pid::this(), None, &path).unwrap();
+        let place = SocketPath::resolve(Pid::this(), None, &path).unwrap();
         let mut sockets = UnixSockets::default();
         sockets.bind(&place, borrower(1, 1), 0).unwrap();
         fs::remove_file(&path).unwrap();
         let _other = UnixListener::bind(&path).unwrap();
         sockets.keep(|_| false);
-        assert!(path.exists(), "it is another's");
+        assert!(path.exists(), "another worker has it");
     }
 
     #[test]
-    fn a_link_in_the_place_of_a_socket_is_not_followed() {
+    fn a_link_that_replaced_the_socket_is_not_followed() {
         let folder = Folder::new("link");
         let (path, victim) = (folder.0.join("socket"), folder.0.join("victim"));
-        let place = Place::of(Pid::this(), None, &path).unwrap();
+        let place = SocketPath::resolve(Pid::this(), None, &path).unwrap();
         let mut sockets = UnixSockets::default();
         sockets.bind(&place, borrower(1, 1), 0).unwrap();
         sockets.bind(&place, borrower(2, 2), 0).unwrap();
         fs::write(&victim, "").unwrap();
         fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
-        let beside = place.beside(2);
-        fs::remove_file(&beside).unwrap();
-        std::os::unix::fs::symlink(&victim, &beside).unwrap();
+        let temporary = place.temporary(2);
+        fs::remove_file(&temporary).unwrap();
+        std::os::unix::fs::symlink(&victim, &temporary).unwrap();
         sockets.switch(2);
         assert_eq!(fs::metadata(&victim).unwrap().permissions().mode() & 0o777, 0o600);
     }
 
     #[test]
-    fn sockets_that_their_workers_have_closed_do_not_pile_up() {
+    fn sockets_that_their_workers_have_closed_are_forgotten() {
         let folder = Folder::new("many");
         let mut sockets = UnixSockets::default();
-        for number in 0..3 * MANY {
+        for number in 0..3 * FORGET_CLOSED_EVERY {
             let path = folder.0.join(number.to_string());
-            let place = Place::of(Pid::this(), None, &path).unwrap();
+            let place = SocketPath::resolve(Pid::this(), None, &path).unwrap();
             let dead = Pid::from_raw(i32::MAX);
             sockets.bind(&place, Borrower { pid: dead, ..borrower(1, 1) }, 0).unwrap();
         }
-        assert!(sockets.0.len() <= MANY, "{}", sockets.0.len());
+        assert!(sockets.0.len() <= FORGET_CLOSED_EVERY, "{}", sockets.0.len());
     }
 
     #[test]
-    fn a_path_that_somebody_else_has_is_in_use() {
+    fn a_path_that_a_foreign_listener_has_is_in_use() {
         let folder = Folder::new("in-use");
         let path = folder.0.join("socket");
         let _other = UnixListener::bind(&path).unwrap();
-        let place = Place::of(Pid::this(), None, &path).unwrap();
+        let place = SocketPath::resolve(Pid::this(), None, &path).unwrap();
         let error = UnixSockets::default().bind(&place, borrower(1, 1), 0).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EADDRINUSE));
     }
 
     proptest! {
         #[test]
-        fn whatever_the_bytes_a_path_ends_at_its_zero_byte(bytes in proptest::collection::vec(any::<u8>(), 0..130)) {
+        fn in_any_bytes_a_path_ends_at_its_zero_byte(bytes in proptest::collection::vec(any::<u8>(), 0..130)) {
             if let Some(path) = path_of_bytes(&bytes) {
                 prop_assert!(!path.as_os_str().is_empty() && !path.as_os_str().as_bytes().contains(&0));
             }

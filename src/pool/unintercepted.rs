@@ -1,4 +1,4 @@
-//! Without interception: workers bind and listen by themselves, and the wrapper can only look on.
+//! Without interception: workers bind and listen by themselves, and the wrapper finds their listeners in /proc.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
@@ -13,29 +13,32 @@ use crate::ids::WorkerId;
 use crate::kernel::procfs;
 use crate::kernel::sockdiag::SockDiag;
 
-/// The time between two looks while workers start.
+/// The time between two scans while workers start.
 const INTERVAL: Duration = Duration::from_millis(50);
 
-/// Finds out on what workers listen.
+/// Finds out where workers listen.
 #[derive(Debug, Default)]
-pub struct Bystander {
-    next_look: Option<Instant>,
+pub struct Unintercepted {
+    next_scan: Option<Instant>,
+    /// What was returned already.
     known: BTreeMap<WorkerId, BTreeSet<Address>>,
 }
 
-/// Says what can be promised although workers can't be intercepted.
+/// Logs `why` workers can't be intercepted, and what reuse-run promises in spite of it. `given` says whether workers are
+/// given listeners (-l).
 ///
 /// # Errors
-/// When it can't be found out when a worker is ready.
+/// If it can't be known when a worker is ready.
 pub fn announce(why: &str, given: bool, readiness: Readiness) -> io::Result<()> {
     if given {
         if readiness == Readiness::Listen {
             let what = format!(
-                "{why}, so that nobody can tell when a worker uses what -l gives it: say --ready notify, or a duration"
+                "{why}, so reuse-run can't know when a worker uses the listeners of -l: use --ready notify, or a \
+                 duration"
             );
             return Err(io::Error::other(what));
         }
-        warn!("{why}: the listeners of -l are handed over without a lost connection all the same");
+        warn!("{why}: the listeners of -l are still handed over without a lost connection");
     } else if procfs::migrates_requests() {
         warn!(
             "{why}: workers have to set SO_REUSEPORT themselves, or use -l; net.ipv4.tcp_migrate_req is 1, so \
@@ -50,28 +53,28 @@ pub fn announce(why: &str, given: bool, readiness: Readiness) -> io::Result<()> 
     Ok(())
 }
 
-impl Bystander {
-    /// Workers have been started: look at them soon.
+impl Unintercepted {
+    /// Workers were started: scan soon.
     pub fn wake(&mut self, now: Instant) {
-        self.next_look.get_or_insert(now + INTERVAL);
+        self.next_scan.get_or_insert(now + INTERVAL);
     }
 
-    /// When to call [`Bystander::look`] at the latest.
+    /// When to call [`Unintercepted::scan`] at the latest.
     pub fn deadline(&self) -> Option<Instant> {
-        self.next_look
+        self.next_scan
     }
 
-    /// What the given workers have begun to listen on since the last call, if it is time for a look.
-    pub fn look(&mut self, starting: &[(WorkerId, Pid)], now: Instant) -> Vec<(WorkerId, Address)> {
-        if self.next_look.is_none_or(|at| at > now) {
+    /// Where the given workers have begun to listen since the last call, if it is time to scan.
+    pub fn scan(&mut self, starting: &[(WorkerId, Pid)], now: Instant) -> Vec<(WorkerId, Address)> {
+        if self.next_scan.is_none_or(|at| at > now) {
             return Vec::new();
         }
-        self.next_look = (!starting.is_empty()).then(|| now + INTERVAL);
+        self.next_scan = (!starting.is_empty()).then(|| now + INTERVAL);
         self.known.retain(|worker, _| starting.iter().any(|(id, _)| id == worker));
         let listeners = match SockDiag::new().and_then(|mut diag| diag.listeners(0)) {
             Ok(listeners) => listeners,
             Err(error) => {
-                debug!("can't look at listeners: {error}");
+                debug!("can't find out who listens: {error}");
                 return Vec::new();
             }
         };

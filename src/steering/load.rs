@@ -1,23 +1,26 @@
-//! Who had better get no new connections for a while, as pure computation over looks at the accept queues.
+//! Which members take no connections, so that new ones go to the others: pure rules over samples of the accept queues.
 //!
-//! A kernel that hashes or draws lots hands connections to a worker that is stuck although others are idle. To
-//! join the shortest queue would be best with exact knowledge (Winston 1977); with knowledge that is as old as
-//! the time between two looks, everybody joins what was the shortest and makes it the longest, and to draw lots
-//! is better (Mitzenmacher, "How Useful Is Old Information?", 2000). So lots are drawn among all but those whose
-//! queue *stands*: connections wait, and none was taken since the last look. That holds for an idle worker only
-//! when a connection came a moment ago, so two looks are asked for; and under a load that keeps all queues
-//! filled it may hold by chance, so whoever turns out to have been left out without need is granted twice as
-//! many looks the next time (hysteresis with a back-off). Someone who was stuck in earnest is watched closely
-//! for a time: one look will do, and it is left out even before a connection waits, when it is busy.
+//! A kernel that chooses by hash or at random sends connections to a stuck worker although others are idle. To choose
+//! the shortest queue would be best if its length were known exactly (Winston 1977). But what is known is as old as the
+//! last sample: then every connection goes to the queue that was shortest and makes it the longest, and a random choice
+//! is better (Mitzenmacher, "How Useful Is Old Information?", 2000). So each new connection goes to a random member,
+//! except those whose queue doesn't move: connections wait, and none was taken since the last sample.
+//!
+//! - One sample is not enough: the queue of an idle worker also looks so if a connection came a moment ago. A member is
+//!   stuck after two such samples in a row.
+//! - If all queues are always filled, two such samples may be chance. A member that turns out not to have been stuck (a
+//!   false alarm) needs twice as many samples the next time: hysteresis with a back-off.
+//! - A member that was stuck for at least 50 ms is a suspect for 10 s: one sample is enough to find it stuck again, and
+//!   it is also skipped while it is busy, before any connection waits.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::mem;
 use std::time::{Duration, Instant};
 
 use crate::ids::MemberId;
-use crate::pool::accept_queues::LONG;
 
-/// Who gets new connections.
+/// Which workers get new connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Balancing {
     /// Any ready worker that isn't stuck.
@@ -26,11 +29,11 @@ pub enum Balancing {
     Random,
 }
 
-/// How a member is off; new connections go to those that are best off.
+/// How loaded a member is. New connections go to the members with the least load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Load {
     Free,
-    /// It was stuck not long ago and does something other than wait for connections and requests.
+    /// It was stuck in the last 10 s, and it does something else than wait for connections and requests.
     Busy,
     /// Connections wait, and it takes none.
     Stuck,
@@ -46,69 +49,80 @@ impl fmt::Display for Load {
     }
 }
 
-/// What a look has found out of a member.
+/// The members of `members` with the least load: never none, even if all are stuck.
+pub fn least_loaded(members: &BTreeSet<MemberId>, load: impl Fn(MemberId) -> Load) -> BTreeSet<MemberId> {
+    let least = members.iter().map(|id| load(*id)).min();
+    members.iter().copied().filter(|id| Some(load(*id)) == least).collect()
+}
+
+/// What a sample has changed for a member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
-    /// It is so now, and was otherwise for so long.
+    /// It has this load now. It had the load before for this long.
     To(Load, Duration),
-    /// It has been stuck for long.
+    /// It has been stuck for [`LONG`].
     StuckLong,
 }
 
-/// At how many looks in a row a queue stands until its member is stuck.
-const LOOKS: u32 = 2;
-/// The same for one that was stuck not long ago.
-const LOOKS_AT_SUSPECTS: u32 = 1;
-/// At most, whatever was granted.
-const MOST_LOOKS: u32 = 4;
-/// Whose queue stood for so long, and at one look more at least, was stuck in earnest. Where CPUs are short a
-/// worker waits for its turn for some 10 ms, with nothing wrong with it.
-const EARNEST: Duration = Duration::from_millis(50);
-/// How long it is remembered that a member was left out without need.
-const DOUBT: Duration = Duration::from_secs(1);
-/// How long it is remembered that a member was stuck.
-const SUSPICION: Duration = Duration::from_secs(10);
+/// A member that is stuck for this long is reported, and its queue is sampled more seldom.
+pub const LONG: Duration = Duration::from_secs(1);
+/// A member is stuck when its queue didn't move at this many samples in a row.
+const STUCK_AFTER: u32 = 2;
+/// The same for a suspect.
+const SUSPECT_STUCK_AFTER: u32 = 1;
+/// The same after false alarms, at most.
+const MAX_STUCK_AFTER: u32 = 4;
+/// A member that was stuck for this long, and at two samples at least, becomes a suspect. Where CPUs are scarce, a
+/// worker waits up to some 10 ms for its turn, and nothing is wrong with it.
+const MIN_STUCK_TIME: Duration = Duration::from_millis(50);
+/// How long a false alarm counts.
+const FALSE_ALARM_AGE: Duration = Duration::from_secs(1);
+/// How long a member is a suspect after it was stuck.
+const SUSPECT_TIME: Duration = Duration::from_secs(10);
 
-/// See the module's comment.
+/// The load of all members. See the module's comment.
 #[derive(Debug, Default)]
-pub struct Balance {
-    members: BTreeMap<MemberId, Member>,
+pub struct LoadTracker {
+    members: BTreeMap<MemberId, Tracked>,
 }
 
 #[derive(Debug)]
-struct Member {
+struct Tracked {
     load: Load,
+    /// Since when it has this load.
     since: Instant,
-    /// Whether it was told that it is stuck for long.
-    told: bool,
+    /// Whether it was reported that it is stuck for long.
+    is_reported: bool,
+    /// Of its queue, at the last sample.
     length: u32,
-    /// At how many looks in a row the queue stood, and at how many of them since it counts as stuck.
-    stood: u32,
-    out: u32,
-    /// How often it was left out without need, and when last.
-    doubts: u32,
-    doubted: Instant,
-    /// When it was stuck last, and whether it was seen to wait for something to do since. (The main thread of
-    /// some programs never is.)
-    stuck: Option<Instant>,
+    /// At how many samples in a row its queue didn't move.
+    unmoved: u32,
+    /// At how many samples it was stuck, after the one that found it so.
+    still_stuck: u32,
+    /// How many false alarms count, at most as many as matter, and when the last one was.
+    false_alarms: u32,
+    last_false_alarm: Instant,
+    /// When it was stuck last for [`MIN_STUCK_TIME`].
+    last_stuck: Option<Instant>,
+    /// Whether it was seen waiting for something to do since. (The main thread of some programs never does.)
     was_idle: bool,
 }
 
-impl Balance {
-    /// Takes what a look has found: how many connections wait in each queue that isn't empty and, asked of few
-    /// members only, whether one is busy, if that can be known. Returns what has changed.
-    pub fn look(
+impl LoadTracker {
+    /// Takes a sample: how many connections wait in each queue that isn't empty. `is_busy` is called for suspects only,
+    /// and returns `None` if it can't be known. Returns what has changed.
+    pub fn sample(
         &mut self,
         queues: &BTreeMap<MemberId, u32>,
         is_busy: impl Fn(MemberId) -> Option<bool>,
         now: Instant,
     ) -> Vec<(MemberId, Change)> {
         for id in queues.keys() {
-            self.members.entry(*id).or_insert_with(|| Member::new(now));
+            self.members.entry(*id).or_insert_with(|| Tracked::new(now));
         }
-        let of_member = |(id, member): (&MemberId, &mut Member)| {
+        let of_member = |(id, member): (&MemberId, &mut Tracked)| {
             let length = queues.get(id).copied().unwrap_or(0);
-            Some((*id, member.look(length, || is_busy(*id), now)?))
+            Some((*id, member.sample(length, || is_busy(*id), now)?))
         };
         self.members.iter_mut().filter_map(of_member).collect()
     }
@@ -117,20 +131,22 @@ impl Balance {
         self.members.get(&id).map_or(Load::Free, |member| member.load)
     }
 
-    /// Whether someone was stuck not long ago.
+    /// Whether a member was stuck in the last 10 s.
     pub fn has_suspects(&self, now: Instant) -> bool {
         self.members.values().any(|member| member.is_suspect(now))
     }
 
-    /// Whether one of so many members is stuck, but not for long: it is left out until a look finds that it is
-    /// over. Nobody is left out when all are stuck. (Of several addresses all are counted together.)
-    pub fn leaves_out(&self, members: usize, now: Instant) -> bool {
+    /// Whether a member is skipped that has been stuck for less than [`LONG`], so that the next sample should come soon.
+    /// `members` is how many there are: if all of them are stuck, none is skipped. (The members of all addresses are
+    /// counted together.)
+    pub fn skips_some(&self, members: usize, now: Instant) -> bool {
         let stuck = || self.members.values().filter(|member| member.load == Load::Stuck);
-        let is_new = |member: &Member| now.saturating_duration_since(member.since) < LONG;
+        let is_new = |member: &Tracked| now.saturating_duration_since(member.since) < LONG;
         stuck().count() < members && stuck().any(is_new)
     }
 
-    /// Whether someone is left out though nothing waits there, of which no connection would tell when it is over.
+    /// Whether a member is skipped because it is busy. No connection comes to it, so only a sample can find out that it
+    /// no longer is.
     pub fn has_busy(&self) -> bool {
         self.members.values().any(|member| member.load == Load::Busy)
     }
@@ -140,69 +156,70 @@ impl Balance {
     }
 }
 
-impl Member {
+impl Tracked {
     fn new(now: Instant) -> Self {
         Self {
             load: Load::Free,
             since: now,
-            told: false,
+            is_reported: false,
             length: 0,
-            stood: 0,
-            out: 0,
-            doubts: 0,
-            doubted: now,
-            stuck: None,
+            unmoved: 0,
+            still_stuck: 0,
+            false_alarms: 0,
+            last_false_alarm: now,
+            last_stuck: None,
             was_idle: false,
         }
     }
 
-    fn look(&mut self, length: u32, is_busy: impl Fn() -> Option<bool>, now: Instant) -> Option<Change> {
-        let stands = length > 0 && length >= self.length;
+    fn sample(&mut self, length: u32, is_busy: impl Fn() -> Option<bool>, now: Instant) -> Option<Change> {
+        let is_unmoved = length > 0 && length >= self.length;
         self.length = length;
-        self.stood = if stands { self.stood + 1 } else { 0 };
+        self.unmoved = if is_unmoved { self.unmoved + 1 } else { 0 };
         let load = match self.load {
-            Load::Stuck if stands => {
-                self.out += 1;
+            Load::Stuck if is_unmoved => {
+                self.still_stuck += 1;
                 Load::Stuck
             }
             Load::Stuck => {
-                self.learn(now);
+                self.judge_past_stuck(now);
                 Load::Free
             }
-            _ if stands && self.stood >= self.looks(now) => Load::Stuck,
+            _ if is_unmoved && self.unmoved >= self.stuck_after(now) => Load::Stuck,
             _ => self.free_or_busy(is_busy, now),
         };
         let lasted = now.saturating_duration_since(self.since);
         if load == self.load {
             let is_long = load == Load::Stuck && lasted >= LONG;
-            return (is_long && !std::mem::replace(&mut self.told, true)).then_some(Change::StuckLong);
+            return (is_long && !mem::replace(&mut self.is_reported, true)).then_some(Change::StuckLong);
         }
-        (self.load, self.since, self.told, self.out) = (load, now, false, 0);
+        (self.load, self.since, self.is_reported, self.still_stuck) = (load, now, false, 0);
         Some(Change::To(load, lasted))
     }
 
-    /// At how many looks in a row its queue has to stand.
-    fn looks(&self, now: Instant) -> u32 {
-        let looks = if self.is_suspect(now) { LOOKS_AT_SUSPECTS } else { LOOKS };
-        (looks << self.doubts_at(now)).min(MOST_LOOKS)
+    /// It is stuck when its queue didn't move at this many samples in a row.
+    fn stuck_after(&self, now: Instant) -> u32 {
+        let samples = if self.is_suspect(now) { SUSPECT_STUCK_AFTER } else { STUCK_AFTER };
+        (samples << self.false_alarms_at(now)).min(MAX_STUCK_AFTER)
     }
 
-    /// It was stuck, and has taken a connection since the last look.
-    fn learn(&mut self, now: Instant) {
-        if self.out > 0 && now.saturating_duration_since(self.since) >= EARNEST {
-            (self.stuck, self.was_idle, self.doubts) = (Some(now), false, 0);
-        } else if self.out == 0 {
-            self.doubts = (self.doubts_at(now) + 1).min(MOST_LOOKS.ilog2());
-            self.doubted = now;
+    /// It was stuck, and has taken a connection since the last sample: was it a false alarm?
+    fn judge_past_stuck(&mut self, now: Instant) {
+        if self.still_stuck == 0 {
+            self.false_alarms = (self.false_alarms_at(now) + 1).min(MAX_STUCK_AFTER.ilog2());
+            self.last_false_alarm = now;
+        } else if now.saturating_duration_since(self.since) >= MIN_STUCK_TIME {
+            (self.last_stuck, self.was_idle, self.false_alarms) = (Some(now), false, 0);
         }
     }
 
-    fn doubts_at(&self, now: Instant) -> u32 {
-        if now.saturating_duration_since(self.doubted) < DOUBT { self.doubts } else { 0 }
+    fn false_alarms_at(&self, now: Instant) -> u32 {
+        let counts = now.saturating_duration_since(self.last_false_alarm) < FALSE_ALARM_AGE;
+        if counts { self.false_alarms } else { 0 }
     }
 
     fn is_suspect(&self, now: Instant) -> bool {
-        self.stuck.is_some_and(|at| now.saturating_duration_since(at) < SUSPICION)
+        self.last_stuck.is_some_and(|at| now.saturating_duration_since(at) < SUSPECT_TIME)
     }
 
     fn free_or_busy(&mut self, is_busy: impl Fn() -> Option<bool>, now: Instant) -> Load {
@@ -219,91 +236,94 @@ mod tests {
     use super::*;
 
     const EVERY: Duration = Duration::from_millis(2);
-    /// At so many looks the queue of such a member stands.
-    const STUCK_IN_EARNEST: usize = 26;
+    /// A member whose queue moves after so many samples becomes a suspect: it was stuck for 50 ms from the second on.
+    const SAMPLES_OF_SUSPECT: usize = 26;
     const ID: MemberId = MemberId(7);
 
-    /// One member, looked at every 2 ms.
+    /// One member, sampled every 2 ms.
     struct World {
-        balance: Balance,
+        tracker: LoadTracker,
         now: Instant,
     }
 
     impl World {
         fn new() -> Self {
-            Self { balance: Balance::default(), now: Instant::now() }
+            Self { tracker: LoadTracker::default(), now: Instant::now() }
         }
 
-        fn look(&mut self, length: u32, is_busy: bool) -> Load {
+        fn sample(&mut self, length: u32, is_busy: bool) -> Load {
             self.now += EVERY;
             let queues = std::iter::once((ID, length)).filter(|_| length > 0).collect();
-            self.balance.look(&queues, |_| Some(is_busy), self.now);
-            self.balance.load(ID)
+            self.tracker.sample(&queues, |_| Some(is_busy), self.now);
+            self.tracker.load(ID)
         }
 
-        fn looks(&mut self, lengths: &[u32]) -> Vec<Load> {
-            lengths.iter().map(|length| self.look(*length, false)).collect()
+        fn samples(&mut self, lengths: &[u32]) -> Vec<Load> {
+            lengths.iter().map(|length| self.sample(*length, false)).collect()
         }
     }
 
     use Load::*;
 
     #[test]
-    fn a_queue_that_stands_at_two_looks_leaves_its_member_out_until_it_is_shorter() {
+    fn a_member_is_stuck_from_the_second_sample_at_which_its_queue_does_not_move_until_it_moves() {
         let mut world = World::new();
         assert_eq!(
-            world.looks(&[0, 1, 1, 3, 3, 2, 1, 0]),
+            world.samples(&[0, 1, 1, 3, 3, 2, 1, 0]),
             [Free, Free, Stuck, Stuck, Stuck, Free, Free, Free]
         );
     }
 
     #[test]
-    fn who_was_left_out_without_need_is_granted_twice_as_many_looks_each_time_and_not_for_long() {
+    fn each_false_alarm_within_a_second_doubles_the_samples_until_a_member_is_stuck() {
         let mut world = World::new();
-        assert_eq!(world.looks(&[1, 1, 0]), [Free, Stuck, Free]);
-        assert_eq!(world.looks(&[1, 1, 1, 1, 0]), [Free, Free, Free, Stuck, Free]);
-        assert_eq!(world.looks(&[1; 4]), [Free, Free, Free, Stuck], "and no more than four");
-        assert_eq!(world.looks(&[0]), [Free]);
-        world.now += DOUBT;
-        assert_eq!(world.looks(&[1, 1, 0]), [Free, Stuck, Free]);
+        assert_eq!(world.samples(&[1, 1, 0]), [Free, Stuck, Free]);
+        assert_eq!(world.samples(&[1, 1, 1, 1, 0]), [Free, Free, Free, Stuck, Free]);
+        assert_eq!(world.samples(&[1; 4]), [Free, Free, Free, Stuck], "four at most");
+        assert_eq!(world.samples(&[0]), [Free]);
+        world.now += FALSE_ALARM_AGE;
+        assert_eq!(world.samples(&[1, 1, 0]), [Free, Stuck, Free]);
     }
 
     #[test]
-    fn who_was_stuck_in_earnest_is_left_out_at_the_first_look_and_when_it_is_busy_for_ten_seconds() {
+    fn for_ten_seconds_a_suspect_is_stuck_at_the_first_sample_and_skipped_while_busy() {
         let mut world = World::new();
-        assert_eq!(world.look(0, true), Free, "nobody asks");
-        world.looks(&[1; STUCK_IN_EARNEST]);
-        assert_eq!(world.look(0, true), Free);
-        assert_eq!(world.look(0, true), Free, "it wasn't seen to be idle; it may never be");
-        assert_eq!(world.look(0, false), Free);
-        assert_eq!([world.look(0, true), world.look(0, true), world.look(0, false)], [Busy, Busy, Free]);
-        assert_eq!(world.looks(&[1, 1]), [Stuck, Stuck]);
-        world.look(0, false);
-        world.now += SUSPICION;
-        assert_eq!(world.look(0, true), Free);
-        assert_eq!(world.looks(&[1, 1]), [Free, Stuck]);
+        assert_eq!(world.sample(0, true), Free, "it is no suspect");
+        world.samples(&[1; SAMPLES_OF_SUSPECT]);
+        assert_eq!(world.sample(0, true), Free);
+        assert_eq!(world.sample(0, true), Free, "it was not seen idle, and may never be");
+        assert_eq!(world.sample(0, false), Free);
+        assert_eq!(
+            [world.sample(0, true), world.sample(0, true), world.sample(0, false)],
+            [Busy, Busy, Free]
+        );
+        assert_eq!(world.samples(&[1, 1]), [Stuck, Stuck]);
+        world.sample(0, false);
+        world.now += SUSPECT_TIME;
+        assert_eq!(world.sample(0, true), Free);
+        assert_eq!(world.samples(&[1, 1]), [Free, Stuck]);
     }
 
     #[test]
-    fn who_has_waited_for_a_cpu_is_no_suspect() {
+    fn a_member_that_waited_for_a_cpu_is_no_suspect() {
         let mut world = World::new();
-        world.look(0, false);
-        world.looks(&[1; STUCK_IN_EARNEST - 1]);
-        assert!(world.balance.leaves_out(2, world.now));
-        assert!(!world.balance.leaves_out(1, world.now), "all are stuck");
-        assert!(!world.balance.leaves_out(2, world.now + LONG), "it may be so for long");
-        assert_eq!([world.look(0, true), world.look(0, false), world.look(0, true)], [Free; 3]);
-        assert!(!world.balance.has_suspects(world.now) && !world.balance.leaves_out(2, world.now));
+        world.sample(0, false);
+        world.samples(&[1; SAMPLES_OF_SUSPECT - 1]);
+        assert!(world.tracker.skips_some(2, world.now));
+        assert!(!world.tracker.skips_some(1, world.now), "all are stuck");
+        assert!(!world.tracker.skips_some(2, world.now + LONG), "it is stuck for long");
+        assert_eq!([world.sample(0, true), world.sample(0, false), world.sample(0, true)], [Free; 3]);
+        assert!(!world.tracker.has_suspects(world.now) && !world.tracker.skips_some(2, world.now));
     }
 
     #[test]
-    fn it_is_told_once_that_a_member_has_been_stuck_for_long_and_for_how_long() {
+    fn a_long_stuck_member_is_reported_once_and_its_end_with_the_duration() {
         let mut world = World::new();
         let mut changes = Vec::new();
         for length in [1; 700].into_iter().chain([0]) {
             world.now += EVERY;
             let queues = std::iter::once((ID, length)).filter(|_| length > 0).collect();
-            let found = world.balance.look(&queues, |_| None, world.now);
+            let found = world.tracker.sample(&queues, |_| None, world.now);
             changes.extend(found.into_iter().map(|(_, change)| change));
         }
         let [Change::To(Stuck, _), Change::StuckLong, Change::To(Free, lasted)] = changes[..] else {
@@ -314,25 +334,35 @@ mod tests {
 
     proptest! {
         #[test]
-        fn who_takes_connections_is_forgiven_at_the_next_look_and_who_takes_none_is_found_out_within_four(
-            looks in proptest::collection::vec((0u32..4, any::<bool>()), 0..200)
+        fn a_queue_that_moves_is_not_stuck_at_the_next_sample_and_one_that_does_not_is_stuck_within_four(
+            samples in proptest::collection::vec((0u32..4, any::<bool>()), 0..200)
         ) {
             let mut world = World::new();
-            let (mut before, mut stood) = (0, 0);
-            for (length, is_busy) in looks {
-                let load = world.look(length, is_busy);
-                stood = if length > 0 && length >= before { stood + 1 } else { 0 };
+            let (mut before, mut unmoved) = (0, 0);
+            for (length, is_busy) in samples {
+                let load = world.sample(length, is_busy);
+                unmoved = if length > 0 && length >= before { unmoved + 1 } else { 0 };
                 before = length;
-                if stood == 0 {
+                if unmoved == 0 {
                     prop_assert!(load != Stuck);
                     prop_assert!(load == Free || is_busy);
                 }
-                if stood >= MOST_LOOKS {
+                if unmoved >= MAX_STUCK_AFTER {
                     prop_assert_eq!(load, Stuck);
                 }
             }
-            world.now += SUSPICION;
-            prop_assert_eq!(world.look(0, true), Free);
+            world.now += SUSPECT_TIME;
+            prop_assert_eq!(world.sample(0, true), Free);
+        }
+
+        #[test]
+        fn some_member_is_least_loaded_and_no_other_has_less_load(loads in proptest::collection::vec(0u8..3, 1..12)) {
+            let load = |id: MemberId| [Free, Busy, Stuck][usize::from(loads[id.0 as usize])];
+            let all: BTreeSet<MemberId> = (0..loads.len() as u32).map(MemberId).collect();
+            let least = least_loaded(&all, load);
+            prop_assert!(!least.is_empty() && least.is_subset(&all));
+            prop_assert!(least.iter().all(|id| all.iter().all(|other| load(*id) <= load(*other))));
+            prop_assert!(all.difference(&least).all(|id| least.iter().all(|other| load(*id) > load(*other))));
         }
     }
 }

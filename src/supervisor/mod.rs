@@ -27,7 +27,7 @@ use crate::operate::signals::{Asked, Signals};
 use crate::operate::systemd::Manager;
 use crate::output::labels::{self, Labels};
 use crate::pool::paths::UnixSockets;
-use crate::pool::unintercepted::{self, Bystander};
+use crate::pool::unintercepted::{self, Unintercepted};
 use crate::pool::{Pool, StoppedListening};
 use crate::words::{count, printable};
 use crate::worker::environment::{Environment, Sources};
@@ -104,7 +104,7 @@ pub struct Supervisor {
     drain: Drain,
     signal_effects: SignalEffects,
     /// Set when workers aren't intercepted.
-    bystander: Option<Bystander>,
+    bystander: Option<Unintercepted>,
     manager: Manager,
     /// `None` when its name could not be had.
     control: Option<Control>,
@@ -147,7 +147,7 @@ pub fn run(options: Options) -> io::Result<u8> {
     if let Err(why) = &answers {
         unintercepted::announce(why, !listen.is_empty(), policy.readiness)?;
         program.intercept = false;
-        bystander = Some(Bystander::default());
+        bystander = Some(Unintercepted::default());
     }
     if sources.has_values() {
         // No core of this process is to hold them (PR_SET_DUMPABLE(2const)).
@@ -253,7 +253,7 @@ impl Supervisor {
                 }
             }
         }
-        let changed = self.pool.look_at_queues(Instant::now());
+        let changed = self.pool.sample_queues(Instant::now());
         if !changed && ready == 0 && deadline.is_none_or(|at| at > Instant::now()) {
             return; // It was for that look alone, as it is several hundred times a second while connections come.
         }
@@ -303,7 +303,7 @@ impl Supervisor {
         let pid = |id: WorkerId| self.processes.get(&id).map(|worker| (id, worker.pid));
         let starting: Vec<(WorkerId, Pid)> =
             self.fleet.crew().starting().into_iter().filter_map(pid).collect();
-        for (worker, address) in bystander.look(&starting, Instant::now()) {
+        for (worker, address) in bystander.scan(&starting, Instant::now()) {
             self.handle(Event::Listens { worker, endpoint: address.into() });
         }
     }
@@ -314,7 +314,7 @@ impl Supervisor {
             self.fleet.deadline(),
             self.drain.deadline(),
             self.manager.deadline(),
-            self.bystander.as_ref().and_then(Bystander::deadline),
+            self.bystander.as_ref().and_then(Unintercepted::deadline),
             self.control.as_ref().and_then(Control::deadline),
             self.pool.has_news().then(Instant::now),
         ];
@@ -351,7 +351,7 @@ impl Supervisor {
                 Action::Kill { worker } => self.pid(worker).into_iter().for_each(worker::kill_group),
                 Action::Release { worker, successor } => self.pool.release(worker, successor),
                 Action::ResetQueue { slot, generation } => self.pool.reset_reserved(slot, generation),
-                Action::FindForeignListeners => self.pool.look_for_strangers(),
+                Action::FindForeignListeners => self.pool.find_foreign_listeners(),
                 Action::Unreserve { slot, generation } => self.pool.unreserve(slot, generation),
                 Action::Log { level, line } => {
                     log!(level, "{line}");

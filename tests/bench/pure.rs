@@ -16,10 +16,6 @@ mod intercept {
 }
 #[path = "../../src/kernel/mod.rs"]
 mod kernel;
-#[path = "../../src/pool"]
-mod pool {
-    pub mod accept_queues;
-}
 #[path = "../../src/steering/mod.rs"]
 mod steering;
 #[path = "../../src/words.rs"]
@@ -37,14 +33,15 @@ use socket2::{Domain, Socket, Type};
 use address::{Address, Endpoint};
 use fleet::{Action, Command, End, Endpoints, Event, Fleet, Policy, Readiness, Rollout};
 use ids::MemberId;
-use steering::load::Balance;
-use steering::{Share, Targets};
+use steering::Share;
+use steering::load::LoadTracker;
+use steering::program::{Targets, program};
 
 const SIZES: [u32; 3] = [10, 100, 1000];
 
 /// n members of which no two are neighbours, for which the program is the longest.
 fn scattered(n: u32) -> Targets {
-    Targets { named: (0..n).map(|i| i * 2).collect(), tried: Vec::new(), share: Share::default() }
+    Targets { primary: (0..n).map(|i| i * 2).collect(), canary: Vec::new(), share: Share::default() }
 }
 
 fn programs(criterion: &mut Criterion) {
@@ -53,7 +50,7 @@ fn programs(criterion: &mut Criterion) {
         let targets = scattered(n);
         group.throughput(Throughput::Elements(n.into()));
         group.bench_with_input(BenchmarkId::from_parameter(n), &targets, |bencher, targets| {
-            bencher.iter(|| steering::program(black_box(targets)));
+            bencher.iter(|| program(black_box(targets)));
         });
     }
 }
@@ -66,7 +63,7 @@ fn attaching(criterion: &mut Criterion) {
     socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).expect("bind");
     socket.listen(1).expect("listen");
     for n in SIZES {
-        let program = steering::program(&scattered(n));
+        let program = program(&scattered(n));
         group.throughput(Throughput::Elements(n.into()));
         group.bench_function(BenchmarkId::from_parameter(n), |bencher| {
             bencher.iter(|| {
@@ -76,15 +73,15 @@ fn attaching(criterion: &mut Criterion) {
     }
 }
 
-/// What a look at n accept queues has found, each with a connection that waits.
-fn looks(criterion: &mut Criterion) {
+/// A sample of n accept queues, each with a connection that waits.
+fn samples(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("look at accept queues");
     for n in SIZES {
         let queues: BTreeMap<MemberId, u32> = (0..n).map(|id| (MemberId(id), 1)).collect();
-        let (mut balance, now) = (Balance::default(), Instant::now());
+        let (mut tracker, now) = (LoadTracker::default(), Instant::now());
         group.throughput(Throughput::Elements(n.into()));
         group.bench_function(BenchmarkId::from_parameter(n), |bencher| {
-            bencher.iter(|| balance.look(black_box(&queues), |_| None, now));
+            bencher.iter(|| tracker.sample(black_box(&queues), |_| None, now));
         });
     }
 }
@@ -167,5 +164,5 @@ impl World {
     }
 }
 
-criterion_group!(benches, programs, attaching, looks, decoding, reloads);
+criterion_group!(benches, programs, attaching, samples, decoding, reloads);
 criterion_main!(benches);

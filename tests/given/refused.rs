@@ -80,6 +80,6 @@ fn the_log_explains_why_a_worker_cannot_bind_another_address_of_the_given_port()
     let addr = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
     let mut service = Service::run(&format!("-n 1 -l {port}"), &naive(addr));
     assert_eq!(service.wait_end().code(), Some(98), "the server exits with the errno, EADDRINUSE");
-    let line = service.wait_for_line("have -l and the program name the same address").text;
+    let line = service.wait_for_line("use the same address for -l and in the program").text;
     assert!(line.contains(&addr.to_string()) && line.contains(&format!("[::]:{port}")), "{line}");
 }

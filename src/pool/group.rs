@@ -1,0 +1,168 @@
+//! The sockets of one address, which form one reuseport group of the kernel.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use log::{debug, warn};
+
+use crate::address::Address;
+use crate::ids::{Borrower, MemberId};
+use crate::kernel::sockdiag::Listener;
+use crate::kernel::sys;
+use crate::pool::foreign::{self, ForeignMembers};
+use crate::pool::member::{Holder, Member, Members};
+use crate::steering::load::{Load, least_loaded};
+use crate::steering::order::Order;
+use crate::steering::program::{Targets, program};
+use crate::steering::{self, Decision, Plan, Role};
+
+#[derive(Debug)]
+pub struct Group {
+    address: Address,
+    /// Our members, also those that don't listen yet.
+    ids: BTreeSet<MemberId>,
+    foreign: ForeignMembers,
+    /// The kernel's array.
+    order: Order,
+    /// What the attached program chooses from.
+    targets: Option<Targets>,
+}
+
+impl Group {
+    pub fn new(address: Address) -> Self {
+        let (ids, foreign, order) = (BTreeSet::new(), ForeignMembers::default(), Order::default());
+        Self { address, ids, foreign, order, targets: None }
+    }
+
+    pub fn ids(&self) -> &BTreeSet<MemberId> {
+        &self.ids
+    }
+
+    /// Adds a member that doesn't listen yet.
+    pub fn add(&mut self, id: MemberId) {
+        self.ids.insert(id);
+    }
+
+    pub fn remove(&mut self, id: MemberId) {
+        self.ids.remove(&id);
+    }
+
+    /// Whether nobody borrows a member of it and no successor is awaited.
+    pub fn is_free(&self, members: &Members) -> bool {
+        self.ids.iter().all(|id| members[*id].holder == Holder::Free)
+    }
+
+    /// A member for the borrower: the one with which its predecessor in slot and generation died, or a free one.
+    pub fn spare(&self, borrower: Borrower, members: &Members) -> Option<MemberId> {
+        let find = |is_wanted: &dyn Fn(&Member) -> bool| {
+            self.ids.iter().copied().find(|id| is_wanted(&members[*id]))
+        };
+        find(&|member| member.is_reserved_for(borrower.slot, borrower.generation))
+            .or_else(|| find(&|member| member.holder == Holder::Free))
+    }
+
+    /// `members` have left the kernel's array, in an unknown order.
+    pub fn left(&mut self, members: &BTreeSet<MemberId>) {
+        self.forget_program_without(members);
+        self.order.leave(members);
+    }
+
+    /// `member` began to listen, and `others` left before or after that.
+    pub fn joined(&mut self, member: MemberId, others: &BTreeSet<MemberId>) {
+        self.forget_program_without(others);
+        self.order.push_while_leaving(member, others);
+    }
+
+    /// With the last member the kernel drops the program, so it has to be attached again.
+    fn forget_program_without(&mut self, members: &BTreeSet<MemberId>) {
+        if !members.is_empty() {
+            self.targets = None;
+        }
+    }
+
+    /// Whether to find out which foreign listeners are in the group before a member begins to listen: their order in
+    /// the kernel's array is that of their calls of listen(2).
+    pub fn is_foreign_check_due(&self, now: Instant) -> bool {
+        self.foreign.is_check_due(now)
+    }
+
+    /// Takes the foreign listeners that overlap with the address. Those that are in the group get no connections, since
+    /// they are never targets; each of them is reported once.
+    pub fn update_foreign(&mut self, found: Vec<Listener>, new_id: impl FnMut() -> MemberId) {
+        let uid = nix::unistd::geteuid().as_raw();
+        let in_group = |listener: &Listener| listener.address == self.address && listener.uid == uid;
+        let changes = self.foreign.update(found.into_iter().filter(in_group), new_id, Instant::now());
+        self.order.leave(&changes.left);
+        for (id, listener) in changes.joined {
+            let (address, who) = (self.address, foreign::describe(&listener));
+            warn!("{address} is shared by another program, which gets no connections: {who}");
+            self.order.push(id);
+        }
+    }
+
+    /// Carries out what [`steering::decide`] says by this plan. The kernel applies it to all new connections of the
+    /// address at once. Returns how many spare members the group lacks: see [`Order::spares_lacking`].
+    ///
+    /// # Errors
+    /// Those of setsockopt(2).
+    pub fn steer(
+        &mut self,
+        plan: &Plan,
+        load: impl Fn(MemberId) -> Load,
+        members: &mut Members,
+    ) -> io::Result<usize> {
+        let ids: Vec<MemberId> = self.ids.iter().copied().filter(|id| members[*id].listening).collect();
+        let roles: Vec<Role> = ids.iter().map(|id| members[*id].role(plan)).collect();
+        let decisions = steering::decide(&roles);
+        let all = |decision| {
+            let of_it = ids.iter().zip(&decisions).filter(move |(_, other)| **other == decision);
+            of_it.map(|(id, _)| *id).collect::<BTreeSet<MemberId>>()
+        };
+        let (primary, canary) = (all(Decision::Target), all(Decision::Canary));
+        for id in primary.union(&canary) {
+            members.get_mut(*id).map_or(Ok(()), Member::resume)?;
+        }
+        let (primary_indices, canary_indices) = (self.order.indices(&primary), self.order.indices(&canary));
+        let last = primary_indices.last().max(canary_indices.last()).copied();
+        // Without a target the program stays as it is.
+        if let Some(any) = primary.first() {
+            let least = |members: &BTreeSet<MemberId>, all: Vec<u32>| {
+                let least = least_loaded(members, &load);
+                if least.len() == members.len() {
+                    return all;
+                }
+                let indices = self.order.indices(&least);
+                if indices.is_empty() { all } else { indices }
+            };
+            let primary = least(&primary, primary_indices);
+            let mut canary = least(&canary, canary_indices);
+            if primary.is_empty() {
+                canary.clear(); // no index of a primary is known, and then the canary's share would be everything
+            }
+            self.attach(&members[*any], Targets { primary, canary, share: plan.share })?;
+        }
+        for id in all(Decision::Hold) {
+            members.get_mut(id).map_or(Ok(()), Member::hold)?;
+        }
+        let leaving = roles.iter().filter(|role| matches!(role, Role::Draining | Role::Leaving)).count();
+        Ok(self.order.spares_lacking(last, leaving))
+    }
+
+    /// Attaches a program to the group of `member`, unless the attached one chooses from the same targets.
+    fn attach(&mut self, member: &Member, targets: Targets) -> io::Result<()> {
+        if self.targets.as_ref() == Some(&targets) {
+            return Ok(());
+        }
+        sys::attach_reuseport_cbpf(member.socket.as_fd(), &program(&targets))?;
+        let Targets { primary, canary, share } = &targets;
+        let (address, of) = (self.address, self.order.len());
+        match canary.is_empty() {
+            true => debug!("{address}: new connections go to {primary:?} of {of}"),
+            false => debug!("{address}: new connections go to {primary:?}, {share} to {canary:?} of {of}"),
+        }
+        self.targets = Some(targets);
+        Ok(())
+    }
+}

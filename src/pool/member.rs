@@ -1,0 +1,230 @@
+//! The pool's sockets, and who borrows each of them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::ops::Index;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use nix::unistd::Pid;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::address::Address;
+use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
+use crate::kernel::sockdiag::{self, ListenInfo};
+use crate::kernel::{procfs, sys};
+use crate::steering::{Plan, Role};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holder {
+    Free,
+    /// The borrower died. Its successor, the next worker of the same slot and generation, inherits the socket.
+    Reserved {
+        slot: SlotId,
+        generation: u32,
+        /// Whether the successor takes so long that connections shouldn't wait for it.
+        overdue: bool,
+    },
+    Lent(Borrower),
+}
+
+/// A socket of the pool.
+#[derive(Debug)]
+pub struct Member {
+    pub address: Address,
+    pub socket: Socket,
+    pub inode: u64,
+    pub holder: Holder,
+    /// Whether it listens, and so is in the array of its reuseport group.
+    pub listening: bool,
+    /// Whether it drops SYNs.
+    held: bool,
+    /// Whether the borrower asked for SO_REUSEPORT itself.
+    pub shares: bool,
+    /// Whether the borrower was given it at its start. If the borrower binds the address, it gets this socket again.
+    pub given: bool,
+}
+
+impl Member {
+    /// A new socket that is bound to `address`.
+    ///
+    /// # Errors
+    /// Those of socket(2), setsockopt(2) and bind(2).
+    fn bind(address: Address) -> io::Result<Self> {
+        let domain = if address.socket.is_ipv6() { Domain::IPV6 } else { Domain::IPV4 };
+        let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(true)?;
+        if address.socket.is_ipv6() {
+            socket.set_only_v6(address.v6only)?;
+        }
+        socket.bind(&address.socket.into())?;
+        let inode = procfs::inode(socket.as_fd())?;
+        let (listening, held, shares, given) = (false, false, false, false);
+        Ok(Self { address, socket, inode, holder: Holder::Free, listening, held, shares, given })
+    }
+
+    pub fn borrower(&self) -> Option<Borrower> {
+        match self.holder {
+            Holder::Lent(borrower) => Some(borrower),
+            Holder::Free | Holder::Reserved { .. } => None,
+        }
+    }
+
+    pub fn is_lent_to(&self, worker: WorkerId) -> bool {
+        self.borrower().is_some_and(|borrower| borrower.worker == worker)
+    }
+
+    pub fn is_reserved_for(&self, slot: SlotId, generation: u32) -> bool {
+        matches!(self.holder, Holder::Reserved { slot: s, generation: g, .. } if (s, g) == (slot, generation))
+    }
+
+    pub fn role(&self, plan: &Plan) -> Role {
+        match self.holder {
+            Holder::Free => Role::Free,
+            Holder::Reserved { .. } => Role::Reserved,
+            Holder::Lent(borrower) => plan.role(borrower.worker),
+        }
+    }
+
+    /// The state of the socket.
+    ///
+    /// # Errors
+    /// Those of getsockopt(2).
+    pub fn listen_info(&self) -> io::Result<ListenInfo> {
+        sockdiag::listen_info(self.socket.as_fd())
+    }
+
+    /// Makes the socket drop SYNs. The client sends its SYN again after a second.
+    ///
+    /// The socket drops all packets whose time to live is below 255: all except those of a neighbour that sends with
+    /// 255. (A socket filter could tell a SYN exactly, but new kernels ask for CAP_NET_ADMIN to attach one to a TCP
+    /// socket.) Accepted connections inherit the limit, so no handshake may be under way on the socket.
+    ///
+    /// # Errors
+    /// Those of setsockopt(2).
+    pub fn hold(&mut self) -> io::Result<()> {
+        if !self.held {
+            self.set_min_ttl(u8::MAX)?;
+            self.held = true;
+        }
+        Ok(())
+    }
+
+    /// Makes the socket take SYNs again.
+    ///
+    /// # Errors
+    /// Those of setsockopt(2).
+    pub fn resume(&mut self) -> io::Result<()> {
+        if self.held {
+            self.set_min_ttl(0)?;
+            self.held = false;
+        }
+        Ok(())
+    }
+
+    fn set_min_ttl(&self, ttl: u8) -> io::Result<()> {
+        if self.address.socket.is_ipv6() {
+            sys::set_min_ttl(self.socket.as_fd(), true, ttl)?;
+        }
+        if !self.address.v6only {
+            sys::set_min_ttl(self.socket.as_fd(), false, ttl)?; // on an IPv6 socket: for clients over IPv4
+        }
+        Ok(())
+    }
+
+    /// Accepts the connections that wait and closes them with a reset. Returns how many there were, and the error that
+    /// left some in the queue.
+    pub fn reset_queue(&self) -> (usize, io::Result<()>) {
+        if let Err(error) = self.socket.set_nonblocking(true) {
+            return (0, Err(error));
+        }
+        let mut connections = 0;
+        loop {
+            match self.socket.accept() {
+                Ok((connection, _)) => {
+                    // A linger time of zero makes close(2) send a reset (socket(7)).
+                    let _ = connection.set_linger(Some(Duration::ZERO));
+                    connections += 1;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return (connections, Ok(())),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => return (connections, Err(error)),
+            }
+        }
+    }
+}
+
+/// All sockets of the pool.
+#[derive(Debug, Default)]
+pub struct Members {
+    by_id: BTreeMap<MemberId, Member>,
+    ids: HashMap<u64, MemberId>,
+    next: u32,
+}
+
+impl Members {
+    /// An id that no member had before.
+    pub fn new_id(&mut self) -> MemberId {
+        self.next += 1;
+        MemberId(self.next - 1)
+    }
+
+    /// Adds a new socket that is bound to `address`, and that nobody borrows.
+    ///
+    /// # Errors
+    /// Those of socket(2), setsockopt(2) and bind(2).
+    pub fn bind(&mut self, address: Address) -> io::Result<MemberId> {
+        let member = Member::bind(address)?;
+        let id = self.new_id();
+        self.ids.insert(member.inode, id);
+        self.by_id.insert(id, member);
+        Ok(id)
+    }
+
+    pub fn remove(&mut self, id: MemberId) -> Option<Member> {
+        let member = self.by_id.remove(&id)?;
+        self.ids.remove(&member.inode);
+        Some(member)
+    }
+
+    pub fn get(&self, id: MemberId) -> Option<&Member> {
+        self.by_id.get(&id)
+    }
+
+    pub fn get_mut(&mut self, id: MemberId) -> Option<&mut Member> {
+        self.by_id.get_mut(&id)
+    }
+
+    /// The member with this inode number.
+    pub fn id(&self, inode: u64) -> Option<MemberId> {
+        self.ids.get(&inode).copied()
+    }
+
+    pub fn lent_to(&self, worker: WorkerId) -> impl Iterator<Item = (MemberId, &Member)> {
+        self.iter().filter(move |(_, member)| member.is_lent_to(worker))
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (MemberId, &Member)> {
+        self.by_id.iter().map(|(id, member)| (*id, member))
+    }
+
+    /// The worker, which borrowed sockets before it was started, is this process.
+    pub fn set_pid(&mut self, worker: WorkerId, pid: Pid) {
+        for member in self.by_id.values_mut() {
+            match &mut member.holder {
+                Holder::Lent(borrower) if borrower.worker == worker => borrower.pid = pid,
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Index<MemberId> for Members {
+    type Output = Member;
+
+    /// Of a member that is known to be there: a group's.
+    fn index(&self, id: MemberId) -> &Member {
+        &self.by_id[&id]
+    }
+}

@@ -1,0 +1,196 @@
+//! The kernel's array of the members of a reuseport group.
+//!
+//! The kernel keeps the members of a group in an array, in the order of their listen(2) calls. When a socket leaves,
+//! the last one takes its place (`__reuseport_detach_sock`, net/core/sock_reuseport.c). The program that
+//! SO_ATTACH_REUSEPORT_CBPF attaches returns an index into that array.
+
+use std::collections::BTreeSet;
+use std::rc::Rc;
+
+use crate::ids::MemberId;
+
+/// What is known of the kernel's array of a group.
+///
+/// Usually each index has one candidate: the member that stands there. When several members were found to have left
+/// at once, the order in which they left is unknown, and so is what moved where. Then an index has several
+/// candidates.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Order {
+    candidates: Vec<Rc<BTreeSet<MemberId>>>,
+}
+
+impl Order {
+    /// How many members there are.
+    pub fn len(&self) -> usize {
+        self.candidates.len()
+    }
+
+    /// `member` has begun to listen.
+    pub fn push(&mut self, member: MemberId) {
+        self.candidates.push(Rc::new(BTreeSet::from([member])));
+    }
+
+    /// All of `members` have left, in an unknown order.
+    ///
+    /// When k of n members leave, the array is n-k long. A member below index n-k that stays never moves, since it
+    /// is never the last. A place below n-k that becomes free goes to a member that stood at n-k or above.
+    pub fn leave(&mut self, members: &BTreeSet<MemberId>) {
+        let may_leave = |place: &BTreeSet<MemberId>| !place.is_disjoint(members);
+        let left = self.candidates.len().saturating_sub(members.len());
+        let moving: BTreeSet<MemberId> = (0..)
+            .zip(&self.candidates)
+            .filter(|(i, place)| *i >= left || may_leave(place))
+            .flat_map(|(_, place)| place.iter().copied())
+            .filter(|member| !members.contains(member))
+            .collect();
+        let moving = Rc::new(moving);
+        self.candidates.truncate(left);
+        for place in self.candidates.iter_mut().filter(|place| may_leave(place)) {
+            *place = Rc::clone(&moving);
+        }
+    }
+
+    /// `member` began to listen and `others` left. It is unknown which came first.
+    pub fn push_while_leaving(&mut self, member: MemberId, others: &BTreeSet<MemberId>) {
+        let mut left_first = self.clone();
+        left_first.leave(others);
+        left_first.push(member);
+        self.push(member);
+        self.leave(others);
+        for (place, other) in self.candidates.iter_mut().zip(left_first.candidates) {
+            if *place != other {
+                *place = Rc::new(place.union(&other).copied().collect());
+            }
+        }
+    }
+
+    /// The indices, ascending, that hold one of `members` whatever the unknown order was: all their candidates are
+    /// among them.
+    pub fn indices(&self, members: &BTreeSet<MemberId>) -> Vec<u32> {
+        let places = (0..).zip(&self.candidates);
+        places.filter(|(_, place)| place.is_subset(members)).map(|(i, _)| i).collect()
+    }
+
+    /// How many free members the group lacks at the end of its array, if `last` is the last index that a program may
+    /// choose, and `leaving` of the other members may leave by themselves at any time.
+    ///
+    /// The last member takes the place of one that leaves. If there are as many members behind the last target as
+    /// may leave, no target ever moves, and the program stays right whenever they leave.
+    pub fn spares_lacking(&self, last: Option<u32>, leaving: usize) -> usize {
+        let behind = last.map_or(self.len(), |last| self.len().saturating_sub(last as usize + 1));
+        leaving.saturating_sub(behind)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn ids(numbers: &[u32]) -> BTreeSet<MemberId> {
+        numbers.iter().map(|n| MemberId(*n)).collect()
+    }
+
+    fn order(numbers: &[u32]) -> Order {
+        let mut order = Order::default();
+        numbers.iter().for_each(|n| order.push(MemberId(*n)));
+        order
+    }
+
+    #[test]
+    fn the_last_member_takes_the_place_of_one_that_leaves() {
+        let mut order = order(&[0, 1, 2, 3]);
+        order.leave(&ids(&[1]));
+        assert_eq!(order.indices(&ids(&[2, 3])), [1, 2]);
+        assert_eq!(order.indices(&ids(&[3])), [1]);
+    }
+
+    #[test]
+    fn an_index_is_known_if_it_holds_for_every_order_in_which_members_may_have_left() {
+        let mut order = order(&[0, 1, 2, 3, 4]);
+        order.leave(&ids(&[0, 1]));
+        // Either 4, 3, 2 or 3, 4, 2.
+        assert_eq!(order.indices(&ids(&[2, 3, 4])), [0, 1, 2]);
+        assert_eq!(order.indices(&ids(&[3, 4])), [0, 1]);
+        assert_eq!(order.indices(&ids(&[2, 3])), [2]);
+    }
+
+    #[test]
+    fn the_index_of_a_member_that_joined_while_another_left_is_unknown() {
+        let mut order = order(&[0, 1]);
+        order.push_while_leaving(MemberId(2), &ids(&[0]));
+        // Either 1, 2 (left first) or 2, 1 (joined first).
+        assert_eq!(order.indices(&ids(&[1])), [0u32; 0]);
+        assert_eq!(order.indices(&ids(&[1, 2])), [0, 1]);
+    }
+
+    proptest! {
+        /// Simulates the kernel's array.
+        #[test]
+        fn each_member_of_the_array_is_a_candidate_for_its_index(
+            batches in vec((0usize..4, 0usize..4, any::<bool>(), any::<u64>()), 1..12)
+        ) {
+            let mut array: Vec<MemberId> = Vec::new();
+            let mut order = Order::default();
+            let mut next = 0;
+            for (joins, leaves, at_once, seed) in batches {
+                for _ in 0..joins {
+                    array.push(MemberId(next));
+                    order.push(MemberId(next));
+                    next += 1;
+                }
+                let mut gone = BTreeSet::new();
+                let joined_first = seed % 2 == 0;
+                if at_once && joined_first {
+                    array.push(MemberId(next));
+                }
+                let mut random = seed;
+                for _ in 0..leaves.min(array.len()) {
+                    random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    let at = (random >> 33) as usize % array.len();
+                    if array[at] != MemberId(next) {
+                        gone.insert(array.swap_remove(at));
+                    }
+                }
+                if at_once {
+                    if !joined_first {
+                        array.push(MemberId(next));
+                    }
+                    order.push_while_leaving(MemberId(next), &gone);
+                    next += 1;
+                } else {
+                    order.leave(&gone);
+                }
+                prop_assert_eq!(order.candidates.len(), array.len());
+                for (place, member) in order.candidates.iter().zip(&array) {
+                    prop_assert!(place.contains(member), "{:?} not in {:?}", member, place);
+                }
+            }
+        }
+
+        /// Whatever the order in which the members leave that were counted as leaving, the targets stay where they are.
+        #[test]
+        fn with_enough_spares_no_target_ever_moves(
+            kinds in vec(0u8..3, 1..20), turns in vec(any::<prop::sample::Index>(), 20)
+        ) {
+            // 0: target, 1: leaving, 2: free
+            let of_kind = |kind| (0u32..).zip(&kinds).filter(move |(_, k)| **k == kind).map(|(i, _)| i);
+            let targets: Vec<u32> = of_kind(0).collect();
+            let mut leaving: Vec<u32> = of_kind(1).collect();
+            let mut array: Vec<u32> = (0..kinds.len() as u32).collect();
+            let lacking = order(&array).spares_lacking(targets.last().copied(), leaving.len());
+            array.extend((0..lacking as u32).map(|spare| 1000 + spare));
+            for turn in turns {
+                if leaving.is_empty() {
+                    break;
+                }
+                let gone = leaving.swap_remove(turn.index(leaving.len()));
+                let at = array.iter().position(|member| *member == gone).unwrap();
+                array.swap_remove(at);
+                prop_assert!(targets.iter().all(|index| array[*index as usize] == *index));
+            }
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! The instructions that choose the member for a new connection.
+
+use libc::sock_filter;
+
+use crate::kernel::bpf::op;
+use crate::steering::Share;
+
+/// The indices that a program chooses from. Both lists ascend.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Targets {
+    pub primary: Vec<u32>,
+    pub canary: Vec<u32>,
+    /// What `canary` gets, if there is also a `primary`.
+    pub share: Share,
+}
+
+/// The longest program that the kernel takes (linux/bpf_common.h).
+const BPF_MAXINSNS: usize = 4096;
+
+/// Where a load finds a random number, a new one each time (SKF_AD_RANDOM, linux/filter.h).
+const RANDOM: u32 = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
+
+/// A program that chooses one of the indices at random, each of a list with the same probability, in O(log n) steps.
+/// Without any index, its result is out of range: then the kernel chooses among all members by the connection's hash.
+///
+/// It chooses at random and not by the hash, since a retransmitted SYN finds its request socket by its addresses
+/// before the kernel looks for a listener. If the indices are so scattered that the program would be too long for the
+/// kernel, it chooses among those that fit.
+pub fn program(targets: &Targets) -> Vec<sock_filter> {
+    let Targets { primary, canary, share } = targets;
+    match (primary.is_empty(), canary.is_empty()) {
+        (true, true) => vec![op(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX)],
+        (true, false) => choose_one(canary, BPF_MAXINSNS),
+        (false, true) => choose_one(primary, BPF_MAXINSNS),
+        (false, false) => {
+            // The load and the jump over the canary's half, which may take two instructions, need room too.
+            let choose_canary = choose_one(canary, BPF_MAXINSNS / 2 - 2);
+            let mut program = vec![op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, RANDOM)];
+            jump_if_at_least(share.of_random_numbers(), choose_canary.len(), &mut program);
+            program.extend(choose_canary);
+            program.extend(choose_one(primary, BPF_MAXINSNS / 2 - 2));
+            program
+        }
+    }
+}
+
+/// A program of at most `max_len` instructions that returns one of `indices`.
+fn choose_one(indices: &[u32], max_len: usize) -> Vec<sock_filter> {
+    let mut runs = runs(indices);
+    // Each run takes two instructions, each inner node of the tree above them at most two.
+    runs.truncate((max_len - 2) / 4);
+    let total: u32 = runs.iter().map(|run| run.len).sum();
+    let mut program = vec![
+        op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, RANDOM),
+        op(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, 0, 0, total),
+    ];
+    choose(&runs, &mut program);
+    program
+}
+
+/// Appends a jump over `len` instructions, taken if the accumulator is at least `k`.
+fn jump_if_at_least(k: u32, len: usize, program: &mut Vec<sock_filter>) {
+    const JUMP: u32 = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
+    // A conditional jump reaches 255 instructions, an unconditional one any.
+    match u8::try_from(len) {
+        Ok(len) => program.push(op(JUMP, len, 0, k)),
+        Err(_) => {
+            program.push(op(JUMP, 0, 1, k));
+            program.push(op(libc::BPF_JMP | libc::BPF_JA, 0, 0, len as u32));
+        }
+    }
+}
+
+/// Successive indices, and how many of the chosen indices come before them.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    start: u32,
+    len: u32,
+    before: u32,
+}
+
+fn runs(indices: &[u32]) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for (before, &index) in (0..).zip(indices) {
+        match runs.last_mut() {
+            Some(run) if run.start + run.len == index => run.len += 1,
+            _ => runs.push(Run { start: index, len: 1, before }),
+        }
+    }
+    runs
+}
+
+/// Appends a binary search. The accumulator holds n, and the program returns the n-th of the chosen indices, counted
+/// from 0.
+fn choose(runs: &[Run], program: &mut Vec<sock_filter>) {
+    let Some((&first, rest)) = runs.split_first() else { return };
+    if rest.is_empty() {
+        // start >= before, since the indices ascend.
+        program.push(op(libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K, 0, 0, first.start - first.before));
+        program.push(op(libc::BPF_RET | libc::BPF_A, 0, 0, 0));
+        return;
+    }
+    let (low, high) = runs.split_at(runs.len() / 2);
+    let mut lower = Vec::new();
+    choose(low, &mut lower);
+    jump_if_at_least(high[0].before, lower.len(), program);
+    program.append(&mut lower);
+    choose(high, program);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn primary(indices: &[u32]) -> Targets {
+        Targets { primary: indices.to_vec(), ..Targets::default() }
+    }
+
+    fn run(program: &[sock_filter], random: u32) -> (u32, usize) {
+        run_with(program, &[random])
+    }
+
+    /// Runs a steering program as the kernel would, with these random numbers.
+    fn run_with(program: &[sock_filter], random: &[u32]) -> (u32, usize) {
+        let mut random = random.iter().copied();
+        let (mut a, mut pc, mut steps) = (0u32, 0usize, 0usize);
+        loop {
+            let op = program[pc];
+            steps += 1;
+            pc += 1;
+            match u32::from(op.code) {
+                code if code == libc::BPF_LD | libc::BPF_W | libc::BPF_ABS => {
+                    assert_eq!(op.k, RANDOM);
+                    a = random.next().unwrap();
+                }
+                code if code == libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K => a %= op.k,
+                code if code == libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K => a += op.k,
+                code if code == libc::BPF_JMP | libc::BPF_JA => pc += op.k as usize,
+                code if code == libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K => {
+                    pc += usize::from(if a >= op.k { op.jt } else { op.jf });
+                }
+                code if code == libc::BPF_RET | libc::BPF_A => return (a, steps),
+                code => panic!("unexpected instruction {code:#x}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_program_chooses_each_index_equally_often_and_no_other_index() {
+        let scattered: Vec<u32> = (0..1000).map(|i| i * 2 + 1).collect();
+        let sets: [&[u32]; 6] = [&[0], &[7], &[0, 1, 2, 3], &[4, 5, 6, 7], &[0, 3, 4, 9], &scattered];
+        for indices in sets {
+            let program = program(&primary(indices));
+            let chosen: Vec<u32> = (0..indices.len() as u32).map(|n| run(&program, n).0).collect();
+            assert_eq!(chosen, indices);
+            assert_eq!(run(&program, indices.len() as u32).0, indices[0]);
+        }
+    }
+
+    #[test]
+    fn a_program_for_a_thousand_scattered_members_fits_the_kernels_limit_and_takes_few_steps() {
+        let scattered: Vec<u32> = (0..1000).map(|i| i * 2).collect();
+        let program = program(&primary(&scattered));
+        assert!(program.len() <= BPF_MAXINSNS, "{}", program.len());
+        let most = (0..1000).map(|n| run(&program, n).1).max().unwrap();
+        assert!(most <= 4 + 2 * 10, "{most} steps");
+    }
+
+    #[test]
+    fn a_program_that_would_be_too_long_chooses_among_the_members_that_fit() {
+        let scattered: Vec<u32> = (0..3000).map(|i| i * 2).collect();
+        let program = program(&primary(&scattered));
+        assert!(program.len() <= BPF_MAXINSNS);
+        assert!((0..5000).all(|n| scattered.contains(&run(&program, n).0)));
+    }
+
+    #[test]
+    fn the_canary_gets_its_share_of_all_random_numbers() {
+        let scattered: Vec<u32> = (0..3000).map(|i| i * 2).collect();
+        let odd: Vec<u32> = scattered.iter().map(|index| index + 1).collect();
+        let sets: [(&[u32], &[u32]); 4] =
+            [(&[0, 1], &[2, 3]), (&[5], &[0, 7]), (&scattered, &[1]), (&odd, &scattered)];
+        for (primary, canary) in sets {
+            for share in [1, 1000, 5000, 9999].map(Share) {
+                let program = program(&Targets { primary: primary.to_vec(), canary: canary.to_vec(), share });
+                assert!(program.len() <= BPF_MAXINSNS, "{}", program.len());
+                let border = share.of_random_numbers();
+                for second in 0..10 {
+                    assert!(canary.contains(&run_with(&program, &[0, second]).0));
+                    assert!(canary.contains(&run_with(&program, &[border - 1, second]).0));
+                    assert!(primary.contains(&run_with(&program, &[border, second]).0));
+                    assert!(primary.contains(&run_with(&program, &[u32::MAX, second]).0));
+                }
+                let expected = f64::from(share.0) / 10_000.0;
+                assert!((f64::from(border) / 2f64.powi(32) - expected).abs() < 1e-6);
+            }
+        }
+    }
+}
