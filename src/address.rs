@@ -1,11 +1,8 @@
 //! A TCP address that a worker binds: the key of a socket pool.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::path::PathBuf;
-use std::str::FromStr;
-
-use crate::kernel::procfs;
 
 /// What the kernel tells one reuseport group from another by, within a network namespace and a user:
 /// family, address, port and IPV6_V6ONLY (`inet_reuseport_add_sock`, net/ipv4/inet_hashtables.c).
@@ -94,24 +91,6 @@ impl fmt::Display for Endpoint {
     }
 }
 
-/// From "3000", ":3000", "127.0.0.1:3000" or `[::]:3000`. A port alone means all addresses of both families, or
-/// of IPv4 where there is no IPv6.
-impl FromStr for Address {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let port = text.strip_prefix(':').unwrap_or(text).parse::<u16>().ok();
-        let everywhere: IpAddr = match procfs::has_ipv6() {
-            true => Ipv6Addr::UNSPECIFIED.into(),
-            false => Ipv4Addr::UNSPECIFIED.into(),
-        };
-        match port.map(|port| SocketAddr::new(everywhere, port)).or_else(|| text.parse().ok()) {
-            Some(socket) if socket.port() != 0 => Ok(Self { socket, v6only: false }),
-            _ => Err(format!("{text:?} is not an address such as 3000, 127.0.0.1:3000 or [::1]:3000")),
-        }
-    }
-}
-
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         self.socket.fmt(f)
@@ -147,17 +126,6 @@ mod tests {
         assert_eq!(Address::from_sockaddr(&v6[..24], false), Some(address("[::1]:3000", false)));
         assert_eq!(Address::from_sockaddr(&v6[..23], false), None);
         assert_eq!(Address::from_sockaddr(&[], false), None);
-    }
-
-    #[test]
-    fn an_address_may_be_a_port_alone() {
-        for text in ["3000", ":3000", "[::]:3000"] {
-            assert_eq!(text.parse(), Ok(address("[::]:3000", false)), "{text}");
-        }
-        assert_eq!("127.0.0.1:3000".parse(), Ok(address("127.0.0.1:3000", false)));
-        for text in ["", "0", ":0", "localhost:3000", "127.0.0.1", "[::1]", "70000"] {
-            assert!(text.parse::<Address>().is_err(), "{text}");
-        }
     }
 
     #[test]

@@ -1,12 +1,15 @@
 //! The values of options: how they are written, and what is wrong with one.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZero;
 use std::str::FromStr;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
+use crate::address::Address;
 use crate::fleet::Readiness;
+use crate::kernel::procfs;
 use crate::operate::protocol::Target;
 use crate::steering::Share;
 use crate::steering::load::Balancing;
@@ -39,6 +42,24 @@ impl FromStr for Balancing {
             "load" => Ok(Self::Load),
             "random" => Ok(Self::Random),
             _ => Err(format!("{text:?} is neither load nor random")),
+        }
+    }
+}
+
+/// From "3000", ":3000", "127.0.0.1:3000" or `[::]:3000`. A port alone means all addresses of both families, or of IPv4
+/// if the kernel has no IPv6.
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let port = text.strip_prefix(':').unwrap_or(text).parse::<u16>().ok();
+        let everywhere: IpAddr = match procfs::has_ipv6() {
+            true => Ipv6Addr::UNSPECIFIED.into(),
+            false => Ipv4Addr::UNSPECIFIED.into(),
+        };
+        match port.map(|port| SocketAddr::new(everywhere, port)).or_else(|| text.parse().ok()) {
+            Some(socket) if socket.port() != 0 => Ok(Self { socket, v6only: false }),
+            _ => Err(format!("{text:?} is not an address such as 3000, 127.0.0.1:3000 or [::1]:3000")),
         }
     }
 }
@@ -141,6 +162,18 @@ mod tests {
         for text in wrong {
             let error = text.parse::<T>().unwrap_err();
             assert!(error.starts_with(&format!("{text:?} is ")), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_address_may_be_a_port_alone() {
+        let address = |text: &str| Address { socket: text.parse().unwrap(), v6only: false };
+        for text in ["3000", ":3000", "[::]:3000"] {
+            assert_eq!(text.parse(), Ok(address("[::]:3000")), "{text}");
+        }
+        assert_eq!("127.0.0.1:3000".parse(), Ok(address("127.0.0.1:3000")));
+        for text in ["", "0", ":0", "localhost:3000", "127.0.0.1", "[::1]", "70000"] {
+            assert!(text.parse::<Address>().is_err(), "{text}");
         }
     }
 
