@@ -1,4 +1,4 @@
-//! The commands that speak to a running reuse-run.
+//! The commands to a running reuse-run.
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
@@ -11,10 +11,10 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use crate::kernel::procfs;
 use crate::operate::protocol::{self, Envelope, Reply, Request, VERSION};
-use crate::operate::status::{Status, Worker, span};
+use crate::operate::status::{Status, WorkerStatus, span};
 use crate::output::log;
 
-/// A command, and which reuse-run it is for.
+/// A command, and the reuse-run that it is for.
 #[derive(Debug)]
 pub struct Command {
     pub pid: Option<u32>,
@@ -27,47 +27,47 @@ pub enum Operation {
         json: bool,
         watch: bool,
     },
-    /// With the longest time to wait for the end.
     Change {
         request: Request,
+        /// How long to wait until the change is done.
         timeout: Option<Duration>,
     },
 }
 
-/// How long a running reuse-run may take for its first word.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// The time between two looks of `status --watch`.
-const WATCH: Duration = Duration::from_secs(1);
-/// The time between two looks while a command waits at a terminal.
-const LIVE: Duration = Duration::from_millis(200);
+/// How long a running reuse-run may take for its first reply.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
+/// The pause of `status --watch`.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// How often the workers are shown again at a terminal while a command waits.
+const REDRAW_INTERVAL: Duration = Duration::from_millis(200);
 
-/// What went wrong, and the status to exit with.
-struct Failure {
+/// Why a command failed, and its exit status.
+struct CommandError {
     why: String,
-    status: u8,
+    exit_status: u8,
 }
 
-impl<E: Display> From<E> for Failure {
+impl<E: Display> From<E> for CommandError {
     fn from(error: E) -> Self {
-        Self { why: error.to_string(), status: 1 }
+        Self { why: error.to_string(), exit_status: 1 }
     }
 }
 
-/// Does what was asked for, and returns the status to exit with: 0 when it was done, 1 when not, 2 when it isn't
-/// clear by whom; for `status` see [`Status::exit_status`].
+/// Runs a command and returns its exit status: 0 if it was done, 1 if not, 2 if it isn't clear which reuse-run should do
+/// it. The exit status of `status` is that of [`Status::exit_status`].
 pub fn run(command: Command) -> u8 {
-    let result = find(command.pid).and_then(|pid| match command.operation {
+    let result = find_pid(command.pid).and_then(|pid| match command.operation {
         Operation::Show { json, watch } => show(pid, json, watch),
         Operation::Change { request, timeout } => change(pid, request, timeout),
     });
-    result.unwrap_or_else(|Failure { why, status }| {
-        log::complain(&why);
-        status
+    result.unwrap_or_else(|CommandError { why, exit_status }| {
+        log::print_error(&why);
+        exit_status
     })
 }
 
-/// The reuse-run that is meant: the given one, or PID 1, or else the only one that this user may speak to.
-fn find(pid: Option<u32>) -> Result<u32, Failure> {
+/// The given PID, or 1 if that is a reuse-run, or else that of the only reuse-run of this user.
+fn find_pid(pid: Option<u32>) -> Result<u32, CommandError> {
     if let Some(pid) = pid {
         return Ok(pid);
     }
@@ -79,25 +79,25 @@ fn find(pid: Option<u32>) -> Result<u32, Failure> {
     let ours: Vec<u32> = all.into_iter().filter(|pid| connect(*pid).is_ok()).collect();
     match ours[..] {
         [pid] => Ok(pid),
-        [] => Err(Failure { why: "no reuse-run is running here".to_owned(), status: 1 }),
+        [] => Err("no reuse-run is running here".into()),
         _ => {
             let lines = ours.iter().map(|pid| format!("\n  {pid}  {}", procfs::command_line(*pid)));
-            let why = format!("which reuse-run? Say its PID:{}", lines.collect::<String>());
-            Err(Failure { why, status: 2 })
+            let lines: String = lines.collect();
+            let why = format!("several reuse-run are running; add the PID of one of them:{lines}");
+            Err(CommandError { why, exit_status: 2 })
         }
     }
 }
 
-/// A connection to a reuse-run of this user, or any for root.
-fn connect(pid: u32) -> Result<UnixStream, Failure> {
+/// Connects to a reuse-run of this user, or to any if this user is root.
+fn connect(pid: u32) -> Result<UnixStream, CommandError> {
     let stream = UnixStream::connect_addr(&protocol::address(pid)?).map_err(|error| match error.kind() {
         ErrorKind::ConnectionRefused => format!(
-            "process {pid} is no reuse-run that can be spoken to (one of an older version can't, nor one in another \
-             PID or network namespace)"
+            "process {pid} is not a reuse-run that can be reached (not from another PID or network namespace)"
         ),
-        _ => format!("can't speak to process {pid}: {error}"),
+        _ => format!("can't connect to process {pid}: {error}"),
     })?;
-    // Anyone may have taken the name; only the right one is told what to do, and believed.
+    // Any process can take a name in the abstract namespace. Send nothing to another user's, and believe nothing.
     let (user, peer) = (nix::unistd::geteuid().as_raw(), getsockopt(&stream, PeerCredentials)?);
     if peer.pid() as u32 != pid || (user != 0 && peer.uid() != user && peer.uid() != 0) {
         return Err(format!("process {pid} is not a reuse-run of this user").into());
@@ -105,97 +105,95 @@ fn connect(pid: u32) -> Result<UnixStream, Failure> {
     Ok(stream)
 }
 
-/// Sends a request and returns where the replies are read from.
-fn ask(pid: u32, request: Request) -> Result<BufReader<UnixStream>, Failure> {
+/// Sends a request and returns what the replies are read from.
+fn send(pid: u32, request: Request) -> Result<BufReader<UnixStream>, CommandError> {
     let stream = connect(pid)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(REPLY_TIMEOUT))?;
+    stream.set_write_timeout(Some(REPLY_TIMEOUT))?;
     (&stream).write_all(&protocol::line(&Envelope { version: VERSION, request }))?;
     Ok(BufReader::new(stream))
 }
 
-/// The next reply; `None` at the end.
-fn reply(replies: &mut impl BufRead) -> io::Result<Option<Reply>> {
+fn fetch_status(pid: u32, request: Request, timeout: Duration) -> Result<Box<Status>, CommandError> {
+    let mut replies = send(pid, request)?;
+    replies.get_ref().set_read_timeout(Some(timeout))?;
     let mut line = Vec::new();
-    match replies.read_until(b'\n', &mut line)? {
-        0 => Ok(None),
-        _ => Ok(Some(serde_json::from_slice(&line)?)),
-    }
-}
-
-fn status(pid: u32, request: Request, patience: Duration) -> Result<Box<Status>, Failure> {
-    let mut replies = ask(pid, request)?;
-    replies.get_ref().set_read_timeout(Some(patience))?;
-    let answer = reply(&mut replies).map_err(|error| match error.kind() {
+    replies.read_until(b'\n', &mut line).map_err(|error| match error.kind() {
         ErrorKind::WouldBlock => format!("process {pid} does not answer"),
-        _ => format!("process {pid} can't be understood: {error}"),
+        _ => format!("can't read the answer of process {pid}: {error}"),
     })?;
-    match answer {
-        Some(Reply::Status(status)) => Ok(status),
-        Some(Reply::Failed(why, _)) => Err(why.into()),
-        _ => {
-            Err(format!("process {pid} refuses to answer: it is another user's, or busy with too many")
-                .into())
-        }
+    if line.is_empty() {
+        return Err(format!(
+            "process {pid} closed the connection without an answer: it is another user's, or has too many clients"
+        )
+        .into());
+    }
+    match serde_json::from_slice(&line) {
+        Ok(Reply::Status(status)) => Ok(status),
+        Ok(Reply::Failed(why, _)) => Err(why.into()),
+        Ok(Reply::Step(_) | Reply::Done(_)) => Err(format!("process {pid} sent no status").into()),
+        Err(error) => Err(format!("can't read the answer of process {pid}: {error}").into()),
     }
 }
 
-fn show(pid: u32, json: bool, watch: bool) -> Result<u8, Failure> {
+fn show(pid: u32, json: bool, watch: bool) -> Result<u8, CommandError> {
     loop {
-        let status = status(pid, Request::Status, PATIENCE)?;
+        let status = fetch_status(pid, Request::Status, REPLY_TIMEOUT)?;
         let text = if json { serde_json::to_string(&status)? + "\n" } else { status.to_string() };
-        // Clears what is left of the last one: to the end of each line, and below.
+        // Write over the last status: clear to the end of each line, and everything below.
         let redraw = watch && !json && io::stdout().is_terminal();
         let text = if redraw { format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")) } else { text };
         let shown = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());
         if !watch || shown.is_err() {
             return Ok(status.exit_status());
         }
-        thread::sleep(WATCH);
+        thread::sleep(WATCH_INTERVAL);
     }
 }
 
-/// Asks for a change and waits for what comes of it.
-fn change(pid: u32, request: Request, timeout: Option<Duration>) -> Result<u8, Failure> {
-    let until = timeout.map(|timeout| Instant::now() + timeout);
-    let mut replies = ask(pid, request)?;
-    let (asked, mut has_answered) = (Instant::now(), false);
+/// Sends a request and waits until it is done.
+fn change(pid: u32, request: Request, timeout: Option<Duration>) -> Result<u8, CommandError> {
+    let begun = Instant::now();
+    let mut replies = send(pid, request)?;
     let mut screen = Screen::new(pid);
+    let mut has_answered = false;
+    // A time-out can interrupt a line: its beginning stays here.
     let mut line = Vec::new();
     loop {
-        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-        if let (Some(Duration::ZERO), Some(timeout)) = (left, timeout) {
-            screen.clear();
+        let elapsed = begun.elapsed();
+        if let Some(timeout) = timeout.filter(|timeout| elapsed >= *timeout) {
             let timeout = humantime::format_duration(timeout);
-            return Err(format!("it is not over after {timeout} (see --timeout), and goes on").into());
+            return Err(format!(
+                "not finished after {timeout} (see --timeout); it continues in the background"
+            )
+            .into());
         }
-        let patience = (!has_answered).then_some(PATIENCE);
-        let pause = screen.pause().into_iter().chain(left).chain(patience).min();
-        replies.get_ref().set_read_timeout(pause)?;
-        // What a time-out interrupts stays in `line`.
+        if !has_answered && elapsed >= REPLY_TIMEOUT {
+            return Err(format!("process {pid} does not answer").into());
+        }
+        let reply_timeout = (!has_answered).then_some(REPLY_TIMEOUT);
+        let left = [timeout, reply_timeout].into_iter().flatten().map(|limit| limit - elapsed);
+        replies.get_ref().set_read_timeout(left.chain(screen.interval()).min())?;
         match replies.read_until(b'\n', &mut line) {
             Ok(0) => {
-                screen.clear();
-                return Err(format!("process {pid} has ended, or turned this command away").into());
+                return Err(format!(
+                    "process {pid} has ended, or refused this command: it is another user's, or has too many clients"
+                )
+                .into());
             }
             Ok(_) => {}
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
-                if !has_answered && asked.elapsed() >= PATIENCE {
-                    screen.clear();
-                    return Err(format!("process {pid} does not answer").into());
-                }
                 screen.draw();
                 continue;
             }
             Err(error) => return Err(error.into()),
         }
-        let answer = serde_json::from_slice(&std::mem::take(&mut line))?;
         has_answered = true;
         screen.clear();
-        match answer {
-            Reply::Step(step) => say(&step),
+        match serde_json::from_slice(&std::mem::take(&mut line))? {
+            Reply::Step(step) => print(&step),
             Reply::Done(text) => {
-                say(&text);
+                print(&text);
                 wait_for_end_of_file(&mut replies);
                 return Ok(0);
             }
@@ -210,20 +208,21 @@ fn change(pid: u32, request: Request, timeout: Option<Duration>) -> Result<u8, F
     }
 }
 
-/// After the last reply to `stop` the process ends, and only then its port is free.
+/// After the last reply to `stop` the process ends. Its port is free only then.
 fn wait_for_end_of_file(replies: &mut BufReader<UnixStream>) {
-    let _ = replies.get_ref().set_read_timeout(Some(PATIENCE));
+    let _ = replies.get_ref().set_read_timeout(Some(REPLY_TIMEOUT));
     let _ = io::copy(replies, &mut io::sink());
 }
 
-fn say(text: &str) {
-    let _ = writeln!(io::stdout(), "{text}"); // the reader may have seen enough
+fn print(text: &str) {
+    let _ = writeln!(io::stdout(), "{text}"); // the reader may have closed it, as head(1) does
 }
 
-/// On a terminal, a line for each worker below what was said, drawn anew while time passes.
+/// At a terminal: a line for each worker below the steps, drawn again while time passes, removed at the end.
 struct Screen {
     pid: u32,
     is_terminal: bool,
+    /// How many lines it shows now.
     lines: usize,
 }
 
@@ -232,8 +231,8 @@ impl Screen {
         Self { pid, is_terminal: io::stdout().is_terminal(), lines: 0 }
     }
 
-    fn pause(&self) -> Option<Duration> {
-        self.is_terminal.then_some(LIVE)
+    fn interval(&self) -> Option<Duration> {
+        self.is_terminal.then_some(REDRAW_INTERVAL)
     }
 
     fn clear(&mut self) {
@@ -247,10 +246,10 @@ impl Screen {
         if !self.is_terminal {
             return;
         }
-        let Ok(status) = status(self.pid, Request::Brief, LIVE) else { return };
+        let Ok(status) = fetch_status(self.pid, Request::Brief, REDRAW_INTERVAL) else { return };
         self.clear();
-        let line = |worker: &Worker| {
-            let Worker { slot, pid, generation, state, .. } = worker;
+        let line = |worker: &WorkerStatus| {
+            let WorkerStatus { slot, pid, generation, state, .. } = worker;
             let pid = pid.map_or("no process".to_owned(), |pid| format!("pid {pid}"));
             let since = worker.seconds.map_or(String::new(), |seconds| format!(" for {}", span(seconds)));
             format!("  worker {slot} ({pid}, generation {generation}): {state}{since}\n")
@@ -258,5 +257,11 @@ impl Screen {
         let text: String = status.workers.iter().map(line).collect();
         self.lines = status.workers.len();
         let _ = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        self.clear();
     }
 }

@@ -1,5 +1,5 @@
-//! The control socket: who may speak, what they ask, and what they are told. A client that stalls, floods or
-//! talks nonsense is dropped and holds nobody up.
+//! The control socket: which clients are allowed, what they request, and the replies. A client that stalls, floods or
+//! sends nonsense is dropped, and delays nothing else.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -13,68 +13,71 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use crate::fleet::Ticket;
-use crate::operate::protocol::{self, LONGEST_REQUEST, Reply, Request};
+use crate::operate::protocol::{self, MAX_REQUEST, Reply, Request};
 
-/// More at once are turned away.
-const MOST_CLIENTS: usize = 128;
-/// How many are taken in at once, lest a flood of them hold up everything else.
-const MOST_AT_ONCE: usize = 16;
-/// A client has so long to send its request.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// A client that leaves so much unread, in bytes, is dropped.
-const LONGEST_BACKLOG: usize = 256 * 1024;
+/// More clients at a time are refused.
+const MAX_CLIENTS: usize = 128;
+/// How many clients are accepted before the poll loop does something else.
+const MAX_ACCEPTED_AT_ONCE: usize = 16;
+/// The time that a client has to send its request, and to read the last reply.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// In bytes. A client that leaves more of its replies unread is dropped.
+const MAX_UNREAD: usize = 256 * 1024;
 
-/// A client, for as long as its connection lasts; never used twice.
+/// The connection of a client. No two connections have the same id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ClientId(pub u32);
 
 #[derive(Debug)]
 struct Client {
     stream: UnixStream,
+    /// The time of the connection, or of the last reply.
     since: Instant,
     input: Vec<u8>,
     output: Vec<u8>,
-    /// The step that it was told of last.
-    told: String,
+    /// The last step that was sent to it.
+    last_step: String,
     state: State,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    Asking,
+    /// Its request has not arrived, or not the whole of it.
+    Requesting,
     Waiting(Ticket),
-    /// Has its last reply, or part of it.
-    Ending,
+    /// Its last reply is being sent.
+    Closing,
 }
 
 #[derive(Debug)]
 pub struct Control {
     listener: UnixListener,
-    /// Given up for a moment when no other fd is to be had, so that a client can be turned away.
+    /// A file descriptor in reserve. When no other is free it is closed for a moment, so that a client can be accepted and
+    /// refused.
     spare: Option<File>,
     clients: BTreeMap<ClientId, Client>,
     next: u32,
 }
 
 impl Control {
-    /// Listens under the name of this process.
+    /// Listens under the name that belongs to the PID of this process.
     ///
     /// # Errors
-    /// EADDRINUSE when somebody has taken that name.
+    /// EADDRINUSE if another process has taken the name.
     pub fn new() -> io::Result<Self> {
         let listener = UnixListener::bind_addr(&protocol::address(std::process::id())?)?;
         listener.set_nonblocking(true)?;
         Ok(Self { listener, spare: File::open("/dev/null").ok(), clients: BTreeMap::new(), next: 0 })
     }
 
-    /// Takes new clients in, and has `epoll` tell of them by the token that `token` makes.
+    /// Accepts new clients and adds them to `epoll`, with a token from `token`.
     pub fn accept(&mut self, epoll: &Epoll, now: Instant, token: impl Fn(ClientId) -> u64) {
-        for _ in 0..MOST_AT_ONCE {
+        for _ in 0..MAX_ACCEPTED_AT_ONCE {
             let stream = match self.listener.accept() {
                 Ok((stream, _)) => stream,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
-                    debug!("a control client is turned away: {error}");
+                    debug!("can't accept a control client: {error}");
                     self.spare = None;
                     drop(self.listener.accept());
                     self.spare = File::open("/dev/null").ok();
@@ -82,36 +85,36 @@ impl Control {
                 }
             };
             let id = ClientId(self.next);
-            let may_come = self.clients.len() < MOST_CLIENTS && may_speak(&stream);
-            // Edge-triggered: a client is read, and written to, until it would block.
+            let is_welcome = self.clients.len() < MAX_CLIENTS && is_allowed(&stream);
+            // Edge-triggered: each client is read, and written to, until the call would block.
             let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
-            let watched = may_come
+            let is_watched = is_welcome
                 && stream.set_nonblocking(true).is_ok()
                 && epoll.add(&stream, EpollEvent::new(flags, token(id))).is_ok();
-            if watched {
+            if is_watched {
                 self.next = self.next.wrapping_add(1);
-                let (input, output, told) = (Vec::new(), Vec::new(), String::new());
-                let client = Client { stream, since: now, input, output, told, state: State::Asking };
+                let (input, output, last_step) = (Vec::new(), Vec::new(), String::new());
+                let client =
+                    Client { stream, since: now, input, output, last_step, state: State::Requesting };
                 self.clients.insert(id, client);
             }
         }
     }
 
-    /// Reads from a client and goes on writing to it. Returns its request, once that is whole.
-    pub fn attend(&mut self, id: ClientId) -> Option<Request> {
+    /// Reads from a client, and writes what it hasn't taken yet. Returns the request when all of it has arrived.
+    pub fn read_request(&mut self, id: ClientId) -> Option<Request> {
         let client = self.clients.get_mut(&id)?;
         let (mut bytes, mut ended) = ([0; 1024], false);
         loop {
             match client.stream.read(&mut bytes) {
                 Ok(0) => ended = true,
-                // What follows the request is of no interest, but has to be taken to see the end.
-                Ok(count) if client.state == State::Asking && client.input.len() <= LONGEST_REQUEST => {
+                Ok(count) if client.state == State::Requesting && client.input.len() <= MAX_REQUEST => {
                     client.input.extend_from_slice(&bytes[..count]);
                     continue;
                 }
                 Ok(_) => {
                     ended = true;
-                    debug!("a control client says too much");
+                    debug!("a control client is dropped: it sends more than a request");
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(_) => ended = true,
@@ -119,7 +122,8 @@ impl Control {
             break;
         }
         let line = client.input.iter().position(|byte| *byte == b'\n');
-        let request = line.filter(|_| client.state == State::Asking).map(|end| client.input[..end].to_vec());
+        let request =
+            line.filter(|_| client.state == State::Requesting).map(|end| client.input[..end].to_vec());
         if client.flush().is_err() || (ended && request.is_none()) {
             self.clients.remove(&id);
             return None;
@@ -129,65 +133,64 @@ impl Control {
         match protocol::parse(&request) {
             Ok(request) => Some(request),
             Err(why) => {
-                self.finish(id, &Reply::Failed(why, Vec::new()));
+                self.reply_and_close(id, &Reply::Failed(why, Vec::new()));
                 None
             }
         }
     }
 
-    /// Gives a client its last reply.
-    pub fn finish(&mut self, id: ClientId, reply: &Reply) {
+    /// Sends a client its last reply.
+    pub fn reply_and_close(&mut self, id: ClientId, reply: &Reply) {
         if let Some(client) = self.clients.get_mut(&id) {
-            client.state = State::Ending;
+            client.state = State::Closing;
             client.since = Instant::now();
         }
         self.send(id, reply);
     }
 
-    /// Has a client wait for the end of an operation.
-    pub fn have_wait(&mut self, id: ClientId, ticket: Ticket) {
+    /// From now on a client gets each step, until the operation of this ticket ends and it gets its last reply.
+    pub fn wait_for(&mut self, id: ClientId, ticket: Ticket) {
         if let Some(client) = self.clients.get_mut(&id) {
             client.state = State::Waiting(ticket);
         }
     }
 
-    /// The clients that wait, and for what.
+    /// The clients that wait, and what for.
     pub fn waiting(&self) -> Vec<(ClientId, Ticket)> {
         let ticket = |client: &Client| match client.state {
             State::Waiting(ticket) => Some(ticket),
-            State::Asking | State::Ending => None,
+            State::Requesting | State::Closing => None,
         };
         self.clients.iter().filter_map(|(id, client)| Some((*id, ticket(client)?))).collect()
     }
 
-    /// Tells all that wait of a step; of one that comes again at once, as when many ask for the same, only once.
-    pub fn tell(&mut self, step: &str) {
+    /// Sends a step to all clients that wait. A step that is repeated, as when many request the same, is sent once.
+    pub fn broadcast_step(&mut self, step: &str) {
         for (id, _) in self.waiting() {
-            if let Some(client) = self.clients.get_mut(&id).filter(|client| client.told != step) {
-                client.told = step.to_owned();
+            if let Some(client) = self.clients.get_mut(&id).filter(|client| client.last_step != step) {
+                client.last_step = step.to_owned();
                 self.send(id, &Reply::Step(step.to_owned()));
             }
         }
     }
 
-    /// Says something to a client.
+    /// Sends a reply to a client, or drops the client if it doesn't read.
     pub fn send(&mut self, id: ClientId, reply: &Reply) {
         let Some(client) = self.clients.get_mut(&id) else { return };
         client.output.extend(protocol::line(reply));
-        if client.flush().is_err() || client.output.len() > LONGEST_BACKLOG {
+        if client.flush().is_err() || client.output.len() > MAX_UNREAD {
             self.clients.remove(&id);
         }
     }
 
     /// When to call [`Control::drop_idle`] at the latest.
     pub fn deadline(&self) -> Option<Instant> {
-        let impatient = self.clients.values().filter(|client| client.is_idle());
-        impatient.map(|client| client.since + PATIENCE).min()
+        self.clients.values().filter_map(Client::deadline).min()
     }
 
-    /// Drops the clients that have not sent their request in good time, or don't take the reply.
+    /// Drops the clients that have not sent their request, or not read their last reply, in time.
     pub fn drop_idle(&mut self, now: Instant) {
-        self.clients.retain(|_, client| !client.is_idle() || client.since + PATIENCE > now);
+        self.clients.retain(|_, client| client.deadline().is_none_or(|at| at > now));
     }
 }
 
@@ -198,10 +201,10 @@ impl AsFd for Control {
 }
 
 impl Client {
-    /// Writes what is to be written, as far as the client takes it.
+    /// Writes as much of the replies as the client takes.
     ///
     /// # Errors
-    /// When it is gone, or has all that it is to get.
+    /// When the client is gone, or has its last reply.
     fn flush(&mut self) -> io::Result<()> {
         while !self.output.is_empty() {
             match self.stream.write(&self.output) {
@@ -210,16 +213,20 @@ impl Client {
                 Err(error) => return Err(error),
             }
         }
-        if self.state == State::Ending { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
+        if self.state == State::Closing { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
     }
 
-    fn is_idle(&self) -> bool {
-        !matches!(self.state, State::Waiting(_))
+    /// When to drop it; `None` while it waits.
+    fn deadline(&self) -> Option<Instant> {
+        match self.state {
+            State::Waiting(_) => None,
+            State::Requesting | State::Closing => Some(self.since + CLIENT_TIMEOUT),
+        }
     }
 }
 
-/// Whether a client is of this user, or root (SO_PEERCRED, unix(7)).
-fn may_speak(stream: &UnixStream) -> bool {
+/// Whether a client is a process of this user or of root (SO_PEERCRED, unix(7)).
+fn is_allowed(stream: &UnixStream) -> bool {
     let uid = nix::unistd::geteuid().as_raw();
     getsockopt(stream, PeerCredentials).is_ok_and(|peer| peer.uid() == uid || peer.uid() == 0)
 }

@@ -1,4 +1,4 @@
-//! What people and other programs operate reuse-run by.
+//! How users, systemd and other programs operate reuse-run: commands, signals, the PID file.
 
 pub mod client;
 pub mod control;

@@ -1,4 +1,4 @@
-//! A file that holds the wrapper's PID while its workers serve.
+//! The file of --pidfile. It holds the PID of reuse-run from the moment when the first workers are ready.
 
 use std::fs;
 use std::io::{self, Write};
@@ -14,10 +14,11 @@ pub struct PidFile {
 }
 
 impl PidFile {
+    /// Checks that the file can be written, but doesn't write it yet.
+    ///
     /// # Errors
-    /// When it could not be written, as far as can be seen before.
+    /// When the folder isn't writable, or the path is a folder.
     pub fn new(path: PathBuf) -> io::Result<Self> {
-        // Whoever reads it later may be elsewhere, and so may this process.
         let path = std::path::absolute(path)?;
         let folder = path.parent().unwrap_or(Path::new("/"));
         let why =
@@ -29,7 +30,7 @@ impl PidFile {
         Ok(Self { path, is_written: false })
     }
 
-    /// Writes it, unless it is there already. Whoever reads it finds a whole number.
+    /// Writes the file at the first call. A reader never finds an empty file or half a number.
     pub fn write(&mut self) {
         if self.is_written {
             return;
@@ -38,24 +39,23 @@ impl PidFile {
         name.push(format!(".{}", std::process::id()));
         let write = || -> io::Result<()> {
             let _ = fs::remove_file(&name);
-            // A new file, so that no link that somebody has put there is followed.
+            // create_new doesn't follow a link that another user has put there.
             let mut file = fs::OpenOptions::new().write(true).create_new(true).open(&name)?;
             writeln!(file, "{}", std::process::id())?;
             fs::rename(&name, &self.path)
         };
-        let written = write();
-        match written {
+        match write() {
             Ok(()) => self.is_written = true,
             Err(error) => {
                 let _ = fs::remove_file(&name);
-                warn!("can't write {}: {error}", self.path.display());
+                warn!("can't write --pidfile {}: {error}", self.path.display());
             }
         }
     }
 }
 
 impl Drop for PidFile {
-    /// Removes it, unless it is another's by now.
+    /// Removes the file, unless it holds another PID: then another process has replaced it.
     fn drop(&mut self) {
         let is_ours = |text: String| text.trim_end() == std::process::id().to_string();
         if self.is_written && fs::read_to_string(&self.path).is_ok_and(is_ours) {

@@ -1,5 +1,6 @@
-//! What a control command and a running reuse-run say to each other: one request and its replies, each a line
-//! of JSON, over a Unix socket in the abstract namespace (unix(7)), which needs no directory to write to.
+//! The protocol between a command such as `reuse-run reload` and a running reuse-run: one request and its replies, each
+//! a line of JSON, over a Unix socket. The socket's name is in the abstract namespace (unix(7)), so no writable
+//! directory is needed.
 
 use std::fs;
 use std::io;
@@ -11,12 +12,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::operate::status::Status;
 
-/// Of this protocol: one more with each change that older commands or servers can't make sense of.
+/// The version of this protocol. It rises with each change that an older command or an older reuse-run can't understand.
 pub const VERSION: u32 = 1;
-/// No request is longer, in bytes.
-pub const LONGEST_REQUEST: usize = 4096;
+/// In bytes; a longer request is refused.
+pub const MAX_REQUEST: usize = 4096;
 
-/// What comes first on the wire.
+/// A request as it is sent.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Envelope {
     pub version: u32,
@@ -27,14 +28,14 @@ pub struct Envelope {
 #[serde(rename_all = "lowercase")]
 pub enum Request {
     Status,
-    /// The same, without what takes long to find out: connections, and what processes have used.
+    /// As `Status`, but without the fields that take long to find out: connections, memory and CPU time are 0.
     Brief,
-    /// Without `how`, as a signal's reload goes. Whoever doesn't wait gets one reply at once.
+    /// Without `how` the workers are replaced as at SIGUSR2. A client that doesn't `wait` gets one reply at once.
     Reload {
         how: Option<How>,
         wait: bool,
     },
-    /// End the reload that goes on.
+    /// End the current reload and keep the workers that serve.
     Abort,
     Scale {
         to: Target,
@@ -48,15 +49,13 @@ pub enum Request {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum How {
+    /// At most this many workers at a time.
     Batch(u32),
-    /// A share in percent, for so many seconds.
-    Canary {
-        percent: f64,
-        seconds: f64,
-    },
+    /// The new workers get a share of the connections, in percent, for this many seconds.
+    Canary { percent: f64, seconds: f64 },
 }
 
-/// A number of workers.
+/// A number of workers, or by how many to change it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Target {
@@ -69,25 +68,28 @@ pub enum Target {
 #[serde(rename_all = "lowercase")]
 pub enum Reply {
     Status(Box<Status>),
-    /// A line of the log, while the command waits.
+    /// What happens while the client waits, as in the log.
     Step(String),
-    /// The last: it is done.
+    /// The last reply: the request is done.
     Done(String),
-    /// The last: it is not, and why; then what the worker at fault wrote last.
+    /// The last reply: why the request failed, and the last lines of the worker that caused it.
     Failed(String, Vec<String>),
 }
 
-/// What the names of all sockets in this PID namespace begin with.
+/// The beginning of all socket names in this PID namespace.
 fn prefix() -> io::Result<String> {
     Ok(format!("reuse-run/{}/", fs::metadata("/proc/self/ns/pid")?.ino()))
 }
 
-/// The address of a reuse-run of this PID namespace.
+/// The address of the reuse-run with this PID in this PID namespace.
+///
+/// # Errors
+/// Without /proc.
 pub fn address(pid: u32) -> io::Result<SocketAddr> {
     SocketAddr::from_abstract_name(format!("{}{pid}", prefix()?))
 }
 
-/// The pid in the name of a socket as /proc/net/unix has it, if it is a reuse-run's of this PID namespace.
+/// The PID in a socket name of /proc/net/unix, if the name is that of a reuse-run in this PID namespace.
 pub fn pid_of(name: &str) -> Option<u32> {
     name.strip_prefix('@')?.strip_prefix(&prefix().ok()?)?.parse().ok()
 }
@@ -100,15 +102,15 @@ struct Version {
 /// Reads a request.
 ///
 /// # Errors
-/// What to tell the client.
+/// What to reply to the client.
 pub fn parse(line: &[u8]) -> Result<Request, String> {
     let Version { version } =
         serde_json::from_slice(line).map_err(|error| format!("not a request: {error}"))?;
     if version != VERSION {
         let ours = env!("CARGO_PKG_VERSION");
         return Err(format!(
-            "the running reuse-run {ours} speaks version {VERSION} of the control protocol, not {version}: use its own \
-             program"
+            "the running reuse-run {ours} speaks version {VERSION} of the control protocol, not {version}: use \
+             the command of version {ours}"
         ));
     }
     let envelope: Envelope =
@@ -118,7 +120,7 @@ pub fn parse(line: &[u8]) -> Result<Request, String> {
 
 /// A request or a reply as a line.
 pub fn line(message: &impl Serialize) -> Vec<u8> {
-    let mut line = serde_json::to_vec(message).unwrap_or_default(); // of plain structs it can't fail
+    let mut line = serde_json::to_vec(message).unwrap_or_default(); // can't fail for these types
     line.push(b'\n');
     line
 }
@@ -130,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_request_is_read_as_it_was_written() {
+    fn a_request_is_parsed_to_what_was_written() {
         for request in [
             Request::Status,
             Request::Brief,
@@ -147,13 +149,13 @@ mod tests {
     }
 
     #[test]
-    fn another_version_is_told_so_whatever_else_it_says() {
+    fn a_request_of_another_version_is_refused_whatever_else_it_holds() {
         let error = parse(br#"{"version": 2, "what": ["ever"]}"#).unwrap_err();
         assert!(error.contains("speaks version 1") && error.contains("not 2"), "{error}");
     }
 
     #[test]
-    fn a_name_is_that_of_its_own_namespace_only() {
+    fn only_names_of_this_pid_namespace_have_a_pid() {
         let ours = format!("@{}42", prefix().unwrap());
         assert_eq!(pid_of(&ours), Some(42));
         assert_eq!(pid_of("@reuse-run/1/42"), None);
@@ -163,7 +165,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_read_without_harm(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn parsing_any_bytes_does_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = parse(&bytes);
         }
     }

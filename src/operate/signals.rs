@@ -1,4 +1,4 @@
-//! The signals that the wrapper gets, through signal-hook's pipe.
+//! The signals that reuse-run receives, through signal-hook's pipe.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,50 +10,52 @@ use signal_hook::iterator::exfiltrator::SignalOnly;
 
 use crate::kernel::procfs;
 
-/// What a signal asks for.
+/// What a signal asks reuse-run to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Asked {
-    /// Some process has ended.
+pub enum Meaning {
+    /// A process has ended and has to be reaped.
     Reap,
     Reload,
     Stop(Signal),
-    /// One worker more, or one less.
+    /// Add a worker, or remove one.
     Scale {
         more: bool,
     },
-    /// It means nothing to the wrapper and is passed on to the workers.
+    /// Forward it to the workers; it has no meaning for reuse-run itself.
     Forward(Signal),
 }
 
-/// SIGHUP reloads, as users of gunicorn and systemd expect. SIGQUIT is what some images of containers
-/// are stopped with. SIGTTIN and SIGTTOU are one worker more and one less with unicorn, gunicorn and puma. Never
-/// forwarded: those; SIGUSR2; SIGTSTP, which stops the wrapper alone; and what reports a fault of the receiver
-/// itself.
-const MEANINGS: [(Signal, Asked); 12] = [
-    (Signal::SIGCHLD, Asked::Reap),
-    (Signal::SIGUSR2, Asked::Reload),
-    (Signal::SIGHUP, Asked::Reload),
-    (Signal::SIGTERM, Asked::Stop(Signal::SIGTERM)),
-    (Signal::SIGINT, Asked::Stop(Signal::SIGINT)),
-    (Signal::SIGQUIT, Asked::Stop(Signal::SIGQUIT)),
-    (Signal::SIGTTIN, Asked::Scale { more: true }),
-    (Signal::SIGTTOU, Asked::Scale { more: false }),
-    (Signal::SIGUSR1, Asked::Forward(Signal::SIGUSR1)),
-    (Signal::SIGWINCH, Asked::Forward(Signal::SIGWINCH)),
-    (Signal::SIGCONT, Asked::Forward(Signal::SIGCONT)),
-    (Signal::SIGALRM, Asked::Forward(Signal::SIGALRM)),
+/// SIGHUP reloads, as with gunicorn and systemd. Some container images are stopped by SIGQUIT. SIGTTIN and SIGTTOU add
+/// and remove a worker, as with unicorn, gunicorn and puma. All other signals keep their default action: SIGTSTP, for
+/// example, stops reuse-run alone, and SIGSEGV reports a fault of the receiver.
+const MEANINGS: [(Signal, Meaning); 12] = [
+    (Signal::SIGCHLD, Meaning::Reap),
+    (Signal::SIGUSR2, Meaning::Reload),
+    (Signal::SIGHUP, Meaning::Reload),
+    (Signal::SIGTERM, Meaning::Stop(Signal::SIGTERM)),
+    (Signal::SIGINT, Meaning::Stop(Signal::SIGINT)),
+    (Signal::SIGQUIT, Meaning::Stop(Signal::SIGQUIT)),
+    (Signal::SIGTTIN, Meaning::Scale { more: true }),
+    (Signal::SIGTTOU, Meaning::Scale { more: false }),
+    (Signal::SIGUSR1, Meaning::Forward(Signal::SIGUSR1)),
+    (Signal::SIGWINCH, Meaning::Forward(Signal::SIGWINCH)),
+    (Signal::SIGCONT, Meaning::Forward(Signal::SIGCONT)),
+    (Signal::SIGALRM, Meaning::Forward(Signal::SIGALRM)),
 ];
 
-/// Signals that arrived and have not been looked at. Several of one kind count as one, as with the kernel.
+/// Signals that have arrived. Several of one kind count as one, as in the kernel.
 #[derive(Debug)]
 pub struct Signals(SignalDelivery<UnixStream, SignalOnly>);
 
 impl Signals {
-    /// Begins to receive, in place of the signals' former dispositions. An inherited "ignore" is replaced
-    /// too, since shells without job control set it on what they start in the background; but not that of
-    /// SIGHUP, with which nohup(1) says that the end of the terminal is not meant.
+    /// Installs the handlers. An inherited "ignore" is replaced too: shells without job control set it for what they
+    /// start in the background. Only an ignored SIGHUP stays ignored: nohup(1) does that, so that the end of the
+    /// terminal has no effect.
+    ///
+    /// # Errors
+    /// When there is no file descriptor left.
     pub fn new() -> io::Result<Self> {
-        // Who started this process may have left some blocked.
+        // The parent process may have blocked some.
         SigSet::empty().thread_set_mask()?;
         let (read, write) = UnixStream::pair()?;
         let wanted = |signal: &Signal| *signal != Signal::SIGHUP || !procfs::ignores(Signal::SIGHUP);
@@ -61,11 +63,11 @@ impl Signals {
         Ok(Self(SignalDelivery::with_pipe(read, write, SignalOnly, signals)?))
     }
 
-    /// What was asked for since the last call. Never blocks. The pipe is emptied before the signals are
-    /// looked at, so that one that arrives in between is told of by a byte in the pipe.
-    pub fn pending(&mut self) -> Vec<Asked> {
+    /// What the signals since the last call mean. Never blocks. It empties the pipe before it checks the signals: a
+    /// signal that arrives in between writes another byte, so it is not missed.
+    pub fn pending(&mut self) -> Vec<Meaning> {
         let meaning = |number| MEANINGS.iter().find(|(signal, _)| *signal as i32 == number);
-        self.0.pending().filter_map(|number| meaning(number).map(|(_, asked)| *asked)).collect()
+        self.0.pending().filter_map(meaning).map(|(_, meaning)| *meaning).collect()
     }
 }
 

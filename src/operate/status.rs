@@ -1,66 +1,112 @@
-//! How everything stands, for people and programs.
+//! What `reuse-run status` shows: as a table for users, as JSON for programs.
 
 use std::fmt::{self, Write};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// What `status --json` prints; the README describes it.
+/// What `status --json` prints; tests/status.schema.json describes it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Status {
-    /// Of the running program.
+    /// The version of the running reuse-run.
     pub version: String,
     pub pid: u32,
-    pub state: String,
-    /// The newest that serves.
+    pub state: State,
+    /// The newest generation that serves.
     pub generation: u32,
     pub slots: u32,
-    /// How many of the slots have a worker that is ready.
+    /// The number of slots with a ready worker.
     pub ready: u32,
     pub addresses: Vec<String>,
-    pub workers: Vec<Worker>,
+    pub workers: Vec<WorkerStatus>,
     pub last_reload: Option<LastReload>,
 }
 
-/// A slot, or a worker that doesn't serve in it: not yet, or no more.
+/// What reuse-run is doing: see [`crate::fleet::Activity`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    Starting,
+    Serving,
+    Reloading,
+    #[serde(rename = "abandoning a reload")]
+    Abandoning,
+    Scaling,
+    Stopping,
+}
+
+/// A slot with its worker; or a worker that doesn't serve in its slot yet, or no longer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Worker {
+pub struct WorkerStatus {
     pub slot: u32,
     /// `None` while the slot waits for its next worker.
     pub pid: Option<u32>,
     pub generation: u32,
     pub serves: bool,
-    pub state: String,
-    /// In that state.
+    pub state: WorkerState,
+    /// Time in that state.
     pub seconds: Option<f64>,
-    /// Of the slot, since the last reload.
+    /// Restarts in the slot since the last reload.
     pub restarts: u32,
-    /// `busy` or `stuck` if others get the new connections: see [`crate::steering::load::Load`].
-    pub load: String,
+    pub load: WorkerLoad,
     /// Connections that wait to be accepted.
     pub accept_queue: u32,
     /// Connections that were accepted.
     pub connections: u32,
-    /// Of the worker and all that it has started.
+    /// Of the worker and all processes that it has started.
     pub rss_kib: u64,
     pub cpu_seconds: f64,
-    /// Since it was started.
+    /// Time since its start.
     pub age_seconds: Option<f64>,
-    /// What it says of itself: sd_notify(3), STATUS=.
+    /// The last STATUS= that it sent: sd_notify(3).
     pub status: Option<String>,
 }
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WorkerState {
+    Starting,
+    Ready,
+    Draining,
+    Stopping,
+    Killed,
+    /// The slot has no process.
+    Down,
+}
+
+/// Whether a worker is skipped for new connections: see [`crate::steering::load::Load`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WorkerLoad {
+    Free,
+    Busy,
+    Stuck,
+}
+
+/// In the table stands the same word as in the JSON.
+macro_rules! display_as_in_json {
+    ($($name:ty),*) => {
+        $(impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                self.serialize(f)
+            }
+        })*
+    };
+}
+
+display_as_in_json!(State, WorkerState, WorkerLoad);
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LastReload {
     pub generation: u32,
     pub ok: bool,
-    /// Why not.
+    /// Why it failed.
     pub reason: Option<String>,
     pub seconds_ago: f64,
 }
 
 impl Status {
-    /// The exit status of the command: 0 when all slots are ready, 3 when some are, 4 when none is.
+    /// The exit status of the command: 0 if all slots have a ready worker, 3 if some have, 4 if none has.
     pub fn exit_status(&self) -> u8 {
         match self.ready {
             0 => 4,
@@ -92,7 +138,7 @@ impl fmt::Display for Status {
             "CPU",
             "STATUS",
         ];
-        let rows: Vec<[String; 11]> = self.workers.iter().map(Worker::row).collect();
+        let rows: Vec<[String; 11]> = self.workers.iter().map(WorkerStatus::row).collect();
         let width = |column: usize| {
             rows.iter().map(|row| row[column].chars().count()).chain([HEAD[column].len()]).max().unwrap_or(0)
         };
@@ -114,11 +160,11 @@ impl fmt::Display for Status {
     }
 }
 
-impl Worker {
+impl WorkerStatus {
     fn row(&self) -> [String; 11] {
-        let state = match self.load.as_str() {
+        let state = match self.load {
             _ if !self.serves => format!("({})", self.state),
-            "free" => self.state.clone(),
+            WorkerLoad::Free => self.state.to_string(),
             load => format!("{}, {load}", self.state),
         };
         let cpu = self.age_seconds.filter(|age| *age > 0.0).map(|age| self.cpu_seconds / age * 100.0);
@@ -139,13 +185,90 @@ impl Worker {
     }
 }
 
-/// "850ms" of what is short, else "3m 5s"
+/// "850ms" below a second, "3m 5s" below an hour, else "2h 7m".
 pub fn span(seconds: f64) -> String {
     let exact = Duration::try_from_secs_f64(seconds).unwrap_or_default();
     let rounded = match exact {
-        short if short < Duration::from_secs(1) => Duration::from_millis(short.as_millis() as u64),
-        long if long < Duration::from_secs(3600) => Duration::from_secs(long.as_secs()),
-        longer => Duration::from_secs(longer.as_secs() / 60 * 60),
+        exact if exact < Duration::from_secs(1) => Duration::from_millis(exact.as_millis() as u64),
+        exact if exact < Duration::from_secs(3600) => Duration::from_secs(exact.as_secs()),
+        exact => Duration::from_secs(exact.as_secs() / 60 * 60),
     };
     humantime::format_duration(rounded).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn worker(state: WorkerState, load: WorkerLoad, serves: bool) -> WorkerStatus {
+        WorkerStatus {
+            slot: 0,
+            pid: Some(42),
+            generation: 2,
+            serves,
+            state,
+            seconds: Some(7.0),
+            restarts: 1,
+            load,
+            accept_queue: 3,
+            connections: 4,
+            rss_kib: 2048,
+            cpu_seconds: 1.0,
+            age_seconds: Some(10.0),
+            status: None,
+        }
+    }
+
+    fn status(workers: Vec<WorkerStatus>, ready: u32, slots: u32) -> Status {
+        Status {
+            version: "0.1.0".to_owned(),
+            pid: 1,
+            state: State::Abandoning,
+            generation: 2,
+            slots,
+            ready,
+            addresses: vec!["[::]:3000".to_owned()],
+            workers,
+            last_reload: None,
+        }
+    }
+
+    #[test]
+    fn the_exit_status_says_whether_all_slots_some_or_none_are_ready() {
+        for (ready, expected) in [(2, 0), (1, 3), (0, 4)] {
+            assert_eq!(status(Vec::new(), ready, 2).exit_status(), expected);
+        }
+    }
+
+    #[test]
+    fn states_and_loads_are_the_same_words_in_the_table_and_in_the_json() {
+        let status = status(vec![worker(WorkerState::Draining, WorkerLoad::Stuck, true)], 0, 1);
+        let json = serde_json::to_string(&status).unwrap();
+        for field in [r#""state":"abandoning a reload""#, r#""state":"draining""#, r#""load":"stuck""#] {
+            assert!(json.contains(field), "{json}");
+        }
+        let table = status.to_string();
+        assert!(
+            table.starts_with(
+                "reuse-run 0.1.0, pid 1: abandoning a reload, 0 of 1 slots ready on [::]:3000\n"
+            )
+        );
+        assert!(table.contains("  draining, stuck  "), "{table}");
+    }
+
+    #[test]
+    fn a_worker_that_does_not_serve_stands_in_parentheses_and_a_slot_without_process_has_dashes() {
+        let mut down = worker(WorkerState::Down, WorkerLoad::Free, true);
+        (down.pid, down.seconds, down.age_seconds) = (None, None, None);
+        let rows =
+            [worker(WorkerState::Ready, WorkerLoad::Busy, false), down].map(|worker| worker.row().join(" "));
+        assert_eq!(rows[0], "0 42 2 (ready) 7s 1 3 4 2.0 MiB 10.0% ");
+        assert_eq!(rows[1], "0 - 2 down - 1 - - - - ");
+    }
+
+    #[test]
+    fn a_span_is_as_exact_as_its_length_needs() {
+        let spans = [0.8501, 185.9, 7_659.0].map(span);
+        assert_eq!(spans, ["850ms", "3m 5s", "2h 7m"]);
+    }
 }

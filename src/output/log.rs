@@ -29,7 +29,7 @@ pub fn start() {
 }
 
 /// Says on stderr why a command was of no use.
-pub fn complain(why: &str) {
+pub fn print_error(why: &str) {
     let _ = writeln!(io::stderr(), "reuse-run: {why}");
 }
 

@@ -13,7 +13,7 @@ use crate::kernel::procfs::{self, Usage};
 use crate::kernel::sockdiag::SockDiag;
 use crate::operate::control::{ClientId, Control};
 use crate::operate::protocol::{self, How, Reply, Request};
-use crate::operate::status::{LastReload, Status, Worker};
+use crate::operate::status::{self, LastReload, Status, WorkerLoad, WorkerState, WorkerStatus};
 use crate::output::labels::Labels;
 use crate::steering::load::Load;
 
@@ -25,7 +25,9 @@ impl Supervisor {
     }
 
     pub(super) fn attend(&mut self, id: ClientId) {
-        let Some(request) = self.control.as_mut().and_then(|control| control.attend(id)) else { return };
+        let Some(request) = self.control.as_mut().and_then(|control| control.read_request(id)) else {
+            return;
+        };
         let (command, wait) = match request {
             Request::Status => return self.finish(id, &Reply::Status(Box::new(self.status(true)))),
             Request::Brief => return self.finish(id, &Reply::Status(Box::new(self.status(false)))),
@@ -85,13 +87,13 @@ impl Supervisor {
 
     fn wait(&mut self, id: ClientId, ticket: Ticket) {
         if let Some(control) = &mut self.control {
-            control.have_wait(id, ticket);
+            control.wait_for(id, ticket);
         }
     }
 
     fn finish(&mut self, id: ClientId, reply: &Reply) {
         if let Some(control) = &mut self.control {
-            control.finish(id, reply);
+            control.reply_and_close(id, reply);
         }
     }
 
@@ -138,15 +140,15 @@ impl Supervisor {
             let pid = process.and_then(|process| process.pid).map(Pid::from_raw);
             let Usage { cpu, rss_kib } = pid.filter(|_| usage).map(procfs::usage).unwrap_or_default();
             let id = process.map(|process| process.worker);
-            Worker {
+            WorkerStatus {
                 slot: view.slot.0,
                 pid: pid.map(|pid| pid.as_raw() as u32),
                 generation: view.generation,
                 serves: view.serves,
-                state: process.map_or("down", |process| state_word(process.state)).to_owned(),
+                state: process.map_or(WorkerState::Down, |process| process.state.into()),
                 seconds: process.map(|process| seconds(process.since)),
                 restarts: view.restarts,
-                load: id.map_or(Load::Free, |id| self.pool.load(id)).to_string(),
+                load: id.map_or(WorkerLoad::Free, |id| self.pool.load(id).into()),
                 accept_queue: id.map_or(0, |id| self.pool.accept_queue(id)),
                 connections: pid.and_then(|pid| connections.get(&pid).copied()).unwrap_or(0),
                 rss_kib,
@@ -166,7 +168,7 @@ impl Supervisor {
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
-            state: activity_word(self.fleet.activity()).to_owned(),
+            state: self.fleet.activity().into(),
             generation: crew.generation(),
             slots: crew.slots() as u32,
             ready: views.iter().filter(is_ready).count() as u32,
@@ -231,23 +233,37 @@ fn failed(why: String) -> Reply {
     Reply::Failed(why, Vec::new())
 }
 
-fn state_word(state: State) -> &'static str {
-    match state {
-        State::Starting => "starting",
-        State::Ready => "ready",
-        State::Draining => "draining",
-        State::Stopping => "stopping",
-        State::Killed => "killed",
+impl From<State> for WorkerState {
+    fn from(state: State) -> Self {
+        match state {
+            State::Starting => Self::Starting,
+            State::Ready => Self::Ready,
+            State::Draining => Self::Draining,
+            State::Stopping => Self::Stopping,
+            State::Killed => Self::Killed,
+        }
     }
 }
 
-fn activity_word(activity: Activity) -> &'static str {
-    match activity {
-        Activity::Starting => "starting",
-        Activity::Serving => "serving",
-        Activity::Reloading => "reloading",
-        Activity::Abandoning => "abandoning a reload",
-        Activity::Scaling => "scaling",
-        Activity::Stopping => "stopping",
+impl From<Activity> for status::State {
+    fn from(activity: Activity) -> Self {
+        match activity {
+            Activity::Starting => Self::Starting,
+            Activity::Serving => Self::Serving,
+            Activity::Reloading => Self::Reloading,
+            Activity::Abandoning => Self::Abandoning,
+            Activity::Scaling => Self::Scaling,
+            Activity::Stopping => Self::Stopping,
+        }
+    }
+}
+
+impl From<Load> for WorkerLoad {
+    fn from(load: Load) -> Self {
+        match load {
+            Load::Free => Self::Free,
+            Load::Busy => Self::Busy,
+            Load::Stuck => Self::Stuck,
+        }
     }
 }

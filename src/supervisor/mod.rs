@@ -23,8 +23,8 @@ use crate::intercept::{self, Answers, Interception, ListenChange};
 use crate::kernel::procfs;
 use crate::operate::control::{ClientId, Control};
 use crate::operate::pidfile::PidFile;
-use crate::operate::signals::{Asked, Signals};
-use crate::operate::systemd::Manager;
+use crate::operate::signals::{Meaning, Signals};
+use crate::operate::systemd::Systemd;
 use crate::output::labels::{self, Labels};
 use crate::pool::paths::UnixSockets;
 use crate::pool::unintercepted::{self, Unintercepted};
@@ -105,7 +105,7 @@ pub struct Supervisor {
     signal_effects: SignalEffects,
     /// Set when workers aren't intercepted.
     bystander: Option<Unintercepted>,
-    manager: Manager,
+    systemd: Systemd,
     /// `None` when its name could not be had.
     control: Option<Control>,
     pidfile: Option<PidFile>,
@@ -180,7 +180,7 @@ pub fn run(options: Options) -> io::Result<u8> {
         drain: Drain::default(),
         signal_effects: SignalEffects::default(),
         bystander,
-        manager: Manager::new(Instant::now()),
+        systemd: Systemd::new(Instant::now()),
         control,
         pidfile,
         labels,
@@ -259,7 +259,7 @@ impl Supervisor {
         }
         self.stop_drained();
         self.look_on();
-        self.manager.is_alive(Instant::now());
+        self.systemd.ping_watchdog(Instant::now());
         if let Some(control) = &mut self.control {
             control.drop_idle(Instant::now());
         }
@@ -313,7 +313,7 @@ impl Supervisor {
         let deadlines = [
             self.fleet.deadline(),
             self.drain.deadline(),
-            self.manager.deadline(),
+            self.systemd.deadline(),
             self.bystander.as_ref().and_then(Unintercepted::deadline),
             self.control.as_ref().and_then(Control::deadline),
             self.pool.has_news().then(Instant::now),
@@ -356,14 +356,14 @@ impl Supervisor {
                 Action::Log { level, line } => {
                     log!(level, "{line}");
                     if let Some(control) = self.control.as_mut().filter(|_| level <= log::Level::Info) {
-                        control.tell(&line);
+                        control.broadcast_step(&line);
                     }
                 }
                 Action::Announce(announcement) => {
                     if let (Announcement::Ready { .. }, Some(pidfile)) = (&announcement, &mut self.pidfile) {
                         pidfile.write();
                     }
-                    self.manager.announce(&announcement);
+                    self.systemd.announce(&announcement);
                 }
                 Action::Ended { ticket, outcome, culprit } => self.operation_ended(ticket, outcome, culprit),
                 Action::Exit { status } => self.exit = Some(status),
@@ -452,16 +452,16 @@ impl Supervisor {
     }
 
     fn take_signals(&mut self) {
-        for asked in self.signals.pending() {
-            match asked {
-                Asked::Reap => self.reap(),
-                Asked::Reload => self.command_by_signal(Command::Reload(None)),
-                Asked::Stop(signal) => self.handle(Event::StopSignal { signal: signal.as_str() }),
-                Asked::Scale { more } => {
+        for meaning in self.signals.pending() {
+            match meaning {
+                Meaning::Reap => self.reap(),
+                Meaning::Reload => self.command_by_signal(Command::Reload(None)),
+                Meaning::Stop(signal) => self.handle(Event::StopSignal { signal: signal.as_str() }),
+                Meaning::Scale { more } => {
                     let target = if more { Target::More(1) } else { Target::Fewer(1) };
                     self.command_by_signal(Command::Scale(target));
                 }
-                Asked::Forward(signal) => self.forward(signal),
+                Meaning::Forward(signal) => self.forward(signal),
             }
         }
     }

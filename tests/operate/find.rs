@@ -26,7 +26,7 @@ fn when_no_reuse_run_is_running_a_command_says_so_and_exits_with_1() {
         run_words(words).assert_failed(&["no reuse-run is running here"]);
     }
     let outcome = run_words(&format!("status {}", std::process::id()));
-    outcome.assert_failed(&["is no reuse-run that can be spoken to"]);
+    outcome.assert_failed(&["is not a reuse-run that can be reached"]);
 }
 
 #[test]

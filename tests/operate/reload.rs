@@ -109,7 +109,11 @@ fn no_wait_returns_when_the_reload_has_begun() {
 fn timeout_ends_the_wait_and_not_the_reload() {
     let (addr, folder, mut service) = Service::with_flags("-n 1", &[]);
     folder.raise("hold-2-0");
-    run(&service, "reload --timeout 200ms").assert_failed(&["200ms", "--timeout", "goes on"]);
+    run(&service, "reload --timeout 200ms").assert_failed(&[
+        "200ms",
+        "--timeout",
+        "continues in the background",
+    ]);
     folder.lower("hold-2-0");
     service.wait_for_line("generation 2 serves alone");
     assert_eq!(get(addr).generation, Some(2));
