@@ -2,12 +2,15 @@
 //! operation it belongs to.
 
 use std::collections::BTreeSet;
+use std::mem;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::endpoints::Endpoints;
 use super::events::Action;
 use super::policy::{Policy, Readiness};
 use super::roster::Roster;
+use super::slot::Slot;
 use super::story;
 use super::timers::{SlotTimer, Timer, Timers, WorkerTimer};
 use super::views::{self, View};
@@ -15,6 +18,7 @@ use super::worker::{State, Worker};
 use crate::address::{Address, Endpoint};
 use crate::ids::{SlotId, WorkerId};
 use crate::steering::{Plan, Role, Share};
+use crate::words::millis;
 
 /// When a worker that listens, but not on all that it has to, is checked again: its log line comes then; and the only
 /// worker that has nothing but a Unix socket, which may be its own, is taken as ready then.
@@ -194,6 +198,53 @@ impl Crew {
     pub(super) fn remember_endpoints(&mut self, id: WorkerId) {
         if let Some(worker) = self.roster.get(id).filter(|worker| self.roster.serves(worker)) {
             self.endpoints.remember(id, worker.slot);
+        }
+    }
+
+    /// Puts a worker into the state Ready, with the log lines for that. Returns its generation, and whether it serves.
+    pub(super) fn ready(&mut self, id: WorkerId, is_first_start: bool, now: Instant) -> Option<(u32, bool)> {
+        self.enter(id, State::Ready, now);
+        let worker = self.roster.get(id)?;
+        let (name, slot, generation) = (worker.to_string(), worker.slot, worker.generation);
+        let (took, serves) = (millis(now - worker.started), self.roster.serves(worker));
+        self.log(log::Level::Debug, format!("{name} is ready after {took}"));
+        if serves {
+            self.timers.cancel(Timer::Slot(slot, SlotTimer::ResetQueue));
+            self.endpoints.remember(id, slot);
+        }
+        if serves && !is_first_start {
+            let is_new = self.roster.slots[slot.index()].restarts == 0;
+            let what = if is_new { "a new one" } else { "a replacement" };
+            self.info(format!("{name} is ready, {what}, after {took}"));
+            // What it has not taken over from its predecessor by now it never will.
+            self.actions.push(Action::Unreserve { slot, generation });
+        }
+        Some((generation, serves))
+    }
+
+    pub(super) fn has_ready(&self) -> bool {
+        self.roster.workers().any(|(_, worker)| worker.state == State::Ready)
+    }
+
+    /// Whether all slots from this one on have a ready worker.
+    pub(super) fn are_scaled(&self, from: usize) -> bool {
+        self.roster.are_ready(from..self.slots(), self.generation())
+    }
+
+    /// The workers that serve in these slots.
+    pub(super) fn serving_in(&self, slots: Range<usize>) -> Vec<WorkerId> {
+        self.roster.ids(|worker| slots.contains(&worker.slot.index()) && self.roster.serves(worker))
+    }
+
+    /// Has the workers of this generation serve in these slots.
+    pub(super) fn replace_slots(&mut self, slots: Range<usize>, generation: u32) {
+        for slot in slots.map(SlotId::of_index) {
+            let replaced = mem::replace(&mut self.roster.slots[slot.index()], Slot::new(generation));
+            self.actions.push(Action::Unreserve { slot, generation: replaced.generation });
+            self.timers.cancel_slot(slot);
+        }
+        for id in self.roster.ids(|worker| worker.generation == generation) {
+            self.remember_endpoints(id);
         }
     }
 

@@ -29,14 +29,17 @@ pub use self::events::{Accepted, Action, Announcement, Command, End, Event, Refu
 use self::phase::{Phase, Reload};
 pub use self::policy::{Policy, Readiness, Rollout, Target};
 use self::queue::Queue;
-use self::slot::Slot;
-use self::timers::{SlotTimer, Timer, WorkerTimer};
+use self::slot::{Failures, Slot};
+use self::timers::{Timer, WorkerTimer};
 pub use self::views::{Activity, LastReload, View};
 pub use self::worker::State;
 use self::worker::Worker;
 use crate::address::Endpoint;
 use crate::ids::{SlotId, WorkerId};
 use crate::words::{count, millis};
+
+/// Of an operation: why it failed.
+type Outcome = Result<(), String>;
 
 /// See the module's comment.
 #[derive(Debug)]
@@ -48,10 +51,7 @@ pub struct Fleet {
     newest: u32,
     begun: Instant,
     last_reload: Option<LastReload>,
-    /// Starts of serving workers that failed since the last one that didn't.
-    failures: u32,
-    /// The exit status of the last of them.
-    last_status: u8,
+    failures: Failures,
 }
 
 impl Fleet {
@@ -64,8 +64,7 @@ impl Fleet {
             newest: 1,
             begun: now,
             last_reload: None,
-            failures: 0,
-            last_status: 0,
+            failures: Failures::default(),
         };
         for slot in (0..fleet.crew.policy.workers).map(SlotId) {
             fleet.crew.start(slot, 1, now);
@@ -147,12 +146,14 @@ impl Fleet {
     }
 
     fn listens(&mut self, id: WorkerId, endpoint: Endpoint, now: Instant) {
-        for id in self.crew.listens(id, endpoint, now) {
-            self.ready(id, now);
-        }
         if self.crew.roster.state(id) == Some(State::Ready) {
+            self.crew.endpoints.add(id, endpoint);
             self.crew.remember_endpoints(id);
             self.steer();
+            return;
+        }
+        for id in self.crew.listens(id, endpoint, now) {
+            self.ready(id, now);
         }
     }
 
@@ -183,30 +184,18 @@ impl Fleet {
     }
 
     fn ready(&mut self, id: WorkerId, now: Instant) {
-        self.crew.enter(id, State::Ready, now);
-        let Some(worker) = self.crew.roster.get(id) else { return };
-        let (name, slot, generation) = (worker.to_string(), worker.slot, worker.generation);
-        let (took, serves) = (millis(now - worker.started), self.crew.roster.serves(worker));
-        self.crew.log(log::Level::Debug, format!("{name} is ready after {took}"));
+        let Some((generation, serves)) = self.crew.ready(id, self.phase == Phase::Starting, now) else {
+            return;
+        };
         if serves {
-            self.failures = 0;
-            self.crew.timers.cancel(Timer::Slot(slot, SlotTimer::ResetQueue));
-            self.crew.endpoints.remember(id, slot);
+            self.failures.clear();
             self.steer();
-            if self.phase != Phase::Starting {
-                let is_new = self.crew.roster.slots[slot.index()].restarts == 0;
-                let what = if is_new { "a new one" } else { "a replacement" };
-                self.crew.info(format!("{name} is ready, {what}, after {took}"));
-                // What it has not taken over from its predecessor by now it never will.
-                self.crew.actions.push(Action::Unreserve { slot, generation });
-            }
         }
         let slots = self.crew.slots();
         match self.phase {
             Phase::Starting if self.crew.roster.are_ready(0..slots, generation) => {
                 self.crew.log_generation_ready(generation, self.begun, now);
-                self.phase = Phase::Serving;
-                self.announce_serving();
+                self.serve();
             }
             Phase::Replacing { reload, from }
                 if self.crew.roster.are_ready(reload.batch(from, slots), self.newest) =>
@@ -231,40 +220,22 @@ impl Fleet {
         self.steer();
     }
 
-    fn announce_serving(&mut self) {
-        self.crew.actions.push(Action::Announce(Announcement::Ready { status: self.crew.who_serves() }));
-    }
-
     /// The moment of a reload: in a batch of slots the newest generation becomes the one that serves.
     fn switch(&mut self, reload: Reload, from: usize, now: Instant) {
         let slots = self.crew.slots();
         let batch = reload.batch(from, slots);
-        let is_replaced =
-            |worker: &Worker| batch.contains(&worker.slot.index()) && self.crew.roster.serves(worker);
-        let retired = self.crew.roster.ids(is_replaced);
+        let retired = self.crew.serving_in(batch.clone());
         let last = self.crew.roster.slots[from].generation;
         self.phase = Phase::Retiring { reload, next: batch.end };
         self.crew.retire(&retired, now);
-        for slot in batch.clone().map(SlotId::of_index) {
-            let generation = self.crew.roster.slots[slot.index()].generation;
-            self.crew.actions.push(Action::Unreserve { slot, generation });
-            self.crew.timers.cancel_slot(slot);
-            self.crew.roster.slots[slot.index()] = Slot::new(self.newest);
-        }
-        self.failures = 0;
-        for id in self.crew.roster.ids(|worker| worker.generation == self.newest) {
-            self.crew.remember_endpoints(id);
-        }
+        self.crew.replace_slots(batch.clone(), self.newest);
+        self.failures.clear();
         self.steer();
-        if batch.len() == slots {
-            self.crew.info(format!("generation {} serves; generation {last} drains", self.crew.generation()));
-        } else {
-            self.crew.info(format!(
-                "generation {} serves in {} of {slots} slots",
-                self.crew.generation(),
-                batch.end
-            ));
-        }
+        let newest = self.newest;
+        self.crew.info(match batch.len() == slots {
+            true => format!("generation {newest} serves; generation {last} drains"),
+            false => format!("generation {newest} serves in {} of {slots} slots", batch.end),
+        });
         self.end_retired(&retired, now);
     }
 
@@ -344,7 +315,7 @@ impl Fleet {
         } else if successor {
             let is_new = worker.generation == self.newest && self.phase.is_rolling(self.crew.slots());
             if worker.ready_at.is_none() {
-                (self.failures, self.last_status) = (self.failures + 1, status);
+                self.failures.add(status);
             }
             self.crew.restart(worker, now);
             self.steer();
@@ -358,13 +329,6 @@ impl Fleet {
     /// Whether the reload, or the scaling, fails if this worker does.
     fn is_on_trial(&self, worker: &Worker) -> bool {
         self.phase.is_on_trial(worker, self.crew.roster.serves(worker), self.newest)
-    }
-
-    /// Whether no worker is ready and too many starts failed.
-    fn is_hopeless(&self) -> bool {
-        let is_over_limit =
-            self.crew.policy.max_failures > 0 && self.failures >= self.crew.policy.max_failures;
-        is_over_limit && !self.crew.roster.workers().any(|(_, worker)| worker.state == State::Ready)
     }
 
     fn queue_scaling(&mut self, target: Target) -> Result<Ticket, Refusal> {
@@ -402,10 +366,12 @@ impl Fleet {
                 let (generation, took) = (self.crew.generation(), millis(now - reload.since));
                 self.crew.info(format!("reload done after {took}: generation {generation} serves alone"));
                 self.serve();
-                self.reload_ended(reload.ticket, Ok(()), None, now);
+                self.end_reload(reload.ticket, Ok(()), None, now);
             }
             Phase::Abandoning if !self.crew.roster.has_others() => self.serve(),
-            Phase::Scaling { from, ticket } if !self.crew.roster.has_others() && self.is_scaled(from) => {
+            Phase::Scaling { from, ticket }
+                if !self.crew.roster.has_others() && self.crew.are_scaled(from) =>
+            {
                 self.crew.info(format!("scaling done: {}", story::composition(&self.crew.roster.slots)));
                 self.serve();
                 self.end_operation(ticket, "scaling", Ok(()), None);
@@ -422,7 +388,8 @@ impl Fleet {
 
     fn serve(&mut self) {
         self.phase = Phase::Serving;
-        self.announce_serving();
+        let status = self.crew.who_serves();
+        self.crew.actions.push(Action::Announce(Announcement::Ready { status }));
     }
 
     fn begin_next(&mut self, now: Instant) {
@@ -431,10 +398,8 @@ impl Fleet {
             self.settle(now); // there may be nothing to wait for
         } else if let Some((rollout, ticket)) = self.queue.take_reload() {
             self.reload(Reload { rollout, since: now, ticket }, now);
-        } else if self.is_hopeless() {
-            let failures = count(self.failures as usize, "start");
-            let why = format!("no worker is ready and the last {failures} failed (see --max-failures)");
-            self.give_up(&why, self.last_status, now);
+        } else if self.failures.are_too_many(self.crew.policy.max_failures) && !self.crew.has_ready() {
+            self.give_up(&self.failures.to_string(), self.failures.last_status, now);
             self.settle(now);
         }
     }
@@ -470,18 +435,11 @@ impl Fleet {
 
     /// Removes all slots from this one on.
     fn remove_slots(&mut self, from: usize, now: Instant) {
-        let retired =
-            self.crew.roster.ids(|worker| worker.slot.index() >= from && self.crew.roster.serves(worker));
+        let retired = self.crew.serving_in(from..self.crew.slots());
         self.crew.retire(&retired, now);
         self.crew.remove_slots(from);
         self.steer();
         self.end_retired(&retired, now);
-    }
-
-    /// Whether the workers of all slots from this one on are ready.
-    fn is_scaled(&self, from: usize) -> bool {
-        let is_ready = |worker: &Worker| worker.slot.index() >= from && worker.state == State::Ready;
-        self.crew.roster.ids(is_ready).len() == self.crew.slots() - from
     }
 
     /// The reload or scaling has failed: stop the new workers. Those that serve never notice.
@@ -510,28 +468,16 @@ impl Fleet {
             false => self.crew.who_serves(),
         };
         self.crew.warn(format!("{why}; reload abandoned, {rest} on"));
-        self.reload_ended(ticket, Err(why.to_owned()), culprit, now);
+        self.end_reload(ticket, Err(why.to_owned()), culprit, now);
     }
 
-    fn reload_ended(
-        &mut self,
-        ticket: Ticket,
-        result: Result<(), String>,
-        culprit: Option<WorkerId>,
-        now: Instant,
-    ) {
+    fn end_reload(&mut self, ticket: Ticket, result: Outcome, culprit: Option<WorkerId>, now: Instant) {
         let generation = self.newest;
         self.last_reload = Some(LastReload { generation, result: result.clone(), ended: now });
         self.end_operation(ticket, "reload", result, culprit);
     }
 
-    fn end_operation(
-        &mut self,
-        ticket: Ticket,
-        what: &str,
-        result: Result<(), String>,
-        culprit: Option<WorkerId>,
-    ) {
+    fn end_operation(&mut self, ticket: Ticket, what: &str, result: Outcome, culprit: Option<WorkerId>) {
         let serving = self.crew.who_serves();
         let outcome = match result {
             Ok(()) => Ok(serving),
@@ -549,13 +495,9 @@ impl Fleet {
     /// Stops all workers, and ends all that was asked for.
     fn stop_all(&mut self, status: u8, now: Instant) -> Ticket {
         self.crew.actions.push(Action::Announce(Announcement::Stopping));
-        let queued = [self.queue.take_reload().map(|it| it.1), self.queue.take_scaling().map(|it| it.1)];
-        for ticket in self.phase.ticket().into_iter().chain(queued.into_iter().flatten()) {
-            self.crew.actions.push(Action::Ended {
-                ticket,
-                outcome: Err(Refusal::Stopping.to_string()),
-                culprit: None,
-            });
+        for ticket in self.queue.take_all().into_iter().chain(self.phase.ticket()) {
+            let outcome = Err(Refusal::Stopping.to_string());
+            self.crew.actions.push(Action::Ended { ticket, outcome, culprit: None });
         }
         let ticket = self.queue.ticket();
         self.phase = Phase::Stopping { status, ticket };
@@ -569,29 +511,28 @@ impl Fleet {
         ticket
     }
 
-    /// Stops everything, unless that goes on already.
     fn stop_command(&mut self, now: Instant) -> Accepted {
-        if let Phase::Stopping { ticket, .. } = self.phase {
-            return Accepted::Joined(ticket);
+        match self.phase {
+            Phase::Stopping { ticket, .. } => Accepted::Joined(ticket),
+            _ => Accepted::Begun(self.begin_stop("stop", now)),
         }
-        Accepted::Begun(self.begin_stop("stop", now))
+    }
+
+    fn stop_signal(&mut self, signal: &'static str, now: Instant) {
+        if !self.phase.is_stopping() {
+            self.begin_stop(signal, now);
+            return;
+        }
+        self.crew.warn(format!("{signal} again: killing {}", count(self.crew.roster.len(), "worker")));
+        for id in self.crew.roster.ids(|_| true) {
+            self.kill(id, now);
+        }
     }
 
     fn begin_stop(&mut self, asked_by: &str, now: Instant) -> Ticket {
         let workers = count(self.crew.roster.len(), "worker");
         self.crew.info(format!("{asked_by}: stopping {workers} with {}", self.crew.policy.stop_signal));
         self.stop_all(0, now)
-    }
-
-    fn stop_signal(&mut self, signal: &'static str, now: Instant) {
-        if self.phase.is_stopping() {
-            self.crew.warn(format!("{signal} again: killing {}", count(self.crew.roster.len(), "worker")));
-            for id in self.crew.roster.ids(|_| true) {
-                self.kill(id, now);
-            }
-        } else {
-            self.begin_stop(signal, now);
-        }
     }
 
     /// A timer is due.

@@ -53,6 +53,12 @@ impl Queue {
         self.scaling.take()
     }
 
+    /// Takes the tickets of all that is queued.
+    pub fn take_all(&mut self) -> Vec<Ticket> {
+        let (reload, scaling) = (self.take_reload(), self.take_scaling());
+        reload.map(|(_, ticket)| ticket).into_iter().chain(scaling.map(|(_, ticket)| ticket)).collect()
+    }
+
     /// How many workers the queued scaling wants.
     pub fn workers(&self) -> Option<u32> {
         self.scaling.map(|(workers, _)| workers)

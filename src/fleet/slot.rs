@@ -1,6 +1,9 @@
-//! A slot: a place for a worker that serves, and how long its next restart waits.
+//! A slot: a place for a worker that serves, and how long its next restart waits. Also the count of failed starts.
 
+use std::fmt;
 use std::time::Duration;
+
+use crate::words::count;
 
 /// The first restart of a slot is at once, the next after this; each doubles it.
 const FIRST_DELAY: Duration = Duration::from_millis(100);
@@ -32,6 +35,36 @@ impl Slot {
         let delay = self.delay;
         self.delay = (delay * 2).clamp(FIRST_DELAY, MAX_DELAY);
         delay
+    }
+}
+
+/// Starts of serving workers that failed since the last one that didn't.
+#[derive(Debug, Default)]
+pub struct Failures {
+    in_a_row: u32,
+    /// The exit status of the last of them.
+    pub last_status: u8,
+}
+
+impl Failures {
+    pub fn add(&mut self, status: u8) {
+        (self.in_a_row, self.last_status) = (self.in_a_row + 1, status);
+    }
+
+    pub fn clear(&mut self) {
+        self.in_a_row = 0;
+    }
+
+    /// Whether there are `max` of them; 0: there are never too many.
+    pub fn are_too_many(&self, max: u32) -> bool {
+        max > 0 && self.in_a_row >= max
+    }
+}
+
+impl fmt::Display for Failures {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let failures = count(self.in_a_row as usize, "start");
+        write!(f, "no worker is ready and the last {failures} failed (see --max-failures)")
     }
 }
 
