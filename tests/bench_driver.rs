@@ -1,4 +1,4 @@
-//! That `scripts/bench` goes on working; what it measures takes a quiet machine and its own time.
+//! scripts/bench works. (Its figures need a quiet machine and much more time.)
 
 mod common;
 
@@ -9,7 +9,7 @@ use common::{Folder, example, reuse_run, server, turn};
 use serde_json::Value;
 
 #[test]
-fn the_bench_tells_what_became_of_requests_in_a_reload_by_kind_of_client() {
+fn the_bench_counts_failed_requests_in_a_reload_for_each_kind_of_client() {
     let _turn = turn();
     let (results, _) = (Folder::new(), server());
     let mut bench = Command::new(example("bench"));
@@ -30,14 +30,14 @@ fn the_bench_tells_what_became_of_requests_in_a_reload_by_kind_of_client() {
 }
 
 #[test]
-fn the_bench_keeps_its_results_when_no_part_is_of_the_name_that_it_is_given() {
+fn the_bench_keeps_its_results_when_only_matches_no_part() {
     let results = Folder::new();
     fs::write(results.path("balance.md"), "kept").expect("write");
     let mut bench = Command::new(example("bench"));
     bench.args(["balance", "--only", "no such part", "--out", &results.path("")]);
     bench.arg("--binary").arg(reuse_run().get_program());
     let output = bench.stdin(Stdio::null()).output().expect("run the bench");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && said.contains("no part has 'no such part' in its name"), "{said}");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && error.contains("no part has 'no such part' in its name"), "{error}");
     assert_eq!(fs::read_to_string(results.path("balance.md")).expect("read"), "kept");
 }

@@ -1,4 +1,4 @@
-//! A short run of chaos in each of its modes; `scripts/chaos` runs it for as long as one likes.
+//! A short run of each mode of scripts/chaos.
 
 mod common;
 
@@ -7,13 +7,13 @@ use std::process::{Command, Output};
 use common::{example, reuse_run, server, turn};
 
 fn chaos(arguments: &[&str]) -> Output {
-    // It starts these.
+    // These must exist, because it starts them.
     let _ = (reuse_run(), server());
     Command::new(example("chaos")).args(arguments).output().expect("run chaos")
 }
 
 #[track_caller]
-fn assert_goes_well(arguments: &[&str]) {
+fn assert_succeeds(arguments: &[&str]) {
     let _turn = turn();
     let output = chaos(arguments);
     let text = String::from_utf8_lossy(&output.stdout);
@@ -22,17 +22,17 @@ fn assert_goes_well(arguments: &[&str]) {
 }
 
 #[test]
-fn gentle_chaos_fails_no_request() {
-    assert_goes_well(&["10"]);
+fn in_gentle_chaos_no_request_fails() {
+    assert_succeeds(&["10"]);
 }
 
 #[test]
-fn rough_chaos_fails_only_requests_that_killed_workers_had_accepted() {
-    assert_goes_well(&["--rough", "10"]);
+fn in_rough_chaos_only_requests_that_killed_workers_had_accepted_fail() {
+    assert_succeeds(&["--rough", "10"]);
 }
 
 #[test]
-fn a_seed_makes_the_same_plan_again() {
+fn the_same_seed_makes_the_same_plan() {
     let plan = |seed| chaos(&["--rough", "--plan", "--seed", seed, "60"]).stdout;
     assert_eq!(plan("7"), plan("7"));
     assert_ne!(plan("7"), plan("8"));

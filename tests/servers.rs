@@ -1,6 +1,6 @@
-//! Software that knows nothing of reuse-run, replaced five times under load: a test for each folder of
-//! tests/servers, which is a server and its `server.toml`. What becomes of the requests is written to
-//! target/servers.md, and with UPDATE_SERVERS=1 to tests/servers/RESULTS.md if all went well.
+//! Servers that were written without reuse-run in mind, reloaded five times under load: a test for each folder of
+//! tests/servers, which holds a server and its `server.toml`. The table of results is written to target/servers.md and,
+//! with UPDATE_SERVERS=1, to tests/servers/RESULTS.md if all tests pass.
 
 mod common;
 
@@ -26,17 +26,16 @@ use serde::Deserialize;
 const RELOADS: u32 = 5;
 /// Clients at each address that open a connection for each request.
 const NEW_CONNECTIONS: usize = 6;
-/// Their requests a second. Not full speed: what is tested are the servers' ways to start and to stop.
+/// Their requests a second. Less than full speed, because starts and stops are tested, not throughput.
 const RATE: f64 = 300.0;
-/// Clients at each address that keep theirs, and think between an answer and the next request.
+/// Clients at each address that keep their connection, with a pause between an answer and the next request.
 const KEEP_ALIVE: usize = 8;
 const THINK: Duration = Duration::from_millis(100);
 
-/// In the place of numbers: there are no connections to keep.
+/// Stands instead of numbers for a server that closes each connection after one answer.
 const CLOSES: &str = "closes";
 
-/// A server: what its `server.toml` says. Commands are given to a shell, in the server's folder and with
-/// the variables of [`environment`].
+/// A `server.toml`. A shell runs the commands, in the server's folder and with the variables of [`environment`].
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Manifest {
@@ -44,19 +43,19 @@ struct Manifest {
     /// `COMMAND=PACKAGE`, separated by spaces: the Debian packages that scripts/test installs.
     #[serde(default, rename = "needs")]
     _needs: String,
-    /// Prints the version, which is the first word with a digit and a dot.
+    /// A command that prints the version. The first word with a digit and a dot counts.
     version: String,
-    /// Prepares the server: compiles it, say.
+    /// A command that prepares the server, for example compiles it.
     build: Option<String>,
-    /// Where it is asked.
+    /// Where the clients connect.
     #[serde(default = "loopback")]
     addresses: Vec<String>,
-    /// How often, if it can't answer [`RATE`] new connections a second.
+    /// New connections a second, for a server that can't answer [`RATE`].
     #[serde(default = "usual_rate")]
     rate: f64,
-    /// As it is, without any handling of signals.
+    /// Without any handling of signals.
     naive: Option<Variant>,
-    /// With the graceful stop that its platform has.
+    /// With the graceful stop of its platform.
     graceful: Option<Variant>,
 }
 
@@ -76,15 +75,15 @@ struct Variant {
     /// Options of reuse-run.
     #[serde(default)]
     options: String,
-    /// Why requests on new connections fail, which otherwise they must not.
+    /// Why requests on new connections fail. Without this, none may.
     loses: Option<String>,
-    /// Why requests on kept connections fail otherwise than by a connection that was closed under them.
+    /// Why requests on kept connections fail although the connection wasn't closed. Without this, none may.
     loses_kept: Option<String>,
-    /// What else there is to say about requests on kept connections.
+    /// Another note about requests on kept connections.
     note: Option<String>,
 }
 
-/// What became of the requests to one variant, a report for each address.
+/// What the clients of one variant have seen, a report for each address.
 struct Outcome {
     new: Vec<Report>,
     kept: Vec<Report>,
@@ -128,7 +127,7 @@ fn main() {
     conclusion.exit();
 }
 
-/// Whether tests/servers/RESULTS.md, but for its numbers, is what a run would write now.
+/// Whether a run would write tests/servers/RESULTS.md as it is now, apart from the numbers.
 fn results_are_of_these_servers() -> Result<(), String> {
     let mut rows = Rows::new();
     for name in servers() {
@@ -148,7 +147,7 @@ fn results_are_of_these_servers() -> Result<(), String> {
     }
     let first = is.iter().zip(&should).find(|(is, should)| is != should);
     Err(format!(
-        "stale, write it by UPDATE_SERVERS=1 scripts/test --test servers; the first difference: {first:?}"
+        "outdated, write it by UPDATE_SERVERS=1 scripts/test --test servers; the first difference: {first:?}"
     ))
 }
 
@@ -176,7 +175,7 @@ fn target() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("target")
 }
 
-/// Runs all there is of a server; the error says what was wrong with each variant.
+/// Tests all variants of a server. The error has a line for each that fails.
 fn test(name: &str, rows: &Mutex<Rows>) -> Result<(), String> {
     let manifest = manifest(name)?;
     let mut errors = Vec::new();
@@ -187,7 +186,7 @@ fn test(name: &str, rows: &Mutex<Rows>) -> Result<(), String> {
     let version = version(&output(&mut shell(name, &manifest.version, &environment(name)))?);
     let mut run = |kind: &str, variant: &Option<Variant>| {
         let variant = variant.as_ref()?;
-        // On a thread of its own, which has a network of its own; this one's reaches the registries.
+        // In a thread with a network namespace of its own. (This thread needs the registries.)
         let outcome = thread::scope(|scope| {
             let thread = scope.spawn(|| reload_under_load(name, &manifest, variant));
             thread.join().map_err(|panic| panic_message(&*panic))
@@ -222,7 +221,7 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic").to_owned()
 }
 
-/// Two workers under load from all sides, replaced five times.
+/// Reloads two workers five times, under load at each address.
 fn reload_under_load(name: &str, manifest: &Manifest, variant: &Variant) -> Outcome {
     let scratch = Folder::new();
     for generation in 1..=RELOADS + 1 {
@@ -236,7 +235,7 @@ fn reload_under_load(name: &str, manifest: &Manifest, variant: &Variant) -> Outc
     variables.insert("PORT_2", ports[1].clone());
     variables.insert("SCRATCH", scratch.path("").trim_end_matches('/').to_owned());
     variables.insert("SITE", scratch.path("site"));
-    // Some servers write there, two of them to the same file.
+    // Some servers write to their home, two of them to the same file.
     variables.insert("HOME", variables["SCRATCH"].clone());
     let addresses: Vec<SocketAddr> = manifest
         .addresses
@@ -251,8 +250,7 @@ fn reload_under_load(name: &str, manifest: &Manifest, variant: &Variant) -> Outc
     command.current_dir(folder(name)).envs(&variables);
     let mut service = Service::spawn(command);
     service.wait_for_line("generation 1 is ready");
-    // What listens on several addresses is ready at its first, which need not be one of these: asyncio takes IPv4
-    // and IPv6 in any order.
+    // A worker is ready when it listens on one address. It may be another one: asyncio binds IPv4 and IPv6 in any order.
     for addr in &addresses {
         wait_until(&format!("an answer at {addr}"), DEADLINE, || load::get(*addr, "/", DEADLINE).is_ok());
     }
@@ -265,7 +263,7 @@ fn reload_under_load(name: &str, manifest: &Manifest, variant: &Variant) -> Outc
     };
     let new = load(Mode::NewConnection, NEW_CONNECTIONS, Some(manifest.rate / addresses.len() as f64));
     let kept = load(Mode::KeepAlive { think: THINK }, KEEP_ALIVE, None);
-    // A server that loses answers all the same before long; one that never does shows here.
+    // A generation that never answers would time out here.
     let answers = |generation: u32| {
         wait_until(&format!("answers of generation {generation} at every address"), DEADLINE, || {
             let of = |load: &Load| load.snapshot().generations.get(&generation).copied().unwrap_or(0);
@@ -281,7 +279,7 @@ fn reload_under_load(name: &str, manifest: &Manifest, variant: &Variant) -> Outc
     let outcome = Outcome { kept: stop(kept), new: stop(new) };
     service.signal(Signal::SIGTERM);
     let status = service.wait_end();
-    // Those that are known to get stuck have a --stop-timeout of their own, past which they are killed.
+    // Servers that are known to get stuck have a --stop-timeout of their own and are killed then.
     let in_order = status.success() || variant.options.contains("--stop-timeout");
     assert!(in_order, "{status} of reuse-run after SIGTERM; log:\n{}", service.log.text());
     let left = neighbours();
@@ -289,7 +287,7 @@ fn reload_under_load(name: &str, manifest: &Manifest, variant: &Variant) -> Outc
     outcome
 }
 
-/// What a variant's manifest promises.
+/// Checks a variant's results against its manifest.
 fn check(kind: &str, variant: &Variant, outcome: &Outcome) -> Result<(), String> {
     let all: Vec<u32> = (1..=RELOADS + 1).collect();
     for report in outcome.new.iter().chain(&outcome.kept) {
@@ -303,29 +301,34 @@ fn check(kind: &str, variant: &Variant, outcome: &Outcome) -> Result<(), String>
             return Err(format!("requests on new connections failed: {report}"));
         }
         if !report.stale().is_empty() {
-            return Err(format!("{} answers of a generation after a newer one's", report.stale().len()));
+            return Err(format!(
+                "{} answers of a generation after a newer one had answered",
+                report.stale().len()
+            ));
         }
     }
     for report in &outcome.kept {
         let tolerated = |failure: &&Failure| {
-            let closed_under_it = match failure.kind {
+            let is_closed = match failure.kind {
                 Kind::EndOfFile | Kind::Reset => true,
-                // It ends wherever it is, be it in the middle of an answer.
+                // A signal kills it, also in the middle of an answer.
                 Kind::Truncated => kind == "naive",
                 _ => false,
             };
-            failure.on_reused_connection && (closed_under_it || variant.loses_kept.is_some())
+            failure.on_reused_connection && (is_closed || variant.loses_kept.is_some())
         };
         let others = report.counts.failed - report.failures.iter().filter(tolerated).count() as u64;
         if others > 0 {
-            return Err(format!("{others} requests failed, but not by a kept connection's end: {report}"));
+            return Err(format!(
+                "{others} requests failed although their connection wasn't closed: {report}"
+            ));
         }
     }
     Ok(())
 }
 
-/// The variables that every command finds. While the server runs there are moreover: PORT and PORT_2, which
-/// are free; SCRATCH, an empty folder; SITE, one with a static site `$SITE/$REUSE_RUN_GENERATION` for each.
+/// The variables of every command. A running server also has PORT and PORT_2, which are free; SCRATCH, an empty folder;
+/// and SITE, a folder with a static site `$SITE/$REUSE_RUN_GENERATION` for each generation.
 fn environment(name: &str) -> BTreeMap<&'static str, String> {
     let text = |path: PathBuf| path.into_os_string().into_string().expect("a path in UTF-8");
     let build = target().join("servers").join(name);
@@ -333,9 +336,9 @@ fn environment(name: &str) -> BTreeMap<&'static str, String> {
     let path = std::env::var("PATH").unwrap_or_default();
     let commands = text(folder("node_modules/.bin"));
     BTreeMap::from([
-        // What the server's `build` makes is kept here.
+        // The folder for the results of `build`.
         ("BUILD", text(build)),
-        // Some servers are where ordinary users do not look, or come from npm.
+        // Some servers are in /usr/sbin, others come from npm.
         ("PATH", format!("{path}:/usr/sbin:/sbin:{commands}")),
         ("PYTHONPATH", text(target().join("servers-python"))),
         ("PYTHONDONTWRITEBYTECODE", "1".to_owned()),
@@ -348,7 +351,7 @@ fn shell(name: &str, text: &str, variables: &BTreeMap<&str, String>) -> Command 
     command
 }
 
-/// What a command that must succeed printed.
+/// What a command has printed, which must succeed.
 fn output(command: &mut Command) -> Result<String, String> {
     let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
     let text = [output.stdout, output.stderr].concat();
@@ -356,7 +359,7 @@ fn output(command: &mut Command) -> Result<String, String> {
     if output.status.success() { Ok(text) } else { Err(format!("{command:?}: {}\n{text}", output.status)) }
 }
 
-/// The first word that looks like a version, without what a distribution adds.
+/// The first word that looks like a version, without the suffix of a distribution.
 fn version(text: &str) -> String {
     let is_part = |c: char| c.is_ascii_digit() || c == '.';
     let words = text.split(|c: char| c.is_whitespace() || "/\"'(),".contains(c));
@@ -365,7 +368,7 @@ fn version(text: &str) -> String {
     versions.find(|word| word.contains('.')).unwrap_or("unknown").to_owned()
 }
 
-/// The other processes in this thread's network namespace, which are all that its server ever started.
+/// The other processes in this thread's network namespace: all that its server has started.
 fn neighbours() -> Vec<i32> {
     let network = fs::read_link("/proc/thread-self/ns/net").expect("a network namespace");
     let pids = fs::read_dir("/proc").expect("read /proc").flatten();
@@ -374,7 +377,8 @@ fn neighbours() -> Vec<i32> {
     pids.filter(|pid| *pid != std::process::id() as i32).filter(is_near).collect()
 }
 
-/// Ends whatever a test leaves behind, even what hid from [`Service`] by another environment.
+/// Kills every process that a test leaves behind, also those that [`Service`] doesn't find, because they have another
+/// environment.
 struct Leftovers;
 
 impl Drop for Leftovers {
@@ -385,7 +389,7 @@ impl Drop for Leftovers {
     }
 }
 
-/// How the line of the results begins that says where they were had.
+/// The beginning of the line about the machine.
 const MEASURED: &str = "Measured by ";
 
 /// The results in Markdown.
@@ -393,13 +397,13 @@ fn table(rows: &Rows) -> String {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let mut text = format!(
         "<!-- Written by tests/servers.rs. -->\n\n\
-         # Servers that know nothing of reuse-run\n\n\
-         Two workers of each, replaced {RELOADS} times under load: how many requests failed, of how many. Naive: as\n\
-         it is. Graceful: with the stop of its platform that lets requests finish.\n\n\
-         Keep-alive: clients think for {think} ms between an answer and the next request on their connection. A\n\
-         request that comes in the moment in which a server that ends closes its connection fails, whoever has\n\
-         it end. That moment takes milliseconds when a signal kills the server, as the kernel frees its memory\n\
-         before it closes its connections. {CLOSES:?} are servers that close each one after the answer.\n\n\
+         # Servers that were written without reuse-run in mind\n\n\
+         Two workers of each, reloaded {RELOADS} times under load: how many requests failed, of how many. Naive: without\n\
+         handling of signals. Graceful: with the graceful stop of its platform.\n\n\
+         Keep-alive: clients wait for {think} ms between an answer and the next request on their connection. A request\n\
+         fails if it comes in the moment in which a server that stops closes its connection, with or without\n\
+         reuse-run. That moment takes milliseconds when a signal kills the server, because the kernel frees its\n\
+         memory before it closes its connections. {CLOSES:?} stands for servers that close each connection after one answer.\n\n\
          {MEASURED}reuse-run {version} on Linux {kernel} with {cpus} CPUs.\n\n\
          | server | version | naive | graceful | keep-alive, naive | keep-alive, graceful |\n\
          |---|---|---|---|---|---|\n",
@@ -436,7 +440,7 @@ fn table(rows: &Rows) -> String {
     text.trim_end().to_owned() + "\n"
 }
 
-/// Where in the notes these are, to be shown behind a number.
+/// Adds these to the notes and returns their marks, for behind a number.
 fn marks<'a>(notes: &mut Vec<&'a String>, these: impl Iterator<Item = &'a String>) -> String {
     let mark = |note| {
         let index = notes.iter().position(|known| *known == note).unwrap_or_else(|| {

@@ -1,5 +1,5 @@
-//! Real containers, by runc and crun: the static binary as PID 1 behind the seccomp profiles, capabilities and
-//! root filesystems that it meets in production.
+//! Real containers, by runc and crun: the static binary as PID 1 with the seccomp profiles, capabilities and root
+//! filesystems of production.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -15,10 +15,10 @@ use serde_json::{Value, json};
 
 // Profiles, capabilities and users.
 
-/// Starts, serves, takes orphans, reloads and stops as PID 1 of a container with a read-only root.
+/// Asserts that reuse-run, as PID 1 of a container with a read-only root, serves, reaps orphans, reloads and stops.
 #[track_caller]
-fn assert_keeps_its_promises(runtime: Runtime, name: &str) {
-    // Each worker leaves three orphans, in sessions of their own, that live while the file does.
+fn assert_works_with(runtime: Runtime, name: &str) {
+    // Each worker leaves three orphans in sessions of their own, which live as long as the file exists.
     const SCRIPT: &str = r#"for i in 1 2 3; do
             (/busybox setsid /busybox sh -c 'while [ -e /live ]; do /busybox sleep 0.05; done' &)
         done; exec /server --listen 0.0.0.0:8080"#;
@@ -42,7 +42,7 @@ fn assert_keeps_its_promises(runtime: Runtime, name: &str) {
         wait_until("the orphans come to PID 1", DEADLINE, || children(pid).len() == 2 + 2 * 3);
         fs::remove_file(live).expect("remove the file");
         wait_until("the orphans are reaped", DEADLINE, || children(pid).len() == 2);
-        container.reloads_lose_nothing(addr, true);
+        container.assert_reloads_lose_nothing(addr, true);
         let log = container.service.log.text();
         assert!(!log.contains("intercept"), "{log}");
         container.stop();
@@ -50,47 +50,47 @@ fn assert_keeps_its_promises(runtime: Runtime, name: &str) {
 }
 
 #[test]
-fn under_dockers_profile_runc_has_it_keep_every_promise_as_root_as_user_and_without_capabilities() {
-    assert_keeps_its_promises(Runtime::Runc, "docker.json");
+fn runc_with_dockers_profile_runs_it_as_root_as_user_and_without_capabilities() {
+    assert_works_with(Runtime::Runc, "docker.json");
 }
 
 #[test]
-fn under_dockers_profile_crun_has_it_keep_every_promise_as_root_as_user_and_without_capabilities() {
-    assert_keeps_its_promises(Runtime::Crun, "docker.json");
+fn crun_with_dockers_profile_runs_it_as_root_as_user_and_without_capabilities() {
+    assert_works_with(Runtime::Crun, "docker.json");
 }
 
 #[test]
-fn under_containerds_profile_runc_has_it_keep_every_promise_as_root_as_user_and_without_capabilities() {
-    assert_keeps_its_promises(Runtime::Runc, "containerd.json");
+fn runc_with_containerds_profile_runs_it_as_root_as_user_and_without_capabilities() {
+    assert_works_with(Runtime::Runc, "containerd.json");
 }
 
 #[test]
-fn under_containerds_profile_crun_has_it_keep_every_promise_as_root_as_user_and_without_capabilities() {
-    assert_keeps_its_promises(Runtime::Crun, "containerd.json");
+fn crun_with_containerds_profile_runs_it_as_root_as_user_and_without_capabilities() {
+    assert_works_with(Runtime::Crun, "containerd.json");
 }
 
 #[test]
-fn under_podmans_profile_runc_has_it_keep_every_promise_as_root_as_user_and_without_capabilities() {
-    assert_keeps_its_promises(Runtime::Runc, "podman.json");
+fn runc_with_podmans_profile_runs_it_as_root_as_user_and_without_capabilities() {
+    assert_works_with(Runtime::Runc, "podman.json");
 }
 
 #[test]
-fn under_podmans_profile_crun_has_it_keep_every_promise_as_root_as_user_and_without_capabilities() {
-    assert_keeps_its_promises(Runtime::Crun, "podman.json");
+fn crun_with_podmans_profile_runs_it_as_root_as_user_and_without_capabilities() {
+    assert_works_with(Runtime::Crun, "podman.json");
 }
 
 // Roots.
 
-/// Serves, reloads and stops on that root, whose every file is the runtime's or was put there above.
+/// Asserts that reuse-run serves, reloads and stops on this root filesystem.
 #[track_caller]
 fn assert_works_on(bundle: Bundle, command: &[&str]) {
     let (container, addr) = bundle.start_ready(Runtime::Runc, &[&["-n", "2", "--"], command].concat());
-    container.reloads_lose_nothing(addr, true);
+    container.assert_reloads_lose_nothing(addr, true);
     container.stop();
 }
 
 #[test]
-fn the_static_binary_needs_nothing_in_its_root_and_works_when_that_is_read_only() {
+fn the_static_binary_needs_no_file_in_its_root_and_works_when_that_is_read_only() {
     let command = ["/server", "--listen", "0.0.0.0:8080"];
     assert_works_on(Bundle::empty(Identity::User), &command);
     assert_works_on(Bundle::empty(Identity::User).read_only(), &command);
@@ -99,7 +99,7 @@ fn the_static_binary_needs_nothing_in_its_root_and_works_when_that_is_read_only(
 #[test]
 fn the_static_binary_works_in_alpines_layout_with_a_server_that_needs_musl() {
     assert_works_on(Bundle::alpine(Identity::User), &["/srv/app"]);
-    // And through its shell.
+    // And with Alpine's shell.
     assert_works_on(Bundle::alpine(Identity::User).read_only(), &["sh", "-c", "cd /srv; ./app"]);
 }
 
@@ -108,7 +108,7 @@ fn the_static_binary_works_in_debian_with_a_server_that_needs_its_glibc() {
     assert_works_on(Bundle::debian(Identity::User), &["/srv/app", "--listen", "0.0.0.0:8080"]);
 }
 
-// Ends.
+// Exit statuses.
 
 #[test]
 fn a_containers_exit_status_is_that_of_reuse_run() {
@@ -129,7 +129,7 @@ fn a_containers_exit_status_is_that_of_reuse_run() {
 }
 
 #[test]
-fn a_container_whose_worker_had_to_be_killed_ends_with_1() {
+fn a_container_whose_worker_had_to_be_killed_exits_with_1() {
     let command = ["--stop-timeout", "500ms", "--", "/server", "--listen", "0.0.0.0:8080", "--ignore-int"];
     let (mut container, _) = Bundle::empty(Identity::Bare).start_ready(Runtime::Runc, &command);
     container.runtime(&["kill", &container.name, "TERM"]);
@@ -138,7 +138,7 @@ fn a_container_whose_worker_had_to_be_killed_ends_with_1() {
 
 // Without interception.
 
-/// A container whose profile takes the filter away, which the log says.
+/// A container whose profile forbids seccomp filters, which the log says.
 #[track_caller]
 fn without_filters(name: &str, arguments: &[&str], sysctl: Value) -> (Container, SocketAddr) {
     let profile = profile(name, Identity::User, &["seccomp"]);
@@ -152,36 +152,36 @@ fn without_filters(name: &str, arguments: &[&str], sysctl: Value) -> (Container,
 }
 
 #[test]
-fn where_a_profile_takes_the_filter_away_given_listeners_keep_every_promise() {
+fn when_a_profile_forbids_filters_given_listeners_lose_no_request() {
     let options = ["-n", "2", "--ready", "notify", "-l", "0.0.0.0:8080", "--"];
     let command = ["/server", "--given", "--ready-after", "0"];
     for name in ["docker.json", "podman.json"] {
         let (container, addr) = without_filters(name, &[&options[..], &command].concat(), json!({}));
-        container.reloads_lose_nothing(addr, true);
+        container.assert_reloads_lose_nothing(addr, true);
         container.stop();
     }
 }
 
 #[test]
-fn where_a_profile_takes_the_filter_away_a_sysctl_has_servers_that_share_their_port_lose_nothing() {
+fn when_a_profile_forbids_filters_servers_with_so_reuseport_and_a_sysctl_lose_no_request() {
     let command = ["-n", "2", "--", "/server", "--share", "--shutdown-on-int", "--listen", "0.0.0.0:8080"];
     let sysctl = json!({"net.ipv4.tcp_migrate_req": "1"});
     let (container, addr) = without_filters("docker.json", &command, sysctl);
     container.service.wait_for_line("a reload resets no connection");
-    container.reloads_lose_nothing(addr, false);
+    container.assert_reloads_lose_nothing(addr, false);
     container.stop();
 }
 
 #[test]
-fn where_a_worker_changes_its_user_given_listeners_keep_every_promise() {
+fn when_a_worker_changes_its_user_given_listeners_lose_no_request() {
     let bundle = Bundle::with_shell(Identity::Root).seccomp(profile("docker.json", Identity::Root, &[]));
     fs::create_dir(bundle.root("etc")).expect("make a folder");
     fs::write(bundle.root("etc/passwd"), "app:x:65532:65532::/:/sh").expect("write a file");
     symlink("/busybox", bundle.root("sh")).expect("make a link");
-    // Nobody can tell an old worker's connections from a new one's, so it gets all of this.
+    // reuse-run can't see which connections belong to the old worker, so the old worker gets the whole drain.
     let options = ["-n", "2", "--drain", "2s", "--ready", "notify", "-l", "0.0.0.0:8080", "--"];
     let command = ["/busybox", "su", "app", "-c", "exec /server --given --ready-after 0"];
     let (container, addr) = bundle.start_ready(Runtime::Runc, &[&options[..], &command].concat());
-    container.reloads_lose_nothing(addr, true);
+    container.assert_reloads_lose_nothing(addr, true);
     container.stop();
 }

@@ -1,4 +1,4 @@
-//! Containers as an OCI runtime makes them: bundles, and runc and crun to run them.
+//! OCI bundles, and runc and crun to run them.
 #![allow(dead_code)]
 
 use std::fs;
@@ -12,9 +12,9 @@ use serde_json::{Value, json};
 use crate::common::load::{Load, LoadOptions};
 use crate::common::{DEADLINE, Folder, Process, Service, answered_more, join_network, server, wait_until};
 
-/// Where the servers listen.
+/// The address of the servers.
 pub const ADDRESS: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8080));
-/// What Docker gives a container by default.
+/// The capabilities that Docker gives a container by default.
 const CAPABILITIES: [&str; 14] = [
     "CAP_AUDIT_WRITE",
     "CAP_CHOWN",
@@ -50,7 +50,7 @@ impl Runtime {
                 command
             }
             Runtime::Crun => {
-                // crun refuses to work where version 1 of cgroups is mounted too, so it sees version 2 alone.
+                // crun fails if version 1 of cgroups is mounted too, so it sees only version 2.
                 let text = r#"mount -t cgroup2 none /sys/fs/cgroup && exec crun "$@""#;
                 let mut command = Command::new("unshare");
                 command.args(["--mount", "sh", "-c", text, "crun", &state]);
@@ -60,14 +60,14 @@ impl Runtime {
     }
 }
 
-/// Who PID 1 is, and what it may do.
+/// User and capabilities of PID 1.
 #[derive(Clone, Copy, Debug)]
 pub enum Identity {
-    /// As `docker run` has it when the image names no user.
+    /// As with `docker run` when the image names no user.
     Root,
-    /// As `docker run` has it when the image names one: no capability, but such as a file could give.
+    /// As with `docker run` when the image names a user: no capabilities, but a file could give some.
     User,
-    /// `--cap-drop ALL --security-opt no-new-privileges`, Kubernetes' restricted pods.
+    /// As with `--cap-drop ALL --security-opt no-new-privileges`, and in Kubernetes' restricted pods.
     Bare,
 }
 
@@ -87,7 +87,7 @@ impl Identity {
         })
     }
 
-    /// Lines of /proc/PID/status. (reuse-run, too, gives up gaining privileges, where it has to.)
+    /// Lines of /proc/PID/status, without NoNewPrivs, which reuse-run may set itself.
     pub fn status(self) -> [String; 3] {
         let none = "0000000000000000";
         let (user, bounding, effective) = match self {
@@ -103,8 +103,7 @@ impl Identity {
     }
 }
 
-/// A profile of tests/container/profiles as `linux.seccomp` of an OCI configuration, without the calls in
-/// `less`.
+/// A profile of tests/container/profiles as `linux.seccomp` of an OCI configuration, without the system calls in `less`.
 pub fn profile(name: &str, identity: Identity, less: &[&str]) -> Value {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/container/profiles").join(name);
     let text = fs::read_to_string(path).expect("a profile");
@@ -128,7 +127,7 @@ pub fn profile(name: &str, identity: Identity, less: &[&str]) -> Value {
     })
 }
 
-/// What scripts/build-static makes.
+/// The path of a program that scripts/build-static has built.
 fn built_statically(name: &str) -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or("target".into(), PathBuf::from);
     let release = format!("{}-unknown-linux-gnu/release", std::env::consts::ARCH);
@@ -144,7 +143,7 @@ pub struct Bundle {
 }
 
 impl Bundle {
-    /// A root with nothing in it, not even a folder, but the static binary and the static server.
+    /// A root that holds only the static binary and the static server, no folder.
     pub fn empty(identity: Identity) -> Bundle {
         let folder = Folder::new();
         let root = folder.0.join("root");
@@ -173,7 +172,7 @@ impl Bundle {
         Bundle { folder, config }
     }
 
-    /// The same with a shell, which the static busybox is.
+    /// The same with a static busybox as shell.
     pub fn with_shell(identity: Identity) -> Bundle {
         let bundle = Bundle::empty(identity);
         fs::copy("/bin/busybox", bundle.root("busybox")).expect("copy busybox");
@@ -197,7 +196,7 @@ impl Bundle {
         bundle
     }
 
-    /// This Debian's own files, and the test server that needs their glibc.
+    /// The files of this Debian, and the test server, which needs its glibc.
     pub fn debian(identity: Identity) -> Bundle {
         let bundle = Bundle::empty(identity);
         for folder in ["bin", "lib", "lib64", "sbin"] {
@@ -208,7 +207,7 @@ impl Bundle {
         bundle.bind("/usr", "/usr").bind(&server(), "/srv/app")
     }
 
-    /// Has a file or folder of this machine in the container, to be read only.
+    /// Mounts a file or folder of this machine in the container, read-only.
     pub fn bind(mut self, source: &str, destination: &str) -> Bundle {
         let mounts = self.config["mounts"].as_array_mut().expect("mounts");
         let options = ["bind", "ro", "nosuid", "nodev"];
@@ -222,7 +221,7 @@ impl Bundle {
     }
 
     pub fn read_only(mut self) -> Bundle {
-        // The runtime can't make what it mounts on.
+        // On a read-only root the runtime can't make these.
         for name in ["proc", "dev", "sys"] {
             fs::create_dir(self.root(name)).expect("make a folder to mount on");
         }
@@ -245,7 +244,7 @@ impl Bundle {
         Container { service: Service::spawn(command), runtime, name, folder: self.folder }
     }
 
-    /// Starts the container, waits until the first generation is ready, and joins its network.
+    /// Starts the container, waits until the first generation is ready, and moves this thread into its network.
     #[track_caller]
     pub fn start_ready(self, runtime: Runtime, arguments: &[&str]) -> (Container, SocketAddr) {
         let container = self.start(runtime, arguments);
@@ -256,7 +255,7 @@ impl Bundle {
 }
 
 pub struct Container {
-    /// The runtime that waits for its end, with its output.
+    /// The runtime, which runs as long as the container and prints its output.
     pub service: Service,
     runtime: Runtime,
     pub name: String,
@@ -270,27 +269,27 @@ impl Container {
 
     #[track_caller]
     pub fn wait_until_ready(&self) {
-        // Otherwise it is an error, the runtime's or reuse-run's.
+        // An error may come from the runtime or from reuse-run.
         let over = |line: &str| line.contains("generation 1 is ready") || line.contains("error");
-        let line = self.service.wait_for_line_where(0, "tells how the start went", over);
+        let line = self.service.wait_for_line_where(0, "says how the start went", over);
         assert!(line.text.contains("reuse-run[1]: generation 1 is ready"), "{}", self.service.log.text());
     }
 
-    /// PID 1, seen from here.
+    /// The pid of PID 1 outside the container.
     pub fn pid(&self) -> u32 {
         let output = self.runtime(&["state", &self.name]);
         let state: Value = serde_json::from_slice(&output.stdout).expect("the state of the container");
         state["pid"].as_u64().expect("a pid") as u32
     }
 
-    /// `runc exec NAME COMMAND`, whose output and error are returned with its status.
+    /// Runs a command in the container. Returns its status, and what it has printed.
     pub fn exec(&self, command: &[&str]) -> (Option<i32>, String) {
         let output = self.runtime(&[&["exec", &self.name], command].concat());
         let text = [output.stdout, output.stderr].concat();
         (output.status.code(), String::from_utf8_lossy(&text).into_owned())
     }
 
-    /// Everything in its PID namespace.
+    /// All processes in its PID namespace.
     fn processes(&self) -> Vec<u32> {
         let namespace = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
         let its = namespace(self.pid()).expect("the PID namespace of the container");
@@ -299,10 +298,10 @@ impl Container {
         pids.filter(|pid| namespace(*pid).as_ref() == Some(&its)).collect()
     }
 
-    /// Reloads under load by `exec`, asks for the status, and loses no request. Where the switch has to be
-    /// `atomic` no answer comes from a generation that was replaced.
+    /// Reloads under load by a command in the container, and asserts that the status is right and that no request fails; if
+    /// `atomic`, also that each switch is.
     #[track_caller]
-    pub fn reloads_lose_nothing(&self, addr: SocketAddr, atomic: bool) {
+    pub fn assert_reloads_lose_nothing(&self, addr: SocketAddr, atomic: bool) {
         let load = Load::start(LoadOptions::new(addr, 4).path("/sleep/30").record());
         answered_more(&load);
         for generation in 2..=4 {
@@ -320,10 +319,10 @@ impl Container {
         if atomic {
             report.assert_nothing_stale();
         }
-        assert_eq!(report.counts.generations.len(), 4, "{:?}", report.counts.generations);
+        report.assert_generations(1..=4);
     }
 
-    /// Stops it as `docker stop` and Kubernetes do; it ends with 0 and leaves nothing.
+    /// Stops the container by SIGTERM, as Docker and Kubernetes do. Asserts status 0 and that no process is left.
     #[track_caller]
     pub fn stop(mut self) {
         let processes = self.processes();

@@ -1,7 +1,7 @@
-// An ES module that says over Node's IPC channel that it is ready, when there is one.
+// An ES module that sends 'ready' on Node's IPC channel, if there is one.
 //
-// Each argument after the port is a message instead, in JSON. `/ipc` tells what the channel looks like from
-// here; `/flood` answers when 100,000 messages and one of a megabyte have been taken off its hands.
+// Arguments after the port are other messages to send, in JSON. `/ipc` shows the state of the channel. `/flood` answers
+// when the callbacks of 100,000 messages and of one of a megabyte have been called.
 import http from 'node:http';
 
 const [port, ...messages] = process.argv.slice(2);

@@ -1,4 +1,4 @@
-// Serves the listeners that it is given, as sd_listen_fds(3) has it, by their numbers from 3 on.
+// Serves given listeners (sd_listen_fds(3)), the fds from 3 on.
 const http = require('http');
 const { LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES, READY_FD } = process.env;
 const { REUSE_RUN_GENERATION: generation, REUSE_RUN_SLOT: slot } = process.env;

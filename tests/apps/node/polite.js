@@ -1,5 +1,5 @@
-// A server that ends in order for keep-alive clients too: after SIGINT every answer tells its client to
-// go elsewhere. It closes no connection by itself, for a request may be on its way there.
+// A server with a graceful stop for keep-alive clients: after SIGINT each answer has `Connection: close`. It closes no idle
+// connection itself, because a request may be on its way.
 const http = require('http');
 const { REUSE_RUN_GENERATION: generation, REUSE_RUN_SLOT: slot } = process.env;
 

@@ -1,4 +1,4 @@
-// Listens on a path, and at the stop signal closes its server, on which Node unlinks the path.
+// Listens on a path. At the stop signal it closes the server, and Node unlinks the path.
 const http = require('node:http');
 const { REUSE_RUN_GENERATION: generation, REUSE_RUN_SLOT: slot } = process.env;
 

@@ -1,28 +1,17 @@
-"""Binds what the first argument asks for, says how that went, and serves the TCP port of the second.
+"""Binds what the first argument names, prints the results, and serves the TCP port that is the second argument.
 
 others:    a UDP socket on the same number, a Unix socket, and a TCP socket on port 0
 wildcards: the port on 0.0.0.0 and on [::], two listeners
-options:   the port; in the first generation with options set before, and says which there were before and after
+options:   the port. Prints the socket options before and after the bind; the first generation sets some before
 """
 import os
 import socket
 import sys
 import tempfile
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        body = 'pid={} generation={} slot={}\n'.format(
-            os.getpid(), os.environ.get('REUSE_RUN_GENERATION'), os.environ.get('REUSE_RUN_SLOT')).encode()
-        self.send_response(200)
-        self.send_header('Content-Length', str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
+from handler import Handler
 
 
 class Server6(ThreadingHTTPServer):

@@ -1,5 +1,4 @@
-"""Serves a port, but for the time that there is a file close-SLOT in the folder of the second argument:
-then it closes its listener and lives on."""
+"""Serves a port. While the file close-SLOT exists in the folder that is the second argument, its listener is closed."""
 import os
 import select
 import socket

@@ -1,10 +1,10 @@
-"""Serves the listeners that it is given, as sd_listen_fds(3) has it, and prints what it was given. At SIGINT
-or SIGTERM it accepts no more, finishes what it has and exits with 0.
+"""Serves given listeners (sd_listen_fds(3)), and prints what it was given. At SIGINT or SIGTERM it accepts no more,
+finishes its requests and exits with 0.
 
 listen:         ready by listen(2), which most servers call again
 pipe:           ready by READY_FD; it never calls listen(2)
 systemd-notify: ready by `systemd-notify --ready`, a child
-bind:           as listen, but it binds the address of its only listener anew and serves what it gets
+bind:           as listen, but it binds the address of its only listener again and serves that socket
 
 While the file of the second argument exists it accepts nothing.
 """

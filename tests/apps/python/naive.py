@@ -1,4 +1,4 @@
-"""A server as the documentation of http.server has it: threads, HTTP/1.0, no signal handling."""
+"""A server as in the documentation of http.server: threads, HTTP/1.0, no signal handling."""
 import os
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

@@ -1,26 +1,14 @@
-"""A server that speaks to NOTIFY_SOCKET (sd_notify(3)), with nothing but the standard library.
+"""A server that sends messages to NOTIFY_SOCKET (sd_notify(3)), with the standard library only.
 
-Each argument after the port is a message, with \\n for the end of a line. With BARRIER=1 goes the end of a
-pipe, and nothing more is said until the other side has closed it. `uid=N` is no message: the server goes on
-as that user.
+Each argument after the port is a message, with \\n for the end of a line. With BARRIER=1 it sends the end of a
+pipe and waits until the other side has closed that. `uid=N` is no message: the server becomes that user.
 """
 import os
 import socket
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        body = 'pid={} generation={} slot={}\n'.format(
-            os.getpid(), os.environ.get('REUSE_RUN_GENERATION'), os.environ.get('REUSE_RUN_SLOT')).encode()
-        self.send_response(200)
-        self.send_header('Content-Length', str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
+from handler import Handler
 
 
 def say(line):

@@ -1,26 +1,14 @@
-"""A server that ends in order: on SIGINT it accepts no more, finishes what it has and exits 0."""
-import os
+"""A server with a graceful stop: on SIGINT it accepts no more, finishes its requests and exits with 0."""
 import signal
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        body = 'pid={} generation={} slot={}\n'.format(
-            os.getpid(), os.environ.get('REUSE_RUN_GENERATION'), os.environ.get('REUSE_RUN_SLOT')).encode()
-        self.send_response(200)
-        self.send_header('Content-Length', str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
+from handler import Handler
 
 
 class Server(ThreadingHTTPServer):
-    daemon_threads = False  # so that server_close() waits for the requests in hand
+    daemon_threads = False  # so that server_close() waits for requests in progress
 
 
 server = Server(('', int(sys.argv[1])), Handler)

@@ -1,5 +1,5 @@
-"""Makes odd calls of bind, listen and setsockopt and prints what each one says. The arguments are three
-ports that are free. Run alone and behind reuse-run it must print the same."""
+"""Makes unusual calls of bind, listen and setsockopt and prints their results. The arguments are three free ports.
+It must print the same with and without reuse-run."""
 import ctypes
 import errno
 import os
@@ -100,7 +100,7 @@ with tcp() as s:
     bind('a port after port 0', s.fileno(), ipv4(port))
     say('listen', libc.listen(s.fileno(), 1))
 
-# What isn't a TCP socket, or none at all.
+# Other sockets, and fds that are no socket.
 reader, writer = os.pipe()
 bind('a pipe', reader, ipv4(port))
 say('a pipe, listen', libc.listen(reader, 1))
@@ -170,7 +170,7 @@ with tcp() as s, tcp() as t:
     bind('SO_REUSEPORT set first', s.fileno(), ipv4(third))
     bind('SO_REUSEPORT taken back second', t.fileno(), ipv4(third))
 
-# Listening without a bind, after a connection, and on what was shut down.
+# listen without a bind, on a connection, and after a shutdown.
 with tcp() as s:
     say('listen unbound', libc.listen(s.fileno(), 1))
     with socket.create_connection(('127.0.0.1', s.getsockname()[1])) as c:
@@ -195,7 +195,7 @@ with tcp(socket.AF_INET6) as s:
     bind('bind before IPV6_V6ONLY', s.fileno(), ipv6(third))
     say('IPV6_V6ONLY of a bound socket', libc.setsockopt(s.fileno(), socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, ctypes.byref(one), 4))
 
-# What is left of the sockets themselves.
+# The socket after a bind.
 with tcp() as s:
     s.setblocking(False)
     before = s.fileno()

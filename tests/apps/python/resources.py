@@ -1,5 +1,5 @@
-"""Binds in the way of the first argument, with ports from the second on, prints how that went, and serves
-what it listens on in the end."""
+"""Binds in the way that the first argument names, with ports from the second argument on, prints the results, and serves
+its listeners."""
 import errno
 import os
 import random
@@ -36,7 +36,7 @@ def bind_and_close(number):
 
 
 def bind_for_ever(first):
-    """One bind after the other: whenever this process is hit, one is likely to be under way."""
+    """One bind after the other, so that a signal is likely to come during one."""
     number = first
     while True:
         bind_and_close(number)
@@ -65,7 +65,7 @@ def serve():
 
 
 def child(run):
-    """Starts a process that runs this and nothing else."""
+    """Starts a process that only calls this."""
     pid = os.fork()
     if pid == 0:
         try:

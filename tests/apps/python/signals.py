@@ -1,4 +1,4 @@
-"""Prints `ready`, then the name of every signal that it gets; ends at SIGINT, or when asked to, at none."""
+"""Prints `ready`, then the name of each signal that it gets. SIGINT ends it, unless the argument is `stays`."""
 import os
 import signal
 import sys

@@ -1,5 +1,5 @@
-"""Threads on a Unix socket, as the documentation of socketserver has it: nothing is unlinked, no signal
-handled. `unix.py PATH slow`: an answer takes until the file PATH.go is there, and a stop waits for none."""
+"""A server on a Unix socket as in the documentation of socketserver: it doesn't unlink the path or handle signals. With
+`unix.py PATH slow` an answer waits for the file PATH.go, and a stop doesn't wait for answers."""
 import os
 import socketserver
 import sys
