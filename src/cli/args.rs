@@ -15,7 +15,7 @@ use crate::operate::protocol::{How, Request, Target};
 use crate::steering::load::Balancing;
 use crate::worker::environment::Secret;
 
-/// Run N copies of any server on one port, and replace them without losing a request.
+/// Run N copies of any server on one port, and replace them without losing a request on a new connection.
 #[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(
     help_triggers("-h", "--help"),
