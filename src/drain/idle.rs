@@ -86,7 +86,7 @@ pub fn watch_end(idle: &[Idle], stop_signal: Signal) -> bool {
                 kills &= signal == stop_signal as u32;
                 close_of_killed(*pid, connections, deadline);
             }
-            kills &= life != Life::Over;
+            kills &= life != Life::Ended;
             life == Life::Lives
         });
     }

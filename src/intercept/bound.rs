@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use crate::address::Endpoint;
 use crate::intercept::install::Answers;
 
-/// By inode number. The kernel may see such a socket as listening already: the pool's may be so before they are lent.
+/// By inode number. The kernel may see such a socket as listening already: the pool's may be so before they
+/// are lent.
 #[derive(Debug)]
 pub struct BoundSockets {
     answers: Answers,
@@ -17,8 +18,8 @@ impl BoundSockets {
         Self { answers, sockets: HashMap::new() }
     }
 
-    /// Whether a bind was carried out before and the worker perhaps never got the answer, so that it asks again. A
-    /// program that binds a socket to the same address twice looks the same.
+    /// Whether a bind was carried out before and the worker perhaps never got the answer, so that it asks
+    /// again. A program that binds a socket to the same address twice looks the same.
     pub fn is_repetition(&self, inode: u64, endpoint: &Endpoint) -> bool {
         self.answers == Answers::MayBeLost && self.sockets.get(&inode) == Some(endpoint)
     }

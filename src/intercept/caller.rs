@@ -33,8 +33,9 @@ impl<'a> Caller<'a> {
         Self { tid: Pid::from_raw(notif.pid as i32), borrower, notify_fd, id: notif.id }
     }
 
-    /// Whether the thread still waits for the answer. If it was killed, its id may name another thread by now: what
-    /// was read under this id is sure to be the caller's only if this holds afterwards (seccomp_unotify(2)).
+    /// Whether the thread still waits for the answer. If it was killed, its id may name another thread by
+    /// now: what was read under this id is sure to be the caller's only if this holds afterwards
+    /// (seccomp_unotify(2)).
     pub fn still_waits(&self) -> bool {
         sys::seccomp_notif_id_valid(self.notify_fd, self.id)
     }

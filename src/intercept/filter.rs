@@ -20,10 +20,10 @@ const STOPPED: &[libc::c_long] = &[
     libc::SYS_unlinkat,
 ];
 
-/// The filter. It stops bind and listen, the setsockopt calls that decide which sockets may be bound side by side
-/// (IPV6_V6ONLY, SO_REUSEPORT), the question whether a socket listens (getsockopt with SO_ACCEPTCONN), and unlink,
-/// which could take the path of a Unix socket from other workers. It allows everything else, also calls of
-/// another ABI.
+/// The filter. It stops bind and listen, the setsockopt calls that decide which sockets may be bound side by
+/// side (IPV6_V6ONLY, SO_REUSEPORT), the question whether a socket listens (getsockopt with SO_ACCEPTCONN),
+/// and unlink, which could take the path of a Unix socket from other workers. It allows everything else, also
+/// calls of another ABI.
 ///
 /// A filter can't read memory, only the numbers in `struct seccomp_data` (linux/seccomp.h).
 pub fn filter() -> Vec<sock_filter> {

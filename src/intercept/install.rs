@@ -15,8 +15,8 @@ pub enum Answers {
     MayBeLost,
 }
 
-/// Installs the filter for the calling thread and everything that it starts. Returns the fd from which the stopped
-/// calls are read. Sets no_new_privs if the process may not install a filter without it.
+/// Installs the filter for the calling thread and everything that it starts. Returns the fd from which the
+/// stopped calls are read. Sets no_new_privs if the process may not install a filter without it.
 ///
 /// # Errors
 /// EBUSY if the process is behind such a filter already; ENOSYS and EINVAL if the kernel has none.

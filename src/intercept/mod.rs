@@ -1,8 +1,8 @@
 //! Answers the system calls of workers that the filter stops (seccomp_unotify(2)).
 //!
-//! A worker's `bind` to a TCP port replaces its socket by one of the pool, and the wrapper does its `listen`. A `bind`
-//! to a Unix socket's path replaces its socket by the one of its generation. Everything else is answered with
-//! "continue": the kernel then does what it would have done without the wrapper.
+//! A worker's `bind` to a TCP port replaces its socket by one of the pool, and the wrapper does its `listen`.
+//! A `bind` to a Unix socket's path replaces its socket by the one of its generation. Everything else is
+//! answered with "continue": the kernel then does what it would have done without the wrapper.
 
 mod bound;
 mod caller;
@@ -71,14 +71,14 @@ impl Interception {
         }
     }
 
-    /// The worker has ended. Processes that it started may live on behind the filter. Their calls are answered with
-    /// "continue" from now on; without an answer they would fail (ENOSYS).
+    /// The worker has ended. Processes that it started may live on behind the filter. Their calls are
+    /// answered with "continue" from now on; without an answer they would fail (ENOSYS).
     pub fn worker_has_ended(&mut self) {
         self.worker_ended = true;
     }
 
-    /// Answers one system call, after [`Interception::as_fd`] became readable. `is_starting` says whether the worker
-    /// has yet to become ready.
+    /// Answers one system call, after [`Interception::as_fd`] became readable. `is_starting` says whether the
+    /// worker has yet to become ready.
     pub fn answer(
         &mut self,
         pool: &mut Pool,
@@ -156,8 +156,8 @@ impl AsFd for Interception {
     }
 }
 
-/// The socket and the `struct sockaddr` of a bind. `None` for a bind that the kernel refuses: the fd is no socket, or
-/// the address is too long or not all there.
+/// The socket and the `struct sockaddr` of a bind. `None` for a bind that the kernel refuses: the fd is no
+/// socket, or the address is too long or not all there.
 ///
 /// # Errors
 /// Why the caller can't be read.
@@ -168,7 +168,8 @@ fn read_bind(caller: &Caller, fd: u32, address: u64, len: u64) -> io::Result<Opt
     Ok((sockaddr.len() as u64 == len).then_some((OwnSocket { fd, inode }, sockaddr)))
 }
 
-/// A worker that has changed its user can be read only with CAP_SYS_PTRACE. Otherwise it keeps its own sockets.
+/// A worker that has changed its user can be read only with CAP_SYS_PTRACE. Otherwise it keeps its own
+/// sockets.
 fn warn_of_rights(slot: SlotId, warned: &mut bool, error: &io::Error) {
     if error.kind() == io::ErrorKind::PermissionDenied && !*warned {
         *warned = true;

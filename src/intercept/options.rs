@@ -34,9 +34,9 @@ impl NotedOptions {
         self.0.get(&inode).copied().unwrap_or_default()
     }
 
-    /// Notes an option that the caller sets; the kernel then carries the call out. A note is wrong if the kernel
-    /// refuses the call. That does no harm: the kernel refuses an option because of the socket's kind or state, and
-    /// then refuses the bind too.
+    /// Notes an option that the caller sets; the kernel then carries the call out. If the kernel refuses it,
+    /// the note is wrong. That does no harm: it refuses these options only on a socket of another kind, or on
+    /// one that is bound already.
     pub fn read(&mut self, caller: &Caller, fd: u32, option: SocketOption, value: u64, len: u64) {
         if len < VALUE_SIZE as u64 {
             return;
@@ -64,8 +64,8 @@ impl NotedOptions {
     }
 }
 
-/// Answers getsockopt of SO_ACCEPTCONN with "no". A socket of the pool may listen already when a worker binds it, and
-/// a program that asks (gunicorn, HAProxy) would then leave its `listen` out.
+/// Answers getsockopt of SO_ACCEPTCONN with "no". A socket of the pool may listen already when a worker binds
+/// it, and a program that asks (gunicorn, HAProxy) would then leave its `listen` out.
 pub fn answer_not_listening(caller: &Caller, value: u64, len: u64) -> NotifResponse {
     // Anything unusual is left to the kernel.
     let Ok(size) = procfs::memory(caller.tid, len, VALUE_SIZE) else { return NotifResponse::Continue };
@@ -78,7 +78,8 @@ pub fn answer_not_listening(caller: &Caller, value: u64, len: u64) -> NotifRespo
     }
 }
 
-/// Options that a connection inherits from its listener and that programs set before they bind: level and name.
+/// Options that a connection inherits from its listener and that programs set before they bind: level and
+/// name.
 const CARRIED_OVER: [(i32, i32); 13] = [
     (libc::IPPROTO_TCP, libc::TCP_NODELAY),
     (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT),
@@ -95,7 +96,8 @@ const CARRIED_OVER: [(i32, i32); 13] = [
     (libc::SOL_SOCKET, libc::SO_SNDBUF),
 ];
 
-/// Gives a socket of the pool the options of the worker's own socket. This also resets what an earlier borrower set.
+/// Gives a socket of the pool the options of the worker's own socket. This also resets what an earlier
+/// borrower set.
 pub fn carry_over(own: BorrowedFd, ours: BorrowedFd) {
     for (level, name) in CARRIED_OVER {
         let (Ok(wanted), Ok(had)) =

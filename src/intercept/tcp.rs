@@ -12,8 +12,8 @@ use crate::kernel::procfs;
 use crate::kernel::sys::{self, NotifResponse};
 use crate::pool::{BindRequest, Pool};
 
-/// Binds the caller's socket to the address in `sockaddr`, a `struct sockaddr`. What isn't a TCP port that the
-/// caller may bind is left to the kernel.
+/// Binds the caller's socket to the address in `sockaddr`, a `struct sockaddr`. What isn't a TCP port that
+/// the caller may bind is left to the kernel.
 pub fn bind(
     caller: &Caller,
     own: OwnSocket,
@@ -64,8 +64,8 @@ pub fn bind(
 
 /// A bind that the pool can carry out.
 struct Bind {
-    /// A duplicate of the caller's socket. `None` where pidfd_getfd(2) is refused: the socket is then taken for a new
-    /// one without options.
+    /// A duplicate of the caller's socket. `None` where pidfd_getfd(2) is refused: the socket is then taken
+    /// for a new one without options.
     duplicate: Option<OwnedFd>,
     close_on_exec: bool,
     request: BindRequest,

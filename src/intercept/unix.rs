@@ -16,8 +16,8 @@ use crate::kernel::procfs;
 use crate::kernel::sys::NotifResponse;
 use crate::pool::paths::{self, Removal, SocketPath, UnixSockets};
 
-/// Binds the caller's socket to a path. What isn't a stream socket, or a path that wrapper and caller see alike, is
-/// left to the kernel.
+/// Binds the caller's socket to a path. What isn't a stream socket, or a path that wrapper and caller see
+/// alike, is left to the kernel.
 pub fn bind(
     caller: &Caller,
     own: OwnSocket,
@@ -73,12 +73,13 @@ fn is_stream(caller: &Caller, own: OwnSocket) -> bool {
 }
 
 /// Keeps the caller from removing a path that other workers serve. `from` and `path` are as in
-/// [`Call::Unlink`](crate::intercept::filter::Call::Unlink). Returns the answer, and the path of the worker's own
-/// socket if that was removed.
+/// [`Call::Unlink`](crate::intercept::filter::Call::Unlink). Returns the answer, and the path of the worker's
+/// own socket if that was removed.
 ///
-/// The wrapper also answers for the path of any other socket, such as one that an earlier run left, and for a path
-/// that doesn't exist. If the kernel did it after the answer, another worker could bind the path in between and lose
-/// it. For a worker that is ready, only names that are served are examined, since to examine a file can take long.
+/// The wrapper also answers for the path of any other socket, such as one that an earlier run left, and for a
+/// path that doesn't exist. If the kernel did it after the answer, another worker could bind the path in
+/// between and lose it. For a worker that is ready, only names that are served are examined, since to examine
+/// a file can take long.
 pub fn unlink(
     caller: &Caller,
     from: Option<u32>,

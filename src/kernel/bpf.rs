@@ -59,7 +59,8 @@ impl Assembler {
     /// The program with its jumps.
     ///
     /// # Panics
-    /// When a jump leads backward, too far or to a label that wasn't placed. Programs are fixed, so a test finds that.
+    /// When a jump leads backward, too far or to a label that wasn't placed. Programs are fixed, so a test
+    /// finds that.
     pub fn finish(mut self) -> Vec<sock_filter> {
         for (index, if_equal, otherwise) in self.jumps {
             let offset = |label: Label| match label {
@@ -80,8 +81,8 @@ impl Assembler {
     }
 }
 
-/// Runs a program as the kernel would, for tests. `load` is given the offsets of the words that the program loads.
-/// Returns the result and the number of instructions that it took.
+/// Runs a program as the kernel would, for tests. `load` is given the offsets of the words that the program
+/// loads. Returns the result and the number of instructions that it took.
 #[cfg(test)]
 pub fn run(program: &[sock_filter], mut load: impl FnMut(u32) -> u32) -> (u32, usize) {
     use libc::{BPF_A, BPF_ABS, BPF_ADD, BPF_ALU, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_K, BPF_LD};

@@ -1,4 +1,4 @@
-//! The kernel's edge: system calls, /proc, sock_diag and BPF instructions.
+//! The edge to the kernel: system calls, /proc, sock_diag and BPF instructions. It decides nothing.
 
 pub mod bpf;
 pub mod procfs;

@@ -1,7 +1,7 @@
-//! What /proc tells of a worker's threads and processes (proc(5)).
+//! Reads /proc (proc(5)): threads and processes, their sockets, and settings of the network.
 //!
-//! A thread that is gone, a text that isn't what proc(5) says and a lack of permission all come out as an
-//! error or as nothing; no caller may trust what it reads here beyond that.
+//! If a thread is gone, permission is lacking or a text isn't as proc(5) describes it, a function returns an
+//! error or nothing. A worker can change much of this at any time, so callers must not trust it further.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -22,12 +22,12 @@ fn path(pid: Pid, rest: &str) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/{rest}"))
 }
 
-/// The value of a line such as "Tgid:\t42" in a table such as /proc/PID/status; `name` is with the colon.
+/// The value of a line such as "Tgid:\t42" in a table such as /proc/PID/status. `name` includes the colon.
 fn field<'a>(table: &'a str, name: &str) -> Option<&'a str> {
     table.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
 }
 
-/// Reads up to `len` bytes of the memory of thread `tid` at `address`. May return fewer.
+/// Reads up to `len` bytes of a thread's memory. It returns fewer if the readable memory ends before.
 pub fn memory(tid: Pid, address: u64, len: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; len];
     let read = File::open(path(tid, "mem"))?.read_at(&mut bytes, address)?;
@@ -35,12 +35,12 @@ pub fn memory(tid: Pid, address: u64, len: usize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Writes to the memory of thread `tid` at `address`.
+/// Writes to a thread's memory.
 pub fn set_memory(tid: Pid, address: u64, bytes: &[u8]) -> io::Result<()> {
     File::options().write(true).open(path(tid, "mem"))?.write_all_at(bytes, address)
 }
 
-/// The inode number of the socket that fd number `fd` of thread `tid` is, if it is one.
+/// The inode number of a thread's fd if that is a socket.
 pub fn socket_inode(tid: Pid, fd: u32) -> io::Result<Option<u64>> {
     let link = fs::read_link(path(tid, &format!("fd/{fd}")))?;
     Ok(parse_socket_link(link.as_os_str()))
@@ -53,9 +53,9 @@ fn parse_socket_link(link: &OsStr) -> Option<u64> {
 /// The kernel's name for the protocol of a socket: "TCP", "TCPv6", "UDP", "MPTCP", "NETLINK" and so on
 /// (`sockfs_xattr_get`, net/socket.c).
 pub fn socket_protocol(tid: Pid, fd: u32) -> io::Result<String> {
-    const LONGEST: usize = 64;
+    const MAX_NAME_LENGTH: usize = 64;
     let name = OsStr::new("system.sockprotoname");
-    let value = sys::getxattr(&path(tid, &format!("fd/{fd}")), name, LONGEST)?;
+    let value = sys::getxattr(&path(tid, &format!("fd/{fd}")), name, MAX_NAME_LENGTH)?;
     Ok(String::from_utf8_lossy(&value).trim_end_matches('\0').to_owned())
 }
 
@@ -69,14 +69,14 @@ fn parse_fd_flags(fdinfo: &str) -> Option<i32> {
     i32::from_str_radix(field(fdinfo, "flags:")?, 8).ok()
 }
 
-/// Whose rights a thread acts with.
+/// The users, groups and capabilities that decide what a thread may do (credentials(7)).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Credentials {
-    /// Real, effective, saved and filesystem uid.
+    /// The real, effective, saved and filesystem uid.
     pub uids: [u32; 4],
-    /// The same of gids, and after them the supplementary groups.
+    /// The same four gids, then the supplementary groups.
     pub gids: Vec<u32>,
-    /// The effective capabilities, a bit each (capabilities(7)).
+    /// The effective capabilities, one bit each (capabilities(7)).
     pub effective: u64,
 }
 
@@ -122,7 +122,7 @@ pub fn umask(tid: Pid) -> io::Result<u32> {
     mask.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// Whether a path means to a thread what it means to this process.
+/// Whether a path leads a thread to the same file as this process: both have the same mounts and root.
 pub fn same_mounts(tid: Pid) -> bool {
     let of = |what: &str, pid: Pid| {
         let metadata = fs::metadata(path(pid, what));
@@ -140,13 +140,13 @@ pub struct UnixSocket {
     pub inode: u64,
     pub is_stream: bool,
     pub is_connected: bool,
-    /// As it was bound; one that was accepted has its listener's.
+    /// The name that it was bound to. An accepted connection has its listener's.
     pub name: String,
 }
 
 /// All Unix sockets of this network namespace.
 pub fn unix_sockets() -> Vec<UnixSocket> {
-    let table = fs::read("/proc/net/unix").unwrap_or_default(); // names in it may be no UTF-8
+    let table = fs::read("/proc/net/unix").unwrap_or_default(); // names need not be UTF-8
     parse_unix_sockets(&String::from_utf8_lossy(&table))
 }
 
@@ -156,7 +156,7 @@ fn parse_unix_sockets(table: &str) -> Vec<UnixSocket> {
     let row = |line: &str| {
         let mut words = line.split_whitespace();
         let (kind, state, inode) = (words.nth(4)?, words.next()?, words.next()?);
-        // What is left may have spaces, of which the first isn't its own.
+        // The name is all that follows one space; it may contain spaces itself.
         let end_of_inode = inode.as_ptr().addr() + inode.len() - line.as_ptr().addr();
         let name = line[end_of_inode..].strip_prefix(' ').unwrap_or_default().to_owned();
         let (is_stream, is_connected) = (kind == STREAM, state == CONNECTED);
@@ -165,18 +165,19 @@ fn parse_unix_sockets(table: &str) -> Vec<UnixSocket> {
     table.lines().filter_map(row).collect()
 }
 
-/// The inode number of a socket of this process, as /proc/PID/fd shows it.
+/// The inode number of a socket of this process, the same that /proc/PID/fd shows.
 pub fn inode(fd: BorrowedFd) -> io::Result<u64> {
     Ok(nix::sys::stat::fstat(fd)?.st_ino)
 }
 
-/// What tells the network namespace of a thread from others (namespaces(7)).
+/// Identifies a thread's network namespace: device and inode number of its file (namespaces(7)).
 pub fn network_namespace(tid: Pid) -> io::Result<(u64, u64)> {
     let metadata = fs::metadata(path(tid, "ns/net"))?;
     Ok((metadata.dev(), metadata.ino()))
 }
 
-/// A process and all that descend from it without a break in between.
+/// A process and its descendants, except those behind a process that has ended: these have another parent
+/// now.
 pub fn tree(root: Pid) -> Vec<Pid> {
     let mut tree = vec![root];
     let mut next = 0;
@@ -187,9 +188,9 @@ pub fn tree(root: Pid) -> Vec<Pid> {
     tree
 }
 
-/// Those among a process and its descendants whose parent is a shell. A shell keeps a SIGINT that it is sent
-/// for itself until its child has ended.
-pub fn behind_shells(root: Pid) -> Vec<Pid> {
+/// The children of each shell among a process and its descendants. A shell that gets SIGINT doesn't pass it
+/// on, and acts on it only when its child has ended.
+pub fn children_of_shells(root: Pid) -> Vec<Pid> {
     const SHELLS: [&str; 6] = ["sh", "dash", "bash", "ash", "ksh", "zsh"];
     let is_shell = |pid: &Pid| {
         fs::read_to_string(path(*pid, "comm")).is_ok_and(|name| SHELLS.contains(&name.trim_end()))
@@ -197,7 +198,7 @@ pub fn behind_shells(root: Pid) -> Vec<Pid> {
     tree(root).into_iter().filter(is_shell).flat_map(children).collect()
 }
 
-/// The children of all threads of a process.
+/// The children that any thread of a process has started.
 fn children(pid: Pid) -> Vec<Pid> {
     let of_thread = |tid: Pid| fs::read_to_string(path(pid, &format!("task/{tid}/children")));
     let texts = threads(pid).into_iter().flat_map(of_thread);
@@ -208,61 +209,61 @@ fn parse_children(text: &str) -> Vec<Pid> {
     text.split_whitespace().filter_map(|word| word.parse().ok()).map(Pid::from_raw).collect()
 }
 
-/// The threads of a process, the main one included; none if it has ended.
+/// All threads of a process; none if it has ended.
 pub fn threads(pid: Pid) -> Vec<Pid> {
     let Ok(entries) = fs::read_dir(path(pid, "task")) else { return Vec::new() };
     let tid = |entry: fs::DirEntry| entry.file_name().to_str()?.parse().ok();
     entries.flatten().filter_map(tid).map(Pid::from_raw).collect()
 }
 
-/// What is to be seen of a process's end.
+/// Whether a process lives, and if not how it ended, as far as /proc shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Life {
-    /// As far as can be known.
+    /// Nothing shows that it ends.
     Lives,
-    /// By this signal; it may still have files.
+    /// This signal kills it. It may still have files open.
     Killed(u32),
-    /// Its main thread has ended otherwise, or nothing is left of it.
-    Over,
+    /// Its main thread has ended in another way, or the process is gone.
+    Ended,
 }
 
-/// What is to be seen of a process's end (proc_pid_stat(5)).
+/// Whether a process lives (proc_pid_stat(5)).
 pub fn life(pid: Pid) -> Life {
-    fs::read_to_string(path(pid, "stat")).ok().and_then(|stat| parse_life(&stat)).unwrap_or(Life::Over)
+    fs::read_to_string(path(pid, "stat")).ok().and_then(|stat| parse_life(&stat)).unwrap_or(Life::Ended)
 }
 
 fn parse_life(stat: &str) -> Option<Life> {
     const FLAGS: usize = 9;
-    const EXIT_CODE: usize = 52; // 0 to whom ptrace access is denied
+    const EXIT_CODE: usize = 52; // 0 for a reader that has no ptrace access
     const PF_EXITING: u64 = 0x4; // linux/sched.h
-    const PF_SIGNALED: u64 = 0x400; // also if another thread has called exit_group(2) (get_signal, kernel/signal.c)
+    const PF_SIGNALED: u64 = 0x400; // also after another thread's exit_group(2) (get_signal, kernel/signal.c)
     let flags = stat_field(stat, FLAGS)?;
     let signal = (stat_field(stat, EXIT_CODE)? & 0x7f) as u32; // as wait(2) has it
     let is_zombie = stat.get(stat.rfind(')')? + 1..)?.starts_with(" Z");
     Some(match (flags & PF_SIGNALED != 0, signal) {
-        // The code may come a moment later than the flag.
+        // The kernel sets the flag a moment before the code.
         (true, 0) if !is_zombie => Life::Lives,
         (true, 1..) => Life::Killed(signal),
-        _ if is_zombie || flags & PF_EXITING != 0 => Life::Over,
+        _ if is_zombie || flags & PF_EXITING != 0 => Life::Ended,
         _ => Life::Lives,
     })
 }
 
-/// A field of /proc/PID/stat, by its number in proc_pid_stat(5), where it comes after the name.
+/// A field of /proc/PID/stat by its number in proc_pid_stat(5), from 3 on.
 fn stat_field(stat: &str, number: usize) -> Option<u64> {
-    const FIRST: usize = 3; // the name before it may hold anything
+    const FIRST: usize = 3; // field 2, the name, may contain any character
     stat.get(stat.rfind(')')? + 1..)?.split_whitespace().nth(number - FIRST)?.parse().ok()
 }
 
 /// The inode numbers of all sockets that a process has open; none if it has ended.
 ///
 /// # Errors
-/// When this process may not look (ptrace(2), "Ptrace access mode checking").
+/// When this process has no ptrace access (ptrace(2), "Ptrace access mode checking").
 pub fn socket_inodes(pid: Pid) -> io::Result<Vec<u64>> {
     Ok(sockets(pid)?.into_iter().map(|(_, inode)| inode).collect())
 }
 
-/// The number and inode number of every socket that a process has open; none if it has ended.
+/// The fd number and the inode number of each socket that a process has open; none if it has ended.
 ///
 /// # Errors
 /// As for [`socket_inodes`].
@@ -281,15 +282,15 @@ pub fn sockets(pid: Pid) -> io::Result<Vec<(u32, u64)>> {
     Ok(fds.flatten().filter_map(socket).collect())
 }
 
-/// All processes but this one.
+/// All processes except this one.
 fn others() -> impl Iterator<Item = Pid> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw);
     pids.filter(|pid| *pid != Pid::this())
 }
 
-/// Which of these sockets other processes may have open, going by their inode numbers: all, if a
-/// descendant of `suspect` can't be looked into.
+/// Which of these sockets, given by inode number, other processes may have open. These are all of them if
+/// `suspect` or one of its descendants can't be read.
 pub fn open_elsewhere(suspect: Pid, inodes: &HashSet<u64>) -> HashSet<u64> {
     if tree(suspect).into_iter().any(|pid| socket_inodes(pid).is_err()) {
         return inodes.clone();
@@ -298,42 +299,45 @@ pub fn open_elsewhere(suspect: Pid, inodes: &HashSet<u64>) -> HashSet<u64> {
     open.filter(|inode| inodes.contains(inode)).collect()
 }
 
-/// Whether another process may have the socket open; `suspect` and its descendants are looked at first.
+/// Whether another process may have the socket open. It may if `suspect` or one of its descendants can't be
+/// read. These are searched first.
 pub fn is_open_elsewhere(suspect: Pid, inode: u64) -> bool {
     let may_have = |pid: Pid| socket_inodes(pid).map_or(true, |open| open.contains(&inode));
     let has = |pid: Pid| socket_inodes(pid).is_ok_and(|open| open.contains(&inode));
     tree(suspect).into_iter().any(may_have) || others().any(has)
 }
 
-/// A process that has the socket open, and its command line, as far as this process may look.
+/// A process that has the socket open, and its command line. `None` if none of those that this process may
+/// read has it.
 pub fn socket_owner(inode: u64) -> Option<(Pid, String)> {
     let pid = others().find(|pid| socket_inodes(*pid).is_ok_and(|open| open.contains(&inode)))?;
     let command = fs::read(path(pid, "cmdline")).unwrap_or_default();
     Some((pid, printable(&command)))
 }
 
-/// The command line of a process, in one line.
+/// The command line of a process as one printable line.
 pub fn command_line(pid: u32) -> String {
     printable(&fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default())
 }
 
-/// What a process has used: its processor time, and its resident memory in KiB.
+/// Processor time and resident memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
     pub cpu: Duration,
     pub rss_kib: u64,
 }
 
-/// Whether the main thread of a process does, or waits for, something other than connections and requests, if
-/// that can be known (proc_pid_syscall(5)).
-pub fn is_busy(pid: Pid) -> Option<bool> {
+/// Whether the main thread of a process runs, or is in a system call other than [`WAITING_CALLS`]. `None` if
+/// that can't be known (proc_pid_syscall(5)).
+pub fn is_main_thread_busy(pid: Pid) -> Option<bool> {
     let text = fs::read_to_string(path(pid, "syscall")).ok()?;
     let number = text.split(' ').next().and_then(|number| number.parse().ok());
-    Some(!number.is_some_and(|number| WAITS.contains(&number))) // else it says "running", or where it sleeps
+    // Instead of a number the file can also say "running".
+    Some(!number.is_some_and(|number| WAITING_CALLS.contains(&number)))
 }
 
 /// The system calls in which programs wait for connections and requests.
-const WAITS: &[libc::c_long] = &[
+const WAITING_CALLS: &[libc::c_long] = &[
     libc::SYS_accept,
     libc::SYS_accept4,
     libc::SYS_epoll_pwait,
@@ -349,7 +353,7 @@ const WAITS: &[libc::c_long] = &[
     libc::SYS_select,
 ];
 
-/// What a process and its descendants have used.
+/// What a process and its descendants use together.
 pub fn usage(pid: Pid) -> Usage {
     let mut sum = Usage::default();
     for pid in tree(pid) {
@@ -362,15 +366,15 @@ pub fn usage(pid: Pid) -> Usage {
     sum
 }
 
-/// From a line of /proc/PID/stat: user and system time, in ticks of which any kernel's user space sees 100 a second
-/// (USER_HZ, time(7)).
+/// User and system time in /proc/PID/stat. It counts ticks, 100 a second on every kernel (USER_HZ, time(7)).
 fn parse_cpu(stat: &str) -> Option<Duration> {
     const UTIME: usize = 14;
     const STIME: usize = 15;
     Some(Duration::from_millis((stat_field(stat, UTIME)? + stat_field(stat, STIME)?) * 10))
 }
 
-/// The first port that needs no right to be bound (net.ipv4.ip_unprivileged_port_start, ip(7)).
+/// The lowest port that can be bound without CAP_NET_BIND_SERVICE (net.ipv4.ip_unprivileged_port_start,
+/// ip(7)).
 pub fn first_unprivileged_port() -> u16 {
     let text = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap_or_default();
     text.trim().parse().unwrap_or(1024)
@@ -381,13 +385,13 @@ pub fn has_ipv6() -> bool {
     fs::exists("/proc/net/if_inet6").unwrap_or(false)
 }
 
-/// Whether connections that are queued on a listener when it is closed go to another one of its group
+/// Whether the connections in a listener's queue move to another listener of its group when it is closed
 /// (net.ipv4.tcp_migrate_req, ip-sysctl).
 pub fn migrates_requests() -> bool {
     fs::read_to_string("/proc/sys/net/ipv4/tcp_migrate_req").is_ok_and(|text| text.trim() == "1")
 }
 
-/// Whether IPv6 sockets are IPv6-only unless they say otherwise (net.ipv6.bindv6only, ipv6(7)).
+/// Whether IPv6 sockets are IPv6-only by default (net.ipv6.bindv6only, ipv6(7)).
 pub fn v6only_by_default() -> bool {
     fs::read_to_string("/proc/sys/net/ipv6/bindv6only").is_ok_and(|text| text.trim() == "1")
 }
@@ -433,8 +437,8 @@ mod tests {
         };
         assert_eq!([life('R', 0x400000, 0), life('T', 0x400000, 19)], [Life::Lives; 2]);
         assert_eq!([life('R', 0x400404, 0x82), life('Z', 0x400404, 2)], [Life::Killed(2); 2]);
-        assert_eq!(life('R', 0x400404, 0), Life::Lives, "its code may be yet to come");
-        assert_eq!([life('Z', 0x400404, 2 << 8), life('R', 0x400004, 0)], [Life::Over; 2]);
+        assert_eq!(life('R', 0x400404, 0), Life::Lives, "its code may come later");
+        assert_eq!([life('Z', 0x400404, 2 << 8), life('R', 0x400004, 0)], [Life::Ended; 2]);
         assert_eq!(parse_children("12 34 "), [Pid::from_raw(12), Pid::from_raw(34)]);
     }
 
@@ -454,9 +458,9 @@ mod tests {
     }
 
     proptest! {
-        /// A process chooses its name, and with it some of what its status says.
+        /// A process chooses its name, which is part of its status.
         #[test]
-        fn a_name_cannot_pass_for_what_the_kernel_says(name in "[^\n\\\\]{0,15}", uid: u32, effective: u64) {
+        fn a_process_name_cannot_pass_for_a_line_of_the_kernel(name in "[^\n\\\\]{0,15}", uid: u32, effective: u64) {
             let status = format!(
                 "Name:\t{name}\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\nGid:\t{uid}\nSigIgn:\t{:016x}\nCapEff:\t{effective:016x}\n", 1 << 9
             );
@@ -465,7 +469,7 @@ mod tests {
         }
 
         #[test]
-        fn any_text_is_read_without_harm(text: String, signal in 1u32..=64) {
+        fn no_text_makes_a_parser_panic(text: String, signal in 1u32..=64) {
             let _ = parse_credentials(&text);
             let _ = parse_credentials(&format!("Uid:{text}\nCapEff:{text}"));
             let _ = parse_ignored(&format!("SigIgn:{text}"), signal);

@@ -1,5 +1,5 @@
-//! What the kernel tells of TCP sockets: of all in the wrapper's network namespace through sock_diag(7), and of one
-//! by TCP_INFO (tcp(7)).
+//! The state of TCP sockets: of all in this network namespace by sock_diag(7), and of one socket by TCP_INFO
+//! (tcp(7)).
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,35 +16,36 @@ use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
 use crate::address::Address;
 use crate::kernel::sys;
 
-/// A TCP connection, seen from the side that accepts it.
+/// A TCP connection, from the point of view of the side that accepts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Connection {
     pub peer: SocketAddr,
-    /// The handshake is under way.
+    /// Whether the handshake isn't finished.
     pub opening: bool,
-    /// 0 while nobody has accepted it, and when it is closed.
+    /// 0 before the connection is accepted, and after it is closed.
     pub inode: u32,
-    /// Bytes that have not been read.
+    /// Bytes that the program hasn't read.
     pub unread: u32,
     pub traffic: Traffic,
 }
 
-/// What has come and gone on a connection; ages are those of the moment of the look.
+/// What was sent and received on a connection, at the moment of the reading.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// Since data was sent, or since the connection was made.
+    /// Time since data was last sent, or else since the connection was made.
     pub sent_ago: Duration,
-    /// Since data was received, or since the connection was made.
+    /// Time since data was last received, or else since the connection was made.
     pub received_ago: Duration,
-    /// Bytes that were written and not sent: the peer, or the network, takes no more.
+    /// Bytes that the program has written and the kernel not sent, because the peer or the network takes no
+    /// more.
     pub unsent: u32,
     pub has_sent: bool,
-    /// Bytes that have come, the end of the stream counted as one (`tcp_rcv_nxt_update`, net/ipv4/tcp_input.c).
+    /// Received bytes. The end of the stream counts as one (`tcp_rcv_nxt_update`, net/ipv4/tcp_input.c).
     pub received: u64,
 }
 
 impl Traffic {
-    /// Reads a `struct tcp_info` (linux/tcp.h); what the kernel is too old to tell is taken as zero.
+    /// Parses a `struct tcp_info` (linux/tcp.h). Fields that the kernel doesn't know count as zero.
     pub fn parse(info: &[u8]) -> Self {
         const LAST_DATA_SENT: usize = 44;
         const LAST_DATA_RECV: usize = 52;
@@ -64,18 +65,18 @@ impl Traffic {
     }
 }
 
-/// A socket that should be listening.
+/// The state of a socket that should be listening.
 #[derive(Debug, Clone, Copy)]
 pub struct ListenInfo {
     /// Whether it is in the LISTEN state.
     pub listening: bool,
-    /// Whether it neither listens nor is or becomes a connection.
+    /// Whether it is in the CLOSE state: it neither listens nor is a connection.
     pub closed: bool,
-    /// Connections that wait to be accepted (`tcpi_unacked` of a listener, net/ipv4/tcp.c).
+    /// The number of connections that wait to be accepted (`tcpi_unacked` of a listener, net/ipv4/tcp.c).
     pub accept_queue: u32,
 }
 
-/// What TCP_INFO tells of a socket that should be listening.
+/// Reads the state of a socket that should be listening.
 ///
 /// # Errors
 /// Those of getsockopt(2).
@@ -89,7 +90,7 @@ pub fn listen_info(socket: BorrowedFd) -> io::Result<ListenInfo> {
     Ok(ListenInfo { listening, closed, accept_queue: field(&info, UNACKED) })
 }
 
-/// The number at this offset of a `struct tcp_info`, 0 if that is shorter.
+/// The 32-bit field at an offset of a `struct tcp_info`, 0 if the struct is shorter.
 fn field(info: &[u8], at: usize) -> u32 {
     let bytes = info.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
     bytes.map_or(0, u32::from_ne_bytes)
@@ -103,7 +104,7 @@ pub struct Listener {
     pub uid: u32,
 }
 
-/// A socket to ask on.
+/// A netlink socket for sock_diag requests.
 pub struct SockDiag {
     socket: Socket,
     buffer: Vec<u8>,
@@ -114,8 +115,8 @@ impl SockDiag {
         Ok(Self { socket: Socket::new(NETLINK_SOCK_DIAG)?, buffer: Vec::with_capacity(64 * 1024) })
     }
 
-    /// The connections to `local`'s port, of its family, that are being opened, open or half closed.
-    /// Connections over IPv4 to an IPv6 socket are of the family of IPv6.
+    /// The connections to `local`'s port that are being opened, open or half closed, of its address family
+    /// only. An IPv4 client's connection to an IPv6 socket belongs to the IPv6 family.
     pub fn connections(&mut self, local: SocketAddr) -> io::Result<Vec<Connection>> {
         let states = StateFlags::SYN_RECV
             | StateFlags::ESTABLISHED
@@ -136,7 +137,7 @@ impl SockDiag {
         Ok(connections)
     }
 
-    /// All sockets that listen on `port`, or on any for 0, of either family.
+    /// All sockets that listen on `port`, or on any port if it is 0, of both families.
     pub fn listeners(&mut self, port: u16) -> io::Result<Vec<Listener>> {
         let mut listeners = Vec::new();
         for (family, mut socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
@@ -158,7 +159,7 @@ impl SockDiag {
         self.socket.send(&bytes, 0)?;
         loop {
             self.buffer.clear();
-            self.socket.recv(&mut self.buffer, 0)?; // the kernel answers without waiting for anyone
+            self.socket.recv(&mut self.buffer, 0)?; // doesn't block: the kernel has answered already
             let mut rest = self.buffer.as_slice();
             while !rest.is_empty() {
                 let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
@@ -241,14 +242,14 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_is_told_of_with_its_queues_and_traffic() {
+    fn a_connection_is_listed_with_its_queues_and_traffic() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let mut client = TcpStream::connect(address).unwrap();
         let mut diag = SockDiag::new().unwrap();
-        let look = |diag: &mut SockDiag| diag.connections(address).unwrap();
+        let read = |diag: &mut SockDiag| diag.connections(address).unwrap();
 
-        let connections = look(&mut diag);
+        let connections = read(&mut diag);
         assert_eq!(connections.len(), 1, "{connections:?}");
         assert_eq!(connections[0].peer, client.local_addr().unwrap());
         assert_eq!(connections[0].inode, 0, "nobody has accepted it");
@@ -256,7 +257,7 @@ mod tests {
 
         client.write_all(b"request").unwrap();
         let (mut server, _) = listener.accept().unwrap();
-        let connection = look(&mut diag)[0];
+        let connection = read(&mut diag)[0];
         assert_ne!(connection.inode, 0);
         assert_eq!(connection.unread, 7);
         assert!(connection.traffic.received == 7 && !connection.traffic.has_sent);
@@ -264,7 +265,7 @@ mod tests {
         server.read_exact(&mut [0; 7]).unwrap();
         server.write_all(b"answer").unwrap();
         client.read_exact(&mut [0; 6]).unwrap();
-        let connection = look(&mut diag)[0];
+        let connection = read(&mut diag)[0];
         assert_eq!(connection.unread, 0);
         assert!(connection.traffic.has_sent);
         assert!(connection.traffic.sent_ago <= connection.traffic.received_ago);

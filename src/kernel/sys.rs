@@ -1,6 +1,6 @@
 //! The only unsafe code: thin wrappers named after their system calls.
 //!
-//! Each returns the `io::Error` of its call and decides nothing.
+//! Each wrapper returns the `io::Error` of its call and decides nothing.
 #![allow(unsafe_code)]
 
 use std::ffi::{CString, OsStr};
@@ -15,7 +15,7 @@ use std::process::Command;
 use libc::{c_int, sock_filter, sock_fprog};
 use nix::sys::signal::{SigHandler, Signal};
 
-/// Turns -1 into the `io::Error` that errno tells.
+/// Turns the result -1 into the `io::Error` in errno.
 fn check(result: c_int) -> io::Result<c_int> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
@@ -26,32 +26,32 @@ fn fprog(program: &[sock_filter]) -> io::Result<sock_fprog> {
     Ok(sock_fprog { len, filter: program.as_ptr().cast_mut() })
 }
 
-/// seccomp(2), SECCOMP_SET_MODE_FILTER: installs `program` for the calling thread and returns the
-/// notification fd that SECCOMP_FILTER_FLAG_NEW_LISTENER in `flags` asks for (close-on-exec).
+/// seccomp(2), SECCOMP_SET_MODE_FILTER: installs `program` for the calling thread and returns its
+/// notification fd (close-on-exec). `flags` must include SECCOMP_FILTER_FLAG_NEW_LISTENER.
 pub fn seccomp_set_mode_filter(flags: libc::c_ulong, program: &[sock_filter]) -> io::Result<OwnedFd> {
     let fprog = fprog(program)?;
     // SAFETY: fprog points to `program`, which outlives the call; the kernel copies it.
     let result =
         unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const fprog) };
     let fd = check(result as c_int)?;
-    // SAFETY: with NEW_LISTENER a result that isn't -1 is a fresh fd that nobody else owns.
+    // SAFETY: with NEW_LISTENER a result other than -1 is a new fd of this process, which nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// seccomp_unotify(2), SECCOMP_IOCTL_NOTIF_RECV: the next trapped system call.
+/// seccomp_unotify(2), SECCOMP_IOCTL_NOTIF_RECV: the next stopped system call.
 ///
 /// # Errors
-/// ENOENT when the caller died before its notification was fetched.
+/// ENOENT if the calling thread died or was interrupted before.
 pub fn seccomp_notif_recv(notify_fd: BorrowedFd) -> io::Result<libc::seccomp_notif> {
-    // SAFETY: all-zero is a valid value of this plain struct, and what the kernel demands.
+    // SAFETY: the struct has only integers, for which zero is valid. The kernel requires zeros.
     let mut notif: libc::seccomp_notif = unsafe { zeroed() };
     // SAFETY: the ioctl writes one struct seccomp_notif through the pointer.
     check(unsafe { libc::ioctl(notify_fd.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_RECV, &raw mut notif) })?;
     Ok(notif)
 }
 
-/// seccomp_unotify(2), SECCOMP_IOCTL_NOTIF_ID_VALID: whether the caller still waits for the answer,
-/// that is, whether what was read under its thread id was really its own.
+/// seccomp_unotify(2), SECCOMP_IOCTL_NOTIF_ID_VALID: whether the calling thread still waits for
+/// the answer, so that what was read under its thread id was its own.
 pub fn seccomp_notif_id_valid(notify_fd: BorrowedFd, id: u64) -> bool {
     // SAFETY: the ioctl reads one u64 through the pointer.
     let result =
@@ -59,8 +59,8 @@ pub fn seccomp_notif_id_valid(notify_fd: BorrowedFd, id: u64) -> bool {
     result == 0
 }
 
-/// seccomp_unotify(2), SECCOMP_IOCTL_NOTIF_ADDFD with SECCOMP_ADDFD_FLAG_SETFD: puts `fd` in place of
-/// the caller's `target`, as dup3(2) would.
+/// seccomp_unotify(2), SECCOMP_IOCTL_NOTIF_ADDFD with SECCOMP_ADDFD_FLAG_SETFD: puts a duplicate
+/// of `fd` in the place of the calling thread's `target`, as dup3(2) would.
 pub fn seccomp_notif_addfd(
     notify_fd: BorrowedFd,
     id: u64,
@@ -90,23 +90,25 @@ pub struct Ended {
     pub status: c_int,
 }
 
-/// waitid(2) of any child that has ended, or of the one with this pid, without waiting. With WNOWAIT in
-/// `options` it stays a zombie. (nix's waitid takes the real-time signals for an error.)
+/// waitid(2), without waiting, for any child that has ended or for the one with this pid. With WNOWAIT in
+/// `options` it stays a zombie. (nix's waitid fails if a real-time signal killed the child.)
 pub fn waitid_ended(pid: Option<c_int>, options: c_int) -> io::Result<Option<Ended>> {
     let (kind, id) = pid.map_or((libc::P_ALL, 0), |pid| (libc::P_PID, pid as libc::id_t));
-    // SAFETY: all-zero is a valid value of this plain struct; si_pid stays 0 if nobody has ended.
+    // SAFETY: zero is valid for siginfo_t, a struct of integers and raw pointers. si_pid stays 0 if no child
+    // has ended.
     let mut info: libc::siginfo_t = unsafe { zeroed() };
     let options = options | libc::WEXITED | libc::WNOHANG;
     // SAFETY: the kernel writes one siginfo_t through the pointer.
     check(unsafe { libc::waitid(kind, id, &raw mut info, options) })?;
-    // SAFETY: waitid fills in the fields of SIGCHLD, and all of them are zero if it has nothing to tell.
+    // SAFETY: these fields are valid for SIGCHLD, which waitid reports; otherwise the union is still all
+    // zero.
     let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
     Ok((pid != 0).then_some(Ended { pid, code: info.si_code, status }))
 }
 
-/// pidfd_open(2) of a process, or with PIDFD_THREAD, since Linux 6.9, of one of its threads.
+/// pidfd_open(2): an fd for a process, or with PIDFD_THREAD (Linux 6.9) for one of its threads.
 pub fn pidfd_open(tid: c_int, flags: libc::c_uint) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes two numbers.
+    // SAFETY: pidfd_open takes two integers and no pointer.
     let pidfd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, tid, flags) } as c_int)?;
     // SAFETY: a result that isn't -1 is a fresh fd that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
@@ -115,19 +117,19 @@ pub fn pidfd_open(tid: c_int, flags: libc::c_uint) -> io::Result<OwnedFd> {
 /// pidfd_getfd(2): a duplicate of fd number `fd` of a process or thread.
 ///
 /// # Errors
-/// EPERM where ptrace access is denied; some seccomp profiles deny the call to all without CAP_SYS_PTRACE.
+/// EPERM without ptrace access. Some seccomp profiles refuse the call to everyone without CAP_SYS_PTRACE.
 pub fn pidfd_getfd(pidfd: BorrowedFd, fd: u32) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_getfd takes three numbers.
+    // SAFETY: pidfd_getfd takes three integers and no pointer.
     let duplicate =
         check(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) } as c_int)?;
     // SAFETY: a result that isn't -1 is a fresh fd that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(duplicate) })
 }
 
-/// What a trapped system call gets to hear.
+/// The answer to a stopped system call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NotifResponse {
-    /// The kernel carries the call out as if nobody had asked.
+    /// The kernel carries the call out, as without a filter.
     Continue,
     /// The call returns 0.
     Success,
@@ -135,10 +137,10 @@ pub enum NotifResponse {
     Errno(i32),
 }
 
-/// seccomp_unotify(2), SECCOMP_IOCTL_NOTIF_SEND: lets the caller go on with `response`.
+/// seccomp_unotify(2), SECCOMP_IOCTL_NOTIF_SEND: answers a stopped system call.
 ///
 /// # Errors
-/// ENOENT when the caller was interrupted or killed meanwhile.
+/// ENOENT if the calling thread was interrupted or killed meanwhile.
 pub fn seccomp_notif_send(notify_fd: BorrowedFd, id: u64, response: NotifResponse) -> io::Result<()> {
     let (error, flags) = match response {
         NotifResponse::Continue => (0, libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32),
@@ -151,8 +153,8 @@ pub fn seccomp_notif_send(notify_fd: BorrowedFd, id: u64, response: NotifRespons
     Ok(())
 }
 
-/// setsockopt(2), SO_ATTACH_REUSEPORT_CBPF: `program` names, for the whole group of `socket`, the
-/// index of the member that gets a new connection. An attached program is replaced atomically.
+/// setsockopt(2), SO_ATTACH_REUSEPORT_CBPF: from now on `program` returns, for the whole reuseport group of
+/// `socket`, the index of the member that gets a new connection. It replaces an earlier program atomically.
 pub fn attach_reuseport_cbpf(socket: BorrowedFd, program: &[sock_filter]) -> io::Result<()> {
     let fprog = fprog(program)?;
     // SAFETY: fprog points to `program`, which outlives the call; the kernel copies it.
@@ -168,8 +170,8 @@ pub fn attach_reuseport_cbpf(socket: BorrowedFd, program: &[sock_filter]) -> io:
     Ok(())
 }
 
-/// setsockopt(2), IP_MINTTL (ip(7)) or, for `ipv6`, IPV6_MINHOPCOUNT: the socket drops packets in silence
-/// whose time to live has come down to less than `ttl`. 0 lets all pass.
+/// setsockopt(2), IP_MINTTL (ip(7)) or for `ipv6` IPV6_MINHOPCOUNT: the socket silently drops packets whose
+/// time to live is less than `ttl`. 0 lets all packets pass.
 pub fn set_min_ttl(socket: BorrowedFd, ipv6: bool, ttl: u8) -> io::Result<()> {
     const IPV6_MINHOPCOUNT: c_int = 73; // linux/in6.h
     let (level, option) =
@@ -177,7 +179,7 @@ pub fn set_min_ttl(socket: BorrowedFd, ipv6: bool, ttl: u8) -> io::Result<()> {
     set_socket_option(socket, level, option, ttl.into())
 }
 
-/// getsockopt(2) of an option whose value is an int.
+/// getsockopt(2) for an option whose value is an int.
 pub fn socket_option(socket: BorrowedFd, level: c_int, name: c_int) -> io::Result<c_int> {
     let mut value: c_int = 0;
     let mut len = size_of::<c_int>() as libc::socklen_t;
@@ -188,7 +190,7 @@ pub fn socket_option(socket: BorrowedFd, level: c_int, name: c_int) -> io::Resul
     Ok(value)
 }
 
-/// setsockopt(2) of an option whose value is an int.
+/// setsockopt(2) for an option whose value is an int.
 pub fn set_socket_option(socket: BorrowedFd, level: c_int, name: c_int, value: c_int) -> io::Result<()> {
     let len = size_of::<c_int>() as libc::socklen_t;
     // SAFETY: the kernel reads one int through the pointer.
@@ -196,7 +198,8 @@ pub fn set_socket_option(socket: BorrowedFd, level: c_int, name: c_int, value: c
     Ok(())
 }
 
-/// getsockopt(2), TCP_INFO: the beginning of a `struct tcp_info` (linux/tcp.h), zero where the kernel is too old.
+/// getsockopt(2), TCP_INFO: the beginning of a `struct tcp_info` (linux/tcp.h). Fields that the kernel
+/// doesn't know are zero.
 pub fn tcp_info(socket: BorrowedFd) -> io::Result<[u8; TCP_INFO_LEN]> {
     let mut info = [0; TCP_INFO_LEN];
     let mut len = info.len() as libc::socklen_t;
@@ -213,13 +216,13 @@ pub fn tcp_info(socket: BorrowedFd) -> io::Result<[u8; TCP_INFO_LEN]> {
     Ok(info)
 }
 
-/// Up to `tcpi_data_segs_out`, which is the last that anybody here asks for.
+/// Up to the end of `tcpi_data_segs_out`, the last field that is used.
 const TCP_INFO_LEN: usize = 160;
 
-/// getxattr(2): the value of `name` at `path`, following links.
+/// getxattr(2): the value of the attribute `name` of the file at `path`. Follows links.
 ///
 /// # Errors
-/// ERANGE when the value is longer than `size` bytes.
+/// ERANGE if the value is longer than `size` bytes.
 pub fn getxattr(path: &Path, name: &OsStr, size: usize) -> io::Result<Vec<u8>> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let name = CString::new(name.as_bytes())?;
@@ -233,54 +236,56 @@ pub fn getxattr(path: &Path, name: &OsStr, size: usize) -> io::Result<Vec<u8>> {
     Ok(value)
 }
 
-/// Has `prepare` run in the child of `command` between fork(2) and execve(2).
+/// Makes the child of `command` run `prepare` between fork(2) and execve(2).
 ///
-/// `prepare` may allocate and use any safe code: the wrapper has one thread, so no lock can be held
-/// by another at the moment of the fork.
+/// `prepare` may allocate and use any safe code: the wrapper has one thread, so that no other one can hold a
+/// lock at the moment of the fork.
 pub fn before_exec(command: &mut Command, prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
-    // SAFETY: the process is single-threaded, so that what a child may do after fork isn't limited
-    // to async-signal-safe functions; the closure touches no fd that it doesn't own.
+    // SAFETY: this process has one thread, so its child isn't limited to async-signal-safe functions.
+    // `prepare` is safe code and closes no fd that it doesn't own.
     unsafe { command.pre_exec(prepare) };
 }
 
 /// signal(2): gives `signal` its default disposition.
 pub fn signal_default(signal: Signal) -> io::Result<()> {
-    // SAFETY: SIG_DFL runs no code of ours.
+    // SAFETY: SIG_DFL is no handler, so no code of ours runs in a signal context.
     unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) }?;
     Ok(())
 }
 
-/// dup2(2): makes `target` a copy of `fd` that survives execve(2); whatever `target` was is closed.
-/// For use in a child that is about to exec: there the number belongs to the program to come.
+/// dup2(2): makes the number `target` a duplicate of `fd` that survives execve(2), and closes what it was
+/// before. For a child that is about to exec: its low numbers are placeholders kept for the new program.
 pub fn dup2_for_exec(fd: BorrowedFd, target: c_int) -> io::Result<()> {
-    // SAFETY: the caller owns `target` as a number kept free for this; see the fn's comment.
+    // SAFETY: in such a child nothing uses `target` any more: it is a placeholder, which is never read or
+    // written.
     check(unsafe { libc::dup2(fd.as_raw_fd(), target) })?;
     Ok(())
 }
 
-/// fcntl(2), F_SETFD: sets FD_CLOEXEC on the raw `fd`. An fd that isn't open is no error.
+/// fcntl(2), F_SETFD: sets FD_CLOEXEC on an fd number. A number that isn't open is no error.
 pub fn set_close_on_exec(fd: c_int) {
-    // SAFETY: F_SETFD changes a flag of a number; on one that isn't open it fails with EBADF.
+    // SAFETY: F_SETFD changes one flag and takes no pointer. It fails with EBADF on a number that isn't open.
     unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
 }
 
-/// Takes charge of an fd that the kernel has just put into this process, by SCM_RIGHTS say, or that it was
-/// started with for this purpose.
+/// Takes ownership of an fd that the kernel has just given to this process (SCM_RIGHTS, F_DUPFD), or that
+/// this process was started with (LISTEN_FDS).
 pub fn owned_fd(fd: c_int) -> OwnedFd {
-    // SAFETY: the callers pass only numbers that were just installed for them, or that LISTEN_FDS says are
-    // this process's; nothing else uses these.
+    // SAFETY: the callers pass each number once, right after the kernel returned it or, for LISTEN_FDS, at
+    // the start. Nothing else owns it.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-/// setenv(3), in a child that is about to exec. Not by way of std, which holds a lock of its own across the
-/// fork.
+/// setenv(3), in a child that is about to exec. std's set_var can't be used there: std holds its lock of the
+/// environment across the fork.
 ///
 /// # Errors
-/// EINVAL when the name is empty or contains '='.
+/// EINVAL if the name is empty or contains '='.
 pub fn setenv(name: &OsStr, value: &OsStr) -> io::Result<()> {
     let name = CString::new(name.as_bytes())?;
     let value = CString::new(value.as_bytes())?;
-    // SAFETY: both strings end with a zero byte and are copied; no other thread reads the environment.
+    // SAFETY: setenv copies both strings, which end with a zero byte. The child has no other thread that
+    // could read the environment meanwhile.
     check(unsafe { libc::setenv(name.as_ptr(), value.as_ptr(), 1) })?;
     Ok(())
 }
@@ -288,10 +293,11 @@ pub fn setenv(name: &OsStr, value: &OsStr) -> io::Result<()> {
 /// unsetenv(3), in a child that is about to exec.
 ///
 /// # Errors
-/// As of [`setenv`].
+/// Those of [`setenv`].
 pub fn unsetenv(name: &OsStr) -> io::Result<()> {
     let name = CString::new(name.as_bytes())?;
-    // SAFETY: as of setenv.
+    // SAFETY: the name ends with a zero byte. The child has no other thread that could read the environment
+    // meanwhile.
     check(unsafe { libc::unsetenv(name.as_ptr()) })?;
     Ok(())
 }

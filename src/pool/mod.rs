@@ -423,7 +423,7 @@ impl Pool {
             matches!(role, Some(Role::Ready | Role::Canary))
         };
         let lengths = lengths.iter().filter(|(id, _)| is_ready(id)).map(|(id, length)| (*id, *length));
-        let is_busy = |id| procfs::is_busy(self.members.get(id)?.borrower()?.pid);
+        let is_busy = |id| procfs::is_main_thread_busy(self.members.get(id)?.borrower()?.pid);
         let changes = self.tracker.sample(&lengths.collect(), is_busy, now);
         changes.iter().for_each(|(id, change)| self.log_change(*id, *change));
         changes.iter().any(|(_, change)| *change != Change::StuckLong)

@@ -111,6 +111,7 @@ fn choose(runs: &[Run], program: &mut Vec<sock_filter>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::bpf;
 
     fn primary(indices: &[u32]) -> Targets {
         Targets { primary: indices.to_vec(), ..Targets::default() }
@@ -123,26 +124,10 @@ mod tests {
     /// Runs a steering program as the kernel would, with these random numbers.
     fn run_with(program: &[sock_filter], random: &[u32]) -> (u32, usize) {
         let mut random = random.iter().copied();
-        let (mut a, mut pc, mut steps) = (0u32, 0usize, 0usize);
-        loop {
-            let op = program[pc];
-            steps += 1;
-            pc += 1;
-            match u32::from(op.code) {
-                code if code == libc::BPF_LD | libc::BPF_W | libc::BPF_ABS => {
-                    assert_eq!(op.k, RANDOM);
-                    a = random.next().unwrap();
-                }
-                code if code == libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K => a %= op.k,
-                code if code == libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K => a += op.k,
-                code if code == libc::BPF_JMP | libc::BPF_JA => pc += op.k as usize,
-                code if code == libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K => {
-                    pc += usize::from(if a >= op.k { op.jt } else { op.jf });
-                }
-                code if code == libc::BPF_RET | libc::BPF_A => return (a, steps),
-                code => panic!("unexpected instruction {code:#x}"),
-            }
-        }
+        bpf::run(program, |offset| {
+            assert_eq!(offset, RANDOM);
+            random.next().unwrap()
+        })
     }
 
     #[test]

@@ -346,7 +346,7 @@ impl Supervisor {
                     self.send_stop_signal(self.pid(worker));
                 }
                 Action::SignalBehindShells { worker } => {
-                    self.send_stop_signal(self.pid(worker).into_iter().flat_map(procfs::behind_shells));
+                    self.send_stop_signal(self.pid(worker).into_iter().flat_map(procfs::children_of_shells));
                 }
                 Action::Kill { worker } => self.pid(worker).into_iter().for_each(worker::kill_group),
                 Action::Release { worker, successor } => self.pool.release(worker, successor),

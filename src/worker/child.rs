@@ -86,8 +86,8 @@ impl Preparation {
         let (soft, hard) = self.open_files;
         setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
 
-        // A shell without job control starts background processes with SIGINT and SIGQUIT ignored. Go and Python keep
-        // that and would never see the stop signal.
+        // A shell without job control starts background processes with SIGINT and SIGQUIT ignored. Go and
+        // Python keep that and would never see the stop signal.
         *step = Step::Signals;
         SigSet::empty().thread_set_mask()?;
         for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, self.stop_signal] {
@@ -156,8 +156,8 @@ impl ReportSocket {
         Ok((Self(ours), its))
     }
 
-    /// The filter's fd, if the child has one. Call it after the child has executed the command or failed: it has
-    /// reported by then, or never will.
+    /// The filter's fd, if the child has one. Call it after the child has executed the command or failed: it
+    /// has reported by then, or never will.
     pub fn receive(&self) -> Result<Option<OwnedFd>, NotPrepared> {
         let mut byte = [0];
         let mut space = nix::cmsg_space!(RawFd);

@@ -54,8 +54,8 @@ pub struct Environment {
     pub directory: Option<Directory>,
 }
 
-/// Workers enter the physical directory. So a worker that starts later has the same release as the rest of its
-/// generation, wherever a link points by then.
+/// Workers enter the physical directory. So a worker that starts later has the same release as the rest of
+/// its generation, wherever a link points by then.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Directory {
     /// As it was named.
@@ -121,8 +121,8 @@ impl Environment {
 }
 
 impl Sources {
-    /// Completes the directory by the current one. That is PWD if it names the current directory (environ(7)): a link
-    /// in it is then followed anew for each generation.
+    /// Completes the directory by the current one. That is PWD if it names the current directory
+    /// (environ(7)): a link in it is then followed anew for each generation.
     pub fn with_current_directory(mut self) -> Self {
         let logical = std::env::var_os("PWD").map(PathBuf::from).filter(|path| path.is_absolute());
         let same = |a: &Path, b: &Path| match (fs::metadata(a), fs::metadata(b)) {

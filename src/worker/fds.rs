@@ -1,8 +1,8 @@
-//! The numbers of a worker's file descriptors, which this process keeps free for it, and the listeners that this
-//! process was started with.
+//! The numbers of a worker's file descriptors, which this process keeps free for it, and the listeners that
+//! this process was started with.
 //!
-//! After stdin, stdout and stderr come the listeners (sd_listen_fds(3)), the readiness pipe and Node's IPC channel.
-//! The pipe's number has one digit as long as possible: dash takes no more in `>&$READY_FD`.
+//! After stdin, stdout and stderr come the listeners (sd_listen_fds(3)), the readiness pipe and Node's IPC
+//! channel. The pipe's number has one digit as long as possible: dash takes no more in `>&$READY_FD`.
 
 use std::fs::{self, File};
 use std::io;
@@ -64,8 +64,8 @@ pub fn close_inherited_on_exec() -> io::Result<()> {
     Ok(())
 }
 
-/// The listeners that this process was started with (sd_listen_fds(3)). They move to other numbers: the workers' have
-/// theirs.
+/// The listeners that this process was started with (sd_listen_fds(3)). They move to other numbers: the
+/// workers' have theirs.
 pub fn inherited_listeners() -> io::Result<Vec<Listener>> {
     const FIRST_NEW_NUMBER: RawFd = 64;
     let for_us = std::env::var("LISTEN_PID").is_ok_and(|pid| pid == std::process::id().to_string());
@@ -82,8 +82,8 @@ pub fn inherited_listeners() -> io::Result<Vec<Listener>> {
     (FIRST_FD..FIRST_FD + RawFd::from(count)).map(take).collect()
 }
 
-/// Opens /dev/null under each free number that a worker with so many listeners needs, so that no fd that this process
-/// or std opens later has one of them. All are close-on-exec.
+/// Opens /dev/null under each free number that a worker with so many listeners needs, so that no fd that this
+/// process or std opens later has one of them. All are close-on-exec.
 pub fn placeholders(listeners: usize) -> io::Result<Vec<File>> {
     let mut placeholders = Vec::new();
     loop {

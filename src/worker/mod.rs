@@ -64,9 +64,9 @@ pub struct Starter {
 }
 
 impl Starter {
-    /// Prepares this process to have workers. Each gets `listeners` listeners besides those that this process was
-    /// started with. This process keeps its own fds to itself, and may open as many as the hard limit allows. Call it
-    /// before anything is opened that lives on.
+    /// Prepares this process to have workers. Each gets `listeners` listeners besides those that this process
+    /// was started with. This process keeps its own fds to itself, and may open as many as the hard limit
+    /// allows. Call it before anything is opened that lives on.
     pub fn new(program: Program, listeners: usize) -> io::Result<Self> {
         fds::close_inherited_on_exec()?;
         let inherited = fds::inherited_listeners()?;
@@ -152,8 +152,8 @@ impl Starter {
         sys::before_exec(&mut command, move || preparation.run());
         let spawned = command.spawn();
         drop(command); // closes the worker's ends
-        // std reports an error of the preparation and one of execve alike. But the report arrives only after a
-        // preparation that succeeded.
+        // std reports an error of the preparation and one of execve alike. But the report arrives only after
+        // a preparation that succeeded.
         match (spawned, report.receive()) {
             // The child is reaped by `reap`, as all others; a `Child` does nothing when it is dropped.
             (Ok(child), Ok(notify_fd)) => Ok((Pid::from_raw(child.id() as i32), notify_fd)),
@@ -188,8 +188,8 @@ pub struct Reaped {
     pub end: End,
 }
 
-/// Reaps one process that has ended: a worker, or an orphan whose new parent is this process. `None` if there is none.
-/// Kills the rest of its process group if `leads_group` says that it leads one.
+/// Reaps one process that has ended: a worker, or an orphan whose new parent is this process. `None` if there
+/// is none. Kills the rest of its process group if `leads_group` says that it leads one.
 pub fn reap(leads_group: impl Fn(Pid) -> bool) -> Option<Reaped> {
     let ended = sys::waitid_ended(None, libc::WNOWAIT).ok()??;
     let pid = Pid::from_raw(ended.pid);
@@ -205,8 +205,8 @@ pub fn reap(leads_group: impl Fn(Pid) -> bool) -> Option<Reaped> {
     Some(Reaped { pid, end })
 }
 
-/// Sends a signal to the worker's process alone: npm and shells forward it, and many programs quit at once when they get
-/// a second one.
+/// Sends a signal to the worker's process alone: npm and shells forward it, and many programs quit at once
+/// when they get a second one.
 pub fn signal(pid: Pid, signal: Signal) {
     // It is no error if the worker is dead and not reaped yet.
     let _ = nix::sys::signal::kill(pid, signal);

@@ -27,8 +27,8 @@ pub struct Program {
 impl Program {
     /// Whether the command may start Node: its words say so or, if it is a script, its text does.
     ///
-    /// Other programs aren't given Node's channel. What they start inherits its variable but perhaps not its fd, and a
-    /// Node among those would die of that.
+    /// Other programs aren't given Node's channel. What they start inherits its variable but perhaps not its
+    /// fd, and a Node among those would die of that.
     pub fn may_start_node(&self, environment: &Environment) -> bool {
         let names_node = |text: &[u8]| text.windows(4).any(|word| word == b"node");
         let mut words = [&self.command].into_iter().chain(&self.args);

@@ -1,5 +1,5 @@
-//! The ways in which a worker says that it is ready: a byte on a pipe, a message on Node's IPC channel, or a message
-//! to a socket as for systemd. Reading them never blocks.
+//! The ways in which a worker says that it is ready: a byte on a pipe, a message on Node's IPC channel, or a
+//! message to a socket as for systemd. Reading them never blocks.
 
 mod node;
 mod notify;
@@ -21,5 +21,6 @@ pub enum Message {
     Closed,
 }
 
-/// How many bytes are read from a worker in one turn, so that one that floods its channel doesn't hold up others.
+/// How many bytes are read from a worker in one turn, so that one that floods its channel doesn't hold up
+/// others.
 const MAX_BYTES_PER_TURN: usize = 64 * 1024;

@@ -1,5 +1,5 @@
-//! NODE_CHANNEL_FD: the channel that Node's `process.send` writes to, a stream socket with one JSON value a line
-//! (lib/internal/child_process/serialization.js).
+//! NODE_CHANNEL_FD: the channel that Node's `process.send` writes to, a stream socket with one JSON value a
+//! line (lib/internal/child_process/serialization.js).
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

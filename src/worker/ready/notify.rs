@@ -21,12 +21,12 @@ use crate::worker::ready::{MAX_BYTES_PER_TURN, Message};
 /// In bytes; the rest of a longer message is lost.
 const MAX_MESSAGE_LENGTH: usize = 4096;
 
-/// The fds that one message can carry (SCM_MAX_FD). If the buffer had room for fewer, the kernel would cut the list
-/// off, and nix would not return the fds that came: they would stay open.
+/// The fds that one message can carry (SCM_MAX_FD). If the buffer had room for fewer, the kernel would cut
+/// the list off, and nix would not return the fds that came: they would stay open.
 const MAX_FDS: usize = 253;
 
-/// A worker's own socket. Its name is a path, because Puma ends when it is given an abstract name. Where no folder
-/// can be written to, the name is abstract all the same (unix(7)).
+/// A worker's own socket. Its name is a path, because Puma ends when it is given an abstract name. Where no
+/// folder can be written to, the name is abstract all the same (unix(7)).
 #[derive(Debug)]
 pub struct NotifySocket {
     socket: OwnedFd,
@@ -55,8 +55,8 @@ impl NotifySocket {
         &self.name
     }
 
-    /// Reads the messages of those who may send some: this user, root, and the worker's processes, whatever user they
-    /// have become. Others' messages are dropped.
+    /// Reads the messages of those who may send some: this user, root, and the worker's processes, whatever
+    /// user they have become. Others' messages are dropped.
     pub fn read(&self, worker: Pid) -> Vec<Message> {
         let mut messages = Vec::new();
         for _ in 0..MAX_BYTES_PER_TURN / MAX_MESSAGE_LENGTH {
@@ -72,8 +72,8 @@ impl NotifySocket {
             for control in message.cmsgs().into_iter().flatten() {
                 match control {
                     ControlMessageOwned::ScmCredentials(sender) => may_send = is_accepted(&sender, worker),
-                    // BARRIER=1 comes with an fd that the reader closes when it has read all earlier messages. No
-                    // other message that we know needs an fd.
+                    // BARRIER=1 comes with an fd that the reader closes when it has read all earlier
+                    // messages. No other message that we know needs an fd.
                     ControlMessageOwned::ScmRights(fds) => {
                         for fd in fds.into_iter().map(sys::owned_fd) {
                             // Anyone can send a socket that lingers. To close it would block for that long.
