@@ -1,11 +1,11 @@
-//! A TCP address that a worker binds: the key of a socket pool.
+//! Where a worker listens. A TCP address is what the pool groups its sockets by.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::path::PathBuf;
 
-/// What the kernel tells one reuseport group from another by, within a network namespace and a user:
-/// family, address, port and IPV6_V6ONLY (`inet_reuseport_add_sock`, net/ipv4/inet_hashtables.c).
+/// A TCP address. Within a network namespace and for one user, the sockets that agree in these fields form a reuseport
+/// group of the kernel: family, address, port and IPV6_V6ONLY (`inet_reuseport_add_sock`, net/ipv4/inet_hashtables.c).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Address {
     pub socket: SocketAddr,
@@ -14,13 +14,13 @@ pub struct Address {
 }
 
 impl Address {
-    /// The address in a `struct sockaddr` as bind(2) takes it (ip(7), ipv6(7)); `None` when it isn't a
-    /// whole IPv4 or IPv6 address, which is then the kernel's to judge.
+    /// The address in a `struct sockaddr` as bind(2) takes it (ip(7), ipv6(7)). `None` if it isn't a whole IPv4 or IPv6
+    /// address; then the kernel decides about it.
     pub fn from_sockaddr(bytes: &[u8], v6only: bool) -> Option<Self> {
         let family = u16::from_ne_bytes(bytes.get(0..2)?.try_into().ok()?);
         let port = u16::from_be_bytes(bytes.get(2..4)?.try_into().ok()?);
         let socket = match i32::from(family) {
-            // Old programs leave the family out for 0.0.0.0, and the kernel lets them (`__inet_bind`).
+            // Old programs leave the family out for 0.0.0.0, and the kernel allows it (`__inet_bind`).
             libc::AF_INET | libc::AF_UNSPEC => {
                 bytes.get(..16)?; // the kernel refuses a shorter struct sockaddr_in
                 let ip: [u8; 4] = bytes.get(4..8)?.try_into().ok()?;
@@ -31,7 +31,7 @@ impl Address {
             }
             libc::AF_INET6 => {
                 let ip: [u8; 16] = bytes.get(8..24)?.try_into().ok()?;
-                // A scope id may be missing (SIN6_LEN_RFC2133); a flow label plays no part in bind.
+                // The scope id may be missing (SIN6_LEN_RFC2133). The flow label doesn't matter to bind.
                 let scope = bytes.get(24..28).and_then(|scope| scope.try_into().ok());
                 let scope = scope.map_or(0, u32::from_ne_bytes);
                 SocketAddr::V6(SocketAddrV6::new(ip.into(), port, 0, scope))
@@ -41,8 +41,8 @@ impl Address {
         Some(Self { socket, v6only: v6only && socket.is_ipv6() })
     }
 
-    /// Whether a connection could belong to both addresses, so that two sockets bound to them without
-    /// SO_REUSEPORT would be in each other's way.
+    /// Whether a connection could belong to both addresses, so that the kernel refuses to bind the second one without
+    /// SO_REUSEPORT.
     pub fn overlaps(&self, other: &Self) -> bool {
         if self.socket.port() != other.socket.port() {
             return false;
@@ -152,7 +152,7 @@ mod tests {
     proptest! {
         /// The bytes come from a worker's memory: they may be anything.
         #[test]
-        fn whatever_the_bytes_only_a_whole_sockaddr_is_read(bytes in vec(any::<u8>(), 0..=128), v6only: bool) {
+        fn of_any_bytes_only_a_whole_sockaddr_is_read(bytes in vec(any::<u8>(), 0..=128), v6only: bool) {
             let family = bytes.get(..2).map_or(0, |family| u16::from_ne_bytes([family[0], family[1]]));
             let whole = match i32::from(family) {
                 libc::AF_INET => bytes.len() >= 16,

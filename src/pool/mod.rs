@@ -5,6 +5,11 @@
 //! the kernel's array of the group, into which the steering program points, keeps its order. When nobody borrows a
 //! socket of an address any more and no successor is awaited, the whole group is closed. Then the address refuses
 //! connections, as it would without the wrapper.
+//!
+//! [`Pool`] is the face of this room. [`member`] owns the sockets, [`group`] the model of a group, [`watcher`] the epoll,
+//! [`accept_queues`] the samples, [`closed`] and [`unserved`] what is wrong with some sockets; [`foreign`] finds other
+//! programs' listeners. [`paths`] is the pool's counterpart for Unix sockets, and [`unintercepted`] finds listeners where
+//! workers can't be intercepted.
 
 pub mod accept_queues;
 mod closed;

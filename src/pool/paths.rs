@@ -391,11 +391,11 @@ mod tests {
 
     #[test]
     fn a_socket_path_is_the_same_however_a_worker_calls_it() {
-        let folder = Folder::new("place");
+        let folder = Folder::new("socket_path");
         std::os::unix::fs::symlink(&folder.0, folder.0.join("link")).unwrap();
-        let place = |path: PathBuf| SocketPath::resolve(Pid::this(), None, &path).unwrap();
-        let direct = place(folder.0.join("socket"));
-        assert_eq!(place(folder.0.join("link/./socket")), direct);
+        let resolve = |path: PathBuf| SocketPath::resolve(Pid::this(), None, &path).unwrap();
+        let direct = resolve(folder.0.join("socket"));
+        assert_eq!(resolve(folder.0.join("link/./socket")), direct);
         assert_ne!(direct.temporary(2), direct.temporary(3));
         assert_eq!(SocketPath::resolve(Pid::this(), None, &folder.0.join("missing/socket")), None);
         assert_eq!(SocketPath::resolve(Pid::this(), None, Path::new("/")), None);
@@ -405,10 +405,10 @@ mod tests {
     fn a_generation_shares_a_socket_and_the_next_generations_socket_replaces_it() {
         let folder = Folder::new("generations");
         let path = folder.0.join("socket");
-        let place = SocketPath::resolve(Pid::this(), None, &path).unwrap();
+        let socket_path = SocketPath::resolve(Pid::this(), None, &path).unwrap();
         let mut sockets = UnixSockets::default();
-        let first = sockets.bind(&place, borrower(1, 1), 0o077).unwrap();
-        assert_eq!(sockets.bind(&place, borrower(2, 1), 0o077).unwrap(), first, "siblings share it");
+        let first = sockets.bind(&socket_path, borrower(1, 1), 0o077).unwrap();
+        assert_eq!(sockets.bind(&socket_path, borrower(2, 1), 0o077).unwrap(), first, "siblings share it");
         sockets.listen(first, 8).unwrap();
         sockets.switch(1);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
@@ -417,7 +417,7 @@ mod tests {
         assert_eq!(sockets.busy(&workers), BTreeSet::from([WorkerId(1)]), "a connection waits");
 
         fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
-        let second = sockets.bind(&place, borrower(3, 2), 0o022).unwrap();
+        let second = sockets.bind(&socket_path, borrower(3, 2), 0o022).unwrap();
         assert_ne!(second, first);
         sockets.listen(second, 8).unwrap();
         sockets.switch(2);
@@ -435,11 +435,11 @@ mod tests {
     fn a_generation_that_fails_leaves_the_path_to_the_one_that_serves() {
         let folder = Folder::new("fails");
         let path = folder.0.join("socket");
-        let place = SocketPath::resolve(Pid::this(), None, &path).unwrap();
+        let socket_path = SocketPath::resolve(Pid::this(), None, &path).unwrap();
         let mut sockets = UnixSockets::default();
-        let first = sockets.bind(&place, borrower(1, 1), 0).unwrap();
+        let first = sockets.bind(&socket_path, borrower(1, 1), 0).unwrap();
         sockets.listen(first, 8).unwrap();
-        sockets.bind(&place, borrower(2, 2), 0).unwrap();
+        sockets.bind(&socket_path, borrower(2, 2), 0).unwrap();
         sockets.keep(|generation| generation == 1);
         assert_eq!(fs::read_dir(&folder.0).unwrap().count(), 1);
         UnixStream::connect(&path).unwrap();
@@ -448,32 +448,32 @@ mod tests {
     #[test]
     fn a_worker_may_unlink_a_path_until_another_worker_has_bound_it() {
         let folder = Folder::new("own");
-        let place = SocketPath::resolve(Pid::this(), None, &folder.0.join("socket")).unwrap();
+        let socket_path = SocketPath::resolve(Pid::this(), None, &folder.0.join("socket")).unwrap();
         let mut sockets = UnixSockets::default();
-        let inode = sockets.bind(&place, borrower(1, 1), 0).unwrap();
-        assert_eq!(sockets.remove(&place, WorkerId(2)), Removal::Kept, "another worker has it");
-        assert_eq!(sockets.remove(&place, WorkerId(1)), Removal::Removed);
-        assert!(sockets.socket(inode).is_none() && sockets.is_empty() && !place.path().exists());
-        assert_eq!(sockets.remove(&place, WorkerId(1)), Removal::NotOurs);
-        sockets.bind(&place, borrower(1, 1), 0).unwrap();
-        sockets.bind(&place, borrower(2, 2), 0).unwrap();
-        let temporary = SocketPath(place.temporary(2));
-        for place in [&place, &temporary] {
-            assert_eq!(sockets.remove(place, WorkerId(1)), Removal::Kept);
-            assert_eq!(sockets.remove(place, WorkerId(2)), Removal::Kept);
+        let inode = sockets.bind(&socket_path, borrower(1, 1), 0).unwrap();
+        assert_eq!(sockets.remove(&socket_path, WorkerId(2)), Removal::Kept, "another worker has it");
+        assert_eq!(sockets.remove(&socket_path, WorkerId(1)), Removal::Removed);
+        assert!(sockets.socket(inode).is_none() && sockets.is_empty() && !socket_path.path().exists());
+        assert_eq!(sockets.remove(&socket_path, WorkerId(1)), Removal::NotOurs);
+        sockets.bind(&socket_path, borrower(1, 1), 0).unwrap();
+        sockets.bind(&socket_path, borrower(2, 2), 0).unwrap();
+        let temporary = SocketPath(socket_path.temporary(2));
+        for socket_path in [&socket_path, &temporary] {
+            assert_eq!(sockets.remove(socket_path, WorkerId(1)), Removal::Kept);
+            assert_eq!(sockets.remove(socket_path, WorkerId(2)), Removal::Kept);
         }
         sockets.switch(2);
         sockets.keep(|generation| generation == 2);
-        assert_eq!(sockets.remove(&place, WorkerId(2)), Removal::Removed, "the others are gone");
+        assert_eq!(sockets.remove(&socket_path, WorkerId(2)), Removal::Removed, "the others are gone");
     }
 
     #[test]
     fn a_file_that_replaced_the_socket_is_not_removed() {
         let folder = Folder::new("others");
         let path = folder.0.join("socket");
-        let place = SocketPath::resolve(Pid::this(), None, &path).unwrap();
+        let socket_path = SocketPath::resolve(Pid::this(), None, &path).unwrap();
         let mut sockets = UnixSockets::default();
-        sockets.bind(&place, borrower(1, 1), 0).unwrap();
+        sockets.bind(&socket_path, borrower(1, 1), 0).unwrap();
         fs::remove_file(&path).unwrap();
         let _other = UnixListener::bind(&path).unwrap();
         sockets.keep(|_| false);
@@ -484,14 +484,14 @@ mod tests {
     fn a_link_that_replaced_the_socket_is_not_followed() {
         let folder = Folder::new("link");
         let (path, victim) = (folder.0.join("socket"), folder.0.join("victim"));
-        let place = SocketPath::resolve(Pid::this(), None, &path).unwrap();
+        let socket_path = SocketPath::resolve(Pid::this(), None, &path).unwrap();
         let mut sockets = UnixSockets::default();
-        sockets.bind(&place, borrower(1, 1), 0).unwrap();
-        sockets.bind(&place, borrower(2, 2), 0).unwrap();
+        sockets.bind(&socket_path, borrower(1, 1), 0).unwrap();
+        sockets.bind(&socket_path, borrower(2, 2), 0).unwrap();
         fs::write(&victim, "").unwrap();
         fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
-        let temporary = place.temporary(2);
+        let temporary = socket_path.temporary(2);
         fs::remove_file(&temporary).unwrap();
         std::os::unix::fs::symlink(&victim, &temporary).unwrap();
         sockets.switch(2);
@@ -504,9 +504,9 @@ mod tests {
         let mut sockets = UnixSockets::default();
         for number in 0..3 * FORGET_CLOSED_EVERY {
             let path = folder.0.join(number.to_string());
-            let place = SocketPath::resolve(Pid::this(), None, &path).unwrap();
+            let socket_path = SocketPath::resolve(Pid::this(), None, &path).unwrap();
             let dead = Pid::from_raw(i32::MAX);
-            sockets.bind(&place, Borrower { pid: dead, ..borrower(1, 1) }, 0).unwrap();
+            sockets.bind(&socket_path, Borrower { pid: dead, ..borrower(1, 1) }, 0).unwrap();
         }
         assert!(sockets.0.len() <= FORGET_CLOSED_EVERY, "{}", sockets.0.len());
     }
@@ -516,8 +516,8 @@ mod tests {
         let folder = Folder::new("in-use");
         let path = folder.0.join("socket");
         let _other = UnixListener::bind(&path).unwrap();
-        let place = SocketPath::resolve(Pid::this(), None, &path).unwrap();
-        let error = UnixSockets::default().bind(&place, borrower(1, 1), 0).unwrap_err();
+        let socket_path = SocketPath::resolve(Pid::this(), None, &path).unwrap();
+        let error = UnixSockets::default().bind(&socket_path, borrower(1, 1), 0).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EADDRINUSE));
     }
 
