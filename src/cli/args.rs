@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 
 use super::values::{Percent, Period, StopSignal, Workers};
 use crate::address::Address;
-use crate::fleet::Readiness;
+use crate::fleet::{Readiness, Rollout};
 use crate::operate::protocol::{How, Request, Target};
 use crate::steering::load::Balancing;
 use crate::worker::environment::Secret;
@@ -218,12 +218,13 @@ pub struct StopArgs {
 
 impl ReloadArgs {
     /// # Errors
-    /// Which options can't be combined.
+    /// Which options can't be combined, or that there is no such share.
     pub fn request(&self) -> Result<Request, String> {
         let how = match (&self.batch, &self.canary, &self.period) {
             (None, None, None) => None,
             (Some(most), None, None) => Some(How::Batch(most.get())),
             (None, Some(Percent(percent)), Some(Period(period))) => {
+                Rollout::canary(*percent, *period)?;
                 Some(How::Canary { percent: *percent, seconds: period.as_secs_f64() })
             }
             (Some(_), _, _) => return Err("--batch can't be combined with --canary or --for".to_owned()),

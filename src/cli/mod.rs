@@ -244,6 +244,10 @@ mod tests {
             ("reload --batch 2 --canary 5 --for 1s", "--batch can't be combined"),
             ("reload --canary 5", "--canary needs --for"),
             ("reload --for 5s", "--for needs --canary"),
+            ("reload --canary 0 --for 5s", "0 is not a share"),
+            ("reload --canary NaN --for 5s", "NaN is not a share"),
+            ("reload --canary 100% --for 5s", "100 is not a share"),
+            ("reload --canary half --for 5s", "--canary: \"half\" is not a number of percent"),
             ("reload --abort --batch 1", "--abort starts no reload"),
             ("stop now", "pid: "),
         ];

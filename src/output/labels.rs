@@ -1,8 +1,8 @@
-//! The workers' output, line by line with `slot|pid` before each line (--label).
+//! The workers' output with `slot|pid` before each line (--label).
 //!
-//! Each worker has a pipe for stdout and one for stderr. What comes out of them goes to the wrapper's own
-//! stdout and stderr in whole lines. When the reader of one of these is slow its queue gets full, and until
-//! there is room again the pipes aren't read: the workers wait for it as they would without the wrapper.
+//! Each worker has a pipe for stdout and one for stderr. reuse-run reads them and writes whole lines to its own stdout and
+//! stderr. If the reader of one of these is slow, its queue fills up, and the pipes aren't read until there is room again:
+//! the workers wait for that reader, as they do without reuse-run.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -25,24 +25,25 @@ use crate::words::printable;
 /// A longer line becomes several.
 const MAX_LINE_LENGTH: usize = 64 * 1024;
 
-/// No more than this is read at once from a pipe, so that a worker that floods it doesn't hold up others.
-const TURN: usize = 64 * 1024;
+/// In bytes. A pipe is not read further until the others had their turn, so that a worker that floods its pipe doesn't
+/// delay the others.
+const MAX_READ_AT_ONCE: usize = 64 * 1024;
 
-/// What a pipe may hold (/proc/sys/fs/pipe-max-size).
-const LARGEST_PIPE: usize = 1024 * 1024;
+/// What a pipe holds at most, in bytes (/proc/sys/fs/pipe-max-size).
+const MAX_PIPE_SIZE: usize = 1024 * 1024;
 
-/// How long a slow reader is waited for at the end.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long reuse-run waits for a slow reader before it exits.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How many of a worker's last lines are kept, and how many bytes of each.
-const LAST_LINES: usize = 5;
-const LAST_BYTES: usize = 200;
+const KEPT_LINES: usize = 5;
+const KEPT_BYTES: usize = 200;
 
-/// Of how many workers that have ended it is kept what they wrote.
-const KEPT: usize = 64;
+/// How many ended workers' last lines are kept.
+const MAX_ENDED_WORKERS: usize = 64;
 
-/// What the epoll says when an output has room again; see also [`token`].
-const ROOM: u64 = u64::MAX;
+/// The epoll's token for an output that has room again; those of the pipes are made by [`token`].
+const ROOM_TOKEN: u64 = u64::MAX;
 
 fn token(WorkerId(id): WorkerId, stream: Stream) -> u64 {
     u64::from(id) << 1 | stream as u64
@@ -52,8 +53,11 @@ fn from_token(token: u64) -> (WorkerId, Stream) {
     (WorkerId((token >> 1) as u32), Stream::ALL[(token & 1) as usize])
 }
 
-/// The ends of a new worker's pipes that stay here, and those that are to be its stdout and stderr. All are
-/// close-on-exec.
+/// Makes the pipes for a new worker: the ends that reuse-run reads, and the ends that become the worker's stdout and stderr.
+/// All are close-on-exec.
+///
+/// # Errors
+/// When there is no file descriptor left.
 pub fn pipes() -> io::Result<([OwnedFd; 2], [OwnedFd; 2])> {
     let pipe = || -> io::Result<_> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
@@ -64,43 +68,42 @@ pub fn pipes() -> io::Result<([OwnedFd; 2], [OwnedFd; 2])> {
     Ok(([stdout.0, stderr.0], [stdout.1, stderr.1]))
 }
 
-/// The wrapper's end of a pipe.
+/// The end of a pipe that reuse-run reads.
 #[derive(Debug)]
 struct Pipe {
     end: OwnedFd,
     lines: Lines,
-    /// Whether epoll tells when there is something to read. (Of a pipe without a writer it tells that even
-    /// when it isn't asked, so that it must not be in there while it isn't read.)
-    watched: bool,
+    /// Whether the pipe is in the epoll. While it isn't read it must not be there: epoll(7) reports a pipe without a writer
+    /// (EPOLLHUP) whatever events were asked for.
+    is_watched: bool,
 }
 
-/// What a pipe holds after it was read from.
+/// What is left in a pipe after a read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Left {
-    Perhaps,
-    Nothing,
-    /// Nor will there be anything.
-    End,
+enum Rest {
+    Unknown,
+    Empty,
+    EndOfFile,
 }
 
-/// A worker that runs, or that has ended and what it wrote is still of interest.
+/// The output of a worker that runs, or that has ended and whose last lines are kept.
 #[derive(Debug)]
-struct Worker {
+struct WorkerOutput {
     label: String,
-    /// By stream. Until end of file: what the worker has started may have them longer than itself.
+    /// By stream, until end of file. Processes that the worker has started can hold a pipe open longer than the worker.
     pipes: [Option<Pipe>; 2],
     last_lines: VecDeque<Vec<u8>>,
     ended: bool,
 }
 
-impl Worker {
-    /// Reads from a pipe until it is empty, the output is full or `most` bytes are read.
-    fn read(&mut self, stream: Stream, output: &mut Output, most: usize) -> Left {
+impl WorkerOutput {
+    /// Reads from a pipe until it is empty, the output is full or about `most` bytes are read.
+    fn read(&mut self, stream: Stream, output: &mut Output, most: usize) -> Rest {
         let Self { label, pipes, last_lines, .. } = self;
         let pipe = &mut pipes[stream as usize];
-        let Some(Pipe { end, lines, .. }) = pipe else { return Left::End };
+        let Some(Pipe { end, lines, .. }) = pipe else { return Rest::EndOfFile };
         let mut read_so_far = 0;
-        // In small pieces, as labels can make many times as much of them.
+        // In small pieces: with labels, short lines become several times as long.
         let mut bytes = [0; 16 * 1024];
         while read_so_far < most && !output.is_full() {
             let mut line = |text: &[u8]| {
@@ -114,21 +117,21 @@ impl Worker {
                     lines.take(&bytes[..count], &mut line);
                     read_so_far += count;
                 }
-                Err(Errno::EAGAIN) => return Left::Nothing,
+                Err(Errno::EAGAIN) => return Rest::Empty,
                 Err(Errno::EINTR) => {}
                 Ok(0) | Err(_) => {
                     lines.end(&mut line);
                     output.flush();
-                    *pipe = None; // closing it takes it out of epoll
-                    return Left::End;
+                    *pipe = None; // closing it removes it from the epoll
+                    return Rest::EndOfFile;
                 }
             }
             output.flush();
         }
-        Left::Perhaps
+        Rest::Unknown
     }
 
-    /// Closes a pipe, whoever still has it.
+    /// Closes a pipe that other processes may still hold open.
     fn close(&mut self, stream: Stream, output: &mut Output) {
         if let Some(mut pipe) = self.pipes[stream as usize].take() {
             pipe.lines.end(&mut |text| output.push(&[self.label.as_bytes(), text, b"\n"]));
@@ -137,31 +140,34 @@ impl Worker {
 }
 
 fn keep(last_lines: &mut VecDeque<Vec<u8>>, text: &[u8]) {
-    if last_lines.len() == LAST_LINES {
+    if last_lines.len() == KEPT_LINES {
         last_lines.pop_front();
     }
-    last_lines.push_back(text[..text.len().min(LAST_BYTES)].to_vec());
+    last_lines.push_back(text[..text.len().min(KEPT_BYTES)].to_vec());
 }
 
-/// The output of all workers on its way to stdout and stderr.
+/// Passes on the output of all workers to stdout and stderr.
 #[derive(Debug)]
 pub struct Labels {
-    /// Of the pipes and the outputs. In the poll loop's it stands for all of them.
+    /// Of the pipes and the outputs. The epoll of the poll loop holds only this one.
     epoll: Epoll,
-    /// By stream: one and the same if they are the same file.
+    /// By stream. If stdout and stderr are the same file, both are the same output.
     outputs: [Arc<Mutex<Output>>; 2],
-    workers: BTreeMap<WorkerId, Worker>,
-    /// Which pipe was read last for each of the outputs, by its token.
+    workers: BTreeMap<WorkerId, WorkerOutput>,
+    /// By output: the token of the pipe that was read last for it.
     last_read: [u64; 2],
 }
 
-/// Never held while something is logged: the log goes to the same output.
+/// The lock must not be held while something is logged: the log uses the same output.
 fn lock(output: &Mutex<Output>) -> MutexGuard<'_, Output> {
     output.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Labels {
-    /// From now on the log goes the same way as the workers' stderr.
+    /// From now on the log is written through the same output as the workers' stderr.
+    ///
+    /// # Errors
+    /// When there is no file descriptor left.
     pub fn new() -> io::Result<Self> {
         let stderr = Arc::new(Mutex::new(Output::new(Stream::Stderr)?));
         let stdout = if sink::is_one_file() {
@@ -170,7 +176,7 @@ impl Labels {
             Arc::new(Mutex::new(Output::new(Stream::Stdout)?))
         };
         let labels = Self::to([stdout, Arc::clone(&stderr)])?;
-        log::go_through(stderr);
+        log::write_through(stderr);
         Ok(labels)
     }
 
@@ -179,25 +185,26 @@ impl Labels {
         Ok(Self { epoll, outputs, workers: BTreeMap::new(), last_read: [0; 2] })
     }
 
-    /// A worker has started, with the other ends of these pipes.
+    /// A worker has started, with the other ends of these [`pipes`].
     pub fn add(&mut self, worker: WorkerId, slot: SlotId, pid: Pid, pipes: [OwnedFd; 2]) {
         self.forget_oldest();
         let pipes = pipes.map(|end| {
-            Some(Pipe { end, lines: Lines::new(MAX_LINE_LENGTH, TooLong::Split), watched: false })
+            Some(Pipe { end, lines: Lines::new(MAX_LINE_LENGTH, TooLong::Split), is_watched: false })
         });
         let label = format!("{slot}|{pid} ");
-        self.workers.insert(worker, Worker { label, pipes, last_lines: VecDeque::new(), ended: false });
+        self.workers.insert(worker, WorkerOutput { label, pipes, last_lines: VecDeque::new(), ended: false });
     }
 
-    /// A worker has ended: what it wrote is written, as far as there is room, before it is told that it has.
-    pub fn has_ended(&mut self, worker: WorkerId) {
+    /// A worker has ended. Its output is written now, as far as there is room, so that it comes before the log line that
+    /// says how the worker ended.
+    pub fn worker_ended(&mut self, worker: WorkerId) {
         self.read_all(worker);
         if let Some(worker) = self.workers.get_mut(&worker) {
             worker.ended = true;
         }
     }
 
-    /// The last lines that a worker wrote to stderr, also one that has ended.
+    /// The last lines that a worker wrote to stderr. The worker may have ended.
     pub fn last_lines(&mut self, worker: WorkerId) -> Vec<String> {
         self.read_all(worker);
         let Some(worker) = self.workers.get(&worker) else { return Vec::new() };
@@ -210,32 +217,32 @@ impl Labels {
         last_lines.iter().map(|line| printable(line)).collect()
     }
 
-    /// Reads what there is to read, when the epoll says so.
+    /// Reads from the pipes that the epoll reports. To be called when the epoll is readable.
     pub fn read(&mut self) {
         let mut events = [EpollEvent::empty(); 64];
         let ready = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
-        for event in events[..ready].iter().filter(|event| event.data() != ROOM) {
+        for event in events[..ready].iter().filter(|event| event.data() != ROOM_TOKEN) {
             let (id, stream) = from_token(event.data());
             let Some(worker) = self.workers.get_mut(&id) else { continue };
             let mut output = lock(&self.outputs[stream as usize]);
             if !output.is_full() {
-                worker.read(stream, &mut output, TURN);
+                worker.read(stream, &mut output, MAX_READ_AT_ONCE);
                 drop(output);
                 self.last_read[self.output_of(stream)] = event.data();
             }
         }
     }
 
-    /// Writes what there is room for, and has the epoll tell what matters from now on. To be called before the
-    /// poll loop waits.
-    pub fn settle(&mut self) {
+    /// Writes what there is room for, and decides which pipes and outputs the epoll watches: pipes only while their output
+    /// has room, outputs only while something waits for room. To be called before the poll loop waits.
+    pub fn flush_and_watch(&mut self) {
         for output in &self.outputs {
             let mut output = lock(output);
             output.flush();
-            output.watch(&self.epoll, ROOM);
+            output.watch(&self.epoll, ROOM_TOKEN);
         }
-        // Those that are read again are so in this order: the pipe that hasn't had a turn for the longest time
-        // comes first, else some that flood would keep a slow reader from ever seeing the others.
+        // The epoll reports pipes in the order in which they are added here. The pipe whose last turn was longest ago comes
+        // first: otherwise workers that flood a slow reader would keep the others' lines from it for ever.
         let last_read = Stream::ALL.map(|stream| self.last_read[self.output_of(stream)]);
         for is_next in [true, false] {
             for (id, worker) in &mut self.workers {
@@ -246,36 +253,36 @@ impl Labels {
                         continue;
                     }
                     let output = lock(&self.outputs[stream as usize]);
-                    if pipe.watched && output.is_full() {
-                        pipe.watched = self.epoll.delete(&pipe.end).is_err();
-                    } else if !pipe.watched && output.has_much_room() {
+                    if pipe.is_watched && output.is_full() {
+                        pipe.is_watched = self.epoll.delete(&pipe.end).is_err();
+                    } else if !pipe.is_watched && output.has_much_room() {
                         let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
-                        pipe.watched = self.epoll.add(&pipe.end, event).is_ok();
+                        pipe.is_watched = self.epoll.add(&pipe.end, event).is_ok();
                     }
                 }
             }
         }
     }
 
-    /// The first stream that goes where this one goes.
+    /// The index of the output for a stream; 0 for both if they share it.
     fn output_of(&self, stream: Stream) -> usize {
         if Arc::ptr_eq(&self.outputs[0], &self.outputs[1]) { 0 } else { stream as usize }
     }
 
-    /// Reads and writes what is left when the wrapper ends, and waits for a slow reader, but not forever.
+    /// Reads and writes what is left before reuse-run exits. Waits for a slow reader for up to 5 s.
     pub fn finish(mut self) {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + FINISH_TIMEOUT;
         loop {
             for worker in self.workers.values_mut() {
                 for (stream, output) in Stream::ALL.into_iter().zip(&self.outputs) {
                     let mut output = lock(output);
-                    if worker.read(stream, &mut output, TURN) == Left::Nothing {
+                    if worker.read(stream, &mut output, MAX_READ_AT_ONCE) == Rest::Empty {
                         worker.close(stream, &mut output);
                     }
                 }
             }
             self.workers.retain(|_, worker| worker.pipes.iter().any(Option::is_some));
-            self.settle();
+            self.flush_and_watch();
             let left = until.saturating_duration_since(Instant::now());
             let written = self.outputs.iter().all(|output| lock(output).is_empty());
             if left.is_zero() || (written && self.workers.is_empty()) {
@@ -288,20 +295,20 @@ impl Labels {
         }
     }
 
-    /// Reads what is in a worker's pipes as long as there is room for it.
+    /// Reads all that is in a worker's pipes, as far as there is room for it.
     fn read_all(&mut self, worker: WorkerId) {
         let Some(worker) = self.workers.get_mut(&worker) else { return };
         for (stream, output) in Stream::ALL.into_iter().zip(&self.outputs) {
-            worker.read(stream, &mut lock(output), LARGEST_PIPE);
+            worker.read(stream, &mut lock(output), MAX_PIPE_SIZE);
         }
     }
 
-    /// Keeps the number of workers that have ended within bounds. While nobody reads the wrapper's output and
-    /// workers die one after the other, what the first of them wrote is lost.
+    /// Limits the number of ended workers that are kept. If workers die one after the other while nobody reads reuse-run's
+    /// output, the output of the first of them is lost.
     fn forget_oldest(&mut self) {
         let ended: Vec<WorkerId> =
             self.workers.iter().filter(|(_, worker)| worker.ended).map(|(id, _)| *id).collect();
-        for id in ended.iter().take(ended.len().saturating_sub(KEPT)) {
+        for id in ended.iter().take(ended.len().saturating_sub(MAX_ENDED_WORKERS)) {
             self.read_all(*id);
             let Some(worker) = self.workers.get_mut(id) else { continue };
             for pipe in &mut worker.pipes {
@@ -362,7 +369,7 @@ mod tests {
         let expected = ["3", "4", "\\u{1b}[2J", &long[..200], "not ended"];
         assert_eq!(labels.last_lines(WorkerId(0)), expected);
         drop((out, err));
-        labels.has_ended(WorkerId(0));
+        labels.worker_ended(WorkerId(0));
         assert_eq!(labels.last_lines(WorkerId(0)), expected);
         assert_eq!(labels.last_lines(WorkerId(1)), [""; 0]);
         assert_eq!(text(&mut stdout), "7|42 on stdout\n");
@@ -370,13 +377,13 @@ mod tests {
     }
 
     #[test]
-    fn who_writes_little_comes_through_between_many_who_flood_a_slow_reader() {
+    fn a_quiet_worker_is_read_between_many_that_flood_a_slow_reader() {
         let (mut labels, [mut stdout, _stderr]) = labels();
         let mut workers: Vec<[File; 2]> = (0..8).map(|worker| add(&mut labels, worker)).collect();
         for [out, _] in &workers {
             fcntl(out, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
         }
-        labels.settle();
+        labels.flush_and_watch();
         let mut read = String::new();
         for turn in 0.. {
             for [out, _] in &mut workers[..7] {
@@ -386,20 +393,19 @@ mod tests {
                 workers[7][0].write_all(b"little\n").unwrap();
             }
             labels.read();
-            labels.settle();
+            labels.flush_and_watch();
             read = text(&mut stdout);
             if read.contains("7|42 little\n") {
                 break;
             }
-            assert!(turn < 500, "not within {turn} turns");
+            assert!(turn < 500, "no line after {turn} turns");
         }
-        assert!(read.len() < LARGEST_PIPE);
+        assert!(read.len() < MAX_PIPE_SIZE);
     }
 
-    /// Has some streams flood, by worker and stream, and waits until a line of another, written meanwhile, comes
-    /// through.
+    /// Floods some streams, by worker and stream, writes one line to another, and waits until the reader has it.
     #[track_caller]
-    fn comes_through(
+    fn assert_line_arrives(
         labels: &mut Labels,
         workers: &mut [[File; 2]],
         reader: &mut File,
@@ -409,7 +415,7 @@ mod tests {
         for (worker, stream) in floods {
             fcntl(&workers[*worker][*stream], FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
         }
-        labels.settle();
+        labels.flush_and_watch();
         for turn in 0.. {
             for (worker, stream) in floods {
                 while workers[*worker][*stream].write(&[b'\n'; 1024]).is_ok() {}
@@ -418,46 +424,46 @@ mod tests {
                 workers[quiet.0][quiet.1].write_all(b"little\n").unwrap();
             }
             labels.read();
-            labels.settle();
+            labels.flush_and_watch();
             if text(reader).contains("7|42 little\n") {
                 break;
             }
-            assert!(turn < 500, "not within {turn} turns");
+            assert!(turn < 500, "no line after {turn} turns");
         }
     }
 
     #[test]
-    fn one_stream_of_a_worker_comes_through_while_its_other_floods_the_same_slow_reader() {
+    fn one_stream_of_a_worker_is_read_while_its_other_stream_floods_the_same_slow_reader() {
         let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
         let output = Arc::new(Mutex::new(Output::to_pipe(writer)));
         let mut labels = Labels::to([Arc::clone(&output), output]).unwrap();
         let mut workers = [add(&mut labels, 0)];
-        comes_through(&mut labels, &mut workers, &mut reader.into(), &[(0, 0)], (0, 1));
+        assert_line_arrives(&mut labels, &mut workers, &mut reader.into(), &[(0, 0)], (0, 1));
     }
 
     #[test]
-    fn who_is_read_on_one_output_does_not_change_the_turns_on_the_other() {
+    fn reads_for_one_output_do_not_change_the_turns_of_the_other() {
         let (mut labels, [mut stdout, _stderr]) = labels();
         let mut workers: Vec<[File; 2]> = (0..8).map(|worker| add(&mut labels, worker)).collect();
         let floods: Vec<(usize, usize)> = (1..7).map(|worker| (worker, 0)).collect();
         let floods = [&floods[..], &[(0, 1)]].concat();
-        comes_through(&mut labels, &mut workers, &mut stdout, &floods, (7, 0));
+        assert_line_arrives(&mut labels, &mut workers, &mut stdout, &floods, (7, 0));
     }
 
     #[test]
-    fn workers_that_die_while_nobody_reads_are_forgotten_but_not_what_is_still_held() {
+    fn ended_workers_are_forgotten_unless_a_process_holds_their_pipes() {
         let (mut labels, _readers) = labels();
         let held = add(&mut labels, 0);
-        labels.has_ended(WorkerId(0));
+        labels.worker_ended(WorkerId(0));
         for worker in 1..1000 {
             let [mut out, mut err] = add(&mut labels, worker);
             out.write_all(&[b'x'; 60 * 1024]).unwrap();
             err.write_all(&[b'x'; 60 * 1024]).unwrap();
             drop((out, err));
-            labels.has_ended(WorkerId(worker));
-            labels.settle();
+            labels.worker_ended(WorkerId(worker));
+            labels.flush_and_watch();
         }
-        assert!(labels.workers.len() <= KEPT + 2, "{}", labels.workers.len());
+        assert!(labels.workers.len() <= MAX_ENDED_WORKERS + 2, "{}", labels.workers.len());
         assert!(labels.workers.contains_key(&WorkerId(0)));
         drop(held);
     }

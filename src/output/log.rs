@@ -1,4 +1,4 @@
-//! The log, on stderr. Whatever becomes of stderr, writing to it never makes the wrapper wait.
+//! The log, on stderr. A write never makes reuse-run wait, even if the reader of stderr is slow, stopped or gone.
 
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -7,16 +7,15 @@ use env_logger::{Builder, Env, Target};
 
 use crate::output::sink::{Output, Sink, Stream};
 
-/// Where the log goes besides what workers write to stderr, if that comes by here: else it could come amid a
-/// line of theirs.
+/// With --label: the output of the workers' stderr. The log uses it too, so that it never cuts a line of theirs.
 static SHARED: OnceLock<Arc<Mutex<Output>>> = OnceLock::new();
 
-/// From now on the log goes through this output.
-pub fn go_through(output: Arc<Mutex<Output>>) {
+/// From now on the log is written through this output.
+pub fn write_through(output: Arc<Mutex<Output>>) {
     let _ = SHARED.set(output);
 }
 
-/// Logs what RUST_LOG asks for, `info` and above without it.
+/// Starts the log. RUST_LOG sets the level, `info` by default.
 pub fn start() {
     let pid = std::process::id();
     Builder::from_env(Env::default().default_filter_or("info"))
@@ -28,12 +27,12 @@ pub fn start() {
         .init();
 }
 
-/// Says on stderr why a command was of no use.
+/// Prints on stderr why a command failed.
 pub fn print_error(why: &str) {
     let _ = writeln!(io::stderr(), "reuse-run: {why}");
 }
 
-/// stderr, to which a line is written at once or not at all.
+/// stderr. A line that can't be written at once is lost, and counted.
 struct Log {
     stderr: Option<Sink>,
     lost: usize,
@@ -42,17 +41,17 @@ struct Log {
 impl Log {
     fn write_line(&self, line: &[u8]) -> io::Result<()> {
         if let Some(output) = SHARED.get() {
-            // Nobody else has it locked, as there is one thread; if it were so, this must not wait.
+            // There is one thread, so it is never locked here; but never wait for it either.
             return output.try_lock().map_err(|_| io::ErrorKind::WouldBlock)?.log(line);
         }
         let stderr = self.stderr.as_ref().ok_or(io::ErrorKind::NotFound)?;
-        // Half a line is as good as none, and its other half would only spoil the next.
+        // A line that was written in part counts as lost: its rest must not come before the next line.
         if stderr.write(line)? == line.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 }
 
 impl Write for Log {
-    /// Takes one line, which is what env_logger writes at a time.
+    /// Takes one line: env_logger writes a record in one call.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if self.lost > 0 {
             let note =

@@ -1,4 +1,4 @@
-//! What is written to stdout and stderr: the log, and the workers' output.
+//! What reuse-run writes to stdout and stderr: the log, and the workers' output.
 
 pub mod labels;
 pub mod log;

@@ -1,4 +1,4 @@
-//! stdout and stderr. Whatever becomes of them, writing to them never makes the wrapper wait.
+//! stdout and stderr. A write never makes reuse-run wait, even if the reader is slow, stopped or gone.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -28,73 +28,73 @@ impl Stream {
     }
 }
 
-/// Whether this process's stdout and stderr are one file, as after `2>&1` and on a terminal.
+/// Whether stdout and stderr of this process are the same file, as after `2>&1` and on a terminal.
 pub fn is_one_file() -> bool {
     let id = |stream: Stream| std::fs::metadata(stream.path()).map(|file| (file.dev(), file.ino())).ok();
     id(Stream::Stdout).is_some_and(|stdout| Some(stdout) == id(Stream::Stderr))
 }
 
-/// Where a stream of this process goes.
+/// The file behind stdout or stderr.
 #[derive(Debug)]
 pub struct Sink {
     file: File,
-    way: Way,
+    mode: WriteMode,
 }
 
-/// How not to wait.
+/// How a write to a file is kept from waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    /// A pipe or a terminal, opened anew and non-blocking. To set O_NONBLOCK on what this process was given
-    /// would set it for whoever else has the same pipe or terminal too.
+enum WriteMode {
+    /// A pipe or a terminal, opened again with O_NONBLOCK. The inherited file description is shared with other processes:
+    /// setting O_NONBLOCK there would change it for them too.
     NonBlocking,
-    /// MSG_DONTWAIT does it for a single call.
+    /// A socket: MSG_DONTWAIT holds for a single call.
     Socket,
-    /// A regular file never makes a writer wait, and opened anew it would have an offset of its own.
-    AsIs,
-    /// What can't be opened anew, such as another user's pipe or terminal. What poll(2) says holds for PIPE_BUF
-    /// bytes (pipe(7)).
+    /// A regular file never makes a writer wait. (Opened again it would have its own offset.)
+    Plain,
+    /// A pipe or a terminal that can't be opened again, because it belongs to another user. When poll(2) reports it as
+    /// writable, there is room for PIPE_BUF bytes (pipe(7)).
     Polled,
 }
 
 impl Sink {
     pub fn new(stream: Stream) -> io::Result<Self> {
-        let opened_by_others = || {
+        let inherited = || {
             let copy = match stream {
                 Stream::Stdout => io::stdout().as_fd().try_clone_to_owned(),
                 Stream::Stderr => io::stderr().as_fd().try_clone_to_owned(),
             };
             copy.map(File::from)
         };
-        let way = match std::fs::metadata(stream.path()).map(|metadata| metadata.file_type()) {
-            Ok(kind) if kind.is_socket() => Way::Socket,
-            Ok(kind) if !kind.is_fifo() && !kind.is_char_device() => Way::AsIs,
+        let mode = match std::fs::metadata(stream.path()).map(|metadata| metadata.file_type()) {
+            Ok(kind) if kind.is_socket() => WriteMode::Socket,
+            Ok(kind) if !kind.is_fifo() && !kind.is_char_device() => WriteMode::Plain,
             Ok(_) => {
                 let flags = libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
                 match OpenOptions::new().write(true).custom_flags(flags).open(stream.path()) {
-                    Ok(file) => return Ok(Self { file, way: Way::NonBlocking }),
-                    Err(_) => Way::Polled,
+                    Ok(file) => return Ok(Self { file, mode: WriteMode::NonBlocking }),
+                    Err(_) => WriteMode::Polled,
                 }
             }
-            Err(_) => Way::Polled, // no /proc, say
+            Err(_) => WriteMode::Polled, // /proc is not readable
         };
-        Ok(Self { file: opened_by_others()?, way })
+        Ok(Self { file: inherited()?, mode })
     }
 
-    /// Writes as much as there is room for.
+    /// Writes as much as there is room for, and returns the number of bytes.
     ///
     /// # Errors
-    /// `WouldBlock` when there is none; all others mean that it is in vain.
+    /// `WouldBlock` if there is no room now; after any other error nothing can be written any more.
     pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        match self.way {
-            Way::NonBlocking | Way::AsIs => (&self.file).write(bytes),
-            Way::Socket => {
+        match self.mode {
+            WriteMode::NonBlocking | WriteMode::Plain => (&self.file).write(bytes),
+            WriteMode::Socket => {
                 let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
                 Ok(send(self.file.as_raw_fd(), bytes, flags)?)
             }
-            Way::Polled if is_writable(self.file.as_fd()) => {
+            WriteMode::Polled if is_writable(self.file.as_fd()) => {
                 (&self.file).write(&bytes[..bytes.len().min(libc::PIPE_BUF)])
             }
-            Way::Polled => Err(io::ErrorKind::WouldBlock.into()),
+            WriteMode::Polled => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 }
@@ -104,22 +104,23 @@ fn is_writable(fd: BorrowedFd) -> bool {
     poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
-/// A sink with a queue for the lines that its reader isn't ready for, so that none is lost or torn.
+/// A sink with a queue for lines that the reader isn't ready for, so that no line is lost or cut.
 #[derive(Debug)]
 pub struct Output {
     sink: Sink,
     queue: VecDeque<u8>,
-    /// Whether what was written ends amid a line.
-    amid_line: bool,
-    /// Whether epoll tells when there is room.
-    watched: bool,
+    /// Whether the last write ended within a line.
+    is_within_line: bool,
+    /// Whether the sink is in the epoll.
+    is_watched: bool,
 }
 
-/// With more than this in its queue an output is full.
-const FULL: usize = 256 * 1024;
+/// In bytes: with more in its queue an output is full for the workers' lines.
+const MAX_QUEUE: usize = 256 * 1024;
 
-/// Beyond it is room for the log, whose lines would be lost else.
-const FULL_FOR_LOG: usize = 1024 * 1024;
+/// In bytes: with more in its queue an output is full for the log too. The log gets more room than the workers, because
+/// they can wait, but a line of the log would be lost.
+const MAX_QUEUE_FOR_LOG: usize = 1024 * 1024;
 
 impl Output {
     pub fn new(stream: Stream) -> io::Result<Self> {
@@ -127,42 +128,42 @@ impl Output {
     }
 
     fn to(sink: Sink) -> Self {
-        Self { sink, queue: VecDeque::new(), amid_line: false, watched: false }
+        Self { sink, queue: VecDeque::new(), is_within_line: false, is_watched: false }
     }
 
     /// An output to a pipe whose writing end is non-blocking.
     #[cfg(test)]
     pub fn to_pipe(end: std::os::fd::OwnedFd) -> Self {
-        Self::to(Sink { file: end.into(), way: Way::NonBlocking })
+        Self::to(Sink { file: end.into(), mode: WriteMode::NonBlocking })
     }
 
     pub fn is_full(&self) -> bool {
-        self.queue.len() >= FULL
+        self.queue.len() >= MAX_QUEUE
     }
 
     /// Whether it is far from full.
     pub fn has_much_room(&self) -> bool {
-        self.queue.len() < FULL / 2
+        self.queue.len() < MAX_QUEUE / 2
     }
 
     pub fn is_empty(&self) -> bool {
         self.queue.is_empty()
     }
 
-    /// Takes a line, newline included, in parts. It is written by the next flush or a later one.
+    /// Appends a line to the queue, given in parts, newline included. The next flush writes it, or a later one.
     pub fn push(&mut self, line: &[&[u8]]) {
-        if self.queue.is_empty() && self.amid_line {
-            self.queue.push_back(b'\n'); // the rest of that line could not be written
+        if self.queue.is_empty() && self.is_within_line {
+            self.queue.push_back(b'\n'); // the rest of the line was dropped: end it
         }
         line.iter().for_each(|part| self.queue.extend(*part));
     }
 
-    /// Takes a line of the log and writes it if it can.
+    /// Takes a line of the log, and writes it at once if there is room.
     ///
     /// # Errors
-    /// When there is no room, not even for the log.
+    /// `WouldBlock` if the queue is full for the log too.
     pub fn log(&mut self, line: &[u8]) -> io::Result<()> {
-        if self.queue.len() + line.len() > FULL_FOR_LOG {
+        if self.queue.len() + line.len() > MAX_QUEUE_FOR_LOG {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         self.push(&[line]);
@@ -170,12 +171,12 @@ impl Output {
         Ok(())
     }
 
-    /// Writes as much as there is room for. When the reader has gone, or the disk is full, the queue is dropped.
+    /// Writes as much as there is room for. If the reader is gone, or the disk is full, the queue is dropped.
     pub fn flush(&mut self) {
         while !self.queue.is_empty() {
             match self.sink.write(self.queue.as_slices().0) {
                 Ok(written @ 1..) => {
-                    self.amid_line = self.queue[written - 1] != b'\n';
+                    self.is_within_line = self.queue[written - 1] != b'\n';
                     self.queue.drain(..written);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -183,20 +184,20 @@ impl Output {
                 Ok(0) | Err(_) => self.queue.clear(),
             }
         }
-        self.queue.shrink_to(FULL);
+        self.queue.shrink_to(MAX_QUEUE);
     }
 
-    /// Has `epoll` tell when there is room, as long as something waits for it. (Of a pipe without a reader it
-    /// would tell all the time.)
+    /// Adds the sink to `epoll` while something waits for room, and removes it afterwards: epoll(7) reports a pipe without
+    /// a reader (EPOLLERR) all the time.
     pub fn watch(&mut self, epoll: &Epoll, token: u64) {
         let wanted = !self.queue.is_empty();
-        if wanted && !self.watched {
+        if wanted && !self.is_watched {
             match epoll.add(&self.sink.file, EpollEvent::new(EpollFlags::EPOLLOUT, token)) {
-                Ok(()) => self.watched = true,
-                Err(_) => self.queue.clear(), // nobody would ever tell
+                Ok(()) => self.is_watched = true,
+                Err(_) => self.queue.clear(), // it would never be flushed
             }
-        } else if !wanted && self.watched {
-            self.watched = epoll.delete(&self.sink.file).is_err();
+        } else if !wanted && self.is_watched {
+            self.is_watched = epoll.delete(&self.sink.file).is_err();
         }
     }
 }
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_reader_is_not_ready_for_waits_and_comes_in_order() {
+    fn lines_wait_for_a_slow_reader_and_stay_in_order() {
         let (mut reader, mut output) = pipe();
         let mut expected = Vec::new();
         for number in 0.. {
@@ -239,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_output_takes_the_log_for_a_while_yet() {
+    fn a_full_output_still_takes_some_lines_of_the_log() {
         let (_reader, mut output) = pipe();
         while !output.is_full() {
             output.push(&[&[b'x'; 1000], b"\n"]);
@@ -250,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_reader_nothing_is_kept() {
+    fn the_queue_is_dropped_when_the_reader_is_gone() {
         let (reader, mut output) = pipe();
         drop(reader);
         output.push(&[b"line\n"]);
@@ -259,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn after_half_a_line_whose_other_half_was_dropped_a_new_one_begins() {
+    fn a_line_whose_second_half_was_dropped_is_ended_before_the_next() {
         let (mut reader, mut output) = pipe();
         output.push(&[b"half"]);
         output.flush();

@@ -227,7 +227,7 @@ fn watch(epoll: &Epoll, what: &impl AsFd, source: Source) -> io::Result<()> {
 
 impl Supervisor {
     fn wait_and_handle(&mut self) {
-        self.labels.iter_mut().for_each(Labels::settle);
+        self.labels.iter_mut().for_each(Labels::flush_and_watch);
         let deadline = self.deadline();
         let mut events = [EpollEvent::empty(); 256];
         let timeout = timeout(deadline.into_iter().chain(self.pool.deadline()).min());
@@ -477,7 +477,7 @@ impl Supervisor {
                 debug!("reaped orphan {}", reaped.pid);
                 continue;
             };
-            self.labels.iter_mut().for_each(|labels| labels.has_ended(worker));
+            self.labels.iter_mut().for_each(|labels| labels.worker_ended(worker));
             self.processes.remove(&worker); // closing its fd takes it out of epoll
             if let Some(interception) = self.interceptions.get_mut(&worker) {
                 interception.worker_has_ended();
