@@ -43,7 +43,7 @@ pub fn reload_begins(generation: u32, slots: usize, rollout: Rollout) -> String 
     format!("reload: starting generation {generation}, {}{how}", count(slots, "worker"))
 }
 
-/// "generation 3 is ready after 186 ms: 4 workers on [::]:3000"
+/// `generation 3 is ready after 186 ms: 4 workers on [::]:3000`
 pub fn generation_ready(generation: u32, took: Duration, roster: &Roster, endpoints: &Endpoints) -> String {
     let ready = roster.ids(|worker| worker.generation == generation && worker.state == State::Ready);
     let on: BTreeSet<&Endpoint> = ready.iter().flat_map(|id| endpoints.of(*id)).collect();
