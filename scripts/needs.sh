@@ -1,7 +1,7 @@
-# To be sourced: what the scripts need that isn't this project's.
+# Functions for the other scripts, to be sourced: they install what the scripts need.
 
-# need COMMAND=PACKAGE...: installs the Debian packages of the commands that are missing, which takes
-# root; anywhere else it names the commands and ends the script. A file's path will do for a command.
+# need COMMAND=PACKAGE...: installs the Debian packages of missing commands, as root on Debian. Elsewhere it names them and
+# ends the script. COMMAND may be the path of a file.
 need() {
   local pair missing=() packages=()
   for pair; do
@@ -35,7 +35,7 @@ install_debian_packages() (
   DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends "$@" >/dev/null
 )
 
-# Rust comes from rustup: what distributions have is often too old.
+# Rust must come from rustup, because many distributions have an old version.
 need_rust() {
   PATH=$PATH:$HOME/.cargo/bin
   if ! command -v cargo >/dev/null; then
@@ -45,14 +45,14 @@ need_rust() {
   need cc=build-essential
 }
 
-# The packages of the Node apps, as the lock file has them; nothing to do when they are there.
+# Installs the Node packages of the lock file in this folder, unless they are there.
 install_node_packages() {
   if [[ ! node_modules/.package-lock.json -nt package-lock.json ]]; then
     npm ci --ignore-scripts
   fi
 }
 
-# The packages that $2 lists, into the folder $1; nothing to do when they are there.
+# Installs the Python packages that $2 lists into the folder $1, unless they are there.
 install_python_packages() {
   if [[ ! $1/requirements.txt -nt $2 ]]; then
     python3 -m pip install -q --disable-pip-version-check --root-user-action ignore --no-deps \
@@ -61,7 +61,7 @@ install_python_packages() {
   fi
 }
 
-# What the servers in tests/servers need, as pairs for `need`.
+# Prints what the servers in tests/servers need, as arguments for `need`.
 servers_needs() {
   sed -n 's/^needs = "\(.*\)"$/\1/p' tests/servers/*/server.toml | tr ' ' '\n' | sort -u
 }

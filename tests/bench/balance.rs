@@ -1,4 +1,4 @@
-//! How evenly load is shared out, and what becomes of the tail when a worker is slow.
+//! How evenly load is shared, and the latency when a worker is slow.
 
 use std::thread;
 use std::time::Duration;
@@ -20,13 +20,13 @@ struct Experiment {
     clients: usize,
     mode: Mode,
     pause: Duration,
-    /// How much later than the one before each client comes.
+    /// How much later than the client before it each client begins.
     stagger: Duration,
-    /// So many workers block now and then.
+    /// How many workers block now and then.
     heavy: u32,
     /// One worker is stopped for a while.
     stops: bool,
-    /// The time is divided into so many turns, in each of which all connections are made anew.
+    /// The number of turns. Each opens all connections again.
     turns: u32,
 }
 
@@ -45,7 +45,7 @@ const EXPERIMENTS: [Experiment; 6] = [
     },
     Experiment {
         name: "stopped",
-        what: "One of four workers is stopped (SIGSTOP) for 2 s (1 s in a hurry); clients as above.",
+        what: "One of four workers is stopped (SIGSTOP) for 2 s (1 s with --quick); clients as above.",
         clients: 16,
         mode: Mode::NewConnection,
         pause: THINK,
@@ -56,8 +56,8 @@ const EXPERIMENTS: [Experiment; 6] = [
     },
     Experiment {
         name: "long-lived",
-        what: "20 connections, made at once, are kept open over four workers, 10 ms between an answer and the next \
-               request, ten times anew.",
+        what: "20 connections to four workers, opened at once and kept, 10 ms between an answer and the next request; ten \
+               times.",
         clients: 20,
         mode: Mode::KeepAlive { think: THINK },
         pause: Duration::ZERO,
@@ -68,8 +68,8 @@ const EXPERIMENTS: [Experiment; 6] = [
     },
     Experiment {
         name: "long-lived, gradually",
-        what: "The same, but each connection is made 20 ms after the one before, so that the first counts for a bit \
-               more: five for each worker in turn would be 26 to 24 %.",
+        what: "The same, but each connection is opened 20 ms after the one before, so that the first ones carry a bit \
+               more load: five for each worker in turn would be 26 to 24 %.",
         clients: 20,
         mode: Mode::KeepAlive { think: THINK },
         pause: Duration::ZERO,
@@ -80,7 +80,7 @@ const EXPERIMENTS: [Experiment; 6] = [
     },
     Experiment {
         name: "saturated, new connections",
-        what: "More load than the CPUs can bear: 32 clients at full speed, a new connection for each request.",
+        what: "More load than the CPUs can do: 32 clients at full speed, a new connection for each request.",
         clients: 32,
         mode: Mode::NewConnection,
         pause: Duration::ZERO,
@@ -91,7 +91,7 @@ const EXPERIMENTS: [Experiment; 6] = [
     },
     Experiment {
         name: "saturated, keep-alive",
-        what: "More load than the CPUs can bear: 32 clients at full speed, each on one connection.",
+        what: "More load than the CPUs can do: 32 clients at full speed, each on one connection.",
         clients: 32,
         mode: Mode::KeepAlive { think: Duration::ZERO },
         pause: Duration::ZERO,
@@ -111,13 +111,13 @@ struct Run {
     failed: u64,
     requests_per_second: f64,
     latency_ms: Latencies,
-    /// CPU time of the server, all its processes together.
+    /// CPU time of all processes of the server.
     cpu_us_per_request: f64,
-    /// Parts of all requests, of the busiest worker first; the mean over all turns.
+    /// The workers' shares of all requests, the largest first; the mean over all turns.
     shares_of_workers: Vec<f64>,
 }
 
-/// Those who are compared: reuse-run in each of its ways, if it has them.
+/// The peers: reuse-run with each --balance, if it has this option, and its alternatives.
 fn peers(options: &Options) -> Result<Vec<Peer>> {
     let help = std::process::Command::new(&options.binary).arg("--help").output();
     let help = help.context(&options.binary.display().to_string())?.stdout;
@@ -161,7 +161,7 @@ fn measure(experiment: &Experiment, peers: &[Peer], run: u32, options: &Options)
         LoadOptions::new(server.address(), experiment.clients).mode(mode).path("/?id={id}")
     };
     let warm_up = |server| {
-        // Until code is compiled, which Node does as it goes.
+        // Node compiles code while it runs.
         let warm = Load::start(load(server, Mode::NewConnection));
         thread::sleep(length(options, 1.0, 0.3));
         warm.stop().counts.pids.into_keys().map(|pid| pid as i32).collect()
@@ -192,7 +192,7 @@ fn measure(experiment: &Experiment, peers: &[Peer], run: u32, options: &Options)
     Ok(peers.iter().zip(&measured).map(figures).collect())
 }
 
-/// Stops a worker in the midst of this time.
+/// Stops a worker in the middle of this time.
 fn stop_one(worker: i32, time: Duration, options: &Options) {
     let stopped = length(options, 2.0, 1.0);
     let pause = time.saturating_sub(stopped) / 2;
@@ -230,9 +230,8 @@ fn figures(experiment: &Experiment, peer: &Peer, run: u32, reports: &[Report], c
 
 fn markdown(peers: &[Peer], runs: &[Run]) -> String {
     let mut text =
-        "Four workers of each, side by side on one machine and loaded in turns. Figures are medians over \
-                    all runs, each of servers that were started anew; but the longest is that of all, and what \
-                    failed the sum.\n\n"
+        "Four workers of each peer, side by side on one machine and loaded in turns. Figures are medians over \
+                    all runs, but `longest` is the maximum and `failed` the sum. Each run starts the servers again.\n\n"
             .to_owned();
     for experiment in &EXPERIMENTS {
         let of = |peer: &Peer| -> Vec<&Run> {
@@ -247,15 +246,15 @@ fn markdown(peers: &[Peer], runs: &[Run]) -> String {
         let header = [
             "",
             "requests/s",
-            "to the best peer",
+            "ratio to the best peer",
             "p50 ms",
             "p99 ms",
             "p99.9 ms",
-            "to the best peer",
+            "ratio to the best peer",
             "longest ms",
             "busiest worker's share",
-            "idlest's",
-            "CPU µs a request",
+            "least busy worker's share",
+            "CPU µs per request",
             "failed",
         ];
         text += &format!("### {}\n\n{}\n\n{}\n", experiment.name, experiment.what, table(&header, &rows));
@@ -263,8 +262,7 @@ fn markdown(peers: &[Peer], runs: &[Run]) -> String {
     text
 }
 
-/// Medians over all runs. The ratios are taken in each run, against the best in the same that is not
-/// reuse-run.
+/// Medians over all runs. Ratios are to the best other peer in the same run.
 fn row(peer: &Peer, own: &[&Run], all: &[Run]) -> Vec<String> {
     let others = |run: &Run| -> Vec<&Run> {
         let same = |other: &&Run| other.experiment == run.experiment && other.run == run.run;
@@ -279,7 +277,7 @@ fn row(peer: &Peer, own: &[&Run], all: &[Run]) -> Vec<String> {
         let best = others(run).iter().map(|other| other.latency_ms.p999).reduce(f64::min)?;
         Some(run.latency_ms.p999 / best)
     });
-    // No other may have been measured.
+    // Other peers may be missing.
     let ratio = |ratios: Vec<f64>| match ratios.is_empty() {
         true => "–".to_owned(),
         false => format!("{:.2}", median(ratios)),

@@ -1,4 +1,4 @@
-//! What it costs to run under reuse-run: throughput and CPU time, against the same program without it.
+//! The cost of reuse-run: throughput and CPU time, compared with the same program without it.
 
 use std::thread;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::{Options, Result, in_turn, isolated, length, process};
 const CLIENTS: [(&str, Mode); 2] =
     [("new connections", Mode::NewConnection), ("keep-alive", Mode::KeepAlive { think: Duration::ZERO })];
 
-/// Servers that stand side by side and are loaded in turns. All is compared to the first.
+/// Servers that run side by side and are loaded in turns. All are compared with the first one.
 struct Group {
     name: &'static str,
     program: Program,
@@ -23,7 +23,7 @@ struct Group {
 }
 
 impl Group {
-    /// What its peers are called; the second of a kind is there to show how far figures of equals differ.
+    /// The names of its peers. A second peer of the same kind shows how much equal peers differ.
     fn names(&self) -> Vec<String> {
         let name = |(index, peer): (usize, &Peer)| match self.peers[..index].contains(peer) {
             true => format!("{}, once more", peer.name()),
@@ -70,13 +70,13 @@ struct Figure {
     run: u32,
     requests_per_second: f64,
     cpu_us_per_request: f64,
-    /// To the group's first in the same run.
+    /// Ratio to the first of the group in the same run.
     throughput_ratio: f64,
     cpu_ratio: f64,
     failed: u64,
 }
 
-/// What has been measured of one server yet.
+/// The sum of all measurements of one server.
 #[derive(Default, Clone)]
 struct Sum {
     requests: u64,
@@ -119,7 +119,7 @@ fn measure(group: &Group, run: u32, options: &Options) -> Result<Vec<Figure>> {
         }
         let mut sums = vec![Sum::default(); servers.len()];
         for turn in 0..if options.quick { 4 } else { 12 } {
-            // In turns short enough that what else the machine does hits all of them alike.
+            // Turns are short, so that other load on the machine slows all servers equally.
             for index in in_turn(turn, servers.len()) {
                 let more = slice(&servers[index], Duration::from_millis(250));
                 let sum = &mut sums[index];
@@ -147,10 +147,10 @@ fn measure(group: &Group, run: u32, options: &Options) -> Result<Vec<Figure>> {
 }
 
 fn markdown(figures: &[Figure]) -> String {
-    let mut text = "Side by side on one machine and loaded in turns of 250 ms. Ratios are to the first line of each \
-                    table, a program without anything around it: their median over all runs, each of servers that \
-                    were started anew, and the quartiles. It is there once more to show by how much two that are the \
-                    same differ. CPU is user and system time of all processes of the server.\n\n"
+    let mut text = "Servers run side by side on one machine and are loaded in turns of 250 ms. Ratios are to the first line \
+                    of each table, a program without reuse-run: the median over all runs and the quartiles. Each run \
+                    starts the servers again. \"Once more\" shows how much two equal servers differ. CPU is user \
+                    and system time of all processes of the server.\n\n"
         .to_owned();
     let first_runs = figures.iter().filter(|figure| figure.run == 0);
     let mut tables: Vec<(&str, &str)> = first_runs.map(|figure| (figure.group, figure.clients)).collect();
@@ -177,7 +177,7 @@ fn markdown(figures: &[Figure]) -> String {
             ]
         });
         let title = format!("{group}, {clients}");
-        let header = [&*title, "requests/s", "ratio", "CPU µs a request", "ratio", "failed"];
+        let header = [&*title, "requests/s", "ratio", "CPU µs per request", "ratio", "failed"];
         text += &format!("{}\n", table(&header, &rows.collect::<Vec<_>>()));
     }
     text

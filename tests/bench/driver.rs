@@ -1,9 +1,11 @@
-//! Measures reuse-run against what a user would take instead; see scripts/bench.
+//! Compares reuse-run with its alternatives, see scripts/bench.
 
 mod balance;
 mod cost;
 mod filter;
 mod latency;
+#[path = "../common/lines.rs"]
+mod lines;
 #[path = "../common/load/mod.rs"]
 mod load;
 mod machine;
@@ -27,7 +29,7 @@ use std::time::{Duration, Instant};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// The error is what a person is told.
+/// The error is a message for the user.
 pub type Result<T> = std::result::Result<T, String>;
 
 pub trait Context<T> {
@@ -40,7 +42,7 @@ impl<T, E: Display> Context<T> for std::result::Result<T, E> {
     }
 }
 
-/// What is measured, by the name on the command line.
+/// The experiments, by their names on the command line.
 type Experiment = fn(&Options) -> Result<()>;
 const EXPERIMENTS: [(&str, Experiment); 7] = [
     ("balance", balance::run),
@@ -53,24 +55,24 @@ const EXPERIMENTS: [(&str, Experiment); 7] = [
 ];
 
 pub struct Options {
-    /// Less of everything, so that all of it is done within five minutes.
+    /// Measure less of everything, within five minutes.
     pub quick: bool,
     pub runs: Option<u32>,
     pub seed: u32,
-    /// The reuse-run that is measured.
+    /// The reuse-run to measure.
     pub binary: PathBuf,
-    /// target/PROFILE, where the examples are.
+    /// target/PROFILE, which holds the examples.
     pub binary_folder: PathBuf,
-    /// Where results are written.
+    /// The folder for results.
     pub out: PathBuf,
-    /// Where everything else is.
+    /// The folder for all other files.
     pub work: PathBuf,
-    /// Only parts of an experiment with this in their name.
+    /// Measure only parts of experiments with this in their name.
     pub only: Option<String>,
 }
 
 impl Options {
-    /// Whether the part of this name is to be measured.
+    /// Whether to measure the part with this name.
     pub fn wants(&self, name: &str) -> bool {
         self.only.as_ref().is_none_or(|only| name.contains(only))
     }
@@ -145,12 +147,12 @@ fn run(options: &Options, names: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Does `work` in a network of its own, in which port 3000 is free and nothing is left of what was
-/// measured before, and ends all that it has started.
+/// Does `work` in a new network namespace, in which port 3000 is free and no connection of an earlier measurement is left. Then
+/// ends all processes that it has started.
 pub fn isolated<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            netns::enter().context("no network namespace of its own (root has them)")?;
+            netns::enter().context("no network namespace (root may make one)")?;
             let result = work();
             process::end_all(&[]);
             result
@@ -162,8 +164,8 @@ pub fn isolated<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     })
 }
 
-/// The order in which so many servers have a turn: forth and back, and from another one on each time, so that none
-/// has a better place than the others.
+/// The order in which `count` servers are loaded: forth and back, each time beginning with another one, so that each server
+/// has each place equally often.
 pub fn in_turn(turn: u32, count: usize) -> impl Iterator<Item = usize> {
     let first = turn as usize / 2;
     let place = move |place| if turn.is_multiple_of(2) { place } else { count - 1 - place };

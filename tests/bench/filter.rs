@@ -1,4 +1,4 @@
-//! What the filter costs a worker: bind and listen, any other system call, and whether it makes others.
+//! The cost of the seccomp filter for a worker: bind and listen, other system calls, and additional system calls.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -20,7 +20,7 @@ use crate::process::{self, wait_for};
 use crate::report::{self, median, table};
 use crate::{Context, Options, Result, isolated, length};
 
-/// Names the file to which this program, as a worker, writes what system calls cost it.
+/// Names the file to which this program, as a worker, writes the cost of its system calls.
 pub const PROBE: &str = "BENCH_PROBE";
 const BINDS: u16 = 100;
 const CALLS: u32 = 200_000;
@@ -28,9 +28,9 @@ const CALLS: u32 = 200_000;
 #[derive(Clone, Copy, Serialize, Deserialize)]
 struct Probe {
     bind_and_listen_us: f64,
-    /// A call that the filter lets pass whatever its arguments.
+    /// A call that the filter allows without a check of its arguments.
     getppid_ns: f64,
-    /// A call whose arguments the filter looks at.
+    /// A call whose arguments the filter checks.
     setsockopt_ns: f64,
 }
 
@@ -50,7 +50,7 @@ struct Calls {
     wrapped: BTreeMap<String, f64>,
 }
 
-/// Is the worker: measures, writes what it found, and waits to be ended.
+/// Runs as the worker: measures, writes the figures, and waits to be killed.
 pub fn probe(file: &OsStr) -> ExitCode {
     let result = measure_calls().map_err(|error| error.to_string()).and_then(|probe| {
         let text = serde_json::to_string(&probe).map_err(|error| error.to_string())?;
@@ -81,7 +81,7 @@ fn measure_calls() -> io::Result<Probe> {
         binds.push(begun.elapsed().as_secs_f64() * 1e6);
         kept.push(socket);
     }
-    // Several times, and the best: whatever else happens only adds to it.
+    // The best of several rounds, because other load only adds to the time.
     let cheapest = |call: &dyn Fn()| {
         let rounds = (0..5).map(|_| {
             let begun = Instant::now();
@@ -144,7 +144,7 @@ fn middle(probes: &[Probe]) -> Probe {
     }
 }
 
-/// Runs this program as a worker.
+/// Runs this program as a worker, and reads its figures.
 fn probed(wrapped: bool, options: &Options) -> Result<Probe> {
     let own = std::env::current_exe().context("own path")?;
     let file = options.work.join("probe");
@@ -211,11 +211,11 @@ fn markdown(data: &Data) -> String {
     };
     let times = [
         row("bind and listen, µs", |probe| probe.bind_and_listen_us),
-        row("getppid, which always passes, ns", |probe| probe.getppid_ns),
-        row("setsockopt, which is looked at, ns", |probe| probe.setsockopt_ns),
+        row("getppid (always allowed), ns", |probe| probe.getppid_ns),
+        row("setsockopt (arguments checked), ns", |probe| probe.setsockopt_ns),
     ];
-    let mut text = format!("{}\n", table(&["", "bare", "wrapped", "more", "ratio"], &times));
-    text += "System calls of a worker for each request, of one client:\n\n";
+    let mut text = format!("{}\n", table(&["", "bare", "under reuse-run", "difference", "ratio"], &times));
+    text += "System calls of a worker per request, with one client:\n\n";
     let rows = data.system_calls.iter().map(|calls| {
         let shown = |calls: &BTreeMap<String, f64>| {
             let calls: Vec<String> = calls.iter().map(|(name, count)| format!("{name} {count:.2}")).collect();
@@ -223,5 +223,5 @@ fn markdown(data: &Data) -> String {
         };
         vec![format!("{}, {}", calls.program, calls.clients), shown(&calls.bare), shown(&calls.wrapped)]
     });
-    text + &table(&["", "bare", "wrapped"], &rows.collect::<Vec<_>>())
+    text + &table(&["", "bare", "under reuse-run"], &rows.collect::<Vec<_>>())
 }

@@ -1,4 +1,4 @@
-//! How long answers take in a reload, against the same load without one.
+//! Latency in a reload, compared with the same load without one.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,10 +13,10 @@ use crate::{Context, Options, Result, isolated, length, plots};
 
 const WORKERS: u32 = 4;
 const CLIENTS: usize = 32;
-/// Requests a second of all clients together, about a tenth of what the machine could bear.
+/// Requests per second of all clients together, about a tenth of what the machine can do.
 const RATE: f64 = 500.0;
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// What is called through a reload: from when it is asked for until so long after its end.
+/// "Through a reload" is from its start until this long after its end.
 const AFTER: Duration = Duration::from_millis(500);
 
 #[derive(Serialize)]
@@ -27,13 +27,13 @@ struct Run {
     failed: u64,
     without_ms: Latencies,
     through_ms: Latencies,
-    /// Of the first run of those that are drawn.
+    /// For the plot, in the first run of some peers.
     timeline: Option<Timeline>,
 }
 
 #[derive(Serialize)]
 pub struct Timeline {
-    /// Seconds shown before the reload.
+    /// Seconds before the reload.
     pub before_reload: f64,
     pub reload_seconds: f64,
     pub buckets: Vec<Bucket>,
@@ -46,18 +46,18 @@ impl Timeline {
 
 #[derive(Clone, Default, Serialize)]
 pub struct Bucket {
-    /// Its begin, from the reload's.
+    /// From the start of the reload to the start of the bucket.
     pub second: f64,
-    /// Answers a second that came in it.
+    /// Answers per second.
     pub rate: f64,
-    /// Of the requests that began in it and were answered.
+    /// Of answered requests that began in the bucket.
     pub p50_ms: f64,
     pub longest_ms: f64,
-    /// Of the requests that began in it, those which weren't.
+    /// Failed requests that began in the bucket.
     pub failed: u64,
 }
 
-/// Those whose first run is drawn, side by side.
+/// The peers whose first run is plotted.
 fn drawn() -> [Peer; 2] {
     [Peer::ReuseRun(Vec::new()), Peer::Pm2 { wait_ready: false }]
 }
@@ -112,9 +112,8 @@ fn measure(peer: &Peer, run: u32, options: &Options) -> Result<Run> {
     })
 }
 
-/// Of the requests that began at such times. A client which had to wait longer than the time between two
-/// requests would have asked again meanwhile: those requests, which it never sent, are counted as having
-/// waited too.
+/// Latencies of the requests that began at `wanted` times. A client that waits longer than its interval sends fewer requests
+/// meanwhile. These missing requests are counted as if they had waited too (coordinated omission).
 fn latencies(report: &Report, wanted: impl Fn(Instant) -> bool) -> Result<Latencies> {
     let interval = (CLIENTS as f64 / RATE * 1e6) as u64;
     let mut histogram = Histogram::<u64>::new(3).context("histogram")?;
@@ -181,8 +180,8 @@ fn markdown(peers: &[Peer], runs: &[Run]) -> String {
     });
     let header = ["", "p50 ms", "p99 ms", "p99.9 ms", "longest ms", "reload", "failed"];
     format!(
-        "Latency without a reload → through one: the Express app, {WORKERS} workers, {RATE} requests a second of \
-         {CLIENTS} clients, a new connection for each. What failed is not in it.\n\n{}\n\
+        "Latency without a reload → through a reload: the Express app, {WORKERS} workers, {RATE} requests per second \
+         of {CLIENTS} clients, a new connection for each request. Without failed requests.\n\n{}\n\
          ![rate, latency and failures over time](reload.svg)\n",
         table(&header, &rows.collect::<Vec<_>>())
     )

@@ -1,4 +1,4 @@
-//! What the figures were measured on.
+//! The machine on which the figures were measured.
 
 use std::process::Command;
 use std::{fmt, fs};
@@ -11,7 +11,7 @@ pub struct Machine {
     cores: usize,
     memory_gib: f64,
     kernel: String,
-    /// The beginning, in UTC.
+    /// In UTC.
     date: String,
     versions: Vec<(String, String)>,
 }
@@ -54,9 +54,9 @@ impl fmt::Display for Machine {
     }
 }
 
-/// The first line that a command prints, wherever to.
+/// The first line that a command prints, to stdout or stderr.
 fn first_line(program: &str, args: &[&str]) -> String {
-    let Ok(output) = Command::new(program).args(args).output() else { return "not there".to_owned() };
+    let Ok(output) = Command::new(program).args(args).output() else { return "missing".to_owned() };
     let text = [output.stdout, output.stderr].concat();
     String::from_utf8_lossy(&text).lines().next().unwrap_or_default().to_owned()
 }

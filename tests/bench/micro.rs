@@ -1,4 +1,4 @@
-//! Runs the micro-benchmarks, and tells how their cost grows.
+//! Runs the micro-benchmarks, and computes how their cost grows.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,7 +12,7 @@ use crate::{Context, Options, Result};
 
 #[derive(Serialize)]
 struct Data {
-    /// Nanoseconds by what is done, and for how many.
+    /// Nanoseconds, by benchmark and by number of workers.
     ns: BTreeMap<String, BTreeMap<u32, f64>>,
 }
 
@@ -52,7 +52,7 @@ pub fn run(options: &Options) -> Result<()> {
 fn markdown(data: &Data) -> String {
     let rows = data.ns.iter().map(|(name, sizes)| {
         let shown = |n: u32| sizes.get(&n).map_or(String::new(), |ns| format!("{:.2}", ns / 1e3));
-        // What n is raised to: 1 is linear, 2 quadratic.
+        // The exponent of n: 1 is linear, 2 quadratic.
         let growth = match (sizes.get(&100), sizes.get(&1000)) {
             (Some(hundred), Some(thousand)) => format!("{:.2}", (thousand / hundred).log10()),
             _ => String::new(),
@@ -60,6 +60,6 @@ fn markdown(data: &Data) -> String {
         let one = sizes.get(&1).map_or(String::new(), |ns| format!("{:.4}", ns / 1e3));
         vec![name.clone(), one, shown(10), shown(100), shown(1000), growth]
     });
-    let header = ["µs", "once", "for 10", "for 100", "for 1,000", "power of n"];
+    let header = ["µs", "once", "for 10", "for 100", "for 1,000", "exponent of n"];
     table(&header, &rows.collect::<Vec<_>>())
 }

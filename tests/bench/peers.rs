@@ -1,4 +1,4 @@
-//! Those who are compared: how each is started, reloaded and ended.
+//! The peers that are compared: how each is started, reloaded and ended.
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -14,27 +14,27 @@ use crate::load;
 use crate::process::{self, wait_for};
 use crate::{Context, Options, Result};
 
-/// The port of every application, unless it is told another.
+/// The default port of all apps.
 pub const PORT: u16 = 3000;
 const APPS: &str = "tests/bench/apps";
 /// How long a start or a reload may take.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// What keeps copies of a program running and replaces them.
+/// What runs copies of a program and replaces them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Peer {
     /// With these options.
     ReuseRun(Vec<&'static str>),
-    /// Nothing: one copy, which is stopped and started again.
+    /// Nothing: one copy, which is stopped and started again for a reload.
     Bare,
-    /// A listener with SO_REUSEPORT for each worker: the kernel chooses by the connection's hash. New workers
-    /// start with listeners of their own, then the old ones are told to stop.
+    /// A listener with SO_REUSEPORT for each worker; the kernel chooses by a hash of the connection. New workers start with
+    /// new listeners, then the old ones get a stop signal.
     Reuseport {
         migrate: bool,
     },
-    /// One listener that all workers have inherited; it isn't reloaded.
+    /// One listener that all workers inherit. It has no reload.
     SharedQueue,
-    /// Node's module, by a script of the size that its documentation has.
+    /// Node's cluster module, with a script like that in its documentation.
     Cluster,
     Pm2 {
         wait_ready: bool,
@@ -63,11 +63,11 @@ impl Peer {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Program {
-    /// The seed's Express app.
+    /// tests/apps/express/app.js.
     Express,
-    /// tests/bench/apps/app.js, naive.
+    /// tests/bench/apps/app.js without signal handling.
     Naive,
-    /// tests/bench/apps/app.js, polite.
+    /// tests/bench/apps/app.js with a graceful stop.
     Polite,
     Gunicorn,
     Uvicorn,
@@ -89,7 +89,7 @@ impl Program {
         }
     }
 
-    /// The signal on which it ends in order, if it knows any.
+    /// The signal for a graceful stop, if the program has one.
     fn stop_signal(self) -> &'static str {
         match self {
             Program::Gunicorn => "TERM",
@@ -98,35 +98,35 @@ impl Program {
         }
     }
 
-    /// It writes the PIDs of its workers to the file BENCH_READY when they listen.
-    fn tells(self) -> bool {
+    /// Whether its workers write a line to the file BENCH_READY when they listen.
+    fn writes_ready(self) -> bool {
         matches!(self, Program::Naive | Program::Polite)
     }
 }
 
-/// A program and how many workers of it there are to be.
+/// A program and its number of workers.
 #[derive(Clone)]
 pub struct App {
     pub program: Program,
     pub workers: u32,
     pub port: u16,
     pub environment: Vec<(&'static str, String)>,
-    /// How long replaced workers get to finish what they have.
+    /// How long replaced workers may take to finish.
     pub patience: Duration,
 }
 
 impl App {
     pub fn new(program: Program, workers: u32) -> App {
-        let patience = Duration::from_secs(10); // As reuse-run's --drain is by default.
+        let patience = Duration::from_secs(10); // the default of reuse-run's --drain
         App { program, workers, port: PORT, environment: Vec::new(), patience }
     }
 
-    /// The file to which workers write that they listen.
+    /// The file to which workers write when they listen.
     fn ready(&self, options: &Options) -> PathBuf {
         options.work.join(format!("ready-{}", self.port))
     }
 
-    /// The words of the command that runs it, with so many workers if it has a way to say so.
+    /// The command that runs it, with `workers` workers of its own if the program can have some.
     fn command(&self, workers: u32, options: &Options) -> Result<Vec<String>> {
         let (port, workers) = (self.port.to_string(), workers.to_string());
         let words = |text: &str| text.split(' ').map(str::to_owned).collect();
@@ -166,18 +166,18 @@ fn nginx_conf(workers: &str, port: &str, work: &Path) -> String {
     )
 }
 
-/// A server of some workers that runs.
+/// A running server.
 pub struct Server<'a> {
     peer: Peer,
     app: App,
     options: &'a Options,
     log: File,
-    /// What stays over a reload, or the workers themselves if there is nothing else.
+    /// The process that survives a reload, or the workers if there is none.
     main: Vec<i32>,
 }
 
 impl Server<'_> {
-    /// Starts it and waits until all workers listen, as far as they can be asked.
+    /// Starts a server and waits until its workers listen, see [`Server::wait_until_ready`].
     pub fn start<'a>(peer: &Peer, app: &App, options: &'a Options) -> Result<Server<'a>> {
         File::create(app.ready(options)).context("ready")?;
         let log = process::log_file(&options.work.join("servers.log"))?;
@@ -191,7 +191,7 @@ impl Server<'_> {
         Ok(server)
     }
 
-    /// One of each, at successive ports.
+    /// Starts one server of each peer, on successive ports.
     pub fn start_side_by_side<'a>(
         peers: &[Peer],
         app: &App,
@@ -214,7 +214,7 @@ impl Server<'_> {
         self.main.iter().copied().chain(descendants).collect()
     }
 
-    /// What a reload is to replace.
+    /// The processes that a reload replaces.
     fn replaceable(&self) -> Vec<i32> {
         match self.peer {
             Peer::Bare | Peer::Reuseport { .. } | Peer::SharedQueue => self.pids(),
@@ -222,7 +222,7 @@ impl Server<'_> {
                 let mut pids = self.pids();
                 pids.retain(|pid| {
                     let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                    // Of Python's multiprocessing: one for the life of its parent.
+                    // A helper of Python's multiprocessing lives as long as its parent.
                     !self.main.contains(pid) && !String::from_utf8_lossy(&line).contains("resource_tracker")
                 });
                 pids
@@ -245,7 +245,7 @@ impl Server<'_> {
         Ok(process::spawn(&mut self.command(words), &self.log, None)?.id() as i32)
     }
 
-    /// A worker for each slot, with one of these listeners in turn.
+    /// Starts a worker for each slot, each with one of these listeners.
     fn spawn_each(&self, listeners: &[OwnedFd]) -> Result<Vec<i32>> {
         let words = self.app.command(1, self.options)?;
         let spawn = |slot: u32| {
@@ -257,7 +257,7 @@ impl Server<'_> {
         (0..self.app.workers).map(spawn).collect()
     }
 
-    /// Runs PM2's command line to its end.
+    /// Runs a PM2 command to its end.
     fn pm2(&self, arguments: &[&str]) -> Result<()> {
         let pm2 = std::path::absolute(format!("{APPS}/node_modules/.bin/pm2")).context("pm2")?;
         let mut command = self.command(&[pm2.display().to_string()]);
@@ -311,7 +311,7 @@ impl Server<'_> {
                     arguments.extend(one[2..].iter().map(String::as_str));
                 }
                 self.pm2(&arguments)?;
-                // The daemon is ours since it is an orphan.
+                // The daemon is a child of the bench, because it became an orphan.
                 let is_daemon = |pid: &i32| {
                     let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
                     String::from_utf8_lossy(&line).starts_with("PM2 ")
@@ -334,28 +334,28 @@ impl Server<'_> {
         Ok(())
     }
 
-    /// Waits until `before` and then all workers have said that they listen, or, of programs that don't say
-    /// so, until one answers.
+    /// Waits until all workers listen: until the file BENCH_READY has a line for each after the first `before` lines or, for
+    /// programs that don't write it, until one worker answers and all processes are there.
     fn wait_until_ready(&self, before: u32) -> Result<()> {
         let workers = if self.peer == Peer::Bare { 1 } else { self.app.workers };
         let what = format!("{} to listen ({})", self.peer.name(), self.app.program.name());
-        if self.app.program.tells() {
-            return wait_for(&what, LIMIT, || (self.told() >= before + workers).then_some(()));
+        if self.app.program.writes_ready() {
+            return wait_for(&what, LIMIT, || (self.ready_lines() >= before + workers).then_some(()));
         }
         let answers = || load::get(self.address(), "/", Duration::from_secs(1)).is_ok();
         wait_for(&what, LIMIT, || (answers() && self.replaceable().len() as u32 >= workers).then_some(()))
     }
 
-    /// How many workers have said yet that they listen.
-    fn told(&self) -> u32 {
+    /// The number of lines in the file BENCH_READY.
+    fn ready_lines(&self) -> u32 {
         fs::read_to_string(self.app.ready(self.options)).unwrap_or_default().lines().count() as u32
     }
 
-    /// Replaces all workers; how long it took until the last of the old ones was gone.
+    /// Replaces all workers. Returns the time until the last old one has ended.
     pub fn reload(&mut self) -> Result<Duration> {
         let begun = Instant::now();
         let old = self.replaceable();
-        let told = self.told();
+        let ready_lines = self.ready_lines();
         match self.peer {
             Peer::ReuseRun(_) | Peer::Cluster => process::signal(self.main[0], Signal::SIGUSR2),
             Peer::ServerStarter | Peer::Itself => process::signal(self.main[0], Signal::SIGHUP),
@@ -364,11 +364,11 @@ impl Server<'_> {
                 process::signal(self.main[0], Signal::SIGINT);
                 self.wait_for_end(&old)?;
                 self.launch()?;
-                self.wait_until_ready(told)?;
+                self.wait_until_ready(ready_lines)?;
             }
             Peer::Reuseport { .. } => {
                 self.launch()?;
-                self.wait_until_ready(told)?;
+                self.wait_until_ready(ready_lines)?;
                 old.iter().for_each(|pid| process::signal(*pid, Signal::SIGINT));
             }
             Peer::SharedQueue => return Err("a shared queue alone has no reload".to_owned()),
@@ -382,9 +382,9 @@ impl Server<'_> {
         wait_for(&what, LIMIT, || (!old.iter().any(|pid| process::lives(*pid))).then_some(()))
     }
 
-    /// Ends it, and whatever else has been started.
+    /// Ends the server, and all other processes that were started.
     pub fn end(self) {
-        // What PM2 starts is killed with it and not restarted by it.
+        // All processes are killed together, so that PM2 restarts none.
         process::end_all(if matches!(self.peer, Peer::Pm2 { .. }) { &[] } else { &self.main });
     }
 }

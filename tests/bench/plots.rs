@@ -1,4 +1,4 @@
-//! Pictures of figures, as SVG.
+//! Plots as SVG.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ const FONT: &str = "sans-serif";
 const OURS: RGBColor = RGBColor(0x1f, 0x6f, 0xb4);
 const RED: RGBColor = RGBColor(0xd6, 0x27, 0x28);
 
-/// Rate, latency and failures over time, one column for each of those compared, all on the same scales.
+/// Rate, latency and failures over time, a column for each peer, all with the same scales.
 pub fn timelines(file: &Path, columns: &[(&str, &Timeline)]) -> Result<()> {
     let root = SVGBackend::new(file, (480 * columns.len() as u32, 620)).into_drawing_area();
     let draw = || -> std::result::Result<(), Box<dyn std::error::Error>> {
@@ -32,13 +32,13 @@ pub fn timelines(file: &Path, columns: &[(&str, &Timeline)]) -> Result<()> {
                 line.buckets.iter().map(move |bucket| (bucket.second, figure(bucket)))
             };
 
-            let mut chart = chart(cell(0), &format!("{name}: answers a second"))
+            let mut chart = chart(cell(0), &format!("{name}: answers per second"))
                 .build_cartesian_2d(start..end, 0.0..rate)?;
             chart.configure_mesh().x_labels(6).y_labels(5).light_line_style(WHITE).draw()?;
             chart.draw_series([shade(line, 0.0, rate)])?;
             chart.draw_series(LineSeries::new(series(|bucket| bucket.rate), OURS.stroke_width(2)))?;
 
-            let mut chart = self::chart(cell(1), "latency in ms: p50, the longest")
+            let mut chart = self::chart(cell(1), "latency in ms: p50, longest")
                 .build_cartesian_2d(start..end, (0.1..latency.max(1.0)).log_scale())?;
             chart.configure_mesh().x_labels(6).y_labels(5).light_line_style(WHITE).draw()?;
             chart.draw_series([shade(line, 0.1, latency.max(1.0))])?;
@@ -57,7 +57,7 @@ pub fn timelines(file: &Path, columns: &[(&str, &Timeline)]) -> Result<()> {
                 .x_labels(6)
                 .y_labels(5)
                 .light_line_style(WHITE)
-                .x_desc("seconds since the reload was asked for")
+                .x_desc("seconds since the start of the reload")
                 .draw()?;
             chart.draw_series([shade(line, 0.0, failed.max(1.0) * 1.1)])?;
             let bars = series(|bucket| bucket.failed as f64).filter(|(_, failed)| *failed > 0.0);
@@ -72,12 +72,12 @@ pub fn timelines(file: &Path, columns: &[(&str, &Timeline)]) -> Result<()> {
     draw().context(&file.display().to_string())
 }
 
-/// The time that the reload took.
+/// Shades the time of the reload.
 fn shade(line: &Timeline, low: f64, high: f64) -> Rectangle<(f64, f64)> {
     Rectangle::new([(0.0, low), (line.reload_seconds, high)], BLACK.mix(0.08).filled())
 }
 
-/// Lines through points, on logarithmic scales.
+/// Lines through points, with logarithmic scales.
 pub fn lines(file: &Path, title: &str, x: &str, lines: &[(&str, Vec<(f64, f64)>)]) -> Result<()> {
     let root = SVGBackend::new(file, (640, 420)).into_drawing_area();
     let draw = || -> std::result::Result<(), Box<dyn std::error::Error>> {

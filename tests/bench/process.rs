@@ -1,4 +1,4 @@
-//! Processes: starting them, what they cost, and that none is left.
+//! Starts processes, measures their CPU time, and ends them.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -17,15 +17,13 @@ use nix::unistd::Pid;
 
 use crate::{Context, Result};
 
-/// Makes this process the parent of all orphans among its descendants, so that it can find and end
-/// what daemonizes.
+/// Makes this process the parent of orphans among its descendants, so that it can find and end daemons.
 pub fn adopt_orphans() -> Result<()> {
     nix::sys::prctl::set_child_subreaper(true).context("become a subreaper")
 }
 
-/// Starts a command in a process group of its own, with its output in a file.
-///
-/// With `listener` it gets that as file descriptor 3, as sd_listen_fds(3) has it.
+/// Starts a command in its own process group, with its output in a file, and with `listener` as fd 3, see
+/// sd_listen_fds(3).
 pub fn spawn(command: &mut Command, log: &File, listener: Option<&OwnedFd>) -> Result<Child> {
     let shown = format!("start {:?}", command.get_program());
     command
@@ -52,7 +50,7 @@ pub fn spawn(command: &mut Command, log: &File, listener: Option<&OwnedFd>) -> R
     command.spawn().context(&shown)
 }
 
-/// A file to which what a server prints is appended.
+/// A file to append the output of a server to.
 pub fn log_file(path: &std::path::Path) -> Result<File> {
     OpenOptions::new().create(true).append(true).open(path).context(&path.display().to_string())
 }
@@ -75,12 +73,12 @@ fn stat(pid: i32) -> Option<Vec<String>> {
     Some(stat.rsplit_once(')')?.1.split_whitespace().map(str::to_owned).collect())
 }
 
-/// `pid` is neither dead nor a zombie.
+/// Whether a process is neither dead nor a zombie.
 pub fn lives(pid: i32) -> bool {
     stat(pid).is_some_and(|fields| fields[0] != "Z" && fields[0] != "X")
 }
 
-/// All that descend from `pid`, itself left out.
+/// All descendants of a process.
 pub fn descendants(pid: i32) -> Vec<i32> {
     let children = children();
     let mut found = Vec::new();
@@ -94,24 +92,23 @@ pub fn descendants(pid: i32) -> Vec<i32> {
     found
 }
 
-/// All that this process has started, and what these have.
+/// All descendants of this process.
 pub fn tree() -> Vec<i32> {
     descendants(std::process::id() as i32)
 }
 
-/// The time that `pids` have spent on a CPU, user and system together, threads that have ended included.
+/// The CPU time of processes, user and system, with that of ended threads.
 pub fn cpu_time(pids: &[i32]) -> Duration {
     let of = |pid: &i32| clock_getcpuclockid(Pid::from_raw(*pid)).and_then(nix::time::ClockId::now);
     pids.iter().filter_map(|pid| of(pid).ok()).map(Duration::from).sum()
 }
 
-/// Sends a signal; that the process is gone is no error.
+/// Sends a signal. It is no error if the process has ended.
 pub fn signal(pid: i32, signal: Signal) {
     let _ = kill(Pid::from_raw(pid), signal);
 }
 
-/// Ends all that was started, and waits for it: first the `first` by SIGTERM, what is left after a while
-/// by SIGKILL.
+/// Ends all processes that were started and waits for their end: `first` by SIGTERM, and after a while the others by SIGKILL.
 pub fn end_all(first: &[i32]) {
     first.iter().for_each(|pid| signal(*pid, Signal::SIGTERM));
     let patience = Instant::now() + Duration::from_secs(3);
@@ -134,7 +131,7 @@ fn reap() {
     }
 }
 
-/// Waits until `condition` gives something.
+/// Waits until `condition` returns something.
 pub fn wait_for<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> Option<T>) -> Result<T> {
     let deadline = Instant::now() + limit;
     loop {

@@ -1,4 +1,4 @@
-//! What a reload costs the clients: which requests fail.
+//! Which requests fail in a reload.
 
 use std::collections::BTreeMap;
 use std::thread;
@@ -31,11 +31,11 @@ struct Cell {
     failures: BTreeMap<String, u64>,
     failed_per_reload: f64,
     reload_seconds: f64,
-    /// The first that failed.
+    /// The first failure.
     example: Option<String>,
 }
 
-/// Who can run what.
+/// Which peers run which programs.
 fn rows(options: &Options) -> Vec<(Program, Peer)> {
     let ours = Peer::ReuseRun(Vec::new());
     let node = [
@@ -92,7 +92,7 @@ fn measure(program: Program, peer: &Peer, options: &Options) -> Result<Vec<Cell>
         let mut times = Vec::new();
         for _ in 0..reloads {
             times.push(server.reload()?.as_secs_f64());
-            // What was started last may still be on its way.
+            // A worker that was started last may not be ready yet.
             thread::sleep(rest);
         }
         let report = load.stop();
@@ -117,7 +117,7 @@ fn measure(program: Program, peer: &Peer, options: &Options) -> Result<Vec<Cell>
 fn markdown(cells: &[Cell]) -> String {
     let mut programs: Vec<&str> = cells.iter().map(|cell| cell.program).collect();
     programs.dedup();
-    let mut text = "Failed requests per reload of 4 workers, and how long a reload took.\n\n".to_owned();
+    let mut text = "Failed requests per reload of 4 workers, and the duration of a reload.\n\n".to_owned();
     for program in programs {
         let rows = cells.iter().filter(|cell| cell.program == program);
         let rows: Vec<&Cell> = rows.collect();

@@ -1,4 +1,4 @@
-//! Figures of many runs as one, and the files in which they are kept.
+//! Combines the figures of many runs and writes them to files.
 
 use std::fs;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::load::Report;
 use crate::machine::Machine;
 use crate::{Context, Options, Result};
 
-/// Of answered requests, in milliseconds.
+/// Latencies of answered requests, in milliseconds.
 #[derive(Clone, Copy, Serialize)]
 pub struct Latencies {
     pub p50: f64,
@@ -32,12 +32,12 @@ impl Latencies {
     }
 }
 
-/// The middle of some figures; 0 of none.
+/// The median of some figures; 0 if there are none.
 pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     quartiles(values)[1]
 }
 
-/// A quarter, a half and three quarters of some figures are at most as large as these.
+/// The quartiles of some figures, the median among them.
 pub fn quartiles(values: impl IntoIterator<Item = f64>) -> [f64; 3] {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);
@@ -58,14 +58,14 @@ pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Writes NAME.json and NAME.md, the machine with each, and prints the latter.
+/// Writes NAME.json and NAME.md, both with the machine, and prints the Markdown.
 pub fn write(options: &Options, name: &str, data: &impl Serialize, markdown: &str) -> Result<()> {
     let machine = Machine::this(&options.binary);
     let text = |value: &Value| serde_json::to_string(value).context(name);
-    // A line for each run, so that what has changed can be seen.
+    // A line for each run, so that a diff shows what has changed.
     let data = match serde_json::to_value(data).context(name)? {
         Value::Array(runs) if runs.is_empty() => {
-            // The results that are there are not to be lost to a misspelt name.
+            // A misspelt name must not erase earlier results.
             let only = options.only.as_deref().unwrap_or_default();
             return Err(format!("{name}: nothing was measured: no part has '{only}' in its name (--only)"));
         }
@@ -81,7 +81,7 @@ pub fn write(options: &Options, name: &str, data: &impl Serialize, markdown: &st
         options.seed,
     );
     let markdown =
-        format!("{markdown}\n{machine}{}\n", if options.quick { ", in a hurry (--quick)" } else { "" });
+        format!("{markdown}\n{machine}{}\n", if options.quick { ", shortened (--quick)" } else { "" });
     save(options, &format!("{name}.json"), &json)?;
     save(options, &format!("{name}.md"), &markdown)?;
     println!("{markdown}");

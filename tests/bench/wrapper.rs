@@ -1,17 +1,17 @@
-//! What reuse-run itself takes: memory, work while nothing happens, and time for many workers.
+//! The cost of reuse-run itself: memory, work while idle, and time for many workers.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, pipe};
+use std::io::pipe;
 use std::os::fd::OwnedFd;
 use std::process::Command;
-use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde::Serialize;
 
+use crate::lines::Lines;
 use crate::process;
 use crate::report::{self, median, table};
 use crate::{Context, Options, Result, isolated, length, plots};
@@ -23,10 +23,10 @@ struct Data {
     binary_bytes: u64,
     idle: Idle,
     wake_ups_in_a_reload: f64,
-    /// Of four workers: from SIGUSR2 to the switch, and what starting four takes by itself.
+    /// With four workers: from SIGUSR2 to the switch, and the start of four servers without reuse-run.
     switch_ms: f64,
     own_start_ms: f64,
-    /// The difference, as the median of that in each run.
+    /// The median of the differences in each run.
     switch_beyond_start_ms: f64,
     scale: Vec<Scale>,
     slopes: BTreeMap<&'static str, f64>,
@@ -39,61 +39,40 @@ struct Idle {
     wake_ups: u64,
 }
 
-/// What so many workers take.
+/// The figures for some number of workers.
 #[derive(Clone, Copy, Serialize)]
 struct Scale {
     workers: u32,
-    /// So many of the server without reuse-run, from the first's start until all listen.
+    /// As many servers without reuse-run, from the first start until all listen.
     bare_start_ms: f64,
     start_ms: f64,
     /// From SIGUSR2 to the switch.
     switch_ms: f64,
-    /// From SIGUSR2 until the old workers are gone.
+    /// From SIGUSR2 to the end of the old workers.
     reload_ms: f64,
     rss_kib: f64,
     rss_after_reload_kib: f64,
 }
 
-/// Lines that a program writes, and when.
-struct Lines(Receiver<(Instant, String)>);
-
-impl Lines {
-    /// Waits for so many lines with this in them; when the last came.
-    fn wait_for(&self, text: &str, count: u32) -> Result<Instant> {
-        let deadline = Instant::now() + LIMIT;
-        let mut last = Instant::now();
-        let mut left = count;
-        while left > 0 {
-            let next = self.0.recv_timeout(deadline.saturating_duration_since(Instant::now()));
-            let (at, line) = next.context(&format!("waiting for {text:?}"))?;
-            if line.contains(text) {
-                last = at;
-                left -= 1;
-            }
-        }
-        Ok(last)
-    }
-}
-
-/// A file to have a program write to, and the lines that come.
+/// A file for the output of a program, and its lines.
 fn lines() -> Result<(File, Lines)> {
     let (reader, writer) = pipe().context("pipe")?;
-    let (send, receive) = channel();
-    thread::spawn(move || {
-        for line in BufReader::new(reader).lines().map_while(std::result::Result::ok) {
-            if send.send((Instant::now(), line)).is_err() {
-                return;
-            }
-        }
-    });
-    Ok((File::from(OwnedFd::from(writer)), Lines(receive)))
+    let lines = Lines::default();
+    lines.read(reader);
+    Ok((File::from(OwnedFd::from(writer)), lines))
+}
+
+/// When the `count`th line with this text has come.
+fn wait_for(lines: &Lines, text: &str, count: u32) -> Result<Instant> {
+    let line = lines.wait_for_nth(count as usize, 0, LIMIT, |line| line.contains(text));
+    Ok(line.ok_or(format!("waited in vain for {text:?}"))?.at)
 }
 
 fn server(options: &Options) -> std::path::PathBuf {
     options.binary_folder.join("examples/server")
 }
 
-/// reuse-run with so many trivial servers, all of which are ready.
+/// reuse-run with trivial servers, all of which are ready. It may be reloaded once.
 struct Wrapper {
     pid: i32,
     lines: Lines,
@@ -110,7 +89,7 @@ impl Wrapper {
             .args(["--listen", "127.0.0.1:3000"]);
         let begun = Instant::now();
         let pid = process::spawn(command.env_remove("RUST_LOG"), &log, None)?.id() as i32;
-        let start = lines.wait_for("generation 1 is ready", 1)? - begun;
+        let start = wait_for(&lines, "generation 1 is ready", 1)? - begun;
         Ok(Wrapper { pid, lines, start })
     }
 
@@ -118,8 +97,8 @@ impl Wrapper {
     fn reload(&self) -> Result<(Duration, Duration)> {
         let begun = Instant::now();
         process::signal(self.pid, Signal::SIGUSR2);
-        let switch = self.lines.wait_for(" serves; ", 1)? - begun;
-        Ok((switch, self.lines.wait_for("reload done", 1)? - begun))
+        let switch = wait_for(&self.lines, " serves; ", 1)? - begun;
+        Ok((switch, wait_for(&self.lines, "reload done", 1)? - begun))
     }
 
     /// A number from /proc/PID/status.
@@ -132,7 +111,7 @@ impl Wrapper {
     }
 }
 
-/// Starts so many servers, each on a port of its own, and waits until all listen.
+/// Starts servers, each on its own port, and waits until all listen.
 fn bare_start(workers: u32, options: &Options) -> Result<Duration> {
     let (log, lines) = lines()?;
     let begun = Instant::now();
@@ -142,7 +121,7 @@ fn bare_start(workers: u32, options: &Options) -> Result<Duration> {
         command.stdout(log.try_clone().context("pipe")?);
         command.spawn().context("start a server")?;
     }
-    Ok(lines.wait_for("listening", workers)? - begun)
+    Ok(wait_for(&lines, "listening", workers)? - begun)
 }
 
 pub fn run(options: &Options) -> Result<()> {
@@ -201,13 +180,13 @@ pub fn run(options: &Options) -> Result<()> {
         ("reload, to the switch", line(|scale| scale.switch_ms)),
         ("reload, to its end", line(|scale| scale.reload_ms)),
     ];
-    plots::lines(&options.out.join("scale.svg"), "ms for so many workers", "workers", &lines)?;
+    plots::lines(&options.out.join("scale.svg"), "time in ms by number of workers", "workers", &lines)?;
     report::write(options, "wrapper", &data, &markdown(&data))
 }
 
 fn idle(options: &Options) -> Result<Idle> {
     let wrapper = Wrapper::start(4, options)?;
-    thread::sleep(Duration::from_secs(1)); // What it does after a start is no idling.
+    thread::sleep(Duration::from_secs(1)); // until the work of the start is over
     let time = length(options, 10.0, 3.0);
     let before = wrapper.status("voluntary_ctxt_switches")?;
     let output = Command::new("perf")
@@ -217,7 +196,7 @@ fn idle(options: &Options) -> Result<Idle> {
         .context("perf")?;
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     let line = text.lines().find(|line| line.contains("sys_enter")).ok_or(format!("perf: {text}"))?;
-    // Of a process that did not run at all it says that it has not counted.
+    // perf prints this for a process that didn't run at all.
     let count =
         if line.starts_with("<not counted>") { "0" } else { line.split(',').next().unwrap_or_default() };
     Ok(Idle {
@@ -261,7 +240,7 @@ fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
-/// Of the line that fits best.
+/// The slope of the best line through the points.
 fn slope(points: impl Iterator<Item = (f64, f64)>) -> f64 {
     let points: Vec<(f64, f64)> = points.collect();
     let count = points.len() as f64;
@@ -279,8 +258,8 @@ fn markdown(data: &Data) -> String {
         row("wake-ups while idle", format!("{} in {} s", data.idle.wake_ups, data.idle.seconds)),
         row("wake-ups in a reload of 4 workers", format!("{:.0}", data.wake_ups_in_a_reload)),
         row("from SIGUSR2 to the switch, 4 workers", format!("{:.1} ms", data.switch_ms)),
-        row("of that the workers' own start", format!("{:.1} ms", data.own_start_ms)),
-        row("beyond it", format!("{:.1} ms", data.switch_beyond_start_ms)),
+        row("of this the start of the workers", format!("{:.1} ms", data.own_start_ms)),
+        row("the rest", format!("{:.1} ms", data.switch_beyond_start_ms)),
     ];
     let mut text = format!("{}\n", table(&["reuse-run itself", ""], &rows));
     let line = |scale: &Scale| {
@@ -306,7 +285,7 @@ fn markdown(data: &Data) -> String {
         "after a reload, KiB",
     ];
     text += &table(&header, &data.scale.iter().map(line).collect::<Vec<_>>());
-    text += "\n![time for so many workers](scale.svg)\n\n";
+    text += "\n![time by number of workers](scale.svg)\n\n";
     let rows: Vec<_> = data.slopes.iter().map(|(name, slope)| row(name, format!("{slope:.2}"))).collect();
     text + &table(&["slope", ""], &rows)
 }

@@ -1,4 +1,5 @@
 //! The lines that a program prints.
+#![allow(dead_code)]
 
 use std::io::{BufRead, BufReader, Read};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -46,7 +47,12 @@ impl Lines {
     }
 
     pub fn all(&self) -> Vec<Line> {
-        self.lock().clone()
+        self.all_from(0)
+    }
+
+    /// All lines from number `from` on.
+    pub fn all_from(&self, from: usize) -> Vec<Line> {
+        self.lock().iter().skip(from).cloned().collect()
     }
 
     /// The first line, from number `from` on, that contains `part`.
@@ -66,19 +72,34 @@ impl Lines {
 
     /// Waits for a line, from number `from` on, that is `wanted`.
     pub fn wait_for(&self, from: usize, deadline: Duration, wanted: impl Fn(&str) -> bool) -> Option<Line> {
+        self.wait_for_nth(1, from, deadline, wanted)
+    }
+
+    /// Waits for the `n`th line, from number `from` on, that is `wanted`.
+    pub fn wait_for_nth(
+        &self,
+        n: usize,
+        from: usize,
+        deadline: Duration,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Option<Line> {
         let end = Instant::now() + deadline;
+        let mut left = n;
         let mut next = from;
         let mut lines = self.lock();
         loop {
-            if let Some(line) = lines.iter().skip(next).find(|line| wanted(&line.text)) {
-                return Some(line.clone());
+            for line in lines.iter().skip(next).filter(|line| wanted(&line.text)) {
+                left -= 1;
+                if left == 0 {
+                    return Some(line.clone());
+                }
             }
             next = lines.len().max(from);
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let time = end.saturating_duration_since(Instant::now());
+            if time.is_zero() {
                 return None;
             }
-            lines = self.state.1.wait_timeout(lines, left).unwrap_or_else(PoisonError::into_inner).0;
+            lines = self.state.1.wait_timeout(lines, time).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }

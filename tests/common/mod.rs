@@ -6,6 +6,7 @@
 #![allow(dead_code, unused_imports)]
 
 mod address;
+mod built;
 mod client;
 mod command;
 mod folder;

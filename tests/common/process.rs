@@ -1,4 +1,5 @@
 //! What /proc tells about a process, and signals.
+#![allow(dead_code)]
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
 
+use super::built;
+
 /// `reuse-run`, with its default log level.
 pub fn reuse_run() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_reuse-run"));
@@ -43,12 +45,10 @@ pub fn redirected<S: AsRef<str>>(redirections: &str, options: &str, command: &[S
     behind_shell(&format!(r#"exec "$0" "$@" {redirections}"#), options, command)
 }
 
-/// The path of an example of this package. Cargo builds examples into the same folder as tests.
+/// The path of an example of this package.
 pub fn example(name: &str) -> String {
-    let test = std::env::current_exe().expect("the path of the test");
-    let built = test.parent().and_then(|deps| deps.parent()).expect("target/PROFILE/deps/TEST");
-    let path = built.join("examples").join(name);
-    assert!(path.exists(), "{} is missing: run `cargo build --examples` first", path.display());
+    let path = built::program(&format!("examples/{name}"));
+    let path = path.unwrap_or_else(|error| panic!("{error} (cargo build --examples)"));
     path.into_os_string().into_string().expect("a path in UTF-8")
 }
 

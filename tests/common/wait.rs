@@ -1,4 +1,5 @@
 //! Waiting for a condition, with a deadline.
+#![allow(dead_code)]
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;

@@ -1,12 +1,15 @@
-//! Chaos: a load, and meanwhile whatever may happen to a service, drawn from a seed. In the gentle mode
-//! no request may fail. In the rough one workers are killed while they serve, and only requests that
-//! these had accepted may.
+//! Chaos: a load, and meanwhile random events, which follow from a seed. In the gentle mode no request may fail. In the rough
+//! mode workers are killed while they serve, and only requests that these had accepted may fail.
 #![allow(unsafe_code)]
 
+#[path = "../common/built.rs"]
+mod built;
 #[path = "../common/load/mod.rs"]
 mod load;
 #[path = "../common/netns.rs"]
 mod netns;
+#[path = "../common/process.rs"]
+mod process;
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -22,27 +25,30 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use load::{Kind, Load, LoadOptions, Report};
+use load::{Kind, Load, LoadOptions, Report, number};
 
 const USAGE: &str = "usage: chaos [--rough] [--seed N] [--plan] [SECONDS]
 
-Loads two workers for SECONDS (60) while it reloads them, reloads to versions that are broken, and stops
-and continues workers, all at random. No request may fail. With --rough it also kills workers that serve,
-and reloads to a version that crashes a second after it was ready; then at most as many requests may fail
-as those workers had accepted. Exits 0 if that is so, and 1 if not.
+Loads two workers for SECONDS (60). Meanwhile, at random, it reloads them, also to broken versions, and
+stops and continues workers. No request may fail.
 
-What happens is drawn from a seed, which is printed; --seed N has it happen again. --plan only prints it.";
+  --rough   also kill workers that serve, and reload to a version that crashes a second after it was ready;
+            then as many requests may fail as these workers had accepted
+  --seed N  repeat an earlier run (each prints its seed)
+  --plan    only print what would happen
+
+Exits with 0 if no more requests have failed than may, else with 1.";
 
 const WORKERS: usize = 2;
 const CLIENTS: usize = 16;
-/// Leaves something of two processors to start new workers with.
+/// Less than two CPUs can do, so that there is CPU time left to start workers.
 const REQUESTS_PER_SECOND: f64 = 2000.0;
-/// For what must happen at all.
+/// How long to wait for something that must happen.
 const DEADLINE: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(5);
-/// A version that hangs or is never ready costs so long.
+/// After this time a version that hangs or is never ready is given up.
 const READY_TIMEOUT: &str = "2s";
-/// The status by which a version that crashes is known.
+/// The exit status of the version that crashes.
 const CRASH_STATUS: i32 = 9;
 
 fn main() -> ExitCode {
@@ -115,7 +121,7 @@ impl Settings {
 
 // The plan.
 
-/// Numbers that look random and follow from the seed (Vigna's splitmix64).
+/// Pseudo-random numbers (Vigna's splitmix64).
 struct Random(u64);
 
 impl Random {
@@ -136,7 +142,7 @@ impl Random {
     }
 }
 
-/// What a version does that isn't fit to serve.
+/// What a broken version does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Broken {
     Exits,
@@ -148,12 +154,12 @@ enum Broken {
 enum What {
     Reload,
     ReloadTo(Broken),
-    /// Of all workers there are, old and new ones.
+    /// SIGSTOP to one of all workers, old and new.
     Stop {
         nth: usize,
         length: Duration,
     },
-    /// Of those that serve.
+    /// SIGKILL to one of the workers that serve.
     Kill {
         nth: usize,
     },
@@ -182,12 +188,12 @@ struct Step {
     what: What,
 }
 
-/// A slot whose workers die all the time is restarted later and later, and past two seconds what waits
-/// for it is reset. A reload that is done sets that back to zero.
+/// More kills would make the back-off of a slot longer than two seconds, and then its accept queue is reset. A reload ends the
+/// back-off.
 const KILLS_BETWEEN_RELOADS: usize = 4;
 
-/// Everything that will happen. Waiting for a reload to be over before the next may make it happen later
-/// than planned, but in this order.
+/// Everything that will happen, in this order. It may happen later than planned, because each reload waits for the end of the
+/// one before.
 fn plan(settings: &Settings) -> Vec<Step> {
     let mut random = Random(settings.seed);
     let mut plan: Vec<Step> = Vec::new();
@@ -195,7 +201,7 @@ fn plan(settings: &Settings) -> Vec<Step> {
     let mut bag = Vec::new();
     while at < settings.length {
         if bag.is_empty() {
-            // Each kind comes once before any comes again.
+            // Each kind comes once before any kind comes again.
             bag = (0..if settings.rough { 11 } else { 8 }).collect();
         }
         let what = match bag.swap_remove(random.below(bag.len())) {
@@ -227,30 +233,24 @@ fn plan(settings: &Settings) -> Vec<Step> {
 
 // The service.
 
-/// What the log and the workers have said so far.
+/// What the log and the workers have printed so far.
 #[derive(Default)]
-struct Heard {
+struct Output {
     /// The generation that serves; 0 before the first.
     serving: u32,
     reloads_done: usize,
     reloads_given_up: usize,
-    /// Connections that reuse-run reset, by its own account.
+    /// Connections that reuse-run has reset, by its log.
     reset: u64,
-    /// Pid and generation of every worker that has listened, in order.
+    /// Pid and generation of each worker that has listened, in order.
     workers: Vec<(u32, u32)>,
-    /// By pid: connections accepted, and those of them that were closed.
+    /// Accepted and closed connections, by pid.
     connections: HashMap<u32, (u64, u64)>,
     log: Vec<String>,
 }
 
-fn number(text: &str, label: &str) -> Option<u32> {
-    let rest = &text[text.find(label)? + label.len()..];
-    let end = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
-    rest[..end].parse().ok()
-}
-
-impl Heard {
-    fn hear_log(&mut self, line: String) {
+impl Output {
+    fn add_log(&mut self, line: String) {
         let begins_to_serve = line.contains("generation 1 is ready after ") || line.contains(" serves; ");
         if let Some(generation) = number(&line, "]: generation ").filter(|_| begins_to_serve) {
             self.serving = generation;
@@ -265,7 +265,7 @@ impl Heard {
         self.log.push(line);
     }
 
-    fn hear_worker(&mut self, line: &str) {
+    fn add_worker(&mut self, line: &str) {
         let Some(pid) = number(line, "pid=") else { return };
         let (accepted, closed) = self.connections.entry(pid).or_default();
         if line.starts_with("accepted ") {
@@ -280,30 +280,21 @@ impl Heard {
 
 struct Service {
     child: Child,
-    heard: Arc<Mutex<Heard>>,
+    output: Arc<Mutex<Output>>,
     readers: Vec<JoinHandle<()>>,
     folder: PathBuf,
-    /// The newest generation that was asked for.
+    /// The generation of the last reload.
     generation: u32,
     good: String,
 }
 
 impl Service {
     fn start(addr: SocketAddr) -> Result<Service, String> {
-        // target/PROFILE/examples/chaos runs target/PROFILE/reuse-run and examples/server.
-        let own = std::env::current_exe().map_err(|error| format!("own path: {error}"))?;
-        let examples = own.parent().ok_or("no folder of its own")?;
-        let program = examples.parent().ok_or("no folder of programs")?.join("reuse-run");
-        let server = examples.join("server");
-        for needed in [&program, &server] {
-            if !needed.exists() {
-                return Err(format!("{} is missing: run scripts/chaos", needed.display()));
-            }
-        }
+        let (program, server) = (built::program("reuse-run")?, built::program("examples/server")?);
         let folder = std::env::temp_dir().join(format!("reuse-run-chaos-{}", std::process::id()));
         fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
 
-        // Each generation is of one version, restarts included.
+        // Each generation has one version, also after restarts.
         let text = r#"exec "$0" --announce $(cat "$1/$REUSE_RUN_GENERATION")"#;
         let mut command = Command::new(program);
         command
@@ -314,33 +305,33 @@ impl Service {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        // SAFETY: a system call and no more, which is all right between fork and exec.
+        // SAFETY: prctl(2) is a system call and nothing else, which is allowed between fork and exec.
         unsafe { command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?)) };
         let good = format!("--listen {addr} --ready-after 0");
         fs::write(folder.join("1"), &good).map_err(|error| error.to_string())?;
         let mut child = command.spawn().map_err(|error| format!("start reuse-run: {error}"))?;
-        let heard = Arc::new(Mutex::new(Heard::default()));
+        let output = Arc::new(Mutex::new(Output::default()));
         let readers = vec![
-            read_lines(child.stderr.take(), &heard, Heard::hear_log),
-            read_lines(child.stdout.take(), &heard, |heard, line| heard.hear_worker(&line)),
+            read_lines(child.stderr.take(), &output, Output::add_log),
+            read_lines(child.stdout.take(), &output, |output, line| output.add_worker(&line)),
         ];
-        Ok(Service { child, heard, readers, folder, generation: 1, good })
+        Ok(Service { child, output, readers, folder, generation: 1, good })
     }
 
-    fn heard(&self) -> MutexGuard<'_, Heard> {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    fn output(&self) -> MutexGuard<'_, Output> {
+        self.output.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn send(&self, pid: u32, signal: Signal) -> bool {
         kill(Pid::from_raw(pid as i32), signal).is_ok()
     }
 
-    /// Waits for what must come.
-    fn wait(&self, what: &str, condition: impl Fn(&Heard) -> bool) -> Result<(), String> {
+    /// Waits until `condition` holds.
+    fn wait(&self, what: &str, condition: impl Fn(&Output) -> bool) -> Result<(), String> {
         let end = Instant::now() + DEADLINE;
-        while !condition(&self.heard()) {
+        while !condition(&self.output()) {
             if Instant::now() > end {
-                let log = self.heard().log.join("\n");
+                let log = self.output().log.join("\n");
                 return Err(format!("not within {DEADLINE:?}: {what}; the log:\n{log}"));
             }
             thread::sleep(POLL);
@@ -348,13 +339,13 @@ impl Service {
         Ok(())
     }
 
-    /// Whether every reload that was asked for is over.
+    /// Whether all reloads have ended.
     fn reloads_are_over(&self) -> bool {
-        let heard = self.heard();
-        heard.reloads_done + heard.reloads_given_up == self.generation as usize - 1
+        let output = self.output();
+        output.reloads_done + output.reloads_given_up == self.generation as usize - 1
     }
 
-    /// Reloads to a version, once the last reload is over.
+    /// Reloads to a version. The last reload must be over.
     fn reload(&mut self, version: &str) -> Result<(), String> {
         self.generation += 1;
         let file = self.folder.join(self.generation.to_string());
@@ -363,22 +354,20 @@ impl Service {
         Ok(())
     }
 
-    /// All processes that reuse-run has started, old and new, in order of their pids.
+    /// All workers, old and new.
     fn workers(&self) -> Vec<u32> {
-        let pid = self.child.id();
-        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-        children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+        process::children(self.child.id())
     }
 
-    /// Those of the generation that serves.
+    /// The workers of the generation that serves.
     fn serving(&self) -> Vec<u32> {
         let alive = self.workers();
-        let heard = self.heard();
-        let of_generation = heard.workers.iter().filter(|(_, generation)| *generation == heard.serving);
+        let output = self.output();
+        let of_generation = output.workers.iter().filter(|(_, generation)| *generation == output.serving);
         of_generation.map(|(pid, _)| *pid).filter(|pid| alive.contains(pid)).collect()
     }
 
-    /// Stops it and reads all that was said; returns the exit status.
+    /// Stops reuse-run and reads the rest of its output. Returns the exit status.
     fn end(&mut self) -> Result<Option<i32>, String> {
         self.send(self.child.id(), Signal::SIGTERM);
         let end = Instant::now() + DEADLINE;
@@ -410,22 +399,22 @@ impl Drop for Service {
 
 fn read_lines(
     stream: Option<impl Read + Send + 'static>,
-    heard: &Arc<Mutex<Heard>>,
-    hear: fn(&mut Heard, String),
+    output: &Arc<Mutex<Output>>,
+    add: fn(&mut Output, String),
 ) -> JoinHandle<()> {
-    let heard = Arc::clone(heard);
+    let output = Arc::clone(output);
     thread::spawn(move || {
         let Some(stream) = stream else { return };
         for line in BufReader::new(stream).split(b'\n').map_while(Result::ok) {
             let line = String::from_utf8_lossy(&line).into_owned();
-            hear(&mut heard.lock().unwrap_or_else(PoisonError::into_inner), line);
+            add(&mut output.lock().unwrap_or_else(PoisonError::into_inner), line);
         }
     })
 }
 
 // The run.
 
-/// What was done, as far as it could be.
+/// What has been done.
 #[derive(Default)]
 struct Done {
     stopped: usize,
@@ -433,7 +422,7 @@ struct Done {
     /// Generations of the version that crashes.
     crashing: HashSet<u32>,
     broken: usize,
-    /// Stopped workers and when each is to go on.
+    /// Stopped workers, and when to continue each.
     to_continue: Vec<(u32, Instant)>,
 }
 
@@ -449,11 +438,11 @@ impl Done {
     }
 }
 
-/// Runs it; true if all was as it should be.
+/// Runs the plan. True if no more has failed than may.
 fn run(settings: &Settings, plan: &[Step]) -> Result<bool, String> {
     let addr = address()?;
     let mut service = Service::start(addr)?;
-    service.wait("the first generation is ready", |heard| heard.serving == 1)?;
+    service.wait("the first generation is ready", |output| output.serving == 1)?;
     let load = Load::start(LoadOptions::new(addr, CLIENTS).rate(REQUESTS_PER_SECOND));
     let begun = Instant::now();
     let mut done = Done::default();
@@ -465,7 +454,7 @@ fn run(settings: &Settings, plan: &[Step]) -> Result<bool, String> {
         while Instant::now() < at || is_reload && !service.reloads_are_over() {
             done.continue_due(&service, Instant::now());
             if Instant::now() > end {
-                let log = service.heard().log.join("\n");
+                let log = service.output().log.join("\n");
                 return Err(format!("a reload has not ended within {DEADLINE:?}; the log:\n{log}"));
             }
             thread::sleep(POLL);
@@ -483,13 +472,13 @@ fn run(settings: &Settings, plan: &[Step]) -> Result<bool, String> {
     }
     let reloads = service.generation as usize - 1;
     service
-        .wait("the last reload is over", |heard| heard.reloads_done + heard.reloads_given_up == reloads)?;
+        .wait("the last reload is over", |output| output.reloads_done + output.reloads_given_up == reloads)?;
     let report = load.stop();
     let status = service.end()?;
-    Ok(judge(settings, &service.heard(), &done, &report, status))
+    Ok(judge(settings, &service.output(), &done, &report, status))
 }
 
-/// A port that nobody else has. Where there are no namespaces to be had it is a free one for now.
+/// A free port, in a new network namespace if there is the right to make one.
 fn address() -> Result<SocketAddr, String> {
     let _ = netns::enter();
     let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
@@ -534,23 +523,23 @@ fn take(service: &mut Service, done: &mut Done, what: What) -> Result<(), String
     Ok(())
 }
 
-/// Prints what has happened and whether it may.
-fn judge(settings: &Settings, heard: &Heard, done: &Done, report: &Report, status: Option<i32>) -> bool {
-    let crashed: HashSet<u32> = heard
+/// Prints what has happened. True if no more has failed than may.
+fn judge(settings: &Settings, output: &Output, done: &Done, report: &Report, status: Option<i32>) -> bool {
+    let crashed: HashSet<u32> = output
         .log
         .iter()
         .filter(|line| line.contains(&format!("exited with status {CRASH_STATUS}")))
         .filter_map(|line| number(line, "(pid "))
         .collect();
-    // A worker may have accepted one more than it had the time to say.
+    // A worker may have accepted one connection more than it had printed.
     let accepted =
-        |pid: &u32| heard.connections.get(pid).map_or(0, |(accepted, closed)| accepted - closed + 1);
+        |pid: &u32| output.connections.get(pid).map_or(0, |(accepted, closed)| accepted - closed + 1);
     let allowed: u64 = done.killed.union(&crashed).map(accepted).sum();
     println!("\n{report}\n");
     println!(
-        "reloads: {} done, {} given up; {} of them were to a broken version, {} to one that crashes",
-        heard.reloads_done,
-        heard.reloads_given_up,
+        "reloads: {} done, {} abandoned; {} of them to a broken version, {} to a version that crashes",
+        output.reloads_done,
+        output.reloads_given_up,
         done.broken,
         done.crashing.len(),
     );
@@ -559,16 +548,16 @@ fn judge(settings: &Settings, heard: &Heard, done: &Done, report: &Report, statu
         done.stopped,
         done.killed.len(),
         crashed.len(),
-        heard.reset,
+        output.reset,
     );
     let failed = report.counts.failed;
     let mut wrong = Vec::new();
     if failed > allowed {
-        wrong.push(format!("{failed} requests failed, which may be {allowed} at most"));
+        wrong.push(format!("{failed} requests failed, but only {allowed} may"));
     }
     for kind in [Kind::Refused, Kind::TimeOut] {
         if report.count(kind) > 0 {
-            wrong.push(format!("{kind}: {}, which no worker's end explains", report.count(kind)));
+            wrong.push(format!("{kind}: {}, which the end of a worker doesn't explain", report.count(kind)));
         }
     }
     if report.counts.answered == 0 {
@@ -578,13 +567,10 @@ fn judge(settings: &Settings, heard: &Heard, done: &Done, report: &Report, statu
         wrong.push(format!("reuse-run ended with status {status:?} instead of 0"));
     }
     if wrong.is_empty() {
-        println!(
-            "requests: {} answered, {failed} failed, which may be {allowed} at most",
-            report.counts.answered
-        );
+        println!("requests: {} answered, {failed} failed, {allowed} may", report.counts.answered);
         return true;
     }
-    println!("the log:\n{}", heard.log.join("\n"));
+    println!("the log:\n{}", output.log.join("\n"));
     println!("WRONG: {}; again with: --seed {}", wrong.join("; "), settings.seed);
     false
 }

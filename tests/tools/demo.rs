@@ -1,36 +1,42 @@
-//! The demo: copies of an unmodified Express app behind reuse-run, clients that never pause, and a
-//! reload every second or so. What counts is on the screen: how many requests failed.
+//! The demo: copies of an unmodified Express app behind reuse-run, clients that send requests without a pause, and a reload
+//! about every second. It shows how many requests fail.
 #![allow(unsafe_code)]
 
+#[path = "../common/built.rs"]
+mod built;
+#[path = "../common/lines.rs"]
+mod lines;
 #[path = "../common/load/mod.rs"]
 mod load;
 #[path = "../common/netns.rs"]
 mod netns;
+#[path = "../common/process.rs"]
+mod process;
 
 use std::collections::VecDeque;
-use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
+use lines::{Line, Lines};
 use load::{Load, LoadOptions, Snapshot};
 
-/// The app has it hard-coded.
+/// The port of the app.
 const PORT: u16 = 3000;
 const WORKERS: usize = 4;
 const CLIENTS: usize = 32;
-/// Below what two processors can do, so that there is something left to start new workers with.
+/// Less than two CPUs can do, so that there is CPU time left to start workers.
 const REQUESTS_PER_SECOND: f64 = 1000.0;
-/// From the start of a reload to the start of the next, if it takes no longer itself.
+/// From the start of a reload to the start of the next, unless a reload takes longer.
 const RELOAD_EVERY: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(300);
 const REDRAW: Duration = Duration::from_millis(100);
@@ -40,9 +46,9 @@ const RELOAD_TIMEOUT: Duration = Duration::from_secs(120);
 
 const USAGE: &str = "usage: demo [SECONDS]
 
-Starts 4 copies of an unmodified Express app with reuse-run, has 32 clients ask them without a pause,
-a new connection for each request, and replaces all 4 every second or so. Ends after SECONDS (15) or
-at Ctrl-C; exits 0 only if every request was answered.";
+Runs 4 copies of an unmodified Express app with reuse-run. 32 clients send requests without a pause, each on a
+new connection, and about every second all 4 copies are replaced. Ends after SECONDS (15) or at Ctrl-C. Exits
+with 0 only if every request was answered.";
 
 fn main() -> ExitCode {
     let seconds = match std::env::args().nth(1).as_deref() {
@@ -82,10 +88,10 @@ fn run(length: Duration) -> Result<bool, String> {
     while service.generation == 0 {
         service.follow()?;
         if interrupted.load(Ordering::Relaxed) {
-            return Err("interrupted before the app was up".to_owned());
+            return Err("interrupted before the app was ready".to_owned());
         }
         if started.elapsed() > START_TIMEOUT {
-            return Err(format!("the app was not up within {} s", START_TIMEOUT.as_secs()));
+            return Err(format!("the app was not ready within {} s", START_TIMEOUT.as_secs()));
         }
         thread::sleep(Duration::from_millis(10));
     }
@@ -101,7 +107,7 @@ fn run(length: Duration) -> Result<bool, String> {
         if let Some(begun) = service.reload_begun.filter(|begun| begun.elapsed() > RELOAD_TIMEOUT) {
             return Err(format!("a reload has not ended within {} s", begun.elapsed().as_secs()));
         }
-        // The last reload is seen to its end.
+        // The demo waits for the end of the last reload.
         let over = begun.elapsed() >= length && service.reload_begun.is_none();
         if over || interrupted.load(Ordering::Relaxed) {
             break;
@@ -113,7 +119,7 @@ fn run(length: Duration) -> Result<bool, String> {
             next_reload = now + RELOAD_EVERY;
         }
         if screen.show(&service, &load.snapshot(), begun.elapsed()).is_err() {
-            break; // Nobody is watching any more.
+            break; // stdout is closed
         }
         thread::sleep(Duration::from_millis(20));
     }
@@ -135,7 +141,7 @@ fn run(length: Duration) -> Result<bool, String> {
         summary += &format!(" ({} each, the longest {})", seconds(mean), seconds(*longest));
     }
     summary += &format!(
-        "; an answer took {} in the middle and {} at most",
+        "; the median answer took {}, the longest {}",
         milliseconds(report.percentile(50.0)),
         milliseconds(report.longest())
     );
@@ -146,7 +152,7 @@ fn run(length: Duration) -> Result<bool, String> {
     Ok(perfect)
 }
 
-/// A network of the demo's own, or at least the app's port.
+/// Enters a new network namespace; without the rights for it, checks that the app's port is free.
 fn network() -> Result<(), String> {
     if netns::enter().is_ok() {
         return Ok(());
@@ -157,17 +163,18 @@ fn network() -> Result<(), String> {
         return Ok(());
     }
     Err(format!(
-        "port {PORT}, which the app has hard-coded, is taken; free it, or run the demo as root, \
-         where it gets a network of its own"
+        "port {PORT}, which the app uses, is in use; free it, or run the demo as root, in a network namespace"
     ))
 }
 
-/// reuse-run with the app, and what its log has told so far.
+/// reuse-run with the app, and its state by its log.
 struct Service {
     child: Child,
-    log: mpsc::Receiver<String>,
-    last_lines: VecDeque<String>,
-    /// Of the workers that serve; 0 before the first are ready.
+    log: Lines,
+    reader: JoinHandle<()>,
+    /// How many lines of the log have been read.
+    lines_read: usize,
+    /// Of the workers that serve; 0 before the first ones are ready.
     generation: u32,
     reload_begun: Option<Instant>,
     switched: bool,
@@ -175,16 +182,14 @@ struct Service {
     abandoned: u32,
 }
 
-/// The command as a person would type it in this repository.
+/// The command as a user would type it in this repository.
 fn command_line() -> String {
     format!("reuse-run -n {WORKERS} -- node tests/apps/express/app.js")
 }
 
 impl Service {
     fn start() -> Result<Service, String> {
-        // target/PROFILE/examples/demo runs target/PROFILE/reuse-run.
-        let demo = std::env::current_exe().map_err(|error| format!("own path: {error}"))?;
-        let built: PathBuf = demo.ancestors().nth(2).unwrap_or(Path::new(".")).join("reuse-run");
+        let built = built::program("reuse-run")?;
         let mut command = Command::new(&built);
         command
             .args(["-n", &WORKERS.to_string(), "--", "node", "tests/apps/express/app.js"])
@@ -193,18 +198,20 @@ impl Service {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
-            // Ctrl-C is for the demo, which then stops it in order.
+            // Ctrl-C goes to the demo, which then stops reuse-run.
             .process_group(0);
-        // SAFETY: prctl alone, which is safe between fork and exec.
+        // SAFETY: prctl(2) is a system call and nothing else, which is allowed between fork and exec.
         unsafe {
             command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?));
         }
         let mut child = command.spawn().map_err(|error| format!("start {}: {error}", built.display()))?;
-        let log = follow(child.stderr.take().expect("stderr is a pipe"));
+        let log = Lines::default();
+        let reader = log.read(child.stderr.take().expect("stderr is a pipe"));
         Ok(Service {
             child,
             log,
-            last_lines: VecDeque::new(),
+            reader,
+            lines_read: 0,
             generation: 0,
             reload_begun: None,
             switched: false,
@@ -213,9 +220,10 @@ impl Service {
         })
     }
 
-    /// Takes in what the log says; an error if reuse-run has ended.
+    /// Reads new lines of the log. An error if reuse-run has ended.
     fn follow(&mut self) -> Result<(), String> {
-        while let Ok(line) = self.log.try_recv() {
+        for Line { text: line, .. } in self.log.all_from(self.lines_read) {
+            self.lines_read += 1;
             if line.starts_with("reuse-run[") {
                 if line.contains("reload done") {
                     self.reloads.extend(self.reload_begun.take().map(|begun| begun.elapsed()));
@@ -226,26 +234,24 @@ impl Service {
                     self.generation = generation;
                     self.switched = true;
                 } else if let Some(generation) = generation(&line, " is ready") {
-                    // The first serve as soon as they are ready, later ones after the switch.
+                    // The first workers serve when they are ready, others after the switch.
                     if self.generation == 0 {
                         self.generation = generation;
                     }
                 }
             }
-            self.last_lines.push_back(line);
-            if self.last_lines.len() > 10 {
-                self.last_lines.pop_front();
-            }
         }
         match self.child.try_wait() {
             Ok(None) => Ok(()),
             Ok(Some(status)) => {
-                // What it said last may still be on its way through the pipe.
-                while let Ok(line) = self.log.recv_timeout(Duration::from_millis(200)) {
-                    self.last_lines.push_back(line);
+                // Its last lines may still be in the pipe.
+                let deadline = Instant::now() + Duration::from_millis(200);
+                while !self.reader.is_finished() && Instant::now() < deadline {
+                    thread::sleep(Duration::from_millis(5));
                 }
-                let lines: Vec<String> = self.last_lines.drain(..).collect();
-                Err(format!("reuse-run ended ({status}); it said last:\n{}", lines.join("\n")))
+                let from = self.log.count().saturating_sub(10);
+                let lines: Vec<String> = self.log.all_from(from).into_iter().map(|line| line.text).collect();
+                Err(format!("reuse-run has ended ({status}); its last lines:\n{}", lines.join("\n")))
             }
             Err(error) => Err(format!("wait for reuse-run: {error}")),
         }
@@ -266,12 +272,9 @@ impl Service {
         let _ = self.child.wait();
     }
 
-    /// The worker processes now.
+    /// The pids of all workers.
     fn workers(&self) -> Vec<String> {
-        let pid = self.child.id();
-        let children =
-            std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-        children.split_whitespace().map(str::to_owned).collect()
+        process::children(self.child.id()).iter().map(u32::to_string).collect()
     }
 
     fn doing(&self) -> String {
@@ -282,7 +285,7 @@ impl Service {
                 format!("reload: {WORKERS} new workers start beside generation {generation}, which serves on")
             }
             Some(_) => {
-                format!("reload: generation {generation} serves, the old workers finish what they have")
+                format!("reload: generation {generation} serves, the old workers finish their requests")
             }
         }
     }
@@ -296,33 +299,19 @@ impl Drop for Service {
     }
 }
 
-/// The lines of the log as they come.
-fn follow(stderr: ChildStderr) -> mpsc::Receiver<String> {
-    let (send, receive) = mpsc::channel();
-    thread::spawn(move || {
-        for line in BufReader::new(stderr).lines() {
-            let Ok(line) = line else { return };
-            if send.send(line).is_err() {
-                return;
-            }
-        }
-    });
-    receive
-}
-
 /// K of `generation K` followed by `what`.
 fn generation(line: &str, what: &str) -> Option<u32> {
     let end = line.find(what)?;
     line[..end].rsplit(' ').next()?.parse().ok()
 }
 
-/// What a person watches: a few lines drawn over and over on a terminal, else a line a second.
+/// The output: on a terminal some lines that are drawn again and again, else a line each second.
 struct Screen {
     terminal: bool,
     drawn: usize,
     next: Instant,
-    reloads_told: usize,
-    /// The counters of about a second ago and later, for the rate.
+    reloads_printed: usize,
+    /// The number of requests at times in about the last second, for the rate.
     recent: VecDeque<(Instant, u64)>,
 }
 
@@ -332,7 +321,7 @@ impl Screen {
             terminal: io::stdout().is_terminal(),
             drawn: 0,
             next: Instant::now(),
-            reloads_told: 0,
+            reloads_printed: 0,
             recent: VecDeque::new(),
         }
     }
@@ -346,13 +335,13 @@ impl Screen {
         self.last(service, counts, elapsed)
     }
 
-    /// Shows it without regard to when it was shown last.
+    /// Shows it immediately.
     fn last(&mut self, service: &Service, counts: &Snapshot, elapsed: Duration) -> io::Result<()> {
         let rate = self.rate(counts.requests);
         if self.terminal {
             self.draw(service, counts, elapsed, rate)
         } else {
-            self.tell(service, counts, elapsed, rate)
+            self.print(service, counts, elapsed, rate)
         }
     }
 
@@ -391,7 +380,7 @@ impl Screen {
         if self.drawn > 0 {
             frame += &format!("\x1b[{}A\r", self.drawn);
         }
-        // Not wrapped at the edge of a narrow terminal, or going up again would miss the first line.
+        // Without line wrap, because wrapped lines would be more than those that the cursor goes up again.
         frame += "\x1b[?7l";
         for line in &lines {
             frame += &format!("{line}\x1b[K\n");
@@ -403,16 +392,22 @@ impl Screen {
         out.flush()
     }
 
-    fn tell(&mut self, service: &Service, counts: &Snapshot, elapsed: Duration, rate: u64) -> io::Result<()> {
+    fn print(
+        &mut self,
+        service: &Service,
+        counts: &Snapshot,
+        elapsed: Duration,
+        rate: u64,
+    ) -> io::Result<()> {
         let mut out = io::stdout().lock();
         if self.drawn == 0 {
             writeln!(out, "{}    an unmodified Express app", command_line())?;
             writeln!(out, "{CLIENTS} clients, a new connection for each request")?;
             self.drawn = 1;
         }
-        let new = &service.reloads[self.reloads_told..];
+        let new = &service.reloads[self.reloads_printed..];
         let times: Vec<String> = new.iter().map(|time| format!("reloaded in {}", seconds(*time))).collect();
-        self.reloads_told = service.reloads.len();
+        self.reloads_printed = service.reloads.len();
         writeln!(
             out,
             "{:4.0} s  {:>9} requests  {:>6}/s  {} failed  generation {:<3} {}",
@@ -435,7 +430,7 @@ fn milliseconds(duration: Duration) -> String {
     format!("{:.1} ms", duration.as_secs_f64() * 1e3)
 }
 
-/// 1234567 as 1,234,567.
+/// `1,234,567` for 1234567.
 fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();

@@ -1,10 +1,9 @@
-//! A naive HTTP server for the tests: std alone, a thread for each connection, no signal handler
-//! unless it is asked for, and no idea that anybody might want to replace it.
+//! The HTTP server of the tests: std only, a thread for each connection, and no signal handler unless an option asks for it.
 //!
-//! It answers `pid=… generation=… slot=… port=… work=…`. `/sleep/MS` takes that long; a request with
-//! `?id=X` has the server print `begun X` when it was read and `done X` when its answer was written.
-//! With `--share` it sets SO_REUSEPORT, with `--given` it serves the listeners of LISTEN_FDS too, and with
-//! `--announce` it prints `accepted pid=…` and `closed pid=…` for every connection.
+//! It answers `pid=… generation=… slot=… port=… work=…`. `/sleep/MS` takes that many milliseconds. For a request with
+//! `?id=X` it prints `begun X` when it has read the request and `done X` when it has written the answer. With `--share` it
+//! sets SO_REUSEPORT, with `--given` it also serves the listeners of LISTEN_FDS, and with `--announce` it prints
+//! `accepted pid=…` and `closed pid=…` for each connection.
 #![allow(unsafe_code)]
 
 use std::env;
@@ -84,7 +83,7 @@ fn milliseconds(text: &str) -> Duration {
     )
 }
 
-/// What every connection needs to know.
+/// What all connections share.
 struct Server {
     keep_alive: bool,
     announce: bool,
@@ -92,9 +91,9 @@ struct Server {
     deaf_while: Option<PathBuf>,
     generation: String,
     slot: String,
-    /// Connections that were accepted and have not had their answer; with keep-alive, those whose
-    /// request was begun and is not answered yet.
-    in_hand: AtomicUsize,
+    /// Connections that are accepted and not answered yet; with keep-alive, requests that have begun and aren't answered
+    /// yet.
+    in_progress: AtomicUsize,
 }
 
 fn main() {
@@ -105,7 +104,7 @@ fn main() {
         deaf_while: options.deaf_while,
         generation: env::var("REUSE_RUN_GENERATION").unwrap_or_default(),
         slot: env::var("REUSE_RUN_SLOT").unwrap_or_default(),
-        in_hand: AtomicUsize::new(0),
+        in_progress: AtomicUsize::new(0),
     });
 
     if options.ignore_int {
@@ -141,7 +140,7 @@ fn main() {
         }
         if options.given {
             let count: i32 = env::var("LISTEN_FDS").expect("LISTEN_FDS").parse().expect("a number");
-            // SAFETY: these were left open for us under these numbers and nobody else here uses them.
+            // SAFETY: these fds were passed to this process, and nothing else here uses them.
             listeners.extend((3..3 + count).map(|fd| unsafe { TcpListener::from_raw_fd(fd) }));
         }
         say(&format!(
@@ -152,13 +151,13 @@ fn main() {
         ));
     }
 
-    // Before the announcement, so that its order among the printed lines tells what came first.
+    // Begins before the first accept, so that the order of the printed lines shows what came first.
     if let Some(after) = options.ready_after {
         thread::spawn(move || {
             thread::sleep(after);
             say("ready");
             let number = env::var("READY_FD").expect("READY_FD").parse().expect("READY_FD is a number");
-            // SAFETY: the pipe was left open for us under this number and nobody else here uses it.
+            // SAFETY: this fd was passed to this process, and nothing else here uses it.
             let mut pipe = unsafe { File::from_raw_fd(number) };
             pipe.write_all(b"\n").expect("write to READY_FD");
         });
@@ -177,9 +176,9 @@ fn main() {
         for listener in &own {
             let _ = nix::sys::socket::shutdown(listener.as_raw_fd(), nix::sys::socket::Shutdown::Read);
         }
-        // Once they have ended, all that was accepted is counted.
+        // When these threads have ended, every accepted connection is counted.
         accepting.into_iter().for_each(|thread| thread.join().expect("accept"));
-        while server.in_hand.load(Ordering::SeqCst) > 0 {
+        while server.in_progress.load(Ordering::SeqCst) > 0 {
             thread::sleep(Duration::from_millis(5));
         }
         exit(0)
@@ -213,7 +212,7 @@ fn accept(server: &Arc<Server>, listener: &TcpListener) {
                 }
                 let server = Arc::clone(server);
                 if !server.keep_alive {
-                    server.in_hand.fetch_add(1, Ordering::SeqCst);
+                    server.in_progress.fetch_add(1, Ordering::SeqCst);
                 }
                 thread::spawn(move || {
                     let _ = serve(&server, stream, port);
@@ -221,18 +220,18 @@ fn accept(server: &Arc<Server>, listener: &TcpListener) {
                         say(&format!("closed pid={}", std::process::id()));
                     }
                     if !server.keep_alive {
-                        server.in_hand.fetch_sub(1, Ordering::SeqCst);
+                        server.in_progress.fetch_sub(1, Ordering::SeqCst);
                     }
                 });
             }
-            // A listener that was shut down: what is in hand goes on.
+            // The listener was shut down. Requests in progress continue.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return,
             Err(error) => eprintln!("server: accept: {error}"),
         }
     }
 }
 
-/// Serves a connection; it is closed before it counts as out of hand.
+/// Serves a connection, and closes it before `in_progress` is lowered.
 fn serve(server: &Server, mut stream: TcpStream, port: u16) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut bytes = Vec::new();
@@ -241,9 +240,9 @@ fn serve(server: &Server, mut stream: TcpStream, port: u16) -> io::Result<()> {
         if !server.keep_alive {
             return answer(server, &mut stream, port, &target, true);
         }
-        server.in_hand.fetch_add(1, Ordering::SeqCst);
+        server.in_progress.fetch_add(1, Ordering::SeqCst);
         let answered = answer(server, &mut stream, port, &target, close);
-        server.in_hand.fetch_sub(1, Ordering::SeqCst);
+        server.in_progress.fetch_sub(1, Ordering::SeqCst);
         answered?;
         if close {
             return Ok(());
@@ -251,8 +250,8 @@ fn serve(server: &Server, mut stream: TcpStream, port: u16) -> io::Result<()> {
     }
 }
 
-/// Reads one request's head and returns its target, and whether it is the connection's last; `None` at the
-/// end of the connection.
+/// Reads the head of a request. Returns its target, and whether it is the last on the connection; `None` at the end of the
+/// connection.
 fn read_head(stream: &mut TcpStream, bytes: &mut Vec<u8>) -> io::Result<Option<(String, bool)>> {
     let mut chunk = [0; 4096];
     loop {
@@ -298,7 +297,7 @@ fn answer(server: &Server, stream: &mut TcpStream, port: u16, target: &str, clos
     Ok(())
 }
 
-/// Prints a line in one write, so that a killed server leaves no half of one.
+/// Prints a line in one write(2), so that a killed server leaves no half line.
 fn say(line: &str) {
     let mut out = io::stdout().lock();
     let _ = out.write_all(format!("{line}\n").as_bytes());

@@ -1,11 +1,10 @@
-// The application that every peer runs: node app.js naive|polite [PORT]
+// The app that all peers run: node app.js naive|polite [PORT]
 //
-// A naive one has no idea that it might be replaced. A polite one, told to stop, takes no more connections,
-// ends those that it has with their next answer, and itself with the last of them.
+// A naive one has no signal handler. A polite one stops gracefully: it accepts no more connections, closes each with its
+// next answer, and exits with the last.
 //
-// With BENCH_HEAVY=COUNT the workers of the first COUNT slots block for 200 ms in each request whose id says so,
-// which is every fiftieth: drawn by BENCH_SEED from what the client says, so that it is the same for all peers.
-// Appends a line to the file BENCH_READY when it listens.
+// With BENCH_HEAVY=COUNT the workers of the first COUNT slots block for 200 ms in every fiftieth request. BENCH_SEED and the
+// id of the request decide which, so it is the same for all peers. Appends a line to the file BENCH_READY when it listens.
 const fs = require('node:fs');
 const http = require('node:http');
 const net = require('node:net');
@@ -25,13 +24,13 @@ function isHeavy(id) {
 
 const server = http.createServer((req, res) => {
   const id = req.url.split('?id=')[1] ?? '-';
-  // Sleeps, so that it takes time from this worker's clients and from nobody else.
+  // A sleep takes time only from the clients of this worker.
   if (blocks && isHeavy(id)) Atomics.wait(clock, 0, 0, 200);
   if (stopping) res.setHeader('Connection', 'close');
   res.end(`pid=${process.pid} generation=${generation} slot=${slot} work=${id}\n`);
 });
 
-// Server::Starter and the bench itself hand down a listener, all others have it listen by itself.
+// Server::Starter and the bench pass a listener. With other peers the app opens its own.
 const given = process.env.SERVER_STARTER_PORT?.split('=')[1] ?? (process.env.LISTEN_FDS && 3);
 server.listen(given ? { fd: Number(given) } : { port: Number(port ?? 3000) }, () => {
   fs.appendFileSync(process.env.BENCH_READY, `${process.pid}\n`);
@@ -40,7 +39,7 @@ server.listen(given ? { fd: Number(given) } : { port: Number(port ?? 3000) }, ()
 
 function stop() {
   stopping = true;
-  // Not http.Server's own: it ends idle connections, on which a request may be under way.
+  // http.Server's close() would also close idle connections, on which a request may be on its way.
   net.Server.prototype.close.call(server);
   setInterval(() => server.getConnections((_, count) => count || process.exit()), 20);
 }

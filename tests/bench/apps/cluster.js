@@ -1,7 +1,7 @@
-// Node's cluster module as its documentation has it: node cluster.js COUNT APP [ARGUMENT...]
+// Node's cluster module as in its documentation: node cluster.js COUNT APP [ARGUMENT...]
 //
-// SIGUSR2 has it fork as many new workers, and retire the old ones when all of the new ones listen: a polite one is
-// told to stop, others are disconnected, and each is killed after the time that reuse-run's --drain grants.
+// At SIGUSR2 it forks as many new workers and retires the old ones when all new ones listen. A polite worker gets a stop
+// signal, another one is disconnected, and each is killed after the time of reuse-run's --drain.
 const cluster = require('node:cluster');
 
 const [count, exec, ...args] = process.argv.slice(2);
@@ -21,7 +21,7 @@ process.on('SIGUSR2', () => {
 });
 
 function retire(worker) {
-  // disconnect() has a worker close its http.Server, which ends connections that are idle or look so.
+  // disconnect() makes a worker close its http.Server, which closes connections that are or look idle.
   if (args.includes('polite')) worker.process.kill('SIGINT');
   else worker.disconnect();
   const timer = setTimeout(() => worker.process.kill('SIGKILL'), patience);

@@ -1,6 +1,6 @@
 #!/bin/sh
-# prefork.sh COUNT COMMAND...: runs a command so many times with what this has inherited, a listener for one.
-# Told to stop it tells all of them, and ends with the last.
+# prefork.sh COUNT COMMAND...: runs COUNT copies of a command, which inherit its fds. SIGTERM is passed on to all, and it
+# ends with the last.
 count=$1
 shift
 pids=
@@ -10,5 +10,5 @@ while [ "$count" -gt 0 ]; do
   NODE_APP_INSTANCE=$count "$@" &
   pids="$pids $!"
 done
-# A signal ends a wait too, which is begun again while there is anyone to wait for.
+# A signal ends a wait, too. Then wait again while there are processes.
 while wait; [ $? -gt 128 ]; do :; done
