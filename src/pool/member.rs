@@ -6,6 +6,7 @@ use std::ops::Index;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use log::warn;
 use nix::unistd::Pid;
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -14,6 +15,15 @@ use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
 use crate::kernel::sockdiag::{self, ListenInfo};
 use crate::kernel::{procfs, sys};
 use crate::steering::{Plan, Role};
+
+/// What a worker asks for by bind(2), with what its own socket was like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BindRequest {
+    pub address: Address,
+    pub nonblocking: bool,
+    /// Whether SO_REUSEPORT was set, so that the worker may bind the address several times.
+    pub shares: bool,
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Holder {
@@ -205,7 +215,42 @@ impl Members {
         self.iter().filter(move |(_, member)| member.is_lent_to(worker))
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = (MemberId, &Member)> {
+    /// The socket of this address that the worker was given, or that it borrowed earlier and has closed since.
+    ///
+    /// # Errors
+    /// EADDRINUSE if the worker has an overlapping socket open and didn't ask to share both.
+    pub fn lent_again(&self, borrower: Borrower, request: BindRequest) -> io::Result<Option<MemberId>> {
+        let mut again = None;
+        for (id, member) in self.lent_to(borrower.worker) {
+            if !member.address.overlaps(&request.address) || member.shares && request.shares {
+                continue;
+            }
+            if member.given && member.address == request.address {
+                return Ok(Some(id));
+            }
+            if procfs::is_open_elsewhere(borrower.pid, member.inode) {
+                if member.given {
+                    warn!(
+                        "worker {} can't bind {}, since it was given {}: use the same address for -l and in the \
+                         program",
+                        borrower.slot, request.address, member.address
+                    );
+                }
+                return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
+            }
+            if member.address == request.address {
+                again = Some(id);
+            }
+        }
+        Ok(again)
+    }
+
+    pub fn reserved_for(&self, slot: SlotId, generation: u32) -> Vec<MemberId> {
+        let reserved = self.iter().filter(|(_, member)| member.is_reserved_for(slot, generation));
+        reserved.map(|(id, _)| id).collect()
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (MemberId, &Member)> {
         self.by_id.iter().map(|(id, member)| (*id, member))
     }
 

@@ -34,6 +34,7 @@ use nix::unistd::Pid;
 
 use self::closed::ClosedListeners;
 use self::group::Group;
+pub use self::member::BindRequest;
 use self::member::{Holder, Member, Members};
 use self::unserved::Unserved;
 use self::watcher::{Interest, Watcher};
@@ -43,15 +44,6 @@ use crate::kernel::procfs;
 use crate::kernel::sockdiag::Listener;
 use crate::steering::load::{Balancing, Change, LONG, Load, LoadTracker};
 use crate::steering::{Plan, Role};
-
-/// What a worker asks for by bind(2), with what its own socket was like.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BindRequest {
-    pub address: Address,
-    pub nonblocking: bool,
-    /// Whether SO_REUSEPORT was set, so that the worker may bind the address several times.
-    pub shares: bool,
-}
 
 /// A worker has shut its listener down, or closed it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,7 +153,7 @@ impl Pool {
     /// What bind(2) would have said to the worker.
     pub fn lend(&mut self, borrower: Borrower, request: BindRequest) -> io::Result<u64> {
         self.take_back_closed(borrower);
-        let id = match self.own_socket_again(borrower, request)? {
+        let id = match self.members.lent_again(borrower, request)? {
             Some(id) => id,
             None => self.spare_or_new(borrower, request.address)?,
         };
@@ -173,36 +165,6 @@ impl Pool {
         let inode = member.inode;
         self.watch(id);
         Ok(inode)
-    }
-
-    /// The socket of this address that the worker was given, or that it borrowed earlier and has closed since.
-    ///
-    /// # Errors
-    /// EADDRINUSE if the worker has an overlapping socket open and didn't ask to share both.
-    fn own_socket_again(&self, borrower: Borrower, request: BindRequest) -> io::Result<Option<MemberId>> {
-        let mut again = None;
-        for (id, member) in self.members.lent_to(borrower.worker) {
-            if !member.address.overlaps(&request.address) || member.shares && request.shares {
-                continue;
-            }
-            if member.given && member.address == request.address {
-                return Ok(Some(id));
-            }
-            if procfs::is_open_elsewhere(borrower.pid, member.inode) {
-                if member.given {
-                    warn!(
-                        "worker {} can't bind {}, since it was given {}: use the same address for -l and in the \
-                         program",
-                        borrower.slot, request.address, member.address
-                    );
-                }
-                return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
-            }
-            if member.address == request.address {
-                again = Some(id);
-            }
-        }
-        Ok(again)
     }
 
     /// A worker that borrows very many sockets, to find a free port for example, has closed most of them.
@@ -486,7 +448,7 @@ impl Pool {
 
     /// There will be no successor for this slot and generation.
     pub fn unreserve(&mut self, slot: SlotId, generation: u32) {
-        for id in self.reserved_for(slot, generation) {
+        for id in self.members.reserved_for(slot, generation) {
             self.vacate(id, None);
         }
     }
@@ -494,17 +456,12 @@ impl Pool {
     /// The successor for this slot and generation takes long to come. The connections that wait for it are reset, and
     /// so are those that come until then.
     pub fn reset_reserved(&mut self, slot: SlotId, generation: u32) {
-        for id in self.reserved_for(slot, generation) {
+        for id in self.members.reserved_for(slot, generation) {
             if let Some(member) = self.members.get_mut(id) {
                 member.holder = Holder::Reserved { slot, generation, overdue: true };
             }
             self.unserved.add(id);
         }
-    }
-
-    fn reserved_for(&self, slot: SlotId, generation: u32) -> Vec<MemberId> {
-        let reserved = self.members.iter().filter(|(_, member)| member.is_reserved_for(slot, generation));
-        reserved.map(|(id, _)| id).collect()
     }
 
     /// A socket has no borrower any more. It is `reserved`, or becomes free.
