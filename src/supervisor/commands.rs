@@ -29,8 +29,8 @@ impl Supervisor {
             return;
         };
         let (command, wait) = match request {
-            Request::Status => return self.finish(id, &Reply::Status(Box::new(self.status(true)))),
-            Request::Brief => return self.finish(id, &Reply::Status(Box::new(self.status(false)))),
+            Request::Status => return self.reply(id, &Reply::Status(Box::new(self.status(true)))),
+            Request::Brief => return self.reply(id, &Reply::Status(Box::new(self.status(false)))),
             Request::Stop { wait } => (Ok(Command::Stop), wait),
             Request::Reload { how, wait } => (how.map(rollout).transpose().map(Command::Reload), wait),
             Request::Abort => (Ok(Command::Abort), false),
@@ -38,7 +38,7 @@ impl Supervisor {
         };
         match command {
             Ok(command) => self.command(id, command, wait),
-            Err(why) => self.finish(id, &failed(why)),
+            Err(why) => self.reply(id, &failed(why)),
         }
     }
 
@@ -52,9 +52,9 @@ impl Supervisor {
             Command::Stop => "stop",
         };
         match answer {
-            Err(refusal) => self.finish(id, &failed(refusal.to_string())),
+            Err(refusal) => self.reply(id, &failed(refusal.to_string())),
             Ok(Accepted::Aborted) => {
-                self.finish(id, &done(&format!("aborted; {} on", self.fleet.crew().who_serves())));
+                self.reply(id, &done(&format!("aborted; {} on", self.fleet.crew().who_serves())));
             }
             // It waits before the actions are carried out, so that it sees all of them.
             Ok(Accepted::Begun(ticket) | Accepted::Queued(ticket)) if wait => self.wait(id, ticket),
@@ -65,10 +65,10 @@ impl Supervisor {
                 }
             }
             Ok(Accepted::Begun(_) | Accepted::Joined(_)) => {
-                self.finish(id, &done(&format!("{name} begun")));
+                self.reply(id, &done(&format!("{name} begun")));
             }
             Ok(Accepted::Queued(_)) => {
-                self.finish(id, &done(&format!("{name} queued until the current operation ends")));
+                self.reply(id, &done(&format!("{name} queued until the current operation ends")));
             }
         }
         self.actions.extend(actions);
@@ -91,7 +91,7 @@ impl Supervisor {
         }
     }
 
-    fn finish(&mut self, id: ClientId, reply: &Reply) {
+    fn reply(&mut self, id: ClientId, reply: &Reply) {
         if let Some(control) = &mut self.control {
             control.reply_and_close(id, reply);
         }
@@ -124,7 +124,7 @@ impl Supervisor {
     fn reply_to_waiting(&mut self, is_it: impl Fn(Ticket) -> bool, reply: &Reply) {
         let waiting = self.control.as_ref().map_or(Vec::new(), Control::waiting);
         for (id, _) in waiting.into_iter().filter(|(_, ticket)| is_it(*ticket)) {
-            self.finish(id, reply);
+            self.reply(id, reply);
         }
     }
 

@@ -1,7 +1,8 @@
-//! The poll loop: gathers events, asks the fleet what follows from them, and does that.
+//! The poll loop: gathers events, asks the fleet what follows from them, and carries that out.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
+use std::mem;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::time::Instant;
@@ -12,6 +13,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
+use self::source::Source;
 use crate::address::{Address, Endpoint};
 use crate::cli::Options;
 use crate::drain::idle;
@@ -21,7 +23,7 @@ use crate::fleet::{Action, Announcement, Command, Endpoints, Event, Fleet, Targe
 use crate::ids::{Borrower, SlotId, WorkerId};
 use crate::intercept::{self, Answers, Interception, ListenChange};
 use crate::kernel::procfs;
-use crate::operate::control::{ClientId, Control};
+use crate::operate::control::Control;
 use crate::operate::pidfile::PidFile;
 use crate::operate::signals::{Meaning, Signals};
 use crate::operate::systemd::Systemd;
@@ -30,60 +32,12 @@ use crate::pool::paths::UnixSockets;
 use crate::pool::unintercepted::{self, Unintercepted};
 use crate::pool::{Pool, StoppedListening};
 use crate::words::{count, printable};
-use crate::worker::environment::{Environment, Sources};
+use crate::worker::environment::Environments;
 use crate::worker::ready::{Message, NodeChannel, NotifySocket, ReadyPipe};
 use crate::worker::{self, Listener, StartError, Starter};
 
 mod commands;
-
-/// What an event of the poll loop comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Source {
-    Signals,
-    Pool,
-    /// New control clients.
-    Control,
-    Client(ClientId),
-    /// What workers write, and the room that there is for it.
-    Labels,
-    Filter(WorkerId),
-    /// A way by which a worker can say something.
-    Pipe(WorkerId),
-    Node(WorkerId),
-    Notify(WorkerId),
-}
-
-impl Source {
-    fn to_token(self) -> u64 {
-        let token = |kind: u64, id: u32| kind << 32 | u64::from(id);
-        match self {
-            Self::Signals => token(0, 0),
-            Self::Pool => token(1, 0),
-            Self::Filter(WorkerId(id)) => token(2, id),
-            Self::Pipe(WorkerId(id)) => token(3, id),
-            Self::Node(WorkerId(id)) => token(4, id),
-            Self::Notify(WorkerId(id)) => token(5, id),
-            Self::Control => token(6, 0),
-            Self::Client(ClientId(id)) => token(7, id),
-            Self::Labels => token(8, 0),
-        }
-    }
-
-    fn from_token(token: u64) -> Self {
-        let id = WorkerId(token as u32);
-        match token >> 32 {
-            0 => Self::Signals,
-            1 => Self::Pool,
-            2 => Self::Filter(id),
-            3 => Self::Pipe(id),
-            4 => Self::Node(id),
-            5 => Self::Notify(id),
-            6 => Self::Control,
-            7 => Self::Client(ClientId(token as u32)),
-            _ => Self::Labels,
-        }
-    }
-}
+mod source;
 
 /// The process of a worker, and the ways by which it can say something.
 struct Process {
@@ -97,30 +51,31 @@ struct Process {
     status: Option<String>,
 }
 
+/// How it becomes known where workers listen.
+enum ListenerWatch {
+    Interception(Answers),
+    Scan(Unintercepted),
+}
+
 pub struct Supervisor {
     fleet: Fleet,
     pool: Pool,
     unix: UnixSockets,
     drain: Drain,
     signal_effects: SignalEffects,
-    /// Set when workers aren't intercepted.
-    bystander: Option<Unintercepted>,
+    listener_watch: ListenerWatch,
     systemd: Systemd,
-    /// `None` when its name could not be had.
+    /// `None` when the socket could not be bound.
     control: Option<Control>,
     pidfile: Option<PidFile>,
     labels: Option<Labels>,
     signals: Signals,
     starter: Starter,
-    sources: Sources,
-    /// What each generation starts with, for those that may still start workers.
-    environments: BTreeMap<u32, Environment>,
+    environments: Environments,
     /// Addresses whose sockets workers are given.
     listen: Vec<Address>,
-    /// What this process was given, by inode number.
+    /// The listeners that this process was given itself, by inode number.
     inherited: Rc<[(u64, Endpoint)]>,
-    /// What becomes of answers to workers.
-    answers: Answers,
     stop_signal: Signal,
     processes: BTreeMap<WorkerId, Process>,
     /// One for each worker; also for one that has ended, as long as a process that it started lives on.
@@ -128,77 +83,16 @@ pub struct Supervisor {
     pids: HashMap<Pid, WorkerId>,
     epoll: Epoll,
     actions: VecDeque<Action>,
-    /// Set when it is over: what to exit with.
+    /// Set at the end: what to exit with.
     exit: Option<u8>,
 }
 
 /// Runs the workers until the end, and returns the status to exit with.
 ///
 /// # Errors
-/// What keeps the wrapper from starting at all; from then on it goes on whatever happens.
+/// What keeps reuse-run from starting at all. From then on no error ends it.
 pub fn run(options: Options) -> io::Result<u8> {
-    let Options { mut program, policy, sources, listen, balance, pidfile, label } = options;
-    // First, since a SIGCHLD that is ignored keeps children from being waited for.
-    let signals = Signals::new()?;
-    let mut bystander = None;
-    let answers = program.intercept.then(intercept::probe).transpose();
-    let answers = answers.map_err(|error| format!("workers can't be intercepted ({error})"));
-    let answers = answers.and_then(|answers| answers.ok_or("workers are not intercepted".to_owned()));
-    if let Err(why) = &answers {
-        unintercepted::announce(why, !listen.is_empty(), policy.readiness)?;
-        program.intercept = false;
-        bystander = Some(Unintercepted::default());
-    }
-    if sources.has_values() {
-        // No core of this process is to hold them (PR_SET_DUMPABLE(2const)).
-        nix::sys::prctl::set_dumpable(false)?;
-    }
-    let stop_signal = program.stop_signal;
-    let starter = Starter::new(program, listen.len())?;
-    let inherited = starter.inherited();
-    let mut pool = Pool::new(balance)?;
-    listen.iter().try_for_each(|address| pool.take(*address))?;
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-    watch(&epoll, &signals, Source::Signals)?;
-    watch(&epoll, &pool, Source::Pool)?;
-    let pidfile = pidfile.map(PidFile::new).transpose()?;
-    let control =
-        Control::new().inspect_err(|error| warn!("no control socket, and no reload, status...: {error}"));
-    let control = control.ok();
-    control.as_ref().map_or(Ok(()), |control| watch(&epoll, control, Source::Control))?;
-    let labels = label.then(Labels::new).transpose()?;
-    labels.iter().try_for_each(|labels| watch(&epoll, labels, Source::Labels))?;
-    let endpoints = Endpoints::new(
-        listen.iter().copied().collect(),
-        inherited.iter().map(|(_, endpoint)| endpoint.clone()).collect(),
-    );
-    let (fleet, actions) = Fleet::new(policy, endpoints, Instant::now());
-    let mut supervisor = Supervisor {
-        fleet,
-        pool,
-        unix: UnixSockets::default(),
-        drain: Drain::default(),
-        signal_effects: SignalEffects::default(),
-        bystander,
-        systemd: Systemd::new(Instant::now()),
-        control,
-        pidfile,
-        labels,
-        signals,
-        starter,
-        sources: sources.with_current_directory(),
-        environments: BTreeMap::new(),
-        listen,
-        inherited: inherited.into(),
-        answers: answers.unwrap_or(Answers::Arrive), // or nobody asks
-        stop_signal,
-        processes: BTreeMap::new(),
-        interceptions: BTreeMap::new(),
-        pids: HashMap::new(),
-        epoll,
-        actions: actions.into(),
-        exit: None,
-    };
+    let mut supervisor = Supervisor::new(options)?;
     supervisor.act();
     let status = loop {
         if let Some(status) = supervisor.exit {
@@ -206,16 +100,27 @@ pub fn run(options: Options) -> io::Result<u8> {
         }
         supervisor.wait_and_handle();
     };
-    supervisor.unix.keep(|_| false);
-    supervisor.stop_ended(status);
-    supervisor.labels.into_iter().for_each(Labels::finish);
-    // The clients are to see an end of file only when the process, and with it every port, is free.
-    std::mem::forget(supervisor.control);
+    supervisor.finish(status);
     Ok(status)
 }
 
-/// Rounded up, lest it wake up a moment too early over and over.
-fn timeout(deadline: Option<Instant>) -> EpollTimeout {
+/// Finds out whether workers can be intercepted. If not, says what that means.
+///
+/// # Errors
+/// When nothing else could tell that a worker is ready.
+fn listener_watch(options: &Options) -> io::Result<ListenerWatch> {
+    let answers = options.program.intercept.then(intercept::probe).transpose();
+    let why = match answers {
+        Ok(Some(answers)) => return Ok(ListenerWatch::Interception(answers)),
+        Ok(None) => "workers are not intercepted".to_owned(),
+        Err(error) => format!("workers can't be intercepted ({error})"),
+    };
+    unintercepted::announce(&why, !options.listen.is_empty(), options.policy.readiness)?;
+    Ok(ListenerWatch::Scan(Unintercepted::default()))
+}
+
+/// Rounded up to milliseconds: a time-out that is too short would come again and again.
+fn epoll_timeout(deadline: Option<Instant>) -> EpollTimeout {
     let Some(deadline) = deadline else { return EpollTimeout::NONE };
     let left = deadline.saturating_duration_since(Instant::now()).as_micros().div_ceil(1000);
     EpollTimeout::try_from(left.min(60_000) as i32).unwrap_or(EpollTimeout::ZERO)
@@ -226,11 +131,76 @@ fn watch(epoll: &Epoll, what: &impl AsFd, source: Source) -> io::Result<()> {
 }
 
 impl Supervisor {
+    fn new(options: Options) -> io::Result<Self> {
+        // First: while SIGCHLD is ignored, a child that ends can't be waited for.
+        let signals = Signals::new()?;
+        let listener_watch = listener_watch(&options)?;
+        let Options { mut program, policy, sources, listen, balance, pidfile, label } = options;
+        program.intercept = matches!(listener_watch, ListenerWatch::Interception(_));
+        if sources.has_values() {
+            // No core dump of this process may hold them (PR_SET_DUMPABLE(2const)).
+            nix::sys::prctl::set_dumpable(false)?;
+        }
+        let stop_signal = program.stop_signal;
+        let starter = Starter::new(program, listen.len())?;
+        let inherited: Rc<[(u64, Endpoint)]> = starter.inherited().into();
+        let mut pool = Pool::new(balance)?;
+        listen.iter().try_for_each(|address| pool.take(*address))?;
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        watch(&epoll, &signals, Source::Signals)?;
+        watch(&epoll, &pool, Source::Pool)?;
+        let pidfile = pidfile.map(PidFile::new).transpose()?;
+        let control = Control::new();
+        if let Err(error) = &control {
+            warn!("no control socket, so reload, status, scale and stop can't work: {error}");
+        }
+        let control = control.ok();
+        control.as_ref().map_or(Ok(()), |control| watch(&epoll, control, Source::Control))?;
+        let labels = label.then(Labels::new).transpose()?;
+        labels.iter().try_for_each(|labels| watch(&epoll, labels, Source::Labels))?;
+        let shared = inherited.iter().map(|(_, endpoint)| endpoint.clone()).collect();
+        let endpoints = Endpoints::new(listen.iter().copied().collect(), shared);
+        let (fleet, actions) = Fleet::new(policy, endpoints, Instant::now());
+        Ok(Self {
+            fleet,
+            pool,
+            unix: UnixSockets::default(),
+            drain: Drain::default(),
+            signal_effects: SignalEffects::default(),
+            listener_watch,
+            systemd: Systemd::new(Instant::now()),
+            control,
+            pidfile,
+            labels,
+            signals,
+            starter,
+            environments: Environments::new(sources.with_current_directory()),
+            listen,
+            inherited,
+            stop_signal,
+            processes: BTreeMap::new(),
+            interceptions: BTreeMap::new(),
+            pids: HashMap::new(),
+            epoll,
+            actions: actions.into(),
+            exit: None,
+        })
+    }
+
+    /// Removes what is left, and tells the clients that wait for the end.
+    fn finish(mut self, status: u8) {
+        self.unix.keep(|_| false);
+        self.stop_ended(status);
+        self.labels.into_iter().for_each(Labels::finish);
+        // Clients wait for the end of file. It comes when the process has ended, and with it every port is free.
+        mem::forget(self.control);
+    }
+
     fn wait_and_handle(&mut self) {
         self.labels.iter_mut().for_each(Labels::flush_and_watch);
         let deadline = self.deadline();
         let mut events = [EpollEvent::empty(); 256];
-        let timeout = timeout(deadline.into_iter().chain(self.pool.deadline()).min());
+        let timeout = epoll_timeout(deadline.into_iter().chain(self.pool.deadline()).min());
         let ready = match self.epoll.wait(&mut events, timeout) {
             Ok(ready) => ready,
             Err(Errno::EINTR) => 0,
@@ -239,37 +209,37 @@ impl Supervisor {
                 0
             }
         };
-        let mut pool_told = false;
+        let mut pool_has_event = false;
         for event in &events[..ready] {
             match Source::from_token(event.data()) {
                 Source::Signals => self.take_signals(),
-                Source::Pool => pool_told = true, // looked at below, after what has happened
+                Source::Pool => pool_has_event = true, // handled below, after the workers' system calls
                 Source::Control => self.accept_clients(),
                 Source::Client(id) => self.attend(id),
                 Source::Labels => self.labels.iter_mut().for_each(Labels::read),
                 Source::Filter(worker) => self.answer(worker, event.events()),
                 source @ (Source::Pipe(worker) | Source::Node(worker) | Source::Notify(worker)) => {
-                    self.hear(worker, source);
+                    self.read_messages(worker, source);
                 }
             }
         }
         let changed = self.pool.sample_queues(Instant::now());
         if !changed && ready == 0 && deadline.is_none_or(|at| at > Instant::now()) {
-            return; // It was for that look alone, as it is several hundred times a second while connections come.
+            return; // Woken for that sample alone, several hundred times a second while connections come.
         }
         self.stop_drained();
-        self.look_on();
+        self.scan_listeners();
         self.systemd.ping_watchdog(Instant::now());
         if let Some(control) = &mut self.control {
             control.drop_idle(Instant::now());
         }
-        for StoppedListening { worker, address } in self.pool.stopped_listening(pool_told) {
+        for StoppedListening { worker, address } in self.pool.stopped_listening(pool_has_event) {
             self.handle(Event::StoppedListening { worker, endpoint: address.into() });
         }
         self.handle(Event::Tick);
         for (address, connections) in self.pool.reset_unserved() {
             let connections = count(connections, "connection");
-            info!("{connections} to {address} reset: no worker is there to take what came");
+            info!("{connections} to {address} reset: there is no worker to accept them");
         }
     }
 
@@ -297,24 +267,28 @@ impl Supervisor {
         self.drain.polled(begun, Instant::now());
     }
 
-    /// Without interception: finds out who listens.
-    fn look_on(&mut self) {
-        let Some(bystander) = &mut self.bystander else { return };
-        let pid = |id: WorkerId| self.processes.get(&id).map(|worker| (id, worker.pid));
+    /// Without interception: finds out which workers listen.
+    fn scan_listeners(&mut self) {
+        let ListenerWatch::Scan(scan) = &mut self.listener_watch else { return };
+        let pid = |id: WorkerId| self.processes.get(&id).map(|process| (id, process.pid));
         let starting: Vec<(WorkerId, Pid)> =
             self.fleet.crew().starting().into_iter().filter_map(pid).collect();
-        for (worker, address) in bystander.scan(&starting, Instant::now()) {
+        for (worker, address) in scan.scan(&starting, Instant::now()) {
             self.handle(Event::Listens { worker, endpoint: address.into() });
         }
     }
 
-    /// When there is something to do at the latest, but for looks at accept queues.
+    /// When the loop has to go round at the latest, samples of the accept queues aside.
     fn deadline(&self) -> Option<Instant> {
+        let scan = match &self.listener_watch {
+            ListenerWatch::Interception(_) => None,
+            ListenerWatch::Scan(scan) => scan.deadline(),
+        };
         let deadlines = [
+            scan,
             self.fleet.deadline(),
             self.drain.deadline(),
             self.systemd.deadline(),
-            self.bystander.as_ref().and_then(Unintercepted::deadline),
             self.control.as_ref().and_then(Control::deadline),
             self.pool.has_news().then(Instant::now),
         ];
@@ -326,7 +300,7 @@ impl Supervisor {
         self.act();
     }
 
-    /// Carries out actions until none is left; some make events at once.
+    /// Carries out actions until none is left. Some cause events, and these new actions.
     fn act(&mut self) {
         while let Some(action) = self.actions.pop_front() {
             match action {
@@ -373,7 +347,7 @@ impl Supervisor {
 
     /// The process of a worker, until it is reaped.
     fn pid(&self, worker: WorkerId) -> Option<Pid> {
-        self.processes.get(&worker).map(|worker| worker.pid)
+        self.processes.get(&worker).map(|process| process.pid)
     }
 
     fn send_stop_signal(&self, pids: impl IntoIterator<Item = Pid>) {
@@ -392,7 +366,9 @@ impl Supervisor {
     }
 
     fn start_watched(&mut self, worker: WorkerId, slot: SlotId, generation: u32) -> Result<Pid, StartError> {
-        let environment = self.environment(generation)?;
+        let oldest = self.fleet.crew().oldest_generation();
+        let environment =
+            self.environments.of(generation, oldest).map_err(|why| StartError { why, status: 1 })?;
         let listeners = self.listeners(Borrower { worker, pid: Pid::from_raw(0), slot, generation })?;
         let pipes = self.labels.is_some().then(labels::pipes).transpose();
         let pipes = pipes.map_err(|error| StartError::new("no pipes for its output", &error))?;
@@ -401,9 +377,16 @@ impl Supervisor {
         let pid = started.pid;
         self.pool.has_started(worker, pid);
         let borrower = Borrower { worker, pid, slot, generation };
-        let interception = started.notify_fd.map(|notify_fd| {
-            Interception::new(notify_fd, borrower, Rc::clone(&self.inherited), self.answers)
-        });
+        let interception = match (&mut self.listener_watch, started.notify_fd) {
+            (ListenerWatch::Interception(answers), Some(notify_fd)) => {
+                Some(Interception::new(notify_fd, borrower, Rc::clone(&self.inherited), *answers))
+            }
+            (ListenerWatch::Scan(scan), _) => {
+                scan.wake(Instant::now());
+                None
+            }
+            (ListenerWatch::Interception(_), None) => None,
+        };
         let watched = (interception.as_ref())
             .map_or(Ok(()), |interception| watch(&self.epoll, interception, Source::Filter(worker)))
             .and_then(|()| watch(&self.epoll, &started.ready, Source::Pipe(worker)))
@@ -423,9 +406,6 @@ impl Supervisor {
         let (pipe, node, notify) = (Some(started.ready), started.node, started.notify);
         self.processes.insert(worker, Process { pid, generation, pipe, node, notify, status: None });
         self.interceptions.extend(interception.map(|interception| (worker, interception)));
-        if let Some(bystander) = &mut self.bystander {
-            bystander.wake(Instant::now());
-        }
         self.pids.insert(pid, worker);
         Ok(pid)
     }
@@ -437,18 +417,6 @@ impl Supervisor {
             Err(error) => Err(StartError::new(&format!("can't listen on {address}"), &error)),
         };
         self.listen.iter().map(give).collect()
-    }
-
-    /// What a generation starts with: read when the first of its workers starts, and the same for all.
-    fn environment(&mut self, generation: u32) -> Result<Environment, StartError> {
-        let oldest = self.fleet.crew().oldest_generation();
-        self.environments.retain(|generation, _| *generation >= oldest);
-        if let Some(environment) = self.environments.get(&generation) {
-            return Ok(environment.clone());
-        }
-        let environment = self.sources.read().map_err(|why| StartError { why, status: 1 })?;
-        self.environments.insert(generation, environment.clone());
-        Ok(environment)
     }
 
     fn take_signals(&mut self) {
@@ -468,7 +436,7 @@ impl Supervisor {
 
     fn forward(&self, signal: Signal) {
         debug!("{signal} is passed on to {}", count(self.processes.len(), "worker"));
-        self.processes.values().for_each(|worker| worker::signal(worker.pid, signal));
+        self.processes.values().for_each(|process| worker::signal(process.pid, signal));
     }
 
     fn reap(&mut self) {
@@ -478,13 +446,13 @@ impl Supervisor {
                 continue;
             };
             self.labels.iter_mut().for_each(|labels| labels.worker_ended(worker));
-            self.processes.remove(&worker); // closing its fd takes it out of epoll
+            self.processes.remove(&worker); // its fds are closed, which takes them out of epoll
             if let Some(interception) = self.interceptions.get_mut(&worker) {
                 interception.worker_has_ended();
             }
             self.drain.forget(worker);
             self.handle(Event::Ended { worker, end: reaped.end });
-            let alive = |generation| self.processes.values().any(|worker| worker.generation == generation);
+            let alive = |generation| self.processes.values().any(|process| process.generation == generation);
             self.unix.keep(|generation| self.fleet.crew().has_slot_of(generation) || alive(generation));
             self.signal_effects.keep(alive);
         }
@@ -492,7 +460,7 @@ impl Supervisor {
 
     fn answer(&mut self, worker: WorkerId, flags: EpollFlags) {
         if !flags.contains(EpollFlags::EPOLLIN) {
-            self.interceptions.remove(&worker); // no process is behind the filter any more
+            self.interceptions.remove(&worker); // the last process behind the filter has ended
             return;
         }
         let Some(interception) = self.interceptions.get_mut(&worker) else { return };
@@ -506,31 +474,32 @@ impl Supervisor {
         }
     }
 
-    fn hear(&mut self, id: WorkerId, source: Source) {
-        let Some(worker) = self.processes.get_mut(&id) else { return };
-        let said = match source {
-            Source::Pipe(_) => worker.pipe.as_ref().map(ReadyPipe::read),
-            Source::Node(_) => worker.node.as_mut().map(NodeChannel::read),
-            _ => Some(worker.notify.read(worker.pid)),
+    /// A worker has written to one of its ways to say something.
+    fn read_messages(&mut self, id: WorkerId, source: Source) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let messages = match source {
+            Source::Pipe(_) => process.pipe.as_ref().map(ReadyPipe::read),
+            Source::Node(_) => process.node.as_mut().map(NodeChannel::read),
+            _ => Some(process.notify.read(process.pid)),
         };
-        let pid = worker.pid;
-        for said in said.unwrap_or_default() {
-            match said {
-                // What it was said on stays open: a worker that says it twice is not to die of SIGPIPE.
+        let pid = process.pid;
+        for message in messages.unwrap_or_default() {
+            match message {
+                // The pipe stays open: a worker that says it twice must not get SIGPIPE.
                 Message::Ready => self.handle(Event::SaysReady { worker: id }),
                 Message::Status(text) => {
                     let text = printable(text.as_bytes());
                     debug!("worker (pid {pid}) says: {text}");
-                    if let Some(worker) = self.processes.get_mut(&id) {
-                        worker.status = Some(text);
+                    if let Some(process) = self.processes.get_mut(&id) {
+                        process.status = Some(text);
                     }
                 }
                 Message::Stopping => debug!("worker (pid {pid}) says that it stops"),
                 Message::Closed => {
-                    let Some(worker) = self.processes.get_mut(&id) else { return };
+                    let Some(process) = self.processes.get_mut(&id) else { return };
                     match source {
-                        Source::Pipe(_) => worker.pipe = None,
-                        _ => worker.node = None,
+                        Source::Pipe(_) => process.pipe = None,
+                        _ => process.node = None,
                     }
                 }
             }

@@ -2,6 +2,7 @@
 //!
 //! The files are read anew for every generation. Its workers that start later get what was read then.
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
@@ -117,6 +118,34 @@ impl Environment {
         set("REUSE_RUN_GENERATION", given.generation.to_string());
         set("NODE_APP_INSTANCE", given.slot.to_string());
         variables
+    }
+}
+
+/// The environment of each generation that may still start workers: read when its first worker starts, and the same for
+/// all of them.
+#[derive(Debug)]
+pub struct Environments {
+    sources: Sources,
+    by_generation: BTreeMap<u32, Environment>,
+}
+
+impl Environments {
+    pub fn new(sources: Sources) -> Self {
+        Self { sources, by_generation: BTreeMap::new() }
+    }
+
+    /// That of a generation; those older than `oldest` are forgotten.
+    ///
+    /// # Errors
+    /// As [`Sources::read`].
+    pub fn of(&mut self, generation: u32, oldest: u32) -> Result<Environment, String> {
+        self.by_generation = self.by_generation.split_off(&oldest);
+        if let Some(environment) = self.by_generation.get(&generation) {
+            return Ok(environment.clone());
+        }
+        let environment = self.sources.read()?;
+        self.by_generation.insert(generation, environment.clone());
+        Ok(environment)
     }
 }
 
@@ -376,6 +405,20 @@ mod tests {
         assert_eq!(earlier.name(), earlier.physical, "the link leads elsewhere by now");
         fs::remove_file(&current).unwrap();
         assert!(sources.read().is_err());
+    }
+
+    #[test]
+    fn a_generation_keeps_its_environment_until_it_is_older_than_the_oldest() {
+        let folder = Folder::new("generations");
+        let file = folder.file("env", b"A=1", 0o600);
+        let mut environments = Environments::new(Sources { env_files: vec![file], ..Sources::default() });
+        let first = environments.of(1, 1).unwrap();
+        folder.file("env", b"A=2", 0o600);
+        assert!(environments.of(1, 1).unwrap() == first);
+        let second = environments.of(2, 1).unwrap();
+        assert!(second != first && environments.of(1, 1).unwrap() == first);
+        environments.of(2, 2).unwrap();
+        assert!(environments.of(1, 1).unwrap() == second, "it was forgotten and is read anew");
     }
 
     #[test]
