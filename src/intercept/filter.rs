@@ -160,7 +160,7 @@ mod tests {
         verdict_of(&filter(), &libc::seccomp_data { arch, ..seccomp_data(nr, args) })
     }
 
-    /// Whether the filter stops a call that [`decode`] makes sense of, and allows one that it doesn't.
+    /// Whether the filter stops exactly the calls that [`decode`] understands.
     fn agree(filter: &[sock_filter], data: &libc::seccomp_data) -> bool {
         let stopped = verdict_of(filter, data) == libc::SECCOMP_RET_USER_NOTIF;
         // The filter stops rmdir too, which is unlinkat with a flag.

@@ -36,7 +36,7 @@ impl NotedOptions {
 
     /// Notes an option that the caller sets; the kernel then carries the call out. If the kernel refuses it,
     /// the note is wrong. That does no harm: it refuses these options only on a socket of another kind, or on
-    /// one that is bound already.
+    /// a bound one.
     pub fn read(&mut self, caller: &Caller, fd: u32, option: SocketOption, value: u64, len: u64) {
         if len < VALUE_SIZE as u64 {
             return;

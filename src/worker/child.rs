@@ -138,7 +138,7 @@ impl Preparation {
     }
 }
 
-/// Why the child didn't get as far as execve(2).
+/// Why the child didn't reach execve(2).
 #[derive(Debug)]
 pub enum NotPrepared {
     Failed(Step),

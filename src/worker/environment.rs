@@ -85,7 +85,7 @@ impl fmt::Debug for Environment {
 const OTHERS_READ: u32 = 0o004;
 const OTHERS_WRITE: u32 = 0o002;
 
-/// What one worker is given, as far as its variables tell it.
+/// What a worker's variables tell it about itself.
 pub struct Given<'a> {
     pub slot: SlotId,
     pub generation: u32,
@@ -238,7 +238,7 @@ fn read_env_file(path: &Path) -> Result<Vec<(OsString, OsString)>, String> {
     Ok(variables)
 }
 
-/// The number, from 1, of the first line that can't be parsed.
+/// The number, from 1, of the line after the longest beginning of the text that can be parsed.
 fn line_of_error(text: &str) -> usize {
     let lines: Vec<&str> = text.split_inclusive('\n').collect();
     let parses =

@@ -21,6 +21,5 @@ pub enum Message {
     Closed,
 }
 
-/// How many bytes are read from a worker in one turn, so that one that floods its channel doesn't hold up
-/// others.
+/// How many bytes are read from a worker in one turn, so that a flood from one doesn't hold up others.
 const MAX_BYTES_PER_TURN: usize = 64 * 1024;

@@ -55,8 +55,8 @@ impl NotifySocket {
         &self.name
     }
 
-    /// Reads the messages of those who may send some: this user, root, and the worker's processes, whatever
-    /// user they have become. Others' messages are dropped.
+    /// Reads the messages of this user, of root, and of the worker's processes, whatever their user. Drops all
+    /// others.
     pub fn read(&self, worker: Pid) -> Vec<Message> {
         let mut messages = Vec::new();
         for _ in 0..MAX_BYTES_PER_TURN / MAX_MESSAGE_LENGTH {
