@@ -82,6 +82,19 @@ fn the_readme_has_at_most_250_lines() {
     assert!(read(&here("README.md")).lines().count() <= 250);
 }
 
+#[test]
+fn every_build_that_is_shown_takes_the_versions_of_cargo_lock() {
+    let shown = pages().into_iter().chain([here("scripts/build-static")]);
+    let texts: Vec<String> = shown.map(|path| read(&path)).collect();
+    let lines = texts.iter().flat_map(|text| text.lines());
+    let builds: Vec<&str> = lines
+        .map(str::trim)
+        .filter(|line| line.starts_with("cargo install ") || line.starts_with("cargo build "))
+        .collect();
+    assert!(builds.len() >= 2, "{builds:?}");
+    assert!(builds.iter().all(|line| line.contains(" --locked ")), "{builds:?}");
+}
+
 // Figures.
 
 /// The cells of a table's row.
