@@ -14,7 +14,6 @@
 //!   it is also skipped while it is busy, before any connection waits.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::mem;
 use std::time::{Duration, Instant};
 
@@ -37,16 +36,6 @@ pub enum Load {
     Busy,
     /// Connections wait, and it takes none.
     Stuck,
-}
-
-impl fmt::Display for Load {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            Self::Free => "free",
-            Self::Busy => "busy",
-            Self::Stuck => "stuck",
-        })
-    }
 }
 
 /// The members of `members` with the least load: never none, even if all are stuck.
@@ -330,6 +319,46 @@ mod tests {
             panic!("{changes:?}")
         };
         assert_eq!(lasted, EVERY * 699);
+    }
+
+    #[test]
+    fn a_suspect_is_busy_however_often_it_was_seen_idle_until_it_is_forgotten() {
+        let mut world = World::new();
+        world.samples(&[1; SAMPLES_OF_SUSPECT]);
+        assert_eq!(world.samples(&[0, 0, 0]), [Free; 3]);
+        assert!(world.tracker.has_suspects(world.now) && !world.tracker.has_busy());
+        assert_eq!(world.sample(0, true), Busy);
+        assert!(world.tracker.has_busy());
+        world.tracker.forget(ID);
+        assert_eq!(world.tracker.load(ID), Free);
+        assert!(!world.tracker.has_suspects(world.now) && !world.tracker.has_busy());
+    }
+
+    #[test]
+    fn a_stuck_member_asks_for_a_sample_soon_until_it_is_stuck_for_long() {
+        let mut world = World::new();
+        world.samples(&[1, 1]);
+        assert!(world.tracker.skips_some(2, world.now + LONG - EVERY));
+        assert!(!world.tracker.skips_some(2, world.now + LONG));
+    }
+
+    #[test]
+    fn a_false_alarm_counts_for_less_than_a_second() {
+        for (age, last) in [(FALSE_ALARM_AGE - EVERY, Free), (FALSE_ALARM_AGE, Stuck)] {
+            let mut world = World::new();
+            world.samples(&[1, 1, 0]);
+            world.now += age - 2 * EVERY;
+            assert_eq!(world.samples(&[1, 1]), [Free, last], "{age:?}");
+        }
+    }
+
+    #[test]
+    fn a_member_is_a_suspect_for_less_than_ten_seconds() {
+        let mut world = World::new();
+        world.samples(&[1; SAMPLES_OF_SUSPECT]);
+        world.samples(&[0]);
+        assert!(world.tracker.has_suspects(world.now + SUSPECT_TIME - EVERY));
+        assert!(!world.tracker.has_suspects(world.now + SUSPECT_TIME));
     }
 
     proptest! {

@@ -127,6 +127,7 @@ mod tests {
             [Target, Leave, Leave],
             "only the canary listens on this address"
         );
+        assert_eq!(decide(&[Ready, Draining]), [Target, Leave]);
         assert_eq!(decide(&[Starting, Reserved, Draining, Free]), [Hold, Target, Leave, Hold]);
         assert_eq!(decide(&[Starting, Draining, Leaving, Free]), [Hold, Hold, Leave, Hold]);
     }

@@ -126,6 +126,17 @@ mod tests {
         assert_eq!(order.indices(&ids(&[1, 2])), [0, 1]);
     }
 
+    #[test]
+    fn a_group_lacks_spares_if_fewer_members_stand_behind_its_last_target_than_may_leave() {
+        let order = order(&[0, 1, 2, 3]);
+        assert_eq!(order.len(), 4);
+        let cases =
+            [(Some(3), 0, 0), (Some(3), 2, 2), (Some(1), 2, 0), (Some(1), 3, 1), (None, 4, 0), (None, 6, 2)];
+        for (last, leaving, lacking) in cases {
+            assert_eq!(order.spares_lacking(last, leaving), lacking, "{last:?} {leaving}");
+        }
+    }
+
     proptest! {
         /// Simulates the kernel's array.
         #[test]

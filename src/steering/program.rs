@@ -110,6 +110,8 @@ fn choose(runs: &[Run], program: &mut Vec<sock_filter>) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::kernel::bpf;
 
@@ -156,7 +158,24 @@ mod tests {
         let scattered: Vec<u32> = (0..3000).map(|i| i * 2).collect();
         let program = program(&primary(&scattered));
         assert!(program.len() <= BPF_MAXINSNS);
-        assert!((0..5000).all(|n| scattered.contains(&run(&program, n).0)));
+        let chosen: BTreeSet<u32> = (0..5000).map(|n| run(&program, n).0).collect();
+        assert_eq!(chosen, scattered[..1023].iter().copied().collect(), "each may take four instructions");
+    }
+
+    #[test]
+    fn successive_indices_take_no_more_instructions_than_one() {
+        assert_eq!(program(&primary(&[4, 5, 6, 7])).len(), program(&primary(&[4])).len());
+    }
+
+    #[test]
+    fn without_a_target_the_kernel_chooses_among_all_members() {
+        assert_eq!(run(&program(&Targets::default()), 0).0, u32::MAX, "out of range");
+    }
+
+    #[test]
+    fn a_canary_without_a_primary_gets_everything() {
+        let targets = Targets { canary: vec![3], share: Share(1), ..Targets::default() };
+        assert_eq!(run(&program(&targets), u32::MAX).0, 3);
     }
 
     #[test]
@@ -170,6 +189,11 @@ mod tests {
                 let program = program(&Targets { primary: primary.to_vec(), canary: canary.to_vec(), share });
                 assert!(program.len() <= BPF_MAXINSNS, "{}", program.len());
                 let border = share.of_random_numbers();
+                let chosen = |first: u32| -> BTreeSet<u32> {
+                    (0..1000).map(|second| run_with(&program, &[first, second]).0).collect()
+                };
+                let fitting = |indices: &[u32]| indices.iter().take(511).copied().collect();
+                assert_eq!((chosen(0), chosen(border)), (fitting(canary), fitting(primary)));
                 for second in 0..10 {
                     assert!(canary.contains(&run_with(&program, &[0, second]).0));
                     assert!(canary.contains(&run_with(&program, &[border - 1, second]).0));
