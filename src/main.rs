@@ -1,4 +1,5 @@
-//! reuse-run runs N copies of any unmodified server on one port, and replaces them without losing a request.
+//! reuse-run runs N copies of any unmodified server on one port, and replaces them without losing a request on a new
+//! connection.
 //!
 //! # Code map
 //!

@@ -10,6 +10,7 @@ use super::slot::PROVEN_AFTER;
 use super::*;
 use crate::address::Address;
 use crate::steering::{Plan, Role, Share};
+use crate::words::list;
 use std::time::Duration;
 
 const WORKERS: u32 = 3;
@@ -27,21 +28,21 @@ fn policy(readiness: Readiness) -> Policy {
     }
 }
 
-/// What the kernel would make of the fleet's actions, with a made-up clock.
+/// What becomes of the fleet's actions.
 struct World {
     fleet: Fleet,
     now: Instant,
-    /// The living, and what they were told.
+    /// The living workers, and what they were sent.
     alive: BTreeMap<WorkerId, Told>,
-    /// The slot and the generation of everyone that ever lived.
+    /// The slot and the generation of each worker that ever lived.
     places: BTreeMap<WorkerId, (u32, u32)>,
     draining: BTreeSet<WorkerId>,
     log: Vec<String>,
     exit: Option<u8>,
     reset: Vec<u32>,
-    /// Slot and generation of those that got connections when it was last said who gets them.
+    /// Slot and generation of the workers that get connections by the last plan.
     steered_to: Vec<(u32, u32)>,
-    /// Slot and generation of those whose sockets are kept for a successor.
+    /// Slot and generation of the sockets that are kept for a successor.
     reserved: BTreeSet<(u32, u32)>,
     next_pid: i32,
     /// Whether starts fail from now on.
@@ -181,7 +182,7 @@ impl World {
         self.carry_out(actions);
     }
 
-    /// Lets time pass, waking the fleet when it wants to be.
+    /// Lets time pass, with a tick at each deadline.
     fn pass(&mut self, duration: Duration) {
         let end = self.now + duration;
         while let Some(deadline) = self.fleet.deadline().filter(|at| *at <= end && self.exit.is_none()) {
@@ -198,7 +199,7 @@ impl World {
         self.event(Event::Ended { worker, end });
     }
 
-    /// Those that were told to stop or killed do end.
+    /// The workers that were sent a signal end.
     fn obey(&mut self) {
         let told = |told: &Told| *told != Told::Nothing;
         for worker in self.alive.iter().filter(|(_, t)| told(t)).map(|(id, _)| *id).collect::<Vec<_>>() {
@@ -242,6 +243,117 @@ fn address(port: u16) -> Endpoint {
     Endpoint::Tcp(Address { socket: ([127, 0, 0, 1], port).into(), v6only: false })
 }
 
+/// A list of actions in words.
+fn story(actions: &[Action]) -> Vec<String> {
+    let words = |action: &Action| match action {
+        Action::Start { worker, slot, generation } => {
+            format!("start {} in slot {slot}, generation {generation}", worker.0)
+        }
+        Action::Steer(plan) => {
+            let roles = plan.roles.iter().map(|(id, role)| format!("{} {role:?}", id.0));
+            format!("steer: {}", roles.collect::<Vec<_>>().join(", "))
+        }
+        Action::Drain { worker, addresses } => format!("drain {} of {}", worker.0, list(addresses)),
+        Action::Signal { worker } => format!("signal {}", worker.0),
+        Action::Release { worker, successor } => format!("release {}, successor {successor}", worker.0),
+        Action::Unreserve { slot, generation } => format!("unreserve slot {slot}, generation {generation}"),
+        Action::Log { line, .. } => format!("log {line}"),
+        Action::Ended { outcome, .. } => format!("ended {outcome:?}"),
+        other => format!("{other:?}"),
+    };
+    actions.iter().map(words).collect()
+}
+
+#[test]
+fn the_actions_of_a_reload_are_a_story() {
+    let now = Instant::now();
+    let policy = Policy { workers: 1, ..policy(Readiness::Listen) };
+    let (mut fleet, actions) = Fleet::new(policy, Endpoints::default(), now);
+    assert_eq!(story(&actions), ["start 0 in slot 0, generation 1"]);
+    let mut tell = |events: Vec<Event>| {
+        let actions: Vec<Action> = events.into_iter().flat_map(|event| fleet.handle(event, now)).collect();
+        story(&actions)
+    };
+    let [old, new] = [0, 1].map(WorkerId);
+    let listens = |worker| Event::Listens { worker, endpoint: address(1) };
+    assert_eq!(
+        tell(vec![Event::Started { worker: old, pid: 10 }, listens(old)]),
+        [
+            "log worker 0 (pid 10, generation 1) is ready after 0 ms",
+            "steer: 0 Ready",
+            "log generation 1 is ready after 0 ms: 1 worker on 127.0.0.1:1",
+            "Announce(Ready { status: \"1 worker of generation 1 serves\" })",
+        ]
+    );
+    let (accepted, actions) = fleet.command(Command::Reload(None), now);
+    assert!(matches!(accepted, Ok(Accepted::Begun(_))));
+    assert_eq!(
+        story(&actions),
+        [
+            "log reload: starting generation 2, 1 worker",
+            "Announce(Reloading)",
+            "FindForeignListeners",
+            "start 1 in slot 0, generation 2",
+        ]
+    );
+    let mut tell = |events: Vec<Event>| {
+        let actions: Vec<Action> = events.into_iter().flat_map(|event| fleet.handle(event, now)).collect();
+        story(&actions)
+    };
+    assert_eq!(
+        tell(vec![Event::Started { worker: new, pid: 11 }, listens(new)]),
+        [
+            "log worker 0 (pid 11, generation 2) is ready after 0 ms",
+            "log generation 2 is ready after 0 ms: 1 worker on 127.0.0.1:1",
+            "unreserve slot 0, generation 1",
+            "steer: 0 Draining, 1 Ready",
+            "log generation 2 serves; generation 1 drains",
+            "drain 0 of 127.0.0.1:1",
+        ]
+    );
+    assert_eq!(tell(vec![Event::Drained { worker: old }]), ["steer: 0 Leaving, 1 Ready", "signal 0"]);
+    assert_eq!(
+        tell(vec![Event::Ended { worker: old, end: End::Exited(0) }]),
+        [
+            "release 0, successor false",
+            "log worker 0 (pid 10, generation 1) exited with status 0",
+            "log reload done after 0 ms: generation 2 serves alone",
+            "Announce(Ready { status: \"1 worker of generation 2 serves\" })",
+            "ended Ok(\"1 worker of generation 2 serves\")",
+        ]
+    );
+}
+
+#[test]
+fn a_command_gets_a_ticket_or_the_reason_of_its_refusal() {
+    let mut world = serving();
+    let mut ask = |command| {
+        let (answer, actions) = world.fleet.command(command, world.now);
+        if let Ok(Accepted::Begun(ticket) | Accepted::Queued(ticket)) = answer {
+            world.pending.insert(ticket, command);
+        }
+        world.carry_out(actions);
+        answer
+    };
+    let Ok(Accepted::Begun(reload)) = ask(Command::Reload(None)) else { panic!("it begins at once") };
+    let Ok(Accepted::Queued(next)) = ask(Command::Reload(None)) else { panic!("it is queued") };
+    assert_eq!(ask(Command::Reload(None)), Ok(Accepted::Queued(next)), "it is the same one");
+    let other = Command::Reload(Some(Rollout::Batches(1)));
+    assert_eq!(ask(other), Err(Refusal::OtherReloadQueued));
+    let Ok(Accepted::Queued(four)) = ask(Command::Scale(Target::More(1))) else { panic!("it is queued") };
+    let Ok(Accepted::Queued(five)) = ask(Command::Scale(Target::More(1))) else { panic!("it is queued") };
+    assert!(![reload, next, four].contains(&five));
+    assert!(matches!(ask(Command::Scale(Target::Fewer(5))), Err(Refusal::Limit(_))));
+    let Ok(Accepted::Begun(stop)) = ask(Command::Stop) else { panic!("it begins at once") };
+    assert_eq!(ask(Command::Stop), Ok(Accepted::Joined(stop)));
+    for command in [Command::Reload(None), Command::Abort, Command::Scale(Target::Exactly(1))] {
+        assert_eq!(ask(command), Err(Refusal::Stopping));
+    }
+    assert_eq!(world.pending.keys().copied().collect::<Vec<_>>(), [stop]);
+    assert_eq!(world.scalings, [false; 2], "the first was superseded, the second stopped");
+    assert_eq!(world.reloads, [false; 2]);
+}
+
 #[test]
 fn a_reload_switches_when_all_are_ready_and_stops_each_old_worker_when_it_is_drained() {
     let mut world = serving();
@@ -252,7 +364,10 @@ fn a_reload_switches_when_all_are_ready_and_stops_each_old_worker_when_it_is_dra
     assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
     world.event(Event::SaysReady { worker: c });
     assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
-    assert!(world.alive.values().all(|told| *told == Told::Nothing), "nobody is told before it is drained");
+    assert!(
+        world.alive.values().all(|told| *told == Told::Nothing),
+        "no worker gets the stop signal before it is drained"
+    );
     world.drain_all();
     world.obey();
     assert!(world.said("reload done"));
@@ -260,7 +375,7 @@ fn a_reload_switches_when_all_are_ready_and_stops_each_old_worker_when_it_is_dra
 }
 
 #[test]
-fn a_replacement_that_ends_or_is_late_ends_the_reload_and_the_old_never_notice() {
+fn a_replacement_that_ends_or_is_late_ends_the_reload_and_the_old_workers_serve_on() {
     for late in [false, true] {
         let mut world = serving();
         world.command(Command::Reload(Some(Rollout::AllAtOnce)));
@@ -282,7 +397,7 @@ fn a_replacement_that_ends_or_is_late_ends_the_reload_and_the_old_never_notice()
 }
 
 #[test]
-fn reloads_asked_for_during_a_reload_are_one_more() {
+fn several_reload_commands_during_a_reload_cause_one_more_reload() {
     let mut world = serving();
     for _ in 0..5 {
         world.command(Command::Reload(Some(Rollout::AllAtOnce)));
@@ -297,7 +412,7 @@ fn reloads_asked_for_during_a_reload_are_one_more() {
 }
 
 #[test]
-fn a_reload_asked_for_before_the_first_generation_is_ready_comes_after_it() {
+fn a_reload_command_before_the_first_generation_is_ready_is_queued() {
     let mut world = World::new(policy(Readiness::Notify));
     world.command(Command::Reload(Some(Rollout::AllAtOnce)));
     assert_eq!(world.ids().len(), 3);
@@ -306,7 +421,8 @@ fn a_reload_asked_for_before_the_first_generation_is_ready_comes_after_it() {
 }
 
 #[test]
-fn a_worker_that_dies_is_restarted_at_once_then_ever_later_and_at_once_again_when_it_was_proven() {
+fn a_worker_that_dies_is_restarted_at_once_then_later_each_time_and_at_once_again_after_ten_seconds_of_service()
+ {
     let mut world = serving();
     let mut waits = Vec::new();
     for _ in 0..9 {
@@ -367,7 +483,7 @@ fn with_max_failures_0_it_never_gives_up() {
 }
 
 #[test]
-fn a_first_worker_that_ends_before_it_is_ready_ends_everything_with_its_status() {
+fn if_a_first_worker_ends_before_it_is_ready_reuse_run_exits_with_its_status() {
     let mut world = World::new(policy(Readiness::Notify));
     let first = world.ids()[0];
     world.end(first, End::Exited(3));
@@ -377,7 +493,7 @@ fn a_first_worker_that_ends_before_it_is_ready_ends_everything_with_its_status()
 }
 
 #[test]
-fn a_stop_exits_with_0_and_with_1_when_somebody_had_to_be_killed() {
+fn a_stop_exits_with_0_or_with_1_if_a_worker_had_to_be_killed() {
     let mut world = serving();
     world.event(Event::StopSignal { signal: "SIGTERM" });
     world.obey();
@@ -410,7 +526,7 @@ fn a_stop_in_the_middle_of_a_reload_stops_both_generations() {
 }
 
 #[test]
-fn a_process_that_outlives_sigkill_holds_nothing_up() {
+fn a_process_that_sigkill_does_not_end_delays_nothing_for_more_than_ten_seconds() {
     let mut world = serving();
     world.command(Command::Reload(Some(Rollout::AllAtOnce)));
     world.ready_all();
@@ -419,7 +535,7 @@ fn a_process_that_outlives_sigkill_holds_nothing_up() {
 }
 
 #[test]
-fn a_replacement_has_to_listen_where_the_worker_before_it_does() {
+fn a_replacement_has_to_listen_where_its_predecessor_does() {
     let mut world = World::new(policy(Readiness::Listen));
     for worker in world.ids() {
         world.event(Event::Listens { worker, endpoint: address(1) });
@@ -439,7 +555,7 @@ fn a_replacement_has_to_listen_where_the_worker_before_it_does() {
 }
 
 #[test]
-fn a_restarted_worker_has_to_listen_where_the_dead_one_did() {
+fn a_restarted_worker_has_to_listen_where_its_dead_predecessor_did() {
     let mut world = World::new(policy(Readiness::Listen));
     for worker in world.ids() {
         world.event(Event::Listens { worker, endpoint: address(1) });
@@ -455,14 +571,14 @@ fn a_restarted_worker_has_to_listen_where_the_dead_one_did() {
 }
 
 #[test]
-fn a_unix_socket_counts_when_two_workers_listen_on_it_or_after_a_while_that_of_the_only_one() {
+fn a_unix_socket_makes_ready_when_two_workers_listen_on_it_or_after_a_second_if_there_is_one_worker() {
     let path = |name: &str| Endpoint::Unix(name.into());
     let mut world = World::new(policy(Readiness::Listen));
     let ids = world.ids();
     for (worker, name) in ids.iter().zip(["a", "b", "c"]) {
         world.event(Event::Listens { worker: *worker, endpoint: path(name) });
     }
-    assert_eq!(world.steered_to(), [], "each has one of its own");
+    assert_eq!(world.steered_to(), [], "each worker has a socket of its own");
     world.event(Event::Listens { worker: ids[0], endpoint: path("public") });
     assert_eq!(world.steered_to(), []);
     world.event(Event::Listens { worker: ids[1], endpoint: path("public") });
@@ -473,12 +589,12 @@ fn a_unix_socket_counts_when_two_workers_listen_on_it_or_after_a_while_that_of_t
     for worker in &new {
         world.event(Event::Listens { worker: *worker, endpoint: path("public") });
     }
-    assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)], "nobody asks for a, b and c");
+    assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)], "a, b and c are not needed");
 
     let mut world = World::new(Policy { workers: 1, ..policy(Readiness::Listen) });
     let worker = world.ids()[0];
     world.event(Event::Listens { worker, endpoint: path("a") });
-    assert_eq!(world.steered_to(), [], "it may listen elsewhere yet");
+    assert_eq!(world.steered_to(), [], "it may still listen elsewhere");
     world.pass(Duration::from_secs(1));
     assert_eq!(world.steered_to(), [(0, 1)]);
 }
@@ -490,7 +606,7 @@ fn a_rolling_reload_replaces_one_batch_after_the_other() {
     assert_eq!(world.ids().len(), 5);
     world.ready_all();
     assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 1)]);
-    assert_eq!(world.ids().len(), 5, "the next batch waits for the old workers' ends");
+    assert_eq!(world.ids().len(), 5, "the next batch waits until the old workers have ended");
     world.drain_all();
     world.obey();
     assert_eq!(world.ids().len(), 4);
@@ -503,7 +619,7 @@ fn a_rolling_reload_replaces_one_batch_after_the_other() {
 }
 
 #[test]
-fn a_rolling_reload_that_fails_leaves_both_generations_and_the_next_one_replaces_all() {
+fn after_a_failed_rolling_reload_both_generations_serve_and_the_next_reload_replaces_all() {
     let mut world = serving();
     world.command(Command::Reload(Some(Rollout::Batches(1))));
     world.ready_all();
@@ -514,7 +630,7 @@ fn a_rolling_reload_that_fails_leaves_both_generations_and_the_next_one_replaces
     assert_eq!(world.steered_to(), [(0, 2), (1, 1), (2, 1)]);
     assert!(world.said("1 worker of generation 2 and 2 of generation 1 serve on"), "{:?}", world.log);
     assert_eq!((world.reloads.as_slice(), world.fleet.crew.oldest_generation()), (&[false][..], 1));
-    // Who crashes comes back as he was.
+    // A worker that crashes is replaced by one of its own generation.
     let old = world.ids()[0];
     world.end(old, End::Exited(1));
     world.pass(Duration::ZERO);
@@ -526,7 +642,7 @@ fn a_rolling_reload_that_fails_leaves_both_generations_and_the_next_one_replaces
 }
 
 #[test]
-fn a_rolling_reload_stops_when_a_new_worker_dies_that_was_ready() {
+fn a_rolling_reload_stops_when_a_new_worker_dies_after_it_was_ready() {
     let mut world = serving();
     world.command(Command::Reload(Some(Rollout::Batches(1))));
     world.ready_all();
@@ -541,7 +657,7 @@ fn a_rolling_reload_stops_when_a_new_worker_dies_that_was_ready() {
 }
 
 #[test]
-fn a_canary_is_tried_and_then_all_follow() {
+fn a_canary_gets_its_share_for_its_period_and_then_everything() {
     let period = Duration::from_secs(60);
     let share = Share(1000);
     let mut world = serving();
@@ -564,7 +680,7 @@ fn a_canary_is_tried_and_then_all_follow() {
 }
 
 #[test]
-fn a_canary_that_dies_has_the_others_drained_and_the_old_generation_serves_on() {
+fn when_a_canary_dies_the_other_canaries_drain_and_the_old_generation_serves_on() {
     let mut world = serving();
     let period = Duration::from_secs(60);
     world.command(Command::Reload(Some(Rollout::Canary { share: Share(1000), period })));
@@ -581,7 +697,7 @@ fn a_canary_that_dies_has_the_others_drained_and_the_old_generation_serves_on() 
 }
 
 #[test]
-fn an_abort_ends_a_reload_before_its_switch_and_one_that_waits() {
+fn an_abort_ends_the_reload_before_its_switch_and_the_queued_one() {
     let mut world = serving();
     assert_eq!(world.refusal(Command::Abort), Some(Refusal::NoReloadToAbort));
     world.command(Command::Reload(Some(Rollout::AllAtOnce)));
@@ -598,7 +714,7 @@ fn an_abort_ends_a_reload_before_its_switch_and_one_that_waits() {
 }
 
 #[test]
-fn scaling_adds_slots_and_drains_those_that_it_removes() {
+fn scaling_adds_slots_and_drains_the_workers_of_those_that_it_removes() {
     let mut world = serving();
     world.command(Command::Scale(Target::Exactly(5)));
     assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
@@ -619,7 +735,7 @@ fn scaling_adds_slots_and_drains_those_that_it_removes() {
 }
 
 #[test]
-fn a_new_worker_that_fails_ends_the_scaling_and_the_others_serve_on() {
+fn when_a_new_worker_fails_the_scaling_ends_and_the_others_serve_on() {
     let mut world = serving();
     world.command(Command::Scale(Target::Exactly(5)));
     let new = world.ids().split_off(3);
@@ -634,7 +750,7 @@ fn a_new_worker_that_fails_ends_the_scaling_and_the_others_serve_on() {
 }
 
 #[test]
-fn what_is_asked_for_meanwhile_is_done_afterwards() {
+fn commands_during_an_operation_are_carried_out_after_it() {
     let mut world = serving();
     world.command(Command::Reload(Some(Rollout::AllAtOnce)));
     world.command(Command::Scale(Target::Exactly(4)));
@@ -651,7 +767,7 @@ fn what_is_asked_for_meanwhile_is_done_afterwards() {
 }
 
 #[test]
-fn every_place_is_told_of() {
+fn each_slot_and_each_other_worker_has_a_view() {
     let mut world = serving();
     let dead = world.ids()[1];
     world.end(dead, End::Exited(1));
@@ -671,7 +787,7 @@ fn every_place_is_told_of() {
 }
 
 #[test]
-fn ready_after_a_duration_means_alive_that_long_even_past_the_ready_timeout() {
+fn ready_after_a_duration_holds_even_if_the_ready_timeout_is_shorter() {
     let mut world = World::new(policy(Readiness::Alive(Duration::from_secs(90))));
     world.pass(Duration::from_millis(89_999));
     assert_eq!(world.steered_to().len(), 0);
@@ -679,7 +795,7 @@ fn ready_after_a_duration_means_alive_that_long_even_past_the_ready_timeout() {
     assert_eq!(world.steered_to().len(), 3);
 }
 
-/// Something that the world does to the fleet; indices choose among those alive.
+/// Something that happens to the fleet; an index chooses one of the living workers.
 #[derive(Debug, Clone)]
 enum Step {
     Ready(prop::sample::Index),
@@ -712,7 +828,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// To how many workers tests scale.
+/// The tests scale to at most so many workers.
 const MOST_WORKERS: u32 = 4;
 
 fn rollout() -> impl Strategy<Value = Rollout> {
@@ -782,9 +898,8 @@ fn readiness() -> impl Strategy<Value = Readiness> {
 }
 
 proptest! {
-    /// Whatever happens, a worker is never named after its end, there are never more than two
-    /// generations, everything ends when it is told to, and then nobody lives. (The world itself
-    /// checks that no action names a dead worker.)
+    /// There are never more than two generations, each operation ends, and after a stop no worker lives. (The world
+    /// itself checks that no action names a dead worker.)
     #[test]
     fn whatever_happens_a_reload_and_a_stop_come_to_an_end(
         readiness in readiness(), steps in vec(step(), 0..60)
@@ -836,9 +951,8 @@ proptest! {
         prop_assert!(world.pending.is_empty(), "{:?}", world.pending);
     }
 
-    /// A rolling reload has never more than a batch of extra workers.
     #[test]
-    fn in_batches_there_are_never_more_workers_than_one_batch_more(
+    fn a_rolling_reload_never_has_more_extra_workers_than_a_batch(
         readiness in readiness(), most in 1u32..3, steps in vec(step(), 0..80)
     ) {
         let mut world = World::new(policy(readiness));
@@ -853,10 +967,10 @@ proptest! {
         }
     }
 
-    /// From the moment that a worker is ready there always is one that gets connections, through all
-    /// reloads and scalings, unless those that serve end by themselves or everything is stopped.
+    /// From the moment that a worker is ready, through all reloads and scalings, unless serving workers end by
+    /// themselves or everything is stopped.
     #[test]
-    fn at_every_moment_of_a_reload_somebody_gets_connections(
+    fn at_every_moment_some_worker_gets_connections(
         readiness in readiness(), steps in vec(step(), 0..60)
     ) {
         let mut world = World::new(policy(readiness));
