@@ -343,7 +343,7 @@ fn an_old_worker_that_dies_while_a_reload_is_abandoned_is_restarted() {
     folder.lower("hold-2-1");
     service.wait_for_line("reload abandoned, generation 1 serves on");
     service.signal(Signal::SIGUSR2);
-    service.wait_for_line("once more as soon as this one is over");
+    service.wait_for_line("reload: queued until the current reload ends");
     let old: Vec<u32> = service.workers().into_iter().filter(|pid| *pid != new).collect();
     old.iter().for_each(|pid| send(*pid, Signal::SIGKILL));
     wait_until("two replacements", DEADLINE, || service.log.count_of("is ready, a replacement") == 2);
@@ -409,7 +409,7 @@ fn sigusr2_before_the_first_generation_is_ready_reloads_as_soon_as_it_is() {
     let mut service = Service::run("-n 2", &folder.server(addr, &[]));
     wait_for_listening(&service, 1);
     service.signal(Signal::SIGUSR2);
-    service.wait_for_line("reload: as soon as the first generation is ready");
+    service.wait_for_line("reload: queued until the first generation is ready");
     assert_eq!(service.workers().len(), 2, "no worker of generation 2 runs yet");
     folder.lower("hold-1-1");
     service.wait_for_line("generation 1 is ready");

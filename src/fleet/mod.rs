@@ -107,7 +107,12 @@ impl Fleet {
             }
         };
         if ticket.is_ok() && self.phase != Phase::Serving {
-            let what = if matches!(command, Command::Scale(_)) { "scaling" } else { "reload" };
+            let what = match (command, self.queue.workers()) {
+                (Command::Scale(_), Some(workers)) => {
+                    format!("scaling to {}", count(workers as usize, "worker"))
+                }
+                _ => "reload".to_owned(),
+            };
             self.crew.info(format!("{what}: queued until {}", self.phase.queued_until()));
         }
         let actions = self.take_actions(now);

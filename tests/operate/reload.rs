@@ -58,7 +58,7 @@ fn an_abort_exits_with_0_and_the_aborted_reload_with_1() {
 #[test]
 fn an_abort_without_a_reload_exits_with_1() {
     let mut service = Service::run_ready("-n 1", &naive(free_address()));
-    run(&service, "reload --abort").assert_failed(&["there is no reload that could be aborted"]);
+    run(&service, "reload --abort").assert_failed(&["there is no reload to abort"]);
     service.stop();
 }
 
@@ -67,7 +67,7 @@ fn an_abort_also_ends_the_reload_that_is_queued() {
     let (_, folder, mut service) = Service::with_flags("-n 1", &[]);
     let first = begin_held(&service, &folder);
     let second = begin(&service, "reload");
-    second.wait_for_output("once more as soon as this one is over");
+    second.wait_for_output("reload: queued until the current reload ends");
     run(&service, "reload --abort").assert_done("1 worker of generation 1 serve");
     for waiting in [first, second] {
         Outcome::of(waiting).assert_failed(&["aborted"]);
@@ -91,14 +91,14 @@ fn a_reload_exits_with_1_when_everything_is_stopped_during_it() {
     let (_, folder, mut service) = Service::with_flags("-n 1", &[]);
     let reload = begin_held(&service, &folder);
     service.stop();
-    Outcome::of(reload).assert_failed(&["everything was stopped"]);
+    Outcome::of(reload).assert_failed(&["reuse-run is stopping"]);
 }
 
 #[test]
 fn no_wait_returns_when_the_reload_has_begun() {
     let (addr, folder, mut service) = Service::with_flags("-n 1", &[]);
     folder.raise("hold-2-0");
-    run(&service, "reload --no-wait").assert_done("generation 2 has begun");
+    run(&service, "reload --no-wait").assert_done("reload begun");
     assert_eq!(get(addr).generation, Some(1));
     folder.lower("hold-2-0");
     service.wait_for_line("generation 2 serves alone");
@@ -141,7 +141,7 @@ fn twenty_reloads_at_once_succeed_by_two() {
     reloads.iter().for_each(|reload| drop(reload.wait_for_output("reload: ")));
     folder.lower("hold-2-0");
     for reload in reloads {
-        assert!(reload.out.count_of("once more as soon as") <= 1, "{}", reload.out.text());
+        assert!(reload.out.count_of("queued until") <= 1, "{}", reload.out.text());
         Outcome::of(reload).assert_done("serve");
     }
     // The reloads that were asked for during the first one were all done by a second one.
@@ -186,7 +186,7 @@ fn a_reload_before_the_first_generation_is_ready_waits_for_that() {
         is_accepted
     });
     let reload = reload.expect("a reload");
-    reload.wait_for_output("as soon as the first generation is ready");
+    reload.wait_for_output("reload: queued until the first generation is ready");
     folder.lower("hold-1-0");
     Outcome::of(reload).assert_done("1 worker of generation 2 serve");
     assert_eq!(get(addr).generation, Some(2));
@@ -198,9 +198,9 @@ fn a_queued_reload_keeps_its_options_when_a_signal_asks_for_another() {
     let (_, folder, mut service) = Service::with_flags("-n 2", &[]);
     let first = begin_held(&service, &folder);
     let queued = begin(&service, "reload --batch 1");
-    queued.wait_for_output("once more as soon as this one is over");
+    queued.wait_for_output("reload: queued until the current reload ends");
     service.signal(Signal::SIGUSR2);
-    run(&service, "reload --batch 2").assert_failed(&["goes another way"]);
+    run(&service, "reload --batch 2").assert_failed(&["a reload of another kind is queued"]);
     folder.lower("hold-2-0");
     Outcome::of(first).assert_done("2 workers of generation 2 serve");
     let outcome = Outcome::of(queued);
@@ -216,7 +216,7 @@ fn a_reload_during_a_scaling_waits_for_its_end() {
     let scale = begin(&service, "scale 2");
     scale.wait_for_output("scaling from 1 to 2");
     let reload = begin(&service, "reload");
-    reload.wait_for_output("as soon as the scaling is over");
+    reload.wait_for_output("reload: queued until the scaling ends");
     folder.lower("hold-1-1");
     Outcome::of(scale).assert_done("2 workers of generation 1 serve");
     Outcome::of(reload).assert_done("2 workers of generation 2 serve");

@@ -92,7 +92,7 @@ fn scaling_during_a_reload_is_queued() {
     let (_, folder, mut service) = Service::with_flags("-n 2", &[]);
     let reload = begin_held(&service, &folder);
     let scale = begin(&service, "scale 3");
-    scale.wait_for_output("as soon as what goes on is over");
+    scale.wait_for_output("scaling to 3 workers: queued until the current reload ends");
     folder.lower("hold-2-0");
     Outcome::of(reload).assert_done("of generation 2 serve");
     Outcome::of(scale).assert_done("3 workers of generation 2 serve");
@@ -108,9 +108,9 @@ fn of_queued_scalings_the_last_is_done_and_each_is_told_its_own_result() {
     let begun = begin(&service, "scale 3");
     begun.wait_for_output("scaling from 2 to 3");
     let queued = begin(&service, "scale 5");
-    queued.wait_for_output("scale to 5: as soon as what goes on is over");
+    queued.wait_for_output("scaling to 5 workers: queued until the scaling ends");
     let last = begin(&service, "scale 4");
-    Outcome::of(queued).assert_failed(&["4 workers were asked for since"]);
+    Outcome::of(queued).assert_failed(&["superseded by a scaling to 4 workers"]);
     folder.lower("hold-1-2");
     Outcome::of(begun).assert_done("3 workers of generation 1 serve");
     last.wait_for_output("scaling from 3 to 4");

@@ -89,7 +89,7 @@ fn status_shows_workers_that_start_are_ready_drain_and_stop_and_exits_with_4_and
     send(old["pid"].as_u64().expect("a pid") as u32, Signal::SIGKILL);
     Outcome::of(reload).assert_done("1 worker of generation 2 serve");
     service.signal(Signal::SIGTERM);
-    wait_until("everything is being stopped", DEADLINE, || {
+    wait_until("reuse-run is stopping", DEADLINE, || {
         let shown = status(&service);
         assert_fits_the_schema(&shown);
         shown["state"] == "stopping"

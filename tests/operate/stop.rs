@@ -38,9 +38,9 @@ fn stop_exits_with_1_when_a_worker_had_to_be_killed() {
 #[test]
 fn after_stop_with_no_wait_no_other_command_is_accepted() {
     let mut service = Service::run_ready("-n 1", &naive_with(free_address(), &["--ignore-int"]));
-    run(&service, "stop --no-wait").assert_done("being stopped");
+    run(&service, "stop --no-wait").assert_done("stop begun");
     for words in ["reload", "scale 2", "reload --abort"] {
-        run(&service, words).assert_failed(&["everything is being stopped"]);
+        run(&service, words).assert_failed(&["reuse-run is stopping"]);
     }
     run(&service, "stop --timeout 100ms").assert_failed(&["100ms"]);
     let stop = begin(&service, "stop");
