@@ -1,4 +1,4 @@
-/* A server as one is built in Alpine: linked to musl, and there is no other libc where it runs. */
+/* A server as built in Alpine: it is linked to musl and runs where there is no other libc. */
 #include <arpa/inet.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -4,7 +4,7 @@ use crate::common::load::{Load, LoadOptions};
 use crate::common::{
     DEADLINE, MARK, Service, Waiting, behind, free_address, get, reload_under_load, turn, wait_until,
 };
-use crate::{listeners, python, told, word};
+use crate::{lines_with, listeners, python, word};
 
 #[test]
 fn listeners_from_systemd_socket_activate_are_shared_by_all_workers() {
@@ -20,7 +20,7 @@ fn listeners_from_systemd_socket_activate_are_shared_by_all_workers() {
     service.wait_until_ready();
     assert_eq!(first.outcome().expect("an answer").generation, Some(1));
 
-    let lines = told(&service, "given ", 2);
+    let lines = lines_with(&service, "given ", 2);
     let inode = |listener: usize| lines.iter().map(|line| listeners(line)[listener][3]).collect::<Vec<_>>();
     for line in &lines {
         assert_eq!(word(line, "listen_pid"), word(line, "pid"), "{line}");
@@ -62,7 +62,7 @@ fn a_worker_may_become_ready_by_systemd_notify() {
     let options = format!("-n 2 --ready notify -l {addr}");
     let mut service = Service::run_ready(&options, &python("systemd-notify"));
     // It waits until its message has been read, and fails otherwise.
-    for line in told(&service, "systemd-notify ", 2) {
+    for line in lines_with(&service, "systemd-notify ", 2) {
         assert_eq!(word(&line, "status"), "0", "{line}");
     }
     service.reload();

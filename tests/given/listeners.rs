@@ -11,7 +11,7 @@ use crate::common::{
     DEADLINE, Folder, Line, Service, Waiting, free_address, free_port, get, inline, naive, naive_with,
     node_app, own_network, packaged, reload_under_load, reload_under_loads, send, turn, wait_until,
 };
-use crate::{listeners, node, python, told, word};
+use crate::{lines_with, listeners, node, python, word};
 
 #[test]
 fn a_python_worker_is_given_its_listeners_as_systemd_would_give_them() {
@@ -19,7 +19,7 @@ fn a_python_worker_is_given_its_listeners_as_systemd_would_give_them() {
     let ports = addrs.map(|addr| addr.port().to_string());
     let options = format!("-n 2 -l {} -l {}", addrs[0], addrs[1]);
     let mut service = Service::run_ready(&options, &python("listen"));
-    let lines = told(&service, "given ", 2);
+    let lines = lines_with(&service, "given ", 2);
     let mut inodes = Vec::new();
     for line in &lines {
         assert_eq!(word(line, "listen_pid"), word(line, "pid"), "{line}");
@@ -47,7 +47,7 @@ fn a_node_worker_that_listens_on_fds_3_and_4_serves_both_given_listeners() {
     let addrs = [free_address(), free_address()];
     let options = format!("-n 2 -l {} -l {}", addrs[0], addrs[1]);
     let mut service = Service::run_ready(&options, &node());
-    for line in told(&service, "given ", 2) {
+    for line in lines_with(&service, "given ", 2) {
         assert_eq!(word(&line, "listen_pid"), word(&line, "pid"), "{line}");
         assert_eq!(word(&line, "fds"), "2");
         assert_eq!(word(&line, "names"), format!("{}:{}", addrs[0].port(), addrs[1].port()));
@@ -68,7 +68,7 @@ fn an_address_may_be_a_port_alone_or_with_an_ip_address() {
         ports[0], ports[1], ports[2], ports[3]
     );
     let mut service = Service::run_ready(&options, &python("listen"));
-    let line = &told(&service, "given ", 1)[0];
+    let line = &lines_with(&service, "given ", 1)[0];
     assert_eq!(word(line, "ready_fd"), "7", "one digit, as dash needs it");
     for port in &ports {
         assert_eq!(get((Ipv4Addr::LOCALHOST, *port).into()).generation, Some(1));
@@ -128,7 +128,7 @@ fn a_worker_that_binds_the_given_address_anyway_gets_the_same_socket() {
     let _turn = turn();
     let addr = free_address();
     let mut service = Service::run_ready(&format!("-n 2 -l {addr}"), &python("bind"));
-    let (given, bound) = (told(&service, "given ", 2), told(&service, "bound ", 2));
+    let (given, bound) = (lines_with(&service, "given ", 2), lines_with(&service, "bound ", 2));
     for line in given {
         let same = bound.iter().find(|other| word(other, "pid") == word(&line, "pid")).expect("it binds");
         assert_eq!(listeners(same)[0][3], listeners(&line)[0][3], "inode numbers: {line}; {same}");

@@ -21,7 +21,7 @@ fn node() -> Vec<String> {
 
 /// Waits until so many workers have printed a line that begins with `what`. Returns these lines.
 #[track_caller]
-fn told(service: &Service, what: &str, workers: usize) -> Vec<String> {
+fn lines_with(service: &Service, what: &str, workers: usize) -> Vec<String> {
     wait_until(what, DEADLINE, || service.out.count_of(what) >= workers);
     let lines = service.out.all().into_iter().map(|line| line.text);
     lines.filter(|line| line.starts_with(what)).collect()

@@ -73,7 +73,7 @@ if how == 'bind':
 for listener in listeners:
     if how in ('listen', 'bind'):
         listener.listen(512)
-    listener.setblocking(False)  # where it is shared another process may accept what select told of
+    listener.setblocking(False)  # another process may accept the connection before this one
 if how == 'pipe':
     os.write(int(os.environ['READY_FD']), b'\n')
 elif how == 'systemd-notify':

@@ -112,7 +112,7 @@ elif what == 'thread':
     thread.start()
     thread.join()
 elif what in ('grandchild', 'orphan'):
-    # It accepts nothing before the flag is lowered, so that its queue stands.
+    # It accepts nothing before the flag is lowered, so that connections wait in its queue.
     def grandchild():
         listen(port)
         say('listens')
@@ -138,7 +138,7 @@ elif what == 'killed':
     listen(port)
 elif what == 'interrupted':
     def interrupted():
-        # Restarted as most run-times ask for; without that a bind that nobody looked at yet says EINTR.
+        # Most run-times ask for restarted system calls. Otherwise an intercepted bind may fail with EINTR.
         signal.signal(signal.SIGALRM, lambda *_: None)
         signal.siginterrupt(signal.SIGALRM, False)
         signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
