@@ -425,7 +425,7 @@ fn sigusr2_during_a_stop_is_refused_in_the_log() {
     service.signal(Signal::SIGTERM);
     service.wait_for_line("SIGTERM: stopping");
     service.signal(Signal::SIGUSR2);
-    service.wait_for_line("no reload");
+    service.wait_for_line("the signal is ignored: reuse-run is stopping");
     assert_eq!(service.wait_end().code(), Some(1), "{}", service.log.text());
     assert_eq!(service.out.count_of("generation=2"), 0);
     assert_eq!(service.descendants(), [0u32; 0]);
