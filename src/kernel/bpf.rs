@@ -3,8 +3,41 @@
 use libc::sock_filter;
 
 /// One instruction (linux/filter.h).
-pub const fn op(code: u32, jt: u8, jf: u8, k: u32) -> sock_filter {
+const fn op(code: u32, jt: u8, jf: u8, k: u32) -> sock_filter {
     sock_filter { code: code as u16, jt, jf, k }
+}
+
+/// Loads the 32-bit word at an offset of the data into the accumulator.
+pub const fn load(offset: u32) -> sock_filter {
+    op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset)
+}
+
+pub const fn add(k: u32) -> sock_filter {
+    op(libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K, 0, 0, k)
+}
+
+pub const fn modulo(k: u32) -> sock_filter {
+    op(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, 0, 0, k)
+}
+
+/// Skips `jt` instructions if the accumulator is at least `k`, and `jf` if it isn't.
+pub const fn jump_at_least(k: u32, jt: u8, jf: u8) -> sock_filter {
+    op(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, jt, jf, k)
+}
+
+/// Skips `len` instructions.
+pub const fn jump(len: u32) -> sock_filter {
+    op(libc::BPF_JMP | libc::BPF_JA, 0, 0, len)
+}
+
+/// Ends the program with this result.
+pub const fn ret(k: u32) -> sock_filter {
+    op(libc::BPF_RET | libc::BPF_K, 0, 0, k)
+}
+
+/// Ends the program with the accumulator as its result.
+pub const fn ret_accumulator() -> sock_filter {
+    op(libc::BPF_RET | libc::BPF_A, 0, 0, 0)
 }
 
 /// A place in a program that jumps lead to.
@@ -42,7 +75,7 @@ impl Assembler {
 
     /// Loads the 32-bit word at an offset of the data into the accumulator.
     pub fn load(&mut self, offset: u32) {
-        self.program.push(op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset));
+        self.program.push(load(offset));
     }
 
     /// Jumps by whether the accumulator is `k`.
@@ -53,7 +86,7 @@ impl Assembler {
 
     /// Ends the program with a result.
     pub fn ret(&mut self, k: u32) {
-        self.program.push(op(libc::BPF_RET | libc::BPF_K, 0, 0, k));
+        self.program.push(ret(k));
     }
 
     /// The program with its jumps.

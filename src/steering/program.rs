@@ -2,7 +2,7 @@
 
 use libc::sock_filter;
 
-use crate::kernel::bpf::op;
+use crate::kernel::bpf::{add, jump, jump_at_least, load, modulo, ret, ret_accumulator};
 use crate::steering::Share;
 
 /// The indices that a program chooses from. Both lists ascend.
@@ -29,13 +29,13 @@ const RANDOM: u32 = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
 pub fn program(targets: &Targets) -> Vec<sock_filter> {
     let Targets { primary, canary, share } = targets;
     match (primary.is_empty(), canary.is_empty()) {
-        (true, true) => vec![op(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX)],
+        (true, true) => vec![ret(u32::MAX)],
         (true, false) => choose_one(canary, BPF_MAXINSNS),
         (false, true) => choose_one(primary, BPF_MAXINSNS),
         (false, false) => {
             // The load and the jump over the canary's half, which may take two instructions, need room too.
             let choose_canary = choose_one(canary, BPF_MAXINSNS / 2 - 2);
-            let mut program = vec![op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, RANDOM)];
+            let mut program = vec![load(RANDOM)];
             jump_if_at_least(share.of_random_numbers(), choose_canary.len(), &mut program);
             program.extend(choose_canary);
             program.extend(choose_one(primary, BPF_MAXINSNS / 2 - 2));
@@ -50,23 +50,19 @@ fn choose_one(indices: &[u32], max_len: usize) -> Vec<sock_filter> {
     // Each run takes two instructions, each inner node of the tree above them at most two.
     runs.truncate((max_len - 2) / 4);
     let total: u32 = runs.iter().map(|run| run.len).sum();
-    let mut program = vec![
-        op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, RANDOM),
-        op(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, 0, 0, total),
-    ];
+    let mut program = vec![load(RANDOM), modulo(total)];
     choose(&runs, &mut program);
     program
 }
 
 /// Appends a jump over `len` instructions, taken if the accumulator is at least `k`.
 fn jump_if_at_least(k: u32, len: usize, program: &mut Vec<sock_filter>) {
-    const JUMP: u32 = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
     // A conditional jump reaches 255 instructions, an unconditional one any.
     match u8::try_from(len) {
-        Ok(len) => program.push(op(JUMP, len, 0, k)),
+        Ok(len) => program.push(jump_at_least(k, len, 0)),
         Err(_) => {
-            program.push(op(JUMP, 0, 1, k));
-            program.push(op(libc::BPF_JMP | libc::BPF_JA, 0, 0, len as u32));
+            program.push(jump_at_least(k, 0, 1));
+            program.push(jump(len as u32));
         }
     }
 }
@@ -96,8 +92,8 @@ fn choose(runs: &[Run], program: &mut Vec<sock_filter>) {
     let Some((&first, rest)) = runs.split_first() else { return };
     if rest.is_empty() {
         // start >= before, since the indices ascend.
-        program.push(op(libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K, 0, 0, first.start - first.before));
-        program.push(op(libc::BPF_RET | libc::BPF_A, 0, 0, 0));
+        program.push(add(first.start - first.before));
+        program.push(ret_accumulator());
         return;
     }
     let (low, high) = runs.split_at(runs.len() / 2);
@@ -127,7 +123,7 @@ mod tests {
     fn run_with(program: &[sock_filter], random: &[u32]) -> (u32, usize) {
         let mut random = random.iter().copied();
         bpf::run(program, |offset| {
-            assert_eq!(offset, RANDOM);
+            assert_eq!(offset, 0xffff_f038, "SKF_AD_RANDOM is 56, behind -0x1000");
             random.next().unwrap()
         })
     }
