@@ -4,47 +4,84 @@
 //! # Code map
 //!
 //! The process is single-threaded: one loop waits in epoll ([`supervisor`]), tells a pure state machine ([`fleet`]) what
-//! has happened, and carries out the actions that it returns. "The wrapper" is this process, as opposed to its workers.
+//! has happened, and carries out the actions that it returns.
 //!
-//! Where to begin: [`supervisor::run`] is the program's life in its order. [`fleet::Event`] and [`fleet::Action`] are all
-//! that can happen and all that can be done; `fleet/tests.rs` tells whole stories of them.
+//! Words: the *wrapper* is this process. A *worker* is one copy of the server, a *slot* the place of a worker that serves,
+//! and a *generation* all workers that one reload started. A *member* is a listening socket of the wrapper in a reuseport
+//! group of the kernel; it is *lent* to a worker, the *borrower*. A *room* is a folder here, or a file beside this one.
 //!
-//! | room | owns | to change |
-//! |---|---|---|
-//! | [`supervisor`] | the loop, the workers' processes; `commands`: requests and their replies, what status shows | what calls the kernel for an action, a new request |
-//! | [`cli`] | the options (`args`) and how their values are written (`values`) | an option, a help text |
-//! | [`worker`] | starting (`child`, `fds`, `program`), signalling and reaping a process, its `environment`, and how it says that it is ready (`ready`) | a way to say ready, a variable of the worker |
-//! | [`intercept`] | each worker's seccomp filter, and the answers to what it stops (`tcp`, `unix`, `options`) | the answer to a bind, listen or unlink |
-//! | [`drain`] | which retired workers have finished; `idle`: closing idle connections; `signal_effect`: what the stop signal does | when a connection counts as idle |
-//! | [`pool`] | the TCP listeners that workers borrow; `paths`: Unix sockets; `unintercepted`: workers without a filter | lending, attaching a program, resetting a queue |
-//! | [`operate`] | the control socket (`control`, `protocol`, `client`), `status`' table and JSON, `signals`, `systemd`, `pidfile` | a column of status, the meaning of a signal |
-//! | [`fleet`] | pure: which workers there are and what becomes of them | see the next table |
-//! | [`steering`] | pure: who gets new connections (`mod`), who is stuck (`load`), the kernel's array (`order`), the BPF program (`program`) | the choice of a worker |
-//! | [`output`] | the log (`log`), the workers' output (`labels`), stdout and stderr (`sink`) | how a line is written |
-//! | [`kernel`] | system calls (`sys`: the only unsafe code), /proc (`procfs`), sock_diag and TCP_INFO (`sockdiag`), BPF instructions (`bpf`) | a call to the kernel |
-//! | [`ids`], [`address`], [`words`], [`lines`] | names for things, addresses, text helpers, splitting a stream into lines | |
+//! Where to begin: [`supervisor::run`] reads as the process lives. [`fleet::Event`] lists what can happen, [`fleet::Action`]
+//! what can be done about it. `fleet/tests.rs` has whole stories of both.
 //!
-//! | file of fleet | owns | to change |
-//! |---|---|---|
-//! | `mod` | the operations: reload, scale, stop, and their failure | how a reload goes |
-//! | `events` | events, actions, commands, tickets and refusals | what the loop can be asked to do |
-//! | `crew` | slots and workers together with their timers and endpoints | what is the same for every worker |
-//! | `worker`, `slot` | a worker's state; a slot's restarts and their back-off | the back-off |
-//! | `timers`, `policy` | the table of timers; the options of the run, their limits, and the time that each state may take | a time-out, a limit |
-//! | `endpoints` | where each worker listens, and where its replacement has to | when a worker that listens is ready |
-//! | `phase`, `queue` | the operation that runs; those that wait, and their tickets | what is refused or queued |
-//! | `roster`, `views`, `story` | lists of slots and workers, for the fleet, for status, and in words | a log line of a reload |
+//! The rooms. Each imports only rooms below it.
+//!
+//! | room | owns |
+//! |---|---|
+//! | [`supervisor`] | the loop and the workers' processes |
+//! | [`cli`] | the command line |
+//! | [`worker`] | starting, signalling and reaping a worker's process |
+//! | [`intercept`] | the seccomp filter of each worker, and the answers to the system calls that it stops |
+//! | [`drain`] | which retired workers have finished their work |
+//! | [`pool`] | the listening sockets |
+//! | [`operate`] | control socket, status, signals, systemd, PID file |
+//! | [`fleet`] | pure: which workers there are, and what happens to them next |
+//! | [`steering`] | pure: which worker gets a new connection |
+//! | [`output`] | the log, and the workers' output |
+//! | [`kernel`] | system calls, /proc, sock_diag |
+//! | [`ids`], [`address`], [`words`], [`lines`] | ids; addresses; text helpers; splitting a stream into lines |
+//!
+//! Where to change what:
+//!
+//! | to change | file |
+//! |---|---|
+//! | an option and its help; how its value is written | `cli/args`; `cli/values` |
+//! | which system calls an action or event means | `supervisor/mod` |
+//! | a request of a command, the reply to it, where status' values come from | `supervisor/commands` |
+//! | the steps of a reload, scaling or stop, and what happens when a worker fails in the middle | `fleet/mod` |
+//! | what is the same for every worker, in whichever operation | `fleet/crew` |
+//! | what the fleet can be told and can decide; tickets and refusals | `fleet/events` |
+//! | time-outs, also after the stop signal and SIGKILL; limits of numbers | `fleet/policy` |
+//! | the back-off of restarts; when to give up | `fleet/slot` |
+//! | which timers there are | `fleet/timers` |
+//! | where a worker or its replacement has to listen to be ready | `fleet/endpoints` |
+//! | which operation may run or be aborted; which commands are queued | `fleet/phase`; `fleet/queue` |
+//! | a log line of the fleet; the facts about workers for status | `fleet/story`; `fleet/views` |
+//! | what each role of a worker means for new connections | `steering/mod` |
+//! | which worker is stuck and skipped | `steering/load` |
+//! | the model of the kernel's array of members; the BPF instructions that choose one | `steering/order`; `steering/program` |
+//! | lending a socket and taking it back; the sockets' states | `pool/mod`; `pool/member` |
+//! | attaching the BPF program to a group | `pool/group` |
+//! | when the accept queues are sampled | `pool/accept_queues` |
+//! | connections that wait for no worker; listeners that a living worker has closed | `pool/unserved`; `pool/closed` |
+//! | other programs on our addresses; workers that can't be intercepted | `pool/foreign`; `pool/unintercepted` |
+//! | Unix sockets: sharing a path, and its hand-over to the next generation | `pool/paths` |
+//! | which system calls are stopped | `intercept/filter` |
+//! | the answer to a bind of a port; to a bind or unlink of a Unix socket's path | `intercept/tcp`; `intercept/unix` |
+//! | socket options that a worker sets before bind | `intercept/options` |
+//! | what the wrapper may do for a worker | `intercept/caller` |
+//! | starting, signalling and reaping a process; which programs get Node's channel | `worker/mod`; `worker/program` |
+//! | the steps between fork and exec; descriptor numbers | `worker/child`; `worker/fds` |
+//! | environment variables of a worker, env files, secrets | `worker/environment` |
+//! | how a worker says that it is ready | `worker/ready/` |
+//! | when a connection counts as idle, and a worker as drained | `drain/mod` |
+//! | closing idle connections; what the stop signal does to a worker | `drain/idle`; `drain/signal_effect` |
+//! | the meaning of a signal to the wrapper | `operate/signals` |
+//! | the columns and the JSON of status; its exit status | `operate/status` |
+//! | clients of the control socket; the wire format; the commands' own process | `operate/control`; `operate/protocol`; `operate/client` |
+//! | what systemd is told; the PID file | `operate/systemd`; `operate/pidfile` |
+//! | labels before lines; how stdout and stderr are written; the log's form | `output/labels`; `output/sink`; `output/log` |
+//! | a system call (the only unsafe code); a file of /proc; a query to sock_diag | `kernel/sys`; `kernel/procfs`; `kernel/sockdiag` |
 //!
 //! # The ways through the rooms
 //!
 //! - **A bind.** The worker's bind(2) stops in its filter. epoll reports the filter's fd: `supervisor::answer` →
 //!   `intercept::Interception::answer` reads the call and the address from the worker's memory → `intercept::tcp` →
-//!   `pool::Pool::lend` finds or makes a socket in the address' reuseport group → `intercept` puts that socket over the
+//!   `pool::Pool::lend` finds or makes a socket in the reuseport group of the address → `intercept` puts that socket over the
 //!   worker's fd and answers "success". Its listen(2) goes the same way to `Pool::listen`; the supervisor then hands
 //!   [`fleet::Event::Listens`] to the fleet, and with it the worker may be ready.
 //! - **A SIGUSR2.** `operate::signals` → `supervisor::take_signals` → [`fleet::Fleet::command`] → [`fleet::Action::Start`] for
 //!   each slot → `worker::Starter::start`. When all are ready the fleet switches: [`fleet::Action::Steer`] carries a
-//!   [`steering::Plan`] → `Pool::steer` → `steering::decide` and `steering::program` → one setsockopt(2) an address.
+//!   [`steering::Plan`] → `Pool::steer` → `steering::decide` and `steering::program` → one setsockopt(2) for each address.
 //!   [`fleet::Action::Drain`] → `drain::Drain::poll` → [`fleet::Event::Drained`] → [`fleet::Action::Signal`].
 //! - **A command.** `reuse-run reload` is `operate::client`. It writes a request to the control socket →
 //!   `operate::control` → `supervisor::commands` → [`fleet::Fleet::command`] answers with a ticket or a refusal →
@@ -56,15 +93,17 @@
 //!
 //! - Invariant: a listening socket belongs to the wrapper; a worker only borrows it. The kernel sends connections to ready
 //!   workers only.
-//! - Invariant: members that the steering program names never move in the kernel's array (`steering::spares_lacking`).
+//! - Invariant: a member that the BPF program chooses keeps its index in the kernel's array, whichever others leave
+//!   (`steering::spares_lacking`).
 //! - Invariant: a replacement that fails never gets a connection, and the old workers are not touched.
-//! - Invariant: the wrapper does nothing for a worker that the worker itself may not do (`intercept::caller`).
+//! - Invariant: the wrapper does nothing for a worker that the kernel would not allow the worker to do itself
+//!   (`intercept::caller`).
 //! - Invariant: [`fleet`] and [`steering`] make no system call and read no clock (`tests/house.rs`).
-//! - Invariant: a room imports only rooms that stand below it in the first table (`tests/house.rs`).
+//! - Invariant: a room imports only rooms that stand below it in the table of rooms (`tests/house.rs`).
 //! - Invariant: the request path is the kernel's, and without traffic nothing wakes the loop.
 //! - Invariant: the loop waits for events in epoll alone. (`drain::idle::watch_end` spins, for 3 ms at most, once a
 //!   generation.)
-//! - Invariant: inside the loop an error is a warning and a plan; only before it does an error end the program.
+//! - Invariant: before the loop an error ends the program. Inside the loop it is logged, and the program goes on.
 #![cfg_attr(clippy, deny(warnings))]
 // A panic ends the wrapper, and with it the workers.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]

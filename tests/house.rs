@@ -7,6 +7,24 @@ use std::path::{Path, PathBuf};
 const MAX_LINES_OF_FILE: usize = 600;
 const MAX_LINES_OF_FUNCTION: usize = 60;
 
+/// Files that nobody looks for: they declare modules, or serve the others of their room.
+const HELPERS: [&str; 14] = [
+    "cli/mod",
+    "cli/split",
+    "fleet/roster",
+    "fleet/worker",
+    "fleet/tests",
+    "intercept/mod",
+    "intercept/bound",
+    "intercept/install",
+    "kernel/mod",
+    "kernel/bpf",
+    "operate/mod",
+    "output/mod",
+    "pool/watcher",
+    "supervisor/source",
+];
+
 /// All source files, and their text.
 fn sources() -> Vec<(PathBuf, String)> {
     let (mut folders, mut files) = (vec![PathBuf::from("src")], Vec::new());
@@ -58,6 +76,29 @@ fn every_room_stands_in_the_map() {
     let mut rooms: BTreeSet<String> = sources().iter().map(|(path, _)| room(path)).collect();
     rooms.remove("main");
     assert_eq!(mapped, rooms);
+}
+
+#[test]
+fn every_file_stands_in_the_map() {
+    let map = fs::read_to_string("src/main.rs").expect("the map");
+    let mapped: BTreeSet<&str> = map
+        .lines()
+        .filter(|line| line.starts_with("//! | ") && !line.contains("[`"))
+        .flat_map(|line| line.split('`').skip(1).step_by(2))
+        .collect();
+    for file in &mapped {
+        let path = format!("src/{file}");
+        assert!(Path::new(&path).is_dir() || Path::new(&format!("{path}.rs")).exists(), "no {file}");
+    }
+    for (path, _) in sources() {
+        let file = path.strip_prefix("src").expect("below src").with_extension("");
+        let file = file.to_str().expect("UTF-8");
+        let is_mapped = mapped
+            .iter()
+            .any(|mapped| file == *mapped || file.starts_with(&format!("{}/", mapped.trim_end_matches('/'))));
+        let is_plain = !file.contains('/') || HELPERS.contains(&file);
+        assert!(is_mapped || is_plain, "{file} is not in the map");
+    }
 }
 
 #[test]

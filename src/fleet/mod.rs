@@ -107,13 +107,7 @@ impl Fleet {
             }
         };
         if ticket.is_ok() && self.phase != Phase::Serving {
-            let what = match (command, self.queue.workers()) {
-                (Command::Scale(_), Some(workers)) => {
-                    format!("scaling to {}", count(workers as usize, "worker"))
-                }
-                _ => "reload".to_owned(),
-            };
-            self.crew.info(format!("{what}: queued until {}", self.phase.queued_until()));
+            self.crew.info(story::queued(command, self.queue.workers(), self.phase));
         }
         let actions = self.take_actions(now);
         let accepted = |ticket| match self.queue.has(ticket) {

@@ -6,6 +6,8 @@ use std::time::Duration;
 use humantime::format_duration;
 
 use super::endpoints::Endpoints;
+use super::events::Command;
+use super::phase::Phase;
 use super::policy::{KILL_GRACE, Policy, Readiness, Rollout};
 use super::roster::Roster;
 use super::slot::Slot;
@@ -31,6 +33,15 @@ pub fn composition(slots: &[Slot]) -> String {
 /// "4 workers of generation 3 serve"
 pub fn who_serves(slots: &[Slot]) -> String {
     format!("{} {}", composition(slots), if slots.len() == 1 { "serves" } else { "serve" })
+}
+
+/// "scaling to 5 workers: queued until the current reload ends"
+pub fn queued(command: Command, workers: Option<u32>, phase: Phase) -> String {
+    let what = match (command, workers) {
+        (Command::Scale(_), Some(workers)) => format!("scaling to {}", count(workers as usize, "worker")),
+        _ => "reload".to_owned(),
+    };
+    format!("{what}: queued until {}", phase.queued_until())
 }
 
 /// "reload: starting generation 3, 4 workers, 2 at a time"
