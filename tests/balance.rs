@@ -1,4 +1,5 @@
 //! `--balance`: which workers get new connections when one is stuck, and what the samples of accept queues cost.
+#![cfg_attr(clippy, deny(warnings))]
 
 mod common;
 

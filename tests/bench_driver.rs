@@ -1,4 +1,5 @@
 //! scripts/bench works. (Its figures need a quiet machine and much more time.)
+#![cfg_attr(clippy, deny(warnings))]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! A short run of each mode of scripts/chaos.
+#![cfg_attr(clippy, deny(warnings))]
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! README.md and docs as texts: their links lead somewhere, their figures are those of the tables, and they name each
 //! option and each message.
+#![cfg_attr(clippy, deny(warnings))]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Workers that fail: they die, also during a reload, can't be restarted, or close their listeners and live on.
+#![cfg_attr(clippy, deny(warnings))]
 
 mod common;
 

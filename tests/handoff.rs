@@ -1,4 +1,5 @@
 //! The handoff from one generation to the next, under load and with real programs: no request fails.
+#![cfg_attr(clippy, deny(warnings))]
 
 mod common;
 

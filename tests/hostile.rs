@@ -1,5 +1,6 @@
 //! Workers that make unusual calls, foreign listeners on the port, and a system without resources. Nothing blocks
 //! reuse-run, and each call gets the result that it would get from the kernel.
+#![cfg_attr(clippy, deny(warnings))]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! The code map in src/main.rs is true, and the sizes that it rests on are kept.
+#![cfg_attr(clippy, deny(warnings))]
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,4 +1,5 @@
 //! `--label`: the output of workers line by line. No part of it is lost, even if its reader is slow.
+#![cfg_attr(clippy, deny(warnings))]
 
 mod common;
 

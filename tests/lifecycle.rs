@@ -1,4 +1,5 @@
 //! How reuse-run starts, reloads and stops: exit statuses, signals, and the environment of a worker.
+#![cfg_attr(clippy, deny(warnings))]
 
 mod common;
 

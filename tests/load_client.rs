@@ -1,4 +1,5 @@
 //! The load client counts each failure by the right kind. All other tests rely on its "0 failed".
+#![cfg_attr(clippy, deny(warnings))]
 
 #[path = "common/load/mod.rs"]
 mod load;

@@ -1,5 +1,6 @@
 //! reuse-run as an init: signals, orphans and exit statuses, as PID 1 and otherwise; what a worker leaves behind; the
 //! death of reuse-run; and a broken stderr.
+#![cfg_attr(clippy, deny(warnings))]
 #![allow(unsafe_code)]
 
 mod common;

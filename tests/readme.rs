@@ -1,4 +1,5 @@
 //! The examples in README.md and docs: the tool that each is for accepts it, and it does what the page says.
+#![cfg_attr(clippy, deny(warnings))]
 
 mod common;
 #[path = "container/oci.rs"]

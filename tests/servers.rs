@@ -1,6 +1,7 @@
 //! Servers that were written without reuse-run in mind, reloaded five times under load: a test for each folder of
 //! tests/servers, which holds a server and its `server.toml`. The table of results is written to target/servers.md and,
 //! with UPDATE_SERVERS=1, to tests/servers/RESULTS.md if all tests pass.
+#![cfg_attr(clippy, deny(warnings))]
 
 mod common;
 

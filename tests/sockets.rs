@@ -1,4 +1,5 @@
 //! Which sockets are shared, which are left alone, and which ports a worker may have.
+#![cfg_attr(clippy, deny(warnings))]
 
 mod common;
 

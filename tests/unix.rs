@@ -1,4 +1,5 @@
 //! Unix sockets: a path that all workers share and that each generation takes over from the one before.
+#![cfg_attr(clippy, deny(warnings))]
 
 mod common;
 

@@ -34,7 +34,7 @@ pub struct Options {
     pub label: bool,
 }
 
-/// What was asked for.
+/// What the command line asks for.
 #[derive(Debug)]
 pub enum Invocation {
     Run(Box<Options>),
@@ -111,7 +111,7 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
 /// What argh makes of some words.
 enum Parsed<T> {
     Args(T),
-    /// The help, which was asked for.
+    /// The text of --help.
     Help(String),
 }
 

@@ -1,4 +1,5 @@
 //! Compares reuse-run with its alternatives, see scripts/bench.
+#![cfg_attr(clippy, deny(warnings))]
 
 mod balance;
 mod cost;

@@ -1,6 +1,7 @@
 //! Micro-benchmarks of what is pure and hot, for several n: it is how the cost grows that is to be guarded.
 //!
 //! The crate is a binary, so its modules are compiled into this one.
+#![cfg_attr(clippy, deny(warnings))]
 // Much of them is for the rest of the program, or for their own tests, which have no harness here.
 #![allow(dead_code, unused_imports)]
 

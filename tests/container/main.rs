@@ -1,5 +1,6 @@
 //! Real containers, by runc and crun: the static binary as PID 1 with the seccomp profiles, capabilities and root
 //! filesystems of production.
+#![cfg_attr(clippy, deny(warnings))]
 
 #[path = "../common/mod.rs"]
 mod common;

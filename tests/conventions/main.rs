@@ -1,5 +1,6 @@
 //! What existing programs rely on: readiness as for PM2 and systemd, and the environment and folder that each
 //! generation starts with.
+#![cfg_attr(clippy, deny(warnings))]
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,5 +1,6 @@
 //! Sockets that reuse-run is given or gives: by `-l` to workers, by systemd to reuse-run; and what reuse-run tells
 //! systemd.
+#![cfg_attr(clippy, deny(warnings))]
 
 mod activation;
 #[path = "../common/mod.rs"]

@@ -1,5 +1,6 @@
 //! A running reuse-run and its commands: reload, status, scale and stop, the signals that do the same, the control
 //! socket, and the PID file.
+#![cfg_attr(clippy, deny(warnings))]
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,5 +1,6 @@
 //! Chaos: a load, and meanwhile random events, which follow from a seed. In the gentle mode no request may fail. In the rough
 //! mode workers are killed while they serve, and only requests that these had accepted may fail.
+#![cfg_attr(clippy, deny(warnings))]
 #![allow(unsafe_code)]
 
 #[path = "../common/built.rs"]

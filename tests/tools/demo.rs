@@ -1,5 +1,6 @@
 //! The demo: copies of an unmodified Express app behind reuse-run, clients that send requests without a pause, and a reload
 //! about every second. It shows how many requests fail.
+#![cfg_attr(clippy, deny(warnings))]
 #![allow(unsafe_code)]
 
 #[path = "../common/built.rs"]

@@ -4,6 +4,7 @@
 //! `?id=X` it prints `begun X` when it has read the request and `done X` when it has written the answer. With `--share` it
 //! sets SO_REUSEPORT, with `--given` it also serves the listeners of LISTEN_FDS, and with `--announce` it prints
 //! `accepted pid=…` and `closed pid=…` for each connection.
+#![cfg_attr(clippy, deny(warnings))]
 #![allow(unsafe_code)]
 
 use std::env;
