@@ -350,6 +350,10 @@ fn a_command_gets_a_ticket_or_the_reason_of_its_refusal() {
         assert_eq!(ask(command), Err(Refusal::Stopping));
     }
     assert_eq!(world.pending.keys().copied().collect::<Vec<_>>(), [stop]);
+    assert_eq!(world.fleet.activity(), Activity::Stopping);
+    for line in ["reload: queued until the current reload ends", "scaling to 5 workers: queued until"] {
+        assert!(world.said(line), "{:?}", world.log);
+    }
     assert_eq!(world.scalings, [false; 2], "the first was superseded, the second stopped");
     assert_eq!(world.reloads, [false; 2]);
 }
@@ -694,6 +698,80 @@ fn when_a_canary_dies_the_other_canaries_drain_and_the_old_generation_serves_on(
     world.obey();
     assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
     assert_eq!(world.ids().len(), 3);
+}
+
+/// Three workers that listen on ports 1 and 2, and three canaries that do too.
+fn with_canaries() -> (World, Vec<WorkerId>, Vec<WorkerId>) {
+    let mut world = World::new(policy(Readiness::Listen));
+    let listen = |world: &mut World, worker| {
+        world.event(Event::Listens { worker, endpoint: address(1) });
+        world.event(Event::Listens { worker, endpoint: address(2) });
+    };
+    let old = world.ids();
+    old.iter().for_each(|worker| listen(&mut world, *worker));
+    let period = Duration::from_secs(60);
+    world.command(Command::Reload(Some(Rollout::Canary { share: Share(1000), period })));
+    let new = world.ids().split_off(3);
+    new.iter().for_each(|worker| listen(&mut world, *worker));
+    assert!(world.said("generation 2 gets 10 % of new connections for 1m"), "{:?}", world.log);
+    (world, old, new)
+}
+
+#[test]
+fn a_canary_that_stops_listening_where_its_predecessor_does_fails_the_reload() {
+    let (mut world, _, new) = with_canaries();
+    world.event(Event::StoppedListening { worker: new[1], endpoint: address(1) });
+    assert!(world.said("worker 1 (pid 105, generation 2) has stopped listening on 127.0.0.1:1"));
+    assert_eq!(world.reloads, [false]);
+    assert_eq!(world.draining, new.into_iter().collect());
+}
+
+#[test]
+fn a_worker_that_serves_may_stop_listening_while_there_are_canaries_and_they_need_not_listen_there() {
+    let (mut world, old, new) = with_canaries();
+    for worker in [old[0], new[0]] {
+        world.event(Event::StoppedListening { worker, endpoint: address(1) });
+    }
+    assert!(world.reloads.is_empty());
+    world.event(Event::StoppedListening { worker: new[2], endpoint: address(3) });
+    assert!(world.reloads.is_empty(), "it need not listen there");
+}
+
+#[test]
+fn a_worker_that_waits_for_an_endpoint_is_ready_when_its_predecessor_has_stopped_listening_there() {
+    let mut world = World::new(policy(Readiness::Listen));
+    let old = world.ids();
+    for worker in &old {
+        world.event(Event::Listens { worker: *worker, endpoint: address(1) });
+        world.event(Event::Listens { worker: *worker, endpoint: address(2) });
+    }
+    world.command(Command::Reload(None));
+    let new = world.ids().split_off(3);
+    for worker in &new {
+        world.event(Event::Listens { worker: *worker, endpoint: address(1) });
+    }
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+    for worker in &old {
+        world.event(Event::StoppedListening { worker: *worker, endpoint: address(2) });
+    }
+    assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
+}
+
+#[test]
+fn the_last_reload_is_remembered_with_its_result() {
+    let mut world = serving();
+    assert!(world.fleet.last_reload().is_none());
+    world.command(Command::Reload(None));
+    world.command(Command::Abort);
+    let last = world.fleet.last_reload().unwrap();
+    assert_eq!((last.generation, &last.result), (2, &Err("aborted".to_owned())));
+    world.obey();
+    world.command(Command::Reload(None));
+    world.ready_all();
+    world.drain_all();
+    world.obey();
+    let last = world.fleet.last_reload().unwrap();
+    assert_eq!((last.generation, &last.result), (3, &Ok(())));
 }
 
 #[test]
