@@ -519,6 +519,34 @@ fn a_stop_exits_with_0_or_with_1_if_a_worker_had_to_be_killed() {
 }
 
 #[test]
+fn a_restarted_worker_that_is_not_ready_at_the_switch_is_stopped_at_once() {
+    let mut world = serving();
+    world.command(Command::Reload(None));
+    let (old, new) = (world.ids()[0], world.ids().split_off(3));
+    world.end(old, End::Exited(1));
+    let restarted = *world.ids().last().unwrap();
+    for worker in new {
+        world.event(Event::SaysReady { worker });
+    }
+    assert_eq!(world.alive.get(&restarted), Some(&Told::Stop));
+    assert_eq!(world.draining.len(), 2);
+}
+
+#[test]
+fn the_log_says_when_a_worker_ended() {
+    let mut world = serving();
+    world.command(Command::Reload(None));
+    world.ready_all();
+    let [drains, stops, _] = world.ids()[..3] else { panic!() };
+    world.end(drains, End::Exited(1));
+    assert!(world.said("(pid 101, generation 1) exited with status 1 while it drained"), "{:?}", world.log);
+    world.draining.remove(&stops);
+    world.event(Event::Drained { worker: stops });
+    world.end(stops, End::Exited(0));
+    assert!(world.log.iter().any(|line| line.ends_with("(pid 102, generation 1) exited with status 0")));
+}
+
+#[test]
 fn a_stop_in_the_middle_of_a_reload_stops_both_generations() {
     let mut world = serving();
     world.command(Command::Reload(Some(Rollout::AllAtOnce)));
