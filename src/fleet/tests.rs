@@ -728,6 +728,85 @@ fn when_a_canary_dies_the_other_canaries_drain_and_the_old_generation_serves_on(
     assert_eq!(world.ids().len(), 3);
 }
 
+#[test]
+fn an_old_worker_that_dies_in_a_rolling_reload_is_restarted_and_the_reload_continues() {
+    let mut world = serving();
+    world.command(Command::Reload(Some(Rollout::Batches(1))));
+    world.ready_all();
+    let old = world.ids()[1];
+    world.end(old, End::Exited(1));
+    assert!(world.reloads.is_empty());
+    for _ in 0..3 {
+        world.drain_all();
+        world.obey();
+        world.ready_all();
+    }
+    assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
+}
+
+#[test]
+fn a_ready_replacement_gets_nothing_before_the_switch() {
+    let mut world = serving();
+    world.command(Command::Reload(None));
+    let new = world.ids()[3];
+    world.event(Event::SaysReady { worker: new });
+    assert_eq!(world.plan().role(new), Role::Starting);
+    assert!(world.plan().roles.keys().all(|id| *id != new));
+}
+
+#[test]
+fn a_reload_sets_what_the_next_replacements_have_to_do() {
+    let mut world = World::new(policy(Readiness::Listen));
+    let listen = |world: &mut World, from: usize, ports: &[u16]| {
+        for worker in world.ids().split_off(from) {
+            ports.iter().for_each(|port| {
+                world.event(Event::Listens { worker, endpoint: address(*port) });
+            });
+        }
+    };
+    listen(&mut world, 0, &[1]);
+    world.command(Command::Reload(None));
+    listen(&mut world, 3, &[3, 1]);
+    assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
+    assert_eq!(world.fleet.crew().endpoints(), [&address(1), &address(3)].into());
+    let serving = world.ids()[3];
+    let addresses: Vec<String> =
+        world.fleet.crew().addresses(serving).iter().map(ToString::to_string).collect();
+    assert_eq!(addresses, ["127.0.0.1:1", "127.0.0.1:3"]);
+    world.drain_all();
+    world.obey();
+    let generations = [1, 2, 3].map(|generation| world.fleet.crew().has_slot_of(generation));
+    assert_eq!((generations, world.fleet.crew().oldest_generation()), ([false, true, false], 2));
+    world.command(Command::Reload(None));
+    listen(&mut world, 3, &[1]);
+    assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)], "port 3 is missing");
+    listen(&mut world, 3, &[3]);
+    assert_eq!(world.steered_to(), [(0, 3), (1, 3), (2, 3)]);
+}
+
+#[test]
+fn failed_starts_do_not_end_everything_while_a_worker_is_ready() {
+    let mut world = serving();
+    let [one, two, _] = world.ids()[..] else { panic!() };
+    world.starts_fail = true;
+    world.end(one, End::Exited(1));
+    world.end(two, End::Exited(1));
+    world.pass(Duration::from_secs(600));
+    assert_eq!(world.exit, None);
+    assert_eq!(world.steered_to().len(), 1);
+}
+
+#[test]
+fn the_log_tells_a_replacement_from_a_new_worker() {
+    let mut world = serving();
+    let dead = world.ids()[0];
+    world.end(dead, End::Exited(1));
+    world.command(Command::Scale(Target::Exactly(4)));
+    world.ready_all();
+    assert!(world.said("worker 0 (pid 104, generation 1) is ready, a replacement, after"), "{:?}", world.log);
+    assert!(world.said("worker 3 (pid 105, generation 1) is ready, a new one, after"), "{:?}", world.log);
+}
+
 /// Three workers that listen on ports 1 and 2, and three canaries that do too.
 fn with_canaries() -> (World, Vec<WorkerId>, Vec<WorkerId>) {
     let mut world = World::new(policy(Readiness::Listen));
@@ -790,7 +869,7 @@ fn the_last_reload_is_remembered_with_its_result() {
     let mut world = serving();
     assert!(world.fleet.last_reload().is_none());
     world.command(Command::Reload(None));
-    world.command(Command::Abort);
+    assert_eq!(world.refusal(Command::Abort), None);
     let last = world.fleet.last_reload().unwrap();
     assert_eq!((last.generation, &last.result), (2, &Err("aborted".to_owned())));
     world.obey();
