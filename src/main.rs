@@ -91,10 +91,10 @@
 //!
 //! # What must not happen
 //!
-//! - Invariant: a listening socket belongs to the wrapper; a worker only borrows it. The kernel sends connections to ready
-//!   workers only.
+//! - Invariant: a listening socket belongs to the wrapper; a worker only borrows it. The kernel sends connections only to
+//!   ready workers, or, where none is ready, to the socket that the successor of a dead one inherits.
 //! - Invariant: a member that the BPF program chooses keeps its index in the kernel's array, whichever others leave
-//!   (`steering::spares_lacking`).
+//!   (`steering::order::Order::spares_lacking`).
 //! - Invariant: a replacement that fails never gets a connection, and the old workers are not touched.
 //! - Invariant: the wrapper does nothing for a worker that the kernel would not allow the worker to do itself
 //!   (`intercept::caller`).

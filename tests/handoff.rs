@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use common::load::{self, Kind, Load, LoadOptions, Mode};
 use common::{
-    DEADLINE, Deployment, Service, answered_more, app, free_address, get, get_path, naive, naive_with,
-    node_app, own_network, python, reload_under_load, send, server, turn, wait_until,
+    DEADLINE, Deployment, Service, answered_more, app, free_address, get, get_path, inline, naive,
+    naive_with, node_app, own_network, python, reload_under_load, send, server, turn, wait_until,
 };
 use nix::sys::signal::Signal;
 
@@ -195,6 +195,44 @@ fn a_request_of_3_s_that_began_before_the_reload_is_answered_in_full_by_the_old_
     assert!(answer.end > switched.at, "it was in progress during the switch");
     let done = service.wait_for_line("reload done");
     assert!(done.at >= answer.end, "the reload ended after the answer");
+    service.stop();
+}
+
+/// Two listeners on one port, of which the second is shut down when the first request begins.
+const TWO_LISTENERS: &str = r#"
+import os, select, socket, sys, time
+def listen():
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listener.bind(('127.0.0.1', int(sys.argv[1])))
+    listener.listen(8)
+    return listener
+kept, other = listen(), listen()
+while True:
+    ready, _, _ = select.select([kept] + ([other] if other else []), [], [])
+    connection, _ = ready[0].accept()
+    connection.recv(65536)
+    if other:
+        other.shutdown(socket.SHUT_RD)
+        other = None
+        os.write(1, b'begun\n')
+        time.sleep(2)
+    body = b'pid=%d\n' % os.getpid()
+    connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n' % len(body) + body)
+    connection.close()
+"#;
+
+#[test]
+fn a_request_is_answered_by_an_old_worker_that_has_closed_another_listener_on_the_same_port() {
+    let addr = free_address();
+    let command = inline(TWO_LISTENERS, &[&addr.port().to_string()]);
+    let mut service = Service::run_ready("-n 1", &command);
+    let old = service.workers()[0];
+    let slow = thread::spawn(move || get_path(addr, "/"));
+    service.wait_for_output("begun");
+    service.reload();
+    let answer = slow.join().expect("the slow request");
+    assert!(answer.body.contains(&format!("pid={old}")), "{answer:?}");
     service.stop();
 }
 

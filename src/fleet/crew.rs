@@ -216,10 +216,16 @@ impl Crew {
             let is_new = self.roster.slots[slot.index()].restarts == 0;
             let what = if is_new { "a new one" } else { "a replacement" };
             self.info(format!("{name} is ready, {what}, after {took}"));
-            // What it has not taken over from its predecessor by now it never will.
-            self.actions.push(Action::Unreserve { slot, generation });
         }
         Some((generation, serves))
+    }
+
+    /// What a ready worker has not taken over from its predecessor by now it never will. After the steering: until then
+    /// these sockets may be targets.
+    pub(super) fn unreserve(&mut self, id: WorkerId) {
+        if let Some(Worker { slot, generation, .. }) = self.roster.get(id) {
+            self.actions.push(Action::Unreserve { slot: *slot, generation: *generation });
+        }
     }
 
     pub(super) fn has_ready(&self) -> bool {

@@ -177,7 +177,9 @@ mod tests {
         assert_eq!(endpoints.public(1).len(), 3, "clients of the only worker may come anywhere");
         endpoints.remember(TWO, SlotId(1));
         assert_eq!(endpoints.public(2), [&address(1).into(), &address(2).into()].into());
+        assert_eq!(endpoints.missing(TWO, SlotId(0)), [address(1).into()]);
         endpoints.remove_slot(SlotId(0));
-        assert_eq!(endpoints.missing(ONE, SlotId(0)), []);
+        assert_eq!(endpoints.missing(TWO, SlotId(0)), []);
+        assert_eq!(endpoints.public(2), [&address(2).into()].into());
     }
 }

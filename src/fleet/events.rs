@@ -185,3 +185,28 @@ pub enum Announcement {
     Ready { status: String },
     Stopping,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_has_the_status_and_the_words_that_a_shell_has() {
+        let cases = [
+            (End::Exited(3), 3, "exited with status 3"),
+            (End::Killed(9), 137, "was killed by SIGKILL"),
+            (End::Killed(34), 162, "was killed by signal 34"),
+        ];
+        for (end, status, words) in cases {
+            assert_eq!((end.status(), end.to_string().as_str()), (status, words));
+        }
+    }
+
+    #[test]
+    fn a_refusal_says_why() {
+        assert_eq!(Refusal::Stopping.to_string(), "reuse-run is stopping");
+        assert_eq!(Refusal::Limit("too many".to_owned()).to_string(), "too many");
+        assert!(Refusal::OtherReloadQueued.to_string().contains("queued"));
+        assert!(Refusal::NoReloadToAbort.to_string().contains("no reload"));
+    }
+}

@@ -189,6 +189,9 @@ impl Fleet {
         if serves {
             self.failures.clear();
             self.steer();
+            if self.phase != Phase::Starting {
+                self.crew.unreserve(id);
+            }
         }
         let slots = self.crew.slots();
         match self.phase {

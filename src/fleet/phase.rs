@@ -120,6 +120,51 @@ impl Phase {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fleet::worker::State;
+    use crate::ids::SlotId;
+
+    fn reload() -> Reload {
+        Reload { rollout: Rollout::Batches(1), since: Instant::now(), ticket: Ticket(7) }
+    }
+
+    #[test]
+    fn a_reload_is_rolling_from_its_second_batch_until_its_last() {
+        let reload = reload();
+        let replacing = |from| Phase::Replacing { reload, from };
+        let retiring = |next| Phase::Retiring { reload, next };
+        assert_eq!([replacing(0), replacing(1)].map(|phase| phase.is_rolling(3)), [false, true]);
+        assert_eq!([retiring(2), retiring(3)].map(|phase| phase.is_rolling(3)), [true, false]);
+        assert!(!Phase::Serving.is_rolling(3));
+        let can_abort = [replacing(0), Phase::Canary { reload }, retiring(2), retiring(3), Phase::Serving];
+        assert_eq!(can_abort.map(|phase| phase.can_abort(3)), [true, true, true, false, false]);
+    }
+
+    #[test]
+    fn an_operation_fails_with_the_workers_that_it_has_started() {
+        let (reload, now) = (reload(), Instant::now());
+        let worker = |slot, generation| Worker::new(SlotId(slot), generation, now);
+        for phase in [Phase::Replacing { reload, from: 0 }, Phase::Canary { reload }] {
+            assert!(phase.is_on_trial(&worker(0, 2), false, 2));
+            assert!(!phase.is_on_trial(&worker(0, 2), true, 2), "it serves");
+            assert!(!phase.is_on_trial(&worker(0, 1), false, 2), "it is of the old generation");
+        }
+        let scaling = Phase::Scaling { from: 2, ticket: reload.ticket };
+        assert!(scaling.is_on_trial(&worker(2, 1), true, 1));
+        assert!(!scaling.is_on_trial(&worker(1, 1), true, 1), "its slot is older");
+        assert!(!scaling.is_on_trial(&worker(2, 1), false, 1), "its slot is gone");
+        let mut ready = worker(2, 1);
+        ready.enter(State::Ready, now);
+        assert!(!scaling.is_on_trial(&ready, true, 1), "it was ready");
+        assert!(!Phase::Serving.is_on_trial(&worker(0, 1), false, 1));
+    }
+
+    #[test]
+    fn a_queued_operation_is_told_what_it_waits_for() {
+        let ticket = reload().ticket;
+        assert!(Phase::Starting.queued_until().contains("first generation"));
+        assert!(Phase::Scaling { from: 0, ticket }.queued_until().contains("scaling"));
+        assert!(Phase::Replacing { reload: reload(), from: 0 }.queued_until().contains("reload"));
+    }
 
     #[test]
     fn a_batch_ends_with_the_last_slot_and_all_at_once_is_one_batch() {

@@ -131,6 +131,11 @@ mod tests {
     use super::*;
 
     #[test]
+    fn no_duration_is_longer_than_a_year() {
+        assert_eq!(MAX_DURATION.as_secs(), 31_536_000);
+    }
+
+    #[test]
     fn numbers_of_workers_batches_and_canaries_have_limits() {
         assert_eq!(Target::Exactly(4).workers(9), Ok(4));
         assert_eq!(Target::More(2).workers(MAX_WORKERS - 2), Ok(MAX_WORKERS));

@@ -73,6 +73,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn failures_are_too_many_when_there_are_as_many_in_a_row_as_allowed() {
+        let mut failures = Failures::default();
+        failures.add(3);
+        failures.add(4);
+        assert_eq!([1, 2, 3, 0].map(|max| failures.are_too_many(max)), [true, true, false, false]);
+        assert_eq!(failures.last_status, 4);
+        assert!(failures.to_string().contains("the last 2 starts failed"), "{failures}");
+        failures.clear();
+        assert!(!failures.are_too_many(1));
+    }
+
+    #[test]
     fn restarts_wait_twice_as_long_each_time_until_a_worker_has_proven_itself() {
         let mut slot = Slot::new(1);
         let mut wait = |was_ready_for| slot.restart(was_ready_for).as_millis();

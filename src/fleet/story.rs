@@ -104,3 +104,48 @@ pub fn not_killed(name: &str) -> String {
     let waited = format_duration(KILL_GRACE);
     format!("{name} has not ended {waited} after SIGKILL; no longer waiting for it")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::address::Address;
+    use crate::ids::SlotId;
+
+    fn policy(readiness: Readiness) -> Policy {
+        Policy {
+            workers: 2,
+            readiness,
+            ready_timeout: Duration::from_secs(60),
+            drain: Duration::from_secs(10),
+            stop_timeout: Duration::from_secs(30),
+            stop_signal: "SIGINT",
+            max_failures: 0,
+            rollout: Rollout::AllAtOnce,
+        }
+    }
+
+    #[test]
+    fn it_is_said_what_a_late_worker_lacks() {
+        let [old, new] = [0, 1].map(WorkerId);
+        let port = |port| Endpoint::Tcp(Address { socket: ([127, 0, 0, 1], port).into(), v6only: false });
+        let worker = Worker::new(SlotId(0), 2, std::time::Instant::now());
+        let mut endpoints = Endpoints::default();
+        endpoints.add_worker(old);
+        endpoints.add_worker(new);
+        let said = |endpoints: &Endpoints, readiness| not_ready(new, &worker, &policy(readiness), endpoints);
+        assert!(
+            said(&endpoints, Readiness::Notify).contains("it did not say that it is (see --ready-timeout)")
+        );
+        assert!(said(&endpoints, Readiness::Listen).contains("it listens on no TCP port or Unix socket"));
+        endpoints.add(new, Endpoint::Unix("own".into()));
+        assert!(said(&endpoints, Readiness::Listen).contains("it listens only on Unix sockets"));
+        endpoints.add(old, port(1));
+        endpoints.remember(old, SlotId(0));
+        let text = said(&endpoints, Readiness::Listen);
+        assert!(
+            text.contains("it does not listen on 127.0.0.1:1, as the worker that it replaces does"),
+            "{text}"
+        );
+        assert!(text.starts_with("worker 0 (generation 2) was not ready within 1m: "), "{text}");
+    }
+}

@@ -537,13 +537,22 @@ fn the_log_says_when_a_worker_ended() {
     let mut world = serving();
     world.command(Command::Reload(None));
     world.ready_all();
-    let [drains, stops, _] = world.ids()[..3] else { panic!() };
+    let [drains, stops, slow] = world.ids()[..3] else { panic!() };
     world.end(drains, End::Exited(1));
     assert!(world.said("(pid 101, generation 1) exited with status 1 while it drained"), "{:?}", world.log);
     world.draining.remove(&stops);
     world.event(Event::Drained { worker: stops });
     world.end(stops, End::Exited(0));
     assert!(world.log.iter().any(|line| line.ends_with("(pid 102, generation 1) exited with status 0")));
+    world.pass(Duration::from_secs(10 + 30 + 10));
+    for line in [
+        "worker 2 (pid 103, generation 1) was not seen idle within 10s (see --drain)",
+        "worker 2 (pid 103, generation 1) did not end within 30s of SIGINT (see --stop-timeout); killing it",
+        "worker 2 (pid 103, generation 1) has not ended 10s after SIGKILL; no longer waiting for it",
+    ] {
+        assert!(world.said(line), "{line}: {:?}", world.log);
+    }
+    assert!(!world.alive.contains_key(&slow));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The thread that waits for the answer to its system call: what it may do, and how the wrapper reaches it.
 //!
-//! The wrapper acts for a thread only where the kernel would have let the thread do the same.
+//! The wrapper acts for a thread only where the kernel would have let the thread do the same, by its user, groups,
+//! capabilities, namespaces and mounts. It can't see the rules of Landlock and of other security modules.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -21,7 +22,7 @@ pub struct Caller<'a> {
     id: u64,
 }
 
-/// A socket of a caller that isn't the wrapper's.
+/// A socket of a caller.
 #[derive(Debug, Clone, Copy)]
 pub struct OwnSocket {
     pub fd: u32,

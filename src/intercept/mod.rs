@@ -1,8 +1,9 @@
 //! Answers the system calls of workers that the filter stops (seccomp_unotify(2)).
 //!
 //! A worker's `bind` to a TCP port replaces its socket by one of the pool, and the wrapper does its `listen`.
-//! A `bind` to a Unix socket's path replaces its socket by the one of its generation. Everything else is
-//! answered with "continue": the kernel then does what it would have done without the wrapper.
+//! A `bind` to a Unix socket's path replaces its socket by the one of its generation. An `unlink` of such a path,
+//! and the question whether a lent socket listens, are answered as the worker expects it of a socket of its own.
+//! Everything else is answered with "continue": the kernel then does what it would have done without the wrapper.
 
 mod bound;
 mod caller;

@@ -58,7 +58,7 @@ impl NotedOptions {
         }
     }
 
-    /// The socket was bound or replaced.
+    /// The socket was replaced by one of the pool.
     pub fn forget(&mut self, inode: u64) {
         self.0.remove(&inode);
     }

@@ -198,7 +198,7 @@ pub fn children_of_shells(root: Pid) -> Vec<Pid> {
     tree(root).into_iter().filter(is_shell).flat_map(children).collect()
 }
 
-/// The children that any thread of a process has started.
+/// The children of all threads of a process, adopted ones included.
 fn children(pid: Pid) -> Vec<Pid> {
     let of_thread = |tid: Pid| fs::read_to_string(path(pid, &format!("task/{tid}/children")));
     let texts = threads(pid).into_iter().flat_map(of_thread);

@@ -241,8 +241,9 @@ pub fn getxattr(path: &Path, name: &OsStr, size: usize) -> io::Result<Vec<u8>> {
 /// `prepare` may allocate and use any safe code: the wrapper has one thread, so that no other one can hold a
 /// lock at the moment of the fork.
 pub fn before_exec(command: &mut Command, prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
-    // SAFETY: this process has one thread, so its child isn't limited to async-signal-safe functions.
-    // `prepare` is safe code and closes no fd that it doesn't own.
+    // SAFETY: this process has one thread, so its child isn't limited to async-signal-safe functions. `prepare`
+    // closes no fd that std needs: the low numbers, which it takes for the worker, were occupied at the start
+    // (worker::fds), so std's pipe for errors has a higher one.
     unsafe { command.pre_exec(prepare) };
 }
 
@@ -256,8 +257,8 @@ pub fn signal_default(signal: Signal) -> io::Result<()> {
 /// dup2(2): makes the number `target` a duplicate of `fd` that survives execve(2), and closes what it was
 /// before. For a child that is about to exec: its low numbers are placeholders kept for the new program.
 pub fn dup2_for_exec(fd: BorrowedFd, target: c_int) -> io::Result<()> {
-    // SAFETY: in such a child nothing uses `target` any more: it is a placeholder, which is never read or
-    // written.
+    // SAFETY: in such a child nothing uses `target` before execve(2): it is a placeholder, or a descriptor of
+    // the wrapper's own that the child has no use for.
     check(unsafe { libc::dup2(fd.as_raw_fd(), target) })?;
     Ok(())
 }

@@ -65,18 +65,18 @@ impl Group {
 
     /// `members` have left the kernel's array, in an unknown order.
     pub fn left(&mut self, members: &BTreeSet<MemberId>) {
-        self.forget_program_without(members);
+        self.forget_program(members);
         self.order.leave(members);
     }
 
     /// `member` began to listen, and `others` left before or after that.
     pub fn joined(&mut self, member: MemberId, others: &BTreeSet<MemberId>) {
-        self.forget_program_without(others);
+        self.forget_program(others);
         self.order.push_while_leaving(member, others);
     }
 
-    /// With the last member the kernel drops the program, so it has to be attached again.
-    fn forget_program_without(&mut self, members: &BTreeSet<MemberId>) {
+    /// One of these may have been the last member, with which the kernel drops the program: it is attached again.
+    fn forget_program(&mut self, members: &BTreeSet<MemberId>) {
         if !members.is_empty() {
             self.targets = None;
         }
@@ -88,8 +88,8 @@ impl Group {
         self.foreign.is_check_due(now)
     }
 
-    /// Takes the foreign listeners that overlap with the address. Those that are in the group get no connections, since
-    /// they are never targets; each of them is reported once.
+    /// Takes the foreign listeners that overlap with the address. Those that are in the group are never
+    /// targets; each of them is reported once.
     pub fn update_foreign(&mut self, found: Vec<Listener>, new_id: impl FnMut() -> MemberId) {
         let uid = nix::unistd::geteuid().as_raw();
         let in_group = |listener: &Listener| listener.address == self.address && listener.uid == uid;

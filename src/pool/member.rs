@@ -254,7 +254,7 @@ impl Members {
         self.by_id.iter().map(|(id, member)| (*id, member))
     }
 
-    /// The worker, which borrowed sockets before it was started, is this process.
+    /// Notes the process of a worker that was lent sockets before it was started.
     pub fn set_pid(&mut self, worker: WorkerId, pid: Pid) {
         for member in self.by_id.values_mut() {
             match &mut member.holder {
@@ -268,7 +268,7 @@ impl Members {
 impl Index<MemberId> for Members {
     type Output = Member;
 
-    /// Of a member that is known to be there: a group's.
+    /// Panics if there is no such member: for ids that were just found here or in a group.
     fn index(&self, id: MemberId) -> &Member {
         &self.by_id[&id]
     }

@@ -45,7 +45,7 @@ use crate::kernel::sockdiag::Listener;
 use crate::steering::load::{Balancing, Change, LONG, Load, LoadTracker};
 use crate::steering::{Plan, Role};
 
-/// A worker has shut its listener down, or closed it.
+/// A worker has shut down or closed its last listener on an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StoppedListening {
     pub worker: WorkerId,
@@ -58,7 +58,7 @@ const TAKE_BACK_EVERY: usize = 64;
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(2);
 /// The backlog of sockets that workers are given, as systemd sets it (systemd.socket(5)).
 const GIVEN_BACKLOG: i32 = 4096;
-/// The backlog of a free socket. Nothing is ever queued there; a borrower sets its own.
+/// The backlog of a new socket that nobody borrows. A borrower sets its own.
 const SPARE_BACKLOG: i32 = 1;
 
 #[derive(Debug)]
@@ -228,9 +228,11 @@ impl Pool {
     /// Takes back a socket that never reached its borrower, or that the borrower has closed.
     pub fn take_back(&mut self, inode: u64) {
         let Some(id) = self.members.id(inode) else { return };
-        let Some(Borrower { worker, .. }) = self.members[id].borrower() else { return };
+        if self.members[id].borrower().is_none() {
+            return;
+        }
         if self.members[id].listening {
-            self.stopped.push(StoppedListening { worker, address: self.members[id].address });
+            self.note_stopped(id);
         }
         self.vacate(id, None);
     }
@@ -318,13 +320,23 @@ impl Pool {
     /// Notes which workers shut their listeners down, and drops such sockets that nobody borrows.
     fn forget_departed(&mut self, ids: &BTreeSet<MemberId>) {
         for id in ids {
-            let Some(member) = self.members.get(*id) else { continue };
-            match member.borrower() {
-                Some(Borrower { worker, .. }) => {
-                    self.stopped.push(StoppedListening { worker, address: member.address });
-                }
-                None => self.remove(*id),
+            match self.members.get(*id).map(Member::borrower) {
+                Some(Some(_)) => self.note_stopped(*id),
+                Some(None) => self.remove(*id),
+                None => {}
             }
+        }
+    }
+
+    /// A worker has closed a listener, or shut it down. It still listens on the address if it has another one there.
+    fn note_stopped(&mut self, id: MemberId) {
+        let address = self.members[id].address;
+        let Some(Borrower { worker, .. }) = self.members[id].borrower() else { return };
+        let is_another = |(other, member): (MemberId, &Member)| {
+            other != id && member.listening && member.address == address
+        };
+        if !self.members.lent_to(worker).any(is_another) {
+            self.stopped.push(StoppedListening { worker, address });
         }
     }
 

@@ -120,7 +120,7 @@ impl LoadTracker {
         self.members.get(&id).map_or(Load::Free, |member| member.load)
     }
 
-    /// Whether a member was stuck in the last 10 s.
+    /// Whether a member is a suspect: it was stuck for at least 50 ms, and that was less than 10 s ago.
     pub fn has_suspects(&self, now: Instant) -> bool {
         self.members.values().any(|member| member.is_suspect(now))
     }

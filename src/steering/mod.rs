@@ -35,7 +35,7 @@ pub enum Role {
 /// Which workers get new connections: the fleet makes the plan, the pool carries it out.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// All workers except those that start.
+    /// All workers except those that start, or are ready and wait for the switch.
     pub roles: BTreeMap<WorkerId, Role>,
     /// What the workers whose role is [`Role::Canary`] get together.
     pub share: Share,
@@ -44,7 +44,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// A worker that is not in the plan was started after the plan was made.
+    /// A worker that is not in the plan gets no connections yet.
     pub fn role(&self, worker: WorkerId) -> Role {
         self.roles.get(&worker).copied().unwrap_or(Role::Starting)
     }

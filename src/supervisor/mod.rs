@@ -1,6 +1,6 @@
 //! The poll loop: gathers events, asks the fleet what follows from them, and carries that out.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::mem;
 use std::os::fd::AsFd;
@@ -158,7 +158,12 @@ impl Supervisor {
         control.as_ref().map_or(Ok(()), |control| watch(&epoll, control, Source::Control))?;
         let labels = label.then(Labels::new).transpose()?;
         labels.iter().try_for_each(|labels| watch(&epoll, labels, Source::Labels))?;
-        let shared = inherited.iter().map(|(_, endpoint)| endpoint.clone()).collect();
+        let shared = match listener_watch {
+            ListenerWatch::Interception(_) => {
+                inherited.iter().map(|(_, endpoint)| endpoint.clone()).collect()
+            }
+            ListenerWatch::Scan(_) => BTreeSet::new(), // a scan can't tell them from a worker's own
+        };
         let endpoints = Endpoints::new(listen.iter().copied().collect(), shared);
         let (fleet, actions) = Fleet::new(policy, endpoints, Instant::now());
         Ok(Self {
