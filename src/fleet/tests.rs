@@ -806,6 +806,28 @@ fn failed_starts_do_not_end_everything_while_a_worker_is_ready() {
 }
 
 #[test]
+fn a_failed_start_is_logged_and_tried_again() {
+    let mut world = serving();
+    world.starts_fail = true;
+    let worker = world.ids()[0];
+    world.end(worker, End::Exited(1));
+    assert!(world.said("worker 0 (generation 1) can't be started: no memory"), "{:?}", world.log);
+    world.starts_fail = false;
+    world.pass(Duration::from_millis(100));
+    assert_eq!(world.ids().len(), 3);
+}
+
+#[test]
+fn sockets_are_kept_for_a_successor_until_it_is_ready() {
+    let mut world = serving();
+    let worker = world.ids()[1];
+    world.end(worker, End::Exited(1));
+    assert_eq!(world.reserved, [(1, 1)].into());
+    world.ready_all();
+    assert!(world.reserved.is_empty(), "what it has not taken by now it never will");
+}
+
+#[test]
 fn the_log_tells_a_replacement_from_a_new_worker() {
     let mut world = serving();
     let dead = world.ids()[0];
