@@ -55,6 +55,12 @@ impl Address {
         }
     }
 
+    /// Whether a connection with this local address can have come to a listener here.
+    pub fn accepts(&self, local: SocketAddr) -> bool {
+        let (ip, same_port) = (self.socket.ip(), self.socket.port() == local.port());
+        same_port && ip.is_ipv6() == local.is_ipv6() && (ip.is_unspecified() || ip == local.ip())
+    }
+
     /// Whether this IPv6 address also gets connections to the IPv4 address `v4`.
     fn takes_v4(&self, v4: Ipv4Addr) -> bool {
         let IpAddr::V6(ip) = self.socket.ip() else { return false };
@@ -126,6 +132,26 @@ mod tests {
         assert_eq!(Address::from_sockaddr(&v6[..24], false), Some(address("[::1]:3000", false)));
         assert_eq!(Address::from_sockaddr(&v6[..23], false), None);
         assert_eq!(Address::from_sockaddr(&[], false), None);
+    }
+
+    #[test]
+    fn a_listener_accepts_connections_to_its_own_address_only() {
+        let cases = [
+            ("127.0.0.1:1", "127.0.0.1:1", true),
+            ("127.0.0.1:1", "127.0.0.2:1", false),
+            ("127.0.0.1:1", "127.0.0.1:2", false),
+            ("0.0.0.0:1", "127.0.0.2:1", true),
+            ("0.0.0.0:1", "[::1]:1", false),
+            ("[::]:1", "[::ffff:127.0.0.1]:1", true),
+            ("[::1]:1", "[::ffff:127.0.0.1]:1", false),
+        ];
+        for (listener, local, accepts) in cases {
+            assert_eq!(
+                address(listener, false).accepts(local.parse().unwrap()),
+                accepts,
+                "{local} at {listener}"
+            );
+        }
     }
 
     #[test]

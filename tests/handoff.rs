@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -196,6 +196,21 @@ fn a_request_of_3_s_that_began_before_the_reload_is_answered_in_full_by_the_old_
     let done = service.wait_for_line("reload done");
     assert!(done.at >= answer.end, "the reload ended after the answer");
     service.stop();
+}
+
+#[test]
+fn a_request_at_a_foreign_listener_on_another_address_of_the_port_does_not_delay_a_reload() {
+    let addr = free_address();
+    let foreign = TcpListener::bind((Ipv4Addr::new(127, 0, 0, 2), addr.port())).expect("a foreign listener");
+    let mut client = TcpStream::connect(foreign.local_addr().expect("its address")).expect("connect");
+    let (mut connection, _) = foreign.accept().expect("accept");
+    client.write_all(b"GET / HTTP/1.1\r\n\r\n").expect("write");
+    assert!(connection.read(&mut [0; 100]).expect("read") > 0);
+    let mut service = Service::run_ready("-n 2", &naive(addr));
+    service.reload();
+    assert!(!service.log.text().contains("was not seen idle"), "{}", service.log.text());
+    service.stop();
+    drop((connection, client)); // the request was under way until now
 }
 
 /// Two listeners on one port, of which the second is shut down when the first request begins.

@@ -116,16 +116,22 @@ impl Drain {
             self.retired.iter().map(|(worker, retired)| (*worker, retired.pid, retired.generation)).collect();
         let busy_on_paths = unix.busy(&workers);
         for (worker, retired) in &mut self.retired {
-            let rows: Vec<&Connection> = retired.addresses.iter().flat_map(of).collect();
+            let at = |address| of(address).iter().filter(|row| address.accepts(row.local));
+            let rows: Vec<&Connection> = retired.addresses.iter().flat_map(at).collect();
             if retired.has_arrived(&rows, empty.contains(worker), now) && !busy_on_paths.contains(worker) {
                 arrived.push((*worker, retired.pid, retired.generation));
             }
         }
-        let (mut open, mut busy) = (HashMap::new(), HashSet::new());
+        let (mut open, mut busy) = (HashMap::new(), Busy::default());
+        let watched: BTreeSet<&Address> =
+            self.retired.values().flat_map(|retired| &retired.addresses).collect();
         for row in connections.values().flatten().filter(|row| !row.opening && row.inode != 0) {
             open.insert(row.inode.into(), row.traffic.received);
             if !is_quiet(row) {
-                busy.insert(row.inode.into());
+                busy.all.insert(row.inode.into());
+                if watched.iter().any(|address| address.accepts(row.local)) {
+                    busy.ours.insert(row.inode.into());
+                }
             }
         }
         if arrived.is_empty() { Vec::new() } else { self.idle(&arrived, &busy, &Owned::find(&open)) }
@@ -138,9 +144,9 @@ impl Drain {
         }
     }
 
-    /// Those of `workers` that have none of the busy connections. These are given by their inode numbers.
-    fn idle(&mut self, workers: &[(WorkerId, Pid, u32)], busy: &HashSet<u64>, owned: &Owned) -> Vec<Drained> {
-        let mut unowned = busy.difference(&owned.inodes).peekable();
+    /// Those of `workers` that have none of the busy connections.
+    fn idle(&mut self, workers: &[(WorkerId, Pid, u32)], busy: &Busy, owned: &Owned) -> Vec<Drained> {
+        let mut unowned = busy.ours.difference(&owned.inodes).peekable();
         if unowned.peek().is_some() {
             // It has ended since, or a thread accepts it right now and has yet to get its descriptor.
             let Ok(connections) = self.connections() else { return Vec::new() };
@@ -151,7 +157,8 @@ impl Drain {
         }
         let drained = |(worker, pid, generation): &(WorkerId, Pid, u32)| {
             let processes = owned.below(*pid)?;
-            let is_idle = !processes.iter().flat_map(|(_, open)| open).any(|open| busy.contains(&open.inode));
+            let is_idle =
+                !processes.iter().flat_map(|(_, open)| open).any(|open| busy.all.contains(&open.inode));
             let idle = processes.into_iter().filter(|(_, open)| !open.is_empty()).collect();
             is_idle.then_some(Drained { worker: *worker, generation: *generation, idle })
         };
@@ -180,6 +187,15 @@ impl Drain {
 
 fn key(address: &Address) -> (bool, u16) {
     (address.socket.is_ipv6(), address.socket.port())
+}
+
+/// The busy connections to the watched ports, by inode number.
+#[derive(Default)]
+struct Busy {
+    all: HashSet<u64>,
+    /// Those that can have come to one of our listeners. Others have come to a foreign listener on another address, or
+    /// to ours by a transparent proxy: they count if a worker has them.
+    ours: HashSet<u64>,
 }
 
 /// Which process among this one's descendants has which of some connections open.
@@ -265,8 +281,8 @@ mod tests {
             has_sent,
             received: has_received.into(),
         };
-        let peer = "127.0.0.1:1".parse().unwrap();
-        Connection { peer, opening: false, inode: 1, unread: 0, traffic }
+        let (local, peer) = ("127.0.0.1:80".parse().unwrap(), "127.0.0.1:1".parse().unwrap());
+        Connection { local, peer, opening: false, inode: 1, unread: 0, traffic }
     }
 
     #[test]
@@ -351,9 +367,12 @@ mod tests {
 
         let mut drain = Drain::default();
         drain.watch(WorkerId(1), pid, 1, BTreeSet::from([address]), Instant::now());
-        let mut idle = |busy: &[u64], owned: &Owned| {
-            drain.idle(&[(WorkerId(1), pid, 1)], &busy.iter().copied().collect(), owned)
+        let mut idle_of = |busy: &Busy, owned: &Owned| drain.idle(&[(WorkerId(1), pid, 1)], busy, owned);
+        let busy = |inodes: &[u64]| Busy {
+            all: inodes.iter().copied().collect(),
+            ours: inodes.iter().copied().collect(),
         };
+        let mut idle = |inodes: &[u64], owned: &Owned| idle_of(&busy(inodes), owned);
         let its = Owned::find(&HashMap::from([(inode, 42)]));
         let unowned = Owned::find(&HashMap::new());
         let drained = |idle: &[Idle]| [Drained { worker: WorkerId(1), generation: 1, idle: idle.to_vec() }];
@@ -364,6 +383,9 @@ mod tests {
         assert!(idle(&[inode], &its).is_empty(), "this worker has it");
         assert!(idle(&[inode], &unowned).is_empty(), "it exists and has no owner");
         assert_eq!(idle(&[u64::MAX], &unowned), drained(&[]), "it is gone");
+        let foreign = Busy { ours: HashSet::new(), ..busy(&[inode]) };
+        assert_eq!(idle_of(&foreign, &unowned), drained(&[]), "it came to a foreign listener");
+        assert!(idle_of(&foreign, &its).is_empty(), "it came by a proxy");
         process.kill().unwrap();
         process.wait().unwrap();
     }

@@ -19,6 +19,7 @@ use crate::kernel::sys;
 /// A TCP connection, from the point of view of the side that accepts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Connection {
+    pub local: SocketAddr,
     pub peer: SocketAddr,
     /// Whether the handshake isn't finished.
     pub opening: bool,
@@ -194,6 +195,7 @@ fn connection(response: &InetResponse) -> Connection {
     });
     let id = &header.socket_id;
     Connection {
+        local: SocketAddr::new(id.source_address, id.source_port),
         peer: SocketAddr::new(id.destination_address, id.destination_port),
         opening: header.state == TCP_SYN_RECV,
         inode: header.inode,
