@@ -81,7 +81,10 @@ impl Fleet {
             Event::Listens { worker, endpoint } => self.listens(worker, endpoint, now),
             Event::StoppedListening { worker, endpoint } => self.stopped_listening(worker, &endpoint, now),
             Event::SaysReady { worker } => self.says_ready(worker, now),
-            Event::Drained { worker } => self.drained(worker, now),
+            Event::Drained { worker } if self.crew.roster.state(worker) == Some(State::Draining) => {
+                self.stop(&[worker], now);
+            }
+            Event::Drained { .. } => {} // stopped meanwhile
             Event::Ended { worker, end } => self.ended(worker, end, now),
             Event::StopSignal { signal } => self.stop_signal(signal, now),
             Event::Tick => {}
@@ -102,7 +105,10 @@ impl Fleet {
                 return (aborted, self.take_actions(now));
             }
             Command::Stop => {
-                let accepted = self.stop_command(now);
+                let accepted = match self.phase {
+                    Phase::Stopping { ticket, .. } => Accepted::Joined(ticket),
+                    _ => Accepted::Begun(self.begin_stop("stop", now)),
+                };
                 return (Ok(accepted), self.take_actions(now));
             }
         };
@@ -257,12 +263,6 @@ impl Fleet {
                 Some(State::Starting) => self.stop(&[*id], now), // it was a restart
                 _ => {}
             }
-        }
-    }
-
-    fn drained(&mut self, id: WorkerId, now: Instant) {
-        if self.crew.roster.state(id) == Some(State::Draining) {
-            self.stop(&[id], now);
         }
     }
 
@@ -511,13 +511,6 @@ impl Fleet {
         let all = self.crew.roster.ids(|_| true);
         self.stop(&all, now);
         ticket
-    }
-
-    fn stop_command(&mut self, now: Instant) -> Accepted {
-        match self.phase {
-            Phase::Stopping { ticket, .. } => Accepted::Joined(ticket),
-            _ => Accepted::Begun(self.begin_stop("stop", now)),
-        }
     }
 
     fn stop_signal(&mut self, signal: &'static str, now: Instant) {
