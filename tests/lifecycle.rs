@@ -342,6 +342,8 @@ fn a_second_sigterm_kills_the_workers_immediately() {
     let mut service = Service::run_ready("-n 2 --stop-timeout 1h", &naive_with(addr, &["--ignore-int"]));
     service.signal(Signal::SIGTERM);
     wait_until("the first signal at both workers", DEADLINE, || service.out.count_of("ignored SIGINT") == 2);
+    let stopping = service.wait_for_line("stopping");
+    wait_until("a second", DEADLINE, || stopping.at.elapsed() > Duration::from_secs(1));
     service.signal(Signal::SIGTERM);
     assert_eq!(service.wait_end().code(), Some(1), "{}", service.log.text());
     assert_eq!(service.out.count_of("ignored SIGINT"), 2);

@@ -57,7 +57,7 @@ pub enum Event {
     Drained { worker: WorkerId },
     /// A worker's process has ended.
     Ended { worker: WorkerId, end: End },
-    /// The signal with this name asks reuse-run to stop; a second one, to kill.
+    /// The signal with this name asks reuse-run to stop; a second one, at least a second later, to kill.
     StopSignal { signal: &'static str },
     /// Time has passed: see [`super::Fleet::deadline`].
     Tick,

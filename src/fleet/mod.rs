@@ -27,6 +27,7 @@ pub use self::crew::Crew;
 pub use self::endpoints::Endpoints;
 pub use self::events::{Accepted, Action, Announcement, Command, End, Event, Refusal, Ticket};
 use self::phase::{Phase, Reload};
+use self::policy::SAME_STOP_WITHIN;
 pub use self::policy::{Policy, Readiness, Rollout, Target};
 use self::queue::Queue;
 use self::slot::{Failures, Slot};
@@ -502,7 +503,7 @@ impl Fleet {
             self.crew.actions.push(Action::Ended { ticket, outcome, culprit: None });
         }
         let ticket = self.queue.ticket();
-        self.phase = Phase::Stopping { status, ticket };
+        self.phase = Phase::Stopping { since: now, status, ticket };
         self.crew.timers.cancel(Timer::CanaryPeriod);
         for (slot, it) in (0..).map(SlotId).zip(&self.crew.roster.slots) {
             self.crew.timers.cancel_slot(slot);
@@ -514,8 +515,11 @@ impl Fleet {
     }
 
     fn stop_signal(&mut self, signal: &'static str, now: Instant) {
-        if !self.phase.is_stopping() {
+        let Phase::Stopping { since, .. } = self.phase else {
             self.begin_stop(signal, now);
+            return;
+        };
+        if now - since < SAME_STOP_WITHIN {
             return;
         }
         self.crew.warn(format!("{signal} again: killing {}", count(self.crew.roster.len(), "worker")));

@@ -55,6 +55,7 @@ pub enum Phase {
     },
     /// All workers are stopped.
     Stopping {
+        since: Instant,
         status: u8,
         ticket: Ticket,
     },

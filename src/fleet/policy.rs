@@ -17,6 +17,10 @@ const SHELL_GRACE: Duration = Duration::from_secs(1);
 /// A process that hasn't ended so long after SIGKILL is stuck in the kernel.
 pub const KILL_GRACE: Duration = Duration::from_secs(10);
 
+/// A stop signal that comes so soon after the first is the same one: timeout(1) and some npm packages send it to the
+/// process and to its group, and a terminal's Ctrl-C comes in addition.
+pub const SAME_STOP_WITHIN: Duration = Duration::from_secs(1);
+
 /// When a worker is ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Readiness {

@@ -512,8 +512,12 @@ fn a_stop_exits_with_0_or_with_1_if_a_worker_had_to_be_killed() {
 
     let mut world = serving();
     world.event(Event::StopSignal { signal: "SIGTERM" });
+    world.pass(Duration::from_millis(999));
+    world.event(Event::StopSignal { signal: "SIGINT" });
+    assert!(world.alive.values().all(|told| *told == Told::Stop), "it is the same one");
+    world.pass(Duration::from_millis(1));
     world.event(Event::StopSignal { signal: "SIGTERM" });
-    assert!(world.alive.values().all(|told| *told == Told::Kill), "a second one kills at once");
+    assert!(world.alive.values().all(|told| *told == Told::Kill), "a second one kills");
     world.obey();
     assert_eq!(world.exit, Some(1));
 }
