@@ -129,10 +129,25 @@ fn assert_signals_are_forwarded(mut service: Service, wrapper: u32) {
         send(wrapper, signal);
         wait_until("a reload", DEADLINE, || service.log.count_of("reload done") == reload + 1);
     }
-    for signal in [Signal::SIGUSR1, Signal::SIGWINCH, Signal::SIGCONT, Signal::SIGALRM] {
-        send(wrapper, signal);
+    // That it isn't forwarded is shown by those that come after it.
+    send(wrapper, Signal::SIGWINCH);
+    const FORWARDED: [(&str, &str); 9] = [
+        ("USR1", "SIGUSR1"),
+        ("CONT", "SIGCONT"),
+        ("ALRM", "SIGALRM"),
+        ("VTALRM", "SIGVTALRM"),
+        ("PROF", "SIGPROF"),
+        ("PWR", "SIGPWR"),
+        ("34", "SIG34"),
+        ("50", "SIG50"),
+        ("64", "SIG64"),
+    ];
+    for (sent, got) in FORWARDED {
+        let mut kill = Command::new("sh");
+        let status = kill.args(["-c", &format!("kill -{sent} {wrapper}")]).status().expect("run sh");
+        assert!(status.success());
         wait_until("the signal at both workers", DEADLINE, || {
-            service.out.count_of(&format!("generation=3 {signal}")) == 2
+            service.out.count_of(&format!("generation=3 {got}")) == 2
         });
     }
     send(wrapper, Signal::SIGTERM);
@@ -141,8 +156,7 @@ fn assert_signals_are_forwarded(mut service: Service, wrapper: u32) {
     lines.sort();
     let mut expected = Vec::new();
     for generation in 1..=3 {
-        let forwarded = ["SIGALRM", "SIGCONT", "SIGINT", "SIGUSR1", "SIGWINCH", "ready"];
-        for what in forwarded {
+        for what in FORWARDED.iter().map(|(_, got)| *got).chain(["SIGINT", "ready"]) {
             if generation == 3 || ["SIGINT", "ready"].contains(&what) {
                 expected.extend([
                     format!("generation={generation} {what}"),
@@ -151,6 +165,7 @@ fn assert_signals_are_forwarded(mut service: Service, wrapper: u32) {
             }
         }
     }
+    expected.sort();
     assert_eq!(lines, expected);
 }
 
@@ -167,6 +182,21 @@ fn not_as_pid_1_reuse_run_forwards_the_same_signals() {
     let service = Service::run_ready("-n 2 --ready notify", &signal_printer(&[]));
     let wrapper = service.pid();
     assert_signals_are_forwarded(service, wrapper);
+}
+
+#[test]
+fn the_stop_signal_is_not_forwarded_as_another_signal() {
+    let mut service = Service::run_ready(
+        "-n 2 --ready notify --stop-signal USR1 --stop-timeout 100ms",
+        &signal_printer(&["stays"]),
+    );
+    service.signal(Signal::SIGUSR1);
+    service.signal(Signal::SIGALRM);
+    wait_until("the later signal", DEADLINE, || service.out.count_of("SIGALRM") == 2);
+    assert_eq!(service.out.count_of("SIGUSR1"), 0, "{}", service.out.text());
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.wait_end().code(), Some(1), "they don't end by it: {}", service.log.text());
+    assert_eq!(service.out.count_of("SIGUSR1"), 2, "{}", service.out.text());
 }
 
 #[test]

@@ -254,6 +254,13 @@ pub fn signal_default(signal: Signal) -> io::Result<()> {
     Ok(())
 }
 
+/// kill(2) of one process, by any number of a signal. (nix knows no real-time signals.)
+pub fn kill(pid: c_int, signal: c_int) -> io::Result<()> {
+    // SAFETY: kill takes two numbers.
+    check(unsafe { libc::kill(pid, signal) })?;
+    Ok(())
+}
+
 /// dup2(2): makes the number `target` a duplicate of `fd` that survives execve(2), and closes what it was
 /// before. For a child that is about to exec: its low numbers are placeholders kept for the new program.
 pub fn dup2_for_exec(fd: BorrowedFd, target: c_int) -> io::Result<()> {

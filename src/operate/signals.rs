@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
+use libc::c_int;
 use nix::sys::signal::{SigSet, Signal};
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
@@ -21,14 +22,13 @@ pub enum Meaning {
     Scale {
         more: bool,
     },
-    /// Forward it to the workers; it has no meaning for reuse-run itself.
-    Forward(Signal),
+    /// Forward the signal with this number to the workers; it has no meaning for reuse-run itself.
+    Forward(c_int),
 }
 
 /// SIGHUP reloads, as with gunicorn and systemd. Some container images are stopped by SIGQUIT. SIGTTIN and SIGTTOU add
-/// and remove a worker, as with unicorn, gunicorn and puma. All other signals keep their default action: SIGTSTP, for
-/// example, stops reuse-run alone, and SIGSEGV reports a fault of the receiver.
-const MEANINGS: [(Signal, Meaning); 12] = [
+/// and remove a worker, as with unicorn, gunicorn and puma.
+const MEANINGS: [(Signal, Meaning); 8] = [
     (Signal::SIGCHLD, Meaning::Reap),
     (Signal::SIGUSR2, Meaning::Reload),
     (Signal::SIGHUP, Meaning::Reload),
@@ -37,11 +37,24 @@ const MEANINGS: [(Signal, Meaning); 12] = [
     (Signal::SIGQUIT, Meaning::Stop(Signal::SIGQUIT)),
     (Signal::SIGTTIN, Meaning::Scale { more: true }),
     (Signal::SIGTTOU, Meaning::Scale { more: false }),
-    (Signal::SIGUSR1, Meaning::Forward(Signal::SIGUSR1)),
-    (Signal::SIGWINCH, Meaning::Forward(Signal::SIGWINCH)),
-    (Signal::SIGCONT, Meaning::Forward(Signal::SIGCONT)),
-    (Signal::SIGALRM, Meaning::Forward(Signal::SIGALRM)),
 ];
+
+/// The signals that are forwarded: those that would end reuse-run and are meant for a program, and SIGCONT. All others keep
+/// their default action. SIGTSTP stops reuse-run alone, SIGSEGV reports a fault of the receiver, and SIGWINCH says that
+/// reuse-run's terminal has another size, which Apache would take for a command to stop.
+fn forwarded() -> impl Iterator<Item = c_int> {
+    let named = [
+        Signal::SIGUSR1,
+        Signal::SIGCONT,
+        Signal::SIGALRM,
+        Signal::SIGVTALRM,
+        Signal::SIGPROF,
+        Signal::SIGSTKFLT,
+        Signal::SIGIO,
+        Signal::SIGPWR,
+    ];
+    named.into_iter().map(|signal| signal as c_int).chain(libc::SIGRTMIN()..=libc::SIGRTMAX())
+}
 
 /// Signals that have arrived. Several of one kind count as one, as in the kernel.
 #[derive(Debug)]
@@ -59,15 +72,18 @@ impl Signals {
         SigSet::empty().thread_set_mask()?;
         let (read, write) = UnixStream::pair()?;
         let wanted = |signal: &Signal| *signal != Signal::SIGHUP || !procfs::ignores(Signal::SIGHUP);
-        let signals = MEANINGS.iter().map(|(signal, _)| *signal).filter(wanted).map(|signal| signal as i32);
-        Ok(Self(SignalDelivery::with_pipe(read, write, SignalOnly, signals)?))
+        let signals = MEANINGS.iter().map(|(signal, _)| *signal).filter(wanted).map(|signal| signal as c_int);
+        Ok(Self(SignalDelivery::with_pipe(read, write, SignalOnly, signals.chain(forwarded()))?))
     }
 
     /// What the signals since the last call mean. Never blocks. It empties the pipe before it checks the signals: a
     /// signal that arrives in between writes another byte, so it is not missed.
     pub fn pending(&mut self) -> Vec<Meaning> {
-        let meaning = |number| MEANINGS.iter().find(|(signal, _)| *signal as i32 == number);
-        self.0.pending().filter_map(meaning).map(|(_, meaning)| *meaning).collect()
+        let meaning = |number| {
+            let own = MEANINGS.iter().find(|(signal, _)| *signal as c_int == number);
+            own.map_or(Meaning::Forward(number), |(_, meaning)| *meaning)
+        };
+        self.0.pending().map(meaning).collect()
     }
 }
 

@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::time::Instant;
 
+use libc::c_int;
 use log::{debug, info, log, warn};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -356,7 +357,7 @@ impl Supervisor {
     }
 
     fn send_stop_signal(&self, pids: impl IntoIterator<Item = Pid>) {
-        pids.into_iter().for_each(|pid| worker::signal(pid, self.stop_signal));
+        pids.into_iter().for_each(|pid| worker::signal(pid, self.stop_signal as c_int));
     }
 
     fn start(&mut self, worker: WorkerId, slot: SlotId, generation: u32) {
@@ -439,8 +440,13 @@ impl Supervisor {
         }
     }
 
-    fn forward(&self, signal: Signal) {
-        debug!("{signal} is passed on to {}", count(self.processes.len(), "worker"));
+    /// Forwards a signal to the workers. One that is their stop signal comes from [`Action::Signal`] alone.
+    fn forward(&self, signal: c_int) {
+        if signal == self.stop_signal as c_int {
+            debug!("signal {signal} is not forwarded: it is the stop signal");
+            return;
+        }
+        debug!("signal {signal} is forwarded to {}", count(self.processes.len(), "worker"));
         self.processes.values().for_each(|process| worker::signal(process.pid, signal));
     }
 

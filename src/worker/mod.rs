@@ -12,8 +12,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
+use libc::c_int;
 use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
 use crate::address::Endpoint;
@@ -161,7 +162,7 @@ impl Starter {
             (Err(error), Err(NotPrepared::Failed(step))) => Err(StartError::new(step.failure(), &error)),
             (Err(error), Err(NotPrepared::Silent)) => Err(StartError::new("can't start a process", &error)),
             (Ok(child), Err(_)) => {
-                signal(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
+                signal(Pid::from_raw(child.id() as i32), libc::SIGKILL);
                 Err(StartError {
                     why: "reuse-run did not receive the fd of its filter".to_owned(),
                     status: 1,
@@ -207,12 +208,12 @@ pub fn reap(leads_group: impl Fn(Pid) -> bool) -> Option<Reaped> {
 
 /// Sends a signal to the worker's process alone: npm and shells forward it, and many programs quit at once
 /// when they get a second one.
-pub fn signal(pid: Pid, signal: Signal) {
-    // It is no error if the worker is dead and not reaped yet.
-    let _ = nix::sys::signal::kill(pid, signal);
+pub fn signal(pid: Pid, signal: c_int) {
+    // It may be dead and not yet reaped, which is no error.
+    let _ = sys::kill(pid.as_raw(), signal);
 }
 
 /// Sends SIGKILL to the worker and to everything that it started and that stayed in its process group.
 pub fn kill_group(pid: Pid) {
-    let _ = nix::sys::signal::killpg(pid, Signal::SIGKILL);
+    let _ = killpg(pid, Signal::SIGKILL);
 }

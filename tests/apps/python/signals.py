@@ -1,4 +1,4 @@
-"""Prints `ready`, then the name of each signal that it gets. SIGINT ends it, unless the argument is `stays`."""
+"""Prints `ready`, then the name of each signal that it gets, or the number of a real-time signal. SIGINT ends it, unless the argument is `stays`."""
 import os
 import signal
 import sys
@@ -11,14 +11,13 @@ def say(line):
 
 
 def got(number, _frame):
-    say(signal.Signals(number).name)
+    say('SIG{}'.format(number) if number > 31 else signal.Signals(number).name)
     if number == signal.SIGINT and ends:
         sys.exit(0)
 
 
 for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
-    if number <= 31:
-        signal.signal(number, got)
+    signal.signal(number, got)
 say('ready')
 os.write(int(os.environ['READY_FD']), b'\n')
 while True:
