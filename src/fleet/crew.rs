@@ -201,8 +201,11 @@ impl Crew {
         }
     }
 
-    /// Puts a worker into the state Ready, with the log lines for that. Returns its generation, and whether it serves.
+    /// Puts a worker that starts into the state Ready, with the log lines for that. Returns its generation, and whether it serves.
     pub(super) fn ready(&mut self, id: WorkerId, is_first_start: bool, now: Instant) -> Option<(u32, bool)> {
+        if !self.is_starting(id) {
+            return None; // the readiness of another may have stopped it
+        }
         self.enter(id, State::Ready, now);
         let worker = self.roster.get(id)?;
         let (name, slot, generation) = (worker.to_string(), worker.slot, worker.generation);

@@ -88,7 +88,7 @@ impl Fleet {
             Event::Drained { .. } => {} // stopped meanwhile
             Event::Ended { worker, end } => self.ended(worker, end, now),
             Event::StopSignal { signal } => self.stop_signal(signal, now),
-            Event::Tick => {}
+            Event::Tick => self.fire_due(now, |_| true),
         }
         self.take_actions(now)
     }
@@ -108,7 +108,7 @@ impl Fleet {
             Command::Stop => {
                 let accepted = match self.phase {
                     Phase::Stopping { ticket, .. } => Accepted::Joined(ticket),
-                    _ => Accepted::Begun(self.begin_stop("stop", now)),
+                    _ => Accepted::Begun(self.begin_stop("stop", None, now)),
                 };
                 return (Ok(accepted), self.take_actions(now));
             }
@@ -144,11 +144,16 @@ impl Fleet {
 
     /// Does what is due by now, and begins what was waiting for that.
     fn take_actions(&mut self, now: Instant) -> Vec<Action> {
-        while let Some(timer) = self.crew.timers.pop_due(now) {
-            self.fire(timer, now);
-        }
+        self.fire_due(now, |timer| matches!(timer, Timer::Slot(..)));
         self.settle(now);
         mem::take(&mut self.crew.actions)
+    }
+
+    /// A tick fires all timers, other events only those of slots: a worker isn't late because the loop is.
+    fn fire_due(&mut self, now: Instant, which: impl Fn(&Timer) -> bool) {
+        while let Some(timer) = self.crew.timers.pop_due(now, &which) {
+            self.fire(timer, now);
+        }
     }
 
     fn listens(&mut self, id: WorkerId, endpoint: Endpoint, now: Instant) {
@@ -190,13 +195,12 @@ impl Fleet {
     }
 
     fn ready(&mut self, id: WorkerId, now: Instant) {
-        let Some((generation, serves)) = self.crew.ready(id, self.phase == Phase::Starting, now) else {
-            return;
-        };
+        let is_first_start = self.phase == Phase::Starting;
+        let Some((generation, serves)) = self.crew.ready(id, is_first_start, now) else { return };
         if serves {
             self.failures.clear();
             self.steer();
-            if self.phase != Phase::Starting {
+            if !is_first_start {
                 self.crew.unreserve(id);
             }
         }
@@ -240,11 +244,7 @@ impl Fleet {
         self.crew.replace_slots(batch.clone(), self.newest);
         self.failures.clear();
         self.steer();
-        let newest = self.newest;
-        self.crew.info(match batch.len() == slots {
-            true => format!("generation {newest} serves; generation {last} drains"),
-            false => format!("generation {newest} serves in {} of {slots} slots", batch.end),
-        });
+        self.crew.info(story::switched(self.newest, last, &batch, slots));
         self.end_retired(&retired, now);
     }
 
@@ -492,18 +492,18 @@ impl Fleet {
     /// Nothing works: stop all workers and exit with `status`.
     fn give_up(&mut self, why: &str, status: u8, now: Instant) {
         self.crew.log(log::Level::Error, format!("{why}; giving up"));
-        self.stop_all(status, now);
+        self.stop_all(status, None, now);
     }
 
     /// Stops all workers, and ends all that was asked for.
-    fn stop_all(&mut self, status: u8, now: Instant) -> Ticket {
+    fn stop_all(&mut self, status: u8, signalled: Option<Instant>, now: Instant) -> Ticket {
         self.crew.actions.push(Action::Announce(Announcement::Stopping));
         for ticket in self.queue.take_all().into_iter().chain(self.phase.ticket()) {
             let outcome = Err(Refusal::Stopping.to_string());
             self.crew.actions.push(Action::Ended { ticket, outcome, culprit: None });
         }
         let ticket = self.queue.ticket();
-        self.phase = Phase::Stopping { since: now, status, ticket };
+        self.phase = Phase::Stopping { signalled, status, ticket };
         self.crew.timers.cancel(Timer::CanaryPeriod);
         for (slot, it) in (0..).map(SlotId).zip(&self.crew.roster.slots) {
             self.crew.timers.cancel_slot(slot);
@@ -515,11 +515,11 @@ impl Fleet {
     }
 
     fn stop_signal(&mut self, signal: &'static str, now: Instant) {
-        let Phase::Stopping { since, .. } = self.phase else {
-            self.begin_stop(signal, now);
+        let Phase::Stopping { signalled, .. } = &mut self.phase else {
+            self.begin_stop(signal, Some(now), now);
             return;
         };
-        if now - since < SAME_STOP_WITHIN {
+        if signalled.is_some_and(|at| now - at < SAME_STOP_WITHIN) {
             return;
         }
         self.crew.warn(format!("{signal} again: killing {}", count(self.crew.roster.len(), "worker")));
@@ -528,10 +528,10 @@ impl Fleet {
         }
     }
 
-    fn begin_stop(&mut self, asked_by: &str, now: Instant) -> Ticket {
+    fn begin_stop(&mut self, asked_by: &str, signalled: Option<Instant>, now: Instant) -> Ticket {
         let workers = count(self.crew.roster.len(), "worker");
         self.crew.info(format!("{asked_by}: stopping {workers} with {}", self.crew.policy.stop_signal));
-        self.stop_all(0, now)
+        self.stop_all(0, signalled, now)
     }
 
     /// A timer is due.

@@ -55,7 +55,8 @@ pub enum Phase {
     },
     /// All workers are stopped.
     Stopping {
-        since: Instant,
+        /// When a signal asked for it.
+        signalled: Option<Instant>,
         status: u8,
         ticket: Ticket,
     },
@@ -113,6 +114,7 @@ impl Phase {
         match self {
             Self::Starting => "the first generation is ready",
             Self::Scaling { .. } => "the scaling ends",
+            Self::Abandoning => "the workers of the failed operation have ended",
             _ => "the current reload ends",
         }
     }

@@ -1,6 +1,7 @@
 //! The log's longer texts.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::time::Duration;
 
 use humantime::format_duration;
@@ -52,6 +53,14 @@ pub fn reload_begins(generation: u32, slots: usize, rollout: Rollout) -> String 
         Rollout::Canary { .. } => ", with a canary".to_owned(),
     };
     format!("reload: starting generation {generation}, {}{how}", count(slots, "worker"))
+}
+
+/// "generation 3 serves; generation 2 drains"; after a batch, in how many slots it serves.
+pub fn switched(newest: u32, last: u32, batch: &Range<usize>, slots: usize) -> String {
+    match batch.len() == slots {
+        true => format!("generation {newest} serves; generation {last} drains"),
+        false => format!("generation {newest} serves in {} of {slots} slots", batch.end),
+    }
 }
 
 /// `generation 3 is ready after 186 ms: 4 workers on [::]:3000`

@@ -523,6 +523,50 @@ fn a_stop_exits_with_0_or_with_1_if_a_worker_had_to_be_killed() {
 }
 
 #[test]
+fn what_happened_in_time_counts_though_the_loop_is_late() {
+    let mut world = serving();
+    world.command(Command::Reload(None));
+    let new = world.ids().split_off(3);
+    world.now += Duration::from_secs(60);
+    new.into_iter().for_each(|worker| world.event(Event::SaysReady { worker }));
+    world.event(Event::Tick);
+    assert!(world.reloads.is_empty(), "{:?}", world.log);
+    world.now += Duration::from_secs(10);
+    world.drain_all();
+    assert!(!world.said("was not seen idle"), "{:?}", world.log);
+    world.obey();
+    world.event(Event::StopSignal { signal: "SIGTERM" });
+    world.now += Duration::from_secs(30);
+    world.obey();
+    assert_eq!(world.exit, Some(0), "{:?}", world.log);
+}
+
+#[test]
+fn a_worker_that_was_stopped_by_the_readiness_of_another_is_not_ready_any_more() {
+    let path = || Endpoint::Unix("a".into());
+    let mut world = World::new(Policy { workers: 1, ..policy(Readiness::Listen) });
+    let first = world.ids()[0];
+    world.event(Event::SaysReady { worker: first });
+    world.command(Command::Reload(None));
+    let new = world.ids()[1];
+    world.end(first, End::Exited(1));
+    let restarted = *world.ids().last().unwrap();
+    for worker in [restarted, new] {
+        world.event(Event::Listens { worker, endpoint: path() });
+    }
+    world.pass(Duration::from_secs(60));
+    assert_eq!(world.reloads, [true], "{:?}", world.log);
+}
+
+#[test]
+fn the_first_signal_after_a_stop_that_no_signal_began_kills() {
+    let mut world = serving();
+    world.command(Command::Stop);
+    world.event(Event::StopSignal { signal: "SIGTERM" });
+    assert!(world.alive.values().all(|told| *told == Told::Kill));
+}
+
+#[test]
 fn a_restarted_worker_that_is_not_ready_at_the_switch_is_stopped_at_once() {
     let mut world = serving();
     world.command(Command::Reload(None));

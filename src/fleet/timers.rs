@@ -81,9 +81,10 @@ impl Timers {
         self.order.first().map(|(at, _)| *at)
     }
 
-    /// Takes the timer that is due first, if one is due.
-    pub fn pop_due(&mut self, now: Instant) -> Option<Timer> {
-        let (at, timer) = self.order.first().copied().filter(|(at, _)| *at <= now)?;
+    /// Takes the timer that is due first among those for which `which` holds.
+    pub fn pop_due(&mut self, now: Instant, which: impl Fn(&Timer) -> bool) -> Option<Timer> {
+        let mut due = self.order.iter().take_while(|(at, _)| *at <= now);
+        let (at, timer) = due.find(|(_, timer)| which(timer)).copied()?;
         self.order.remove(&(at, timer));
         self.at.remove(&timer);
         Some(timer)
@@ -117,8 +118,8 @@ mod tests {
         timers.cancel_worker(WorkerId(2));
         timers.cancel_slot(SlotId(1));
         assert_eq!(timers.next(), Some(at(3)));
-        assert_eq!(timers.pop_due(at(2)), None);
-        let due: Vec<Timer> = std::iter::from_fn(|| timers.pop_due(at(5))).collect();
+        assert_eq!(timers.pop_due(at(2), |_| true), None);
+        let due: Vec<Timer> = std::iter::from_fn(|| timers.pop_due(at(5), |_| true)).collect();
         let expected = [
             Timer::CanaryPeriod,
             slot(0, SlotTimer::Restart),

@@ -51,28 +51,31 @@ impl Supervisor {
             Command::Abort => "abort",
             Command::Stop => "stop",
         };
-        match answer {
-            Err(refusal) => self.reply(id, &failed(refusal.to_string())),
-            Ok(Accepted::Aborted) => {
-                self.reply(id, &done(&format!("aborted; {} on", self.fleet.crew().who_serves())));
+        // A client that waits is noted before the actions are carried out, so that it sees all of them; one that doesn't
+        // gets its reply after them.
+        let reply = match answer {
+            Err(refusal) => Some(failed(refusal.to_string())),
+            Ok(Accepted::Aborted) => Some(done(&format!("aborted; {} on", self.fleet.crew().who_serves()))),
+            Ok(Accepted::Begun(ticket) | Accepted::Queued(ticket)) if wait => {
+                self.wait(id, ticket);
+                None
             }
-            // It waits before the actions are carried out, so that it sees all of them.
-            Ok(Accepted::Begun(ticket) | Accepted::Queued(ticket)) if wait => self.wait(id, ticket),
             Ok(Accepted::Joined(ticket)) if wait => {
                 self.wait(id, ticket);
                 if let Some(control) = &mut self.control {
                     control.send(id, &Reply::Step("reuse-run is stopping already".to_owned()));
                 }
+                None
             }
-            Ok(Accepted::Begun(_) | Accepted::Joined(_)) => {
-                self.reply(id, &done(&format!("{name} begun")));
-            }
-            Ok(Accepted::Queued(_)) => {
-                self.reply(id, &done(&format!("{name} queued until the current operation ends")));
-            }
-        }
+            Ok(Accepted::Begun(_)) => Some(done(&format!("{name} begun"))),
+            Ok(Accepted::Queued(_)) => Some(done(&format!("{name} queued until the current operation ends"))),
+            Ok(Accepted::Joined(_)) => Some(done("reuse-run is stopping already")),
+        };
         self.actions.extend(actions);
         self.act();
+        if let Some(reply) = reply {
+            self.reply(id, &reply);
+        }
     }
 
     /// What a signal asks for; nobody waits for an answer.
@@ -118,7 +121,12 @@ impl Supervisor {
             0 => Reply::Done("stopped; every worker ended by itself".to_owned()),
             _ => failed(format!("stopped with status {status}: see the log for what went wrong")),
         };
-        self.reply_to_waiting(|_| true, &reply);
+        // Not closed: the end of file tells the client that the process has ended.
+        for (id, _) in self.control.as_ref().map_or(Vec::new(), Control::waiting) {
+            if let Some(control) = &mut self.control {
+                control.send(id, &reply);
+            }
+        }
     }
 
     fn reply_to_waiting(&mut self, is_it: impl Fn(Ticket) -> bool, reply: &Reply) {

@@ -1,14 +1,34 @@
 //! `stop` and `--pidfile`.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::net::TcpListener;
 
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
 
 use crate::common::{
-    DEADLINE, Folder, Service, User, begin, free_address, get, naive, naive_with, run, send, wait_until,
+    DEADLINE, Folder, Process, Service, User, begin, free_address, get, naive, naive_with, redirected, run,
+    send, wait_until,
 };
 use crate::find::run_as;
+
+#[test]
+fn stop_returns_when_the_process_has_ended_though_its_output_is_not_read() {
+    let folder = Folder::new();
+    let pipe = folder.path("pipe");
+    nix::unistd::mkfifo(pipe.as_str(), Mode::S_IRWXU).expect("a FIFO");
+    let _reader = OpenOptions::new().read(true).write(true).open(&pipe).expect("open the FIFO");
+    let flood = r#"echo >&$READY_FD; exec yes"#;
+    let service = Service::spawn_ready(redirected(
+        &format!(">{pipe}"),
+        "--label -n 1 --ready notify",
+        &["sh", "-c", flood],
+    ));
+    let pid = service.pid();
+    let outcome = run(&service, "stop");
+    let state = Process::read(pid).map(|process| process.state);
+    assert!(state.is_none_or(|state| state == 'Z'), "it lives on: {state:?} {outcome:?}");
+}
 
 #[test]
 fn when_stop_returns_the_port_is_free() {
