@@ -2,7 +2,9 @@
 
 use std::fs::{self, OpenOptions};
 use std::net::TcpListener;
+use std::os::fd::AsFd;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 
@@ -17,13 +19,16 @@ fn stop_returns_when_the_process_has_ended_though_its_output_is_not_read() {
     let folder = Folder::new();
     let pipe = folder.path("pipe");
     nix::unistd::mkfifo(pipe.as_str(), Mode::S_IRWXU).expect("a FIFO");
-    let _reader = OpenOptions::new().read(true).write(true).open(&pipe).expect("open the FIFO");
+    let reader = OpenOptions::new().read(true).write(true).open(&pipe).expect("open the FIFO");
     let flood = r#"echo >&$READY_FD; exec yes"#;
     let service = Service::spawn_ready(redirected(
         &format!(">{pipe}"),
         "--label -n 1 --ready notify",
         &["sh", "-c", flood],
     ));
+    wait_until("a full pipe", DEADLINE, || {
+        poll(&mut [PollFd::new(reader.as_fd(), PollFlags::POLLOUT)], PollTimeout::ZERO) == Ok(0)
+    });
     let pid = service.pid();
     let outcome = run(&service, "stop");
     let state = Process::read(pid).map(|process| process.state);
