@@ -143,7 +143,9 @@ fn one_line(error: &str) -> String {
 /// Reads a command to a running reuse-run.
 fn parse_command(name: &str, words: &[String]) -> Result<Invocation, String> {
     // argh takes "-1" for an option, but not " -1", which Target reads as well.
-    let is_negative = |word: &str| word.strip_prefix('-').is_some_and(|rest| rest.parse::<u32>().is_ok());
+    let is_negative = |word: &str| {
+        name == "scale" && word.strip_prefix('-').is_some_and(|rest| rest.parse::<u32>().is_ok())
+    };
     let words: Vec<String> =
         words.iter().map(|word| if is_negative(word) { format!(" {word}") } else { word.clone() }).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();

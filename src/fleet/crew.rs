@@ -47,7 +47,7 @@ impl Crew {
         self.roster.get(worker).is_some()
     }
 
-    /// The newest generation that serves. It serves in all slots, but while a rolling reload runs, and after one was
+    /// The newest generation that serves. It serves in all slots, except during a rolling reload, or after one that was
     /// given up.
     pub fn generation(&self) -> u32 {
         self.roster.slots.iter().map(|slot| slot.generation).max().unwrap_or(0)

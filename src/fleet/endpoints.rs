@@ -9,7 +9,8 @@ use crate::ids::{SlotId, WorkerId};
 pub struct Endpoints {
     /// Addresses on which each worker is given a socket that listens already.
     given: BTreeSet<Address>,
-    /// Where reuse-run's own supervisor listens for all workers: nobody steers these connections.
+    /// Where systemd, or another program that started reuse-run, listens for all workers: nobody steers these
+    /// connections.
     inherited: BTreeSet<Endpoint>,
     /// Where each worker listens, and whether it has called listen(2) itself.
     of_workers: BTreeMap<WorkerId, BTreeMap<Endpoint, bool>>,

@@ -75,7 +75,7 @@ pub enum Command {
     Stop,
 }
 
-/// Names one accepted command until [`Action::Ended`] or [`Action::Exit`]; never used twice.
+/// Names one operation until [`Action::Ended`] or [`Action::Exit`]; never used twice. Equal queued commands share it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(pub(super) u32);
 
@@ -85,7 +85,7 @@ pub enum Accepted {
     Begun(Ticket),
     /// It begins when the current operation ends.
     Queued(Ticket),
-    /// The same was asked for before and hasn't ended.
+    /// The stop that was asked for before hasn't ended.
     Joined(Ticket),
     /// The reload was aborted; nothing is left to wait for.
     Aborted,

@@ -1,4 +1,4 @@
-//! The one table of timers: each is set here, and found here when it is due.
+//! The one table of timers: each is kept here, and found here when it is due.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -14,7 +14,8 @@ pub enum Timer {
     Slot(SlotId, SlotTimer),
 }
 
-/// See [`super::policy::Policy::timers`].
+/// [`super::policy::Policy::timers`] sets all but `CheckEndpoints`. `AliveLongEnough` has to be the first and `KillGrace` the
+/// last one: see [`Timers::cancel_worker`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum WorkerTimer {
     /// It has lived long enough to be ready.
@@ -40,7 +41,9 @@ pub enum SlotTimer {
 
 #[derive(Debug, Default)]
 pub struct Timers {
+    /// When each timer is due.
     at: BTreeMap<Timer, Instant>,
+    /// The same, in the order of time.
     order: BTreeSet<(Instant, Timer)>,
 }
 
