@@ -239,6 +239,11 @@ fn serving() -> World {
     world
 }
 
+/// A Unix socket stands for the third port.
+fn endpoint(port: u16) -> Endpoint {
+    if port == 3 { Endpoint::Unix("a".into()) } else { address(port) }
+}
+
 fn address(port: u16) -> Endpoint {
     Endpoint::Tcp(Address { socket: ([127, 0, 0, 1], port).into(), v6only: false })
 }
@@ -1079,8 +1084,8 @@ fn step() -> impl Strategy<Value = Step> {
     let who = any::<prop::sample::Index>;
     prop_oneof![
         8 => who().prop_map(Step::Ready),
-        2 => (who(), 1u16..3).prop_map(|(who, port)| Step::Listens(who, port)),
-        1 => (who(), 1u16..3).prop_map(|(who, port)| Step::Unlistens(who, port)),
+        3 => (who(), 1u16..4).prop_map(|(who, port)| Step::Listens(who, port)),
+        1 => (who(), 1u16..4).prop_map(|(who, port)| Step::Unlistens(who, port)),
         4 => who().prop_map(Step::Ends),
         4 => who().prop_map(Step::Drained),
         4 => (1u64..40_000).prop_map(Step::Pass),
@@ -1117,12 +1122,12 @@ impl World {
             }
             Step::Listens(who, port) => {
                 if let Some(worker) = choose(who, self.ids()) {
-                    self.event(Event::Listens { worker, endpoint: address(port) });
+                    self.event(Event::Listens { worker, endpoint: endpoint(port) });
                 }
             }
             Step::Unlistens(who, port) => {
                 if let Some(worker) = choose(who, self.ids()) {
-                    self.event(Event::StoppedListening { worker, endpoint: address(port) });
+                    self.event(Event::StoppedListening { worker, endpoint: endpoint(port) });
                 }
             }
             Step::Ends(who) => {
