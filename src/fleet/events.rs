@@ -75,7 +75,7 @@ pub enum Command {
     Stop,
 }
 
-/// Names one operation until [`Action::Ended`] or [`Action::Exit`]; never used twice. Equal queued commands share it.
+/// Names one operation until [`Action::Ended`], or [`Action::Exit`] if a stop began before; never used twice. Equal queued commands share it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(pub(super) u32);
 

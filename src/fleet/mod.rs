@@ -133,6 +133,11 @@ impl Fleet {
         self.crew.timers.next()
     }
 
+    /// The stop's ticket, from its beginning on. What has another ticket then ends with it, undone.
+    pub fn stop_ticket(&self) -> Option<Ticket> {
+        self.phase.ticket().filter(|_| self.phase.is_stopping())
+    }
+
     /// What there is, to read.
     pub fn crew(&self) -> &Crew {
         &self.crew
@@ -495,13 +500,10 @@ impl Fleet {
         self.stop_all(status, None, now);
     }
 
-    /// Stops all workers, and ends all that was asked for.
+    /// Stops all workers. Nothing else that was asked for will be done.
     fn stop_all(&mut self, status: u8, signalled: Option<Instant>, now: Instant) -> Ticket {
         self.crew.actions.push(Action::Announce(Announcement::Stopping));
-        for ticket in self.queue.take_all().into_iter().chain(self.phase.ticket()) {
-            let outcome = Err(Refusal::Stopping.to_string());
-            self.crew.actions.push(Action::Ended { ticket, outcome, culprit: None });
-        }
+        self.queue.clear(); // who waits for what was queued, or runs, is told at the end: see Fleet::stop_ticket
         let ticket = self.queue.ticket();
         self.phase = Phase::Stopping { signalled, status, ticket };
         self.crew.timers.cancel(Timer::CanaryPeriod);

@@ -53,10 +53,8 @@ impl Queue {
         self.scaling.take()
     }
 
-    /// Takes the tickets of all that is queued.
-    pub fn take_all(&mut self) -> Vec<Ticket> {
-        let (reload, scaling) = (self.take_reload(), self.take_scaling());
-        reload.map(|(_, ticket)| ticket).into_iter().chain(scaling.map(|(_, ticket)| ticket)).collect()
+    pub fn clear(&mut self) {
+        (self.reload, self.scaling) = (None, None);
     }
 
     /// How many workers the queued scaling wants.

@@ -115,17 +115,18 @@ impl Supervisor {
         self.reply_to_waiting(|waits_for| waits_for == ticket, &reply);
     }
 
-    /// Tells the clients that still wait, which is for the stop, that it is over.
+    /// Tells the clients that still wait, for the stop or for what it has ended, that it is over.
     pub(super) fn stop_ended(&mut self, status: u8) {
-        let reply = match status {
+        let stop = self.fleet.stop_ticket();
+        let reply = |ticket| match status {
+            _ if Some(ticket) != stop => failed("everything was stopped".to_owned()),
             0 => Reply::Done("stopped; every worker ended by itself".to_owned()),
             _ => failed(format!("stopped with status {status}: see the log for what went wrong")),
         };
+        let Some(control) = &mut self.control else { return };
         // Not closed: the end of file tells the client that the process has ended.
-        for (id, _) in self.control.as_ref().map_or(Vec::new(), Control::waiting) {
-            if let Some(control) = &mut self.control {
-                control.send(id, &reply);
-            }
+        for (id, ticket) in control.waiting() {
+            control.send(id, &reply(ticket));
         }
     }
 

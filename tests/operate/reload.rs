@@ -91,7 +91,7 @@ fn a_reload_exits_with_1_when_everything_is_stopped_during_it() {
     let (_, folder, mut service) = Service::with_flags("-n 1", &[]);
     let reload = begin_held(&service, &folder);
     service.stop();
-    Outcome::of(reload).assert_failed(&["reuse-run is stopping"]);
+    Outcome::of(reload).assert_failed(&["everything was stopped"]);
 }
 
 #[test]
