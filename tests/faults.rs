@@ -344,7 +344,7 @@ fn an_old_worker_that_dies_while_a_reload_is_abandoned_is_restarted() {
     folder.lower("hold-2-1");
     service.wait_for_line("reload abandoned, generation 1 serves on");
     service.signal(Signal::SIGUSR2);
-    service.wait_for_line("reload: queued until the current reload ends");
+    service.wait_for_line("reload: queued until the workers of the failed operation have ended");
     let old: Vec<u32> = service.workers().into_iter().filter(|pid| *pid != new).collect();
     old.iter().for_each(|pid| send(*pid, Signal::SIGKILL));
     wait_until("two replacements", DEADLINE, || service.log.count_of("is ready, a replacement") == 2);
