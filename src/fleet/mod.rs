@@ -260,16 +260,15 @@ impl Fleet {
 
     /// Has retired workers end when they have finished their work, after the kernel was told.
     fn end_retired(&mut self, workers: &[WorkerId], now: Instant) {
-        for id in workers {
-            match self.crew.roster.state(*id) {
-                Some(State::Draining) => {
-                    let addresses = self.crew.endpoints.addresses(*id);
-                    self.crew.actions.push(Action::Drain { worker: *id, addresses });
-                }
-                Some(State::Starting) => self.stop(&[*id], now), // it was a restart
-                _ => {}
-            }
+        let in_state = |crew: &Crew, state| -> Vec<WorkerId> {
+            workers.iter().copied().filter(|id| crew.roster.state(*id) == Some(state)).collect()
+        };
+        for worker in in_state(&self.crew, State::Draining) {
+            let addresses = self.crew.endpoints.addresses(worker);
+            self.crew.actions.push(Action::Drain { worker, addresses });
         }
+        let restarts = in_state(&self.crew, State::Starting); // they have no work
+        self.stop(&restarts, now);
     }
 
     /// Sends workers the stop signal, each once.

@@ -130,6 +130,21 @@ impl Target {
     }
 }
 
+/// A policy for tests.
+#[cfg(test)]
+pub fn example(readiness: Readiness) -> Policy {
+    Policy {
+        workers: 3,
+        readiness,
+        ready_timeout: Duration::from_secs(60),
+        drain: Duration::from_secs(10),
+        stop_timeout: Duration::from_secs(30),
+        stop_signal: "SIGINT",
+        max_failures: 10,
+        rollout: Rollout::AllAtOnce,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,20 +174,10 @@ mod tests {
 
     #[test]
     fn a_worker_that_is_ready_after_a_duration_is_not_late_before_it() {
-        let policy = |readiness| Policy {
-            workers: 1,
-            readiness,
-            ready_timeout: Duration::from_secs(60),
-            drain: Duration::ZERO,
-            stop_timeout: Duration::ZERO,
-            stop_signal: "SIGINT",
-            max_failures: 0,
-            rollout: Rollout::AllAtOnce,
-        };
         for (needed, timeout) in [(2, 60), (90, 90)] {
             let needed = Duration::from_secs(needed);
             assert_eq!(
-                policy(Readiness::Alive(needed)).timers(State::Starting),
+                example(Readiness::Alive(needed)).timers(State::Starting),
                 [
                     (WorkerTimer::AliveLongEnough, needed),
                     (WorkerTimer::ReadyTimeout, Duration::from_secs(timeout))

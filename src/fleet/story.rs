@@ -118,20 +118,8 @@ pub fn not_killed(name: &str) -> String {
 mod tests {
     use super::*;
     use crate::address::Address;
+    use crate::fleet::policy::example;
     use crate::ids::SlotId;
-
-    fn policy(readiness: Readiness) -> Policy {
-        Policy {
-            workers: 2,
-            readiness,
-            ready_timeout: Duration::from_secs(60),
-            drain: Duration::from_secs(10),
-            stop_timeout: Duration::from_secs(30),
-            stop_signal: "SIGINT",
-            max_failures: 0,
-            rollout: Rollout::AllAtOnce,
-        }
-    }
 
     #[test]
     fn it_is_said_what_a_late_worker_lacks() {
@@ -141,7 +129,7 @@ mod tests {
         let mut endpoints = Endpoints::default();
         endpoints.add_worker(old);
         endpoints.add_worker(new);
-        let said = |endpoints: &Endpoints, readiness| not_ready(new, &worker, &policy(readiness), endpoints);
+        let said = |endpoints: &Endpoints, readiness| not_ready(new, &worker, &example(readiness), endpoints);
         assert!(
             said(&endpoints, Readiness::Notify).contains("it did not say that it is (see --ready-timeout)")
         );

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use super::policy::Target;
+use super::policy::{Target, example as policy};
 use super::slot::PROVEN_AFTER;
 use super::*;
 use crate::address::Address;
@@ -13,20 +13,8 @@ use crate::steering::{Plan, Role, Share};
 use crate::words::list;
 use std::time::Duration;
 
+/// As many as [`policy`] says.
 const WORKERS: u32 = 3;
-
-fn policy(readiness: Readiness) -> Policy {
-    Policy {
-        workers: WORKERS,
-        readiness,
-        ready_timeout: Duration::from_secs(60),
-        drain: Duration::from_secs(10),
-        stop_timeout: Duration::from_secs(30),
-        stop_signal: "SIGINT",
-        max_failures: 10,
-        rollout: Rollout::AllAtOnce,
-    }
-}
 
 /// What becomes of the fleet's actions.
 struct World {

@@ -308,11 +308,15 @@ impl Pool {
         if let Some((id, member)) = newcomer.and_then(|id| Some((id, self.members.get(id)?))) {
             let address = member.address;
             let others = departed.remove(&address).unwrap_or_default();
-            self.groups.get_mut(&address).into_iter().for_each(|group| group.joined(id, &others));
+            if let Some(group) = self.groups.get_mut(&address) {
+                group.joined(id, &others);
+            }
             self.forget_departed(&others);
         }
         for (address, ids) in departed {
-            self.groups.get_mut(&address).into_iter().for_each(|group| group.left(&ids));
+            if let Some(group) = self.groups.get_mut(&address) {
+                group.left(&ids);
+            }
             self.forget_departed(&ids);
         }
     }
@@ -376,13 +380,13 @@ impl Pool {
         };
         let closed = self.closed.check(&lengths, is_open, now);
         for id in &closed {
-            self.members
-                .get(*id)
-                .map(|member| member.inode)
-                .into_iter()
-                .for_each(|inode| self.take_back(inode));
+            if let Some(inode) = self.members.get(*id).map(|member| member.inode) {
+                self.take_back(inode);
+            }
         }
-        self.watcher.rearm().unwrap_or_else(|error| warn!("can't watch accept queues: {error}"));
+        if let Err(error) = self.watcher.rearm() {
+            warn!("can't watch accept queues: {error}");
+        }
         if load_changed {
             self.steer_all();
         }

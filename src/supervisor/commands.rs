@@ -112,7 +112,10 @@ impl Supervisor {
             Ok(serving) => Reply::Done(serving),
             Err(why) => Reply::Failed(why, self.labels.as_mut().and_then(last_lines).unwrap_or_default()),
         };
-        self.reply_to_waiting(|waits_for| waits_for == ticket, &reply);
+        let waiting = self.control.as_ref().map_or(Vec::new(), Control::waiting);
+        for (id, _) in waiting.into_iter().filter(|(_, waits_for)| *waits_for == ticket) {
+            self.reply(id, &reply);
+        }
     }
 
     /// Tells the clients that still wait, for the stop or for what it has ended, that it is over.
@@ -127,13 +130,6 @@ impl Supervisor {
         // Not closed: the end of file tells the client that the process has ended.
         for (id, ticket) in control.waiting() {
             control.send(id, &reply(ticket));
-        }
-    }
-
-    fn reply_to_waiting(&mut self, is_it: impl Fn(Ticket) -> bool, reply: &Reply) {
-        let waiting = self.control.as_ref().map_or(Vec::new(), Control::waiting);
-        for (id, _) in waiting.into_iter().filter(|(_, ticket)| is_it(*ticket)) {
-            self.reply(id, reply);
         }
     }
 

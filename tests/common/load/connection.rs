@@ -12,7 +12,7 @@ use super::http::{Parsed, parse};
 use super::report::{Answer, Failure, Kind, Origin};
 
 /// How long a client waits until the server closes a connection after the last answer, which has been counted
-/// already. Whoever closes first has the TIME_WAIT, and that is to be the server.
+/// already. The side that closes first has the TIME_WAIT, and that should be the server.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A connection and its state.
