@@ -115,6 +115,13 @@ fn parse_ignored(status: &str, signal: u32) -> bool {
     set.is_some_and(|set| set & 1 << (signal - 1) != 0)
 }
 
+/// Whether this process has a controlling terminal. The kernel takes it away when the terminal hangs up.
+pub fn has_terminal() -> bool {
+    const TTY_NR: usize = 7;
+    let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    stat_field(&stat, TTY_NR).is_some_and(|device| device != 0)
+}
+
 /// The umask of the process that a thread belongs to.
 pub fn umask(tid: Pid) -> io::Result<u32> {
     let status = fs::read_to_string(path(tid, "status"))?;

@@ -14,6 +14,7 @@ use std::process::Command;
 
 use libc::{c_int, sock_filter, sock_fprog};
 use nix::sys::signal::{SigHandler, Signal};
+use nix::unistd::Pid;
 
 /// Turns the result -1 into the `io::Error` in errno.
 fn check(result: c_int) -> io::Result<c_int> {
@@ -308,4 +309,11 @@ pub fn unsetenv(name: &OsStr) -> io::Result<()> {
     // meanwhile.
     check(unsafe { libc::unsetenv(name.as_ptr()) })?;
     Ok(())
+}
+
+/// The process that sent a signal (sigaction(2)); `None` if the kernel did.
+pub fn sender(info: &libc::siginfo_t) -> Option<Pid> {
+    const SI_KERNEL: c_int = 0x80; // asm-generic/siginfo.h
+    // SAFETY: si_pid reads a field that the kernel has set, or zero, for any signal that kill(2) can send.
+    (info.si_code != SI_KERNEL).then(|| Pid::from_raw(unsafe { info.si_pid() }))
 }

@@ -6,10 +6,11 @@ use std::os::unix::net::UnixStream;
 
 use libc::c_int;
 use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::{Pid, getsid};
 use signal_hook::iterator::backend::SignalDelivery;
-use signal_hook::iterator::exfiltrator::SignalOnly;
+use signal_hook::iterator::exfiltrator::WithRawSiginfo;
 
-use crate::kernel::procfs;
+use crate::kernel::{procfs, sys};
 
 /// What a signal asks reuse-run to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +27,7 @@ pub enum Meaning {
     Forward(c_int),
 }
 
-/// SIGHUP reloads, as with gunicorn and systemd. Some container images are stopped by SIGQUIT. SIGTTIN and SIGTTOU add
+/// SIGHUP reloads, as with gunicorn and systemd, unless it says that the terminal is gone. Some container images are stopped by SIGQUIT. SIGTTIN and SIGTTOU add
 /// and remove a worker, as with unicorn, gunicorn and puma.
 const MEANINGS: [(Signal, Meaning); 8] = [
     (Signal::SIGCHLD, Meaning::Reap),
@@ -58,7 +59,11 @@ fn forwarded() -> impl Iterator<Item = c_int> {
 
 /// Signals that have arrived. Several of one kind count as one, as in the kernel.
 #[derive(Debug)]
-pub struct Signals(SignalDelivery<UnixStream, SignalOnly>);
+pub struct Signals {
+    delivery: SignalDelivery<UnixStream, WithRawSiginfo>,
+    /// Whether there was a controlling terminal at the start.
+    had_terminal: bool,
+}
 
 impl Signals {
     /// Installs the handlers. An inherited "ignore" is replaced too: shells without job control set it for what they
@@ -73,22 +78,39 @@ impl Signals {
         let (read, write) = UnixStream::pair()?;
         let wanted = |signal: &Signal| *signal != Signal::SIGHUP || !procfs::ignores(Signal::SIGHUP);
         let signals = MEANINGS.iter().map(|(signal, _)| *signal).filter(wanted).map(|signal| signal as c_int);
-        Ok(Self(SignalDelivery::with_pipe(read, write, SignalOnly, signals.chain(forwarded()))?))
+        let signals = signals.chain(forwarded());
+        let delivery = SignalDelivery::with_pipe(read, write, WithRawSiginfo, signals)?;
+        Ok(Self { delivery, had_terminal: procfs::has_terminal() })
     }
 
     /// What the signals since the last call mean. Never blocks. It empties the pipe before it checks the signals: a
     /// signal that arrives in between writes another byte, so it is not missed.
     pub fn pending(&mut self) -> Vec<Meaning> {
-        let meaning = |number| {
-            let own = MEANINGS.iter().find(|(signal, _)| *signal as c_int == number);
-            own.map_or(Meaning::Forward(number), |(_, meaning)| *meaning)
-        };
-        self.0.pending().map(meaning).collect()
+        let mut meanings = Vec::new();
+        for info in self.delivery.pending() {
+            let own = MEANINGS.iter().find(|(signal, _)| *signal as c_int == info.si_signo);
+            let meaning = match own {
+                Some((Signal::SIGHUP, _)) if self.had_terminal && is_hang_up(sys::sender(&info)) => {
+                    Meaning::Stop(Signal::SIGHUP)
+                }
+                Some((_, meaning)) => *meaning,
+                None => Meaning::Forward(info.si_signo),
+            };
+            if !meanings.contains(&meaning) {
+                meanings.push(meaning);
+            }
+        }
+        meanings
     }
+}
+
+/// Whether a SIGHUP says that the terminal is gone: from the kernel, or passed on by the shell that leads the session.
+fn is_hang_up(sender: Option<Pid>) -> bool {
+    !procfs::has_terminal() && sender.is_none_or(|sender| getsid(None) == Ok(sender))
 }
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.get_read().as_fd()
+        self.delivery.get_read().as_fd()
     }
 }
