@@ -37,7 +37,7 @@
 //! | an option and its help; how its value is written | `cli/args`; `cli/values` |
 //! | which system calls an action or event means | `supervisor/mod` |
 //! | a request of a command, the reply to it, where status' values come from | `supervisor/commands` |
-//! | the steps of a reload, scaling or stop, and what happens when a worker fails in the middle | `fleet/mod` |
+//! | the steps of a reload or scaling, and what happens when a worker fails in the middle; of a stop | `fleet/mod`; `fleet/stop` |
 //! | what is the same for every worker, in whichever operation | `fleet/crew` |
 //! | what the fleet can be told and can decide; tickets and refusals | `fleet/events` |
 //! | time-outs, also after the stop signal and SIGKILL; limits of numbers | `fleet/policy` |
@@ -63,7 +63,7 @@
 //! | the steps between fork and exec; descriptor numbers | `worker/child`; `worker/fds` |
 //! | environment variables of a worker, env files, secrets | `worker/environment` |
 //! | how a worker says that it is ready | `worker/ready/` |
-//! | when a connection counts as idle, and a worker as drained | `drain/mod` |
+//! | when a connection counts as idle; when a worker is drained | `drain/rule`; `drain/mod` |
 //! | closing idle connections; what the stop signal does to a worker | `drain/idle`; `drain/signal_effect` |
 //! | the meaning of a signal to the wrapper | `operate/signals` |
 //! | the columns and the JSON of status; its exit status | `operate/status` |

@@ -55,6 +55,16 @@ pub struct RunArgs {
     #[argh(option, default = "Period(Duration::from_secs(30))", arg_name = "duration")]
     pub stop_timeout: Period,
 
+    /// time that a stop takes at most: the workers have two thirds of it to finish their requests, then they get the
+    /// stop signal, and at the end they are killed (default 9s)
+    #[argh(option, default = "Period(Duration::from_secs(9))", arg_name = "duration")]
+    pub stop_within: Period,
+
+    /// time for which no data must have moved on a connection before it is idle; for HTTP/2, gRPC and streams
+    /// (default: as long as the kernel's figures call for)
+    #[argh(option, arg_name = "duration")]
+    pub idle_after: Option<Period>,
+
     /// signal that tells a worker to stop (default INT)
     #[argh(option, default = "StopSignal(Signal::SIGINT)", arg_name = "signal")]
     pub stop_signal: StopSignal,

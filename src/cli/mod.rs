@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use argh::{ArgsInfo, EarlyExit, FromArgs, SubCommands};
 
 use crate::address::Address;
+use crate::drain::rule::IdleRule;
 use crate::fleet::{Policy, Rollout};
 use crate::operate::client::{Command, Operation};
 use crate::operate::protocol::Request;
@@ -28,6 +29,7 @@ pub struct Options {
     pub sources: Sources,
     /// Addresses whose sockets workers are given.
     pub listen: Vec<Address>,
+    pub idle_rule: IdleRule,
     pub balance: Balancing,
     pub pidfile: Option<PathBuf>,
     /// Whether the workers' output passes through here, line by line.
@@ -96,12 +98,14 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
             ready_timeout: args.ready_timeout.0,
             drain: args.drain.0,
             stop_timeout: args.stop_timeout.0,
+            stop_within: args.stop_within.0,
             stop_signal: args.stop_signal.0.as_str(),
             max_failures: args.max_failures,
             rollout: args.batch.map_or(Rollout::AllAtOnce, |most| Rollout::Batches(most.get())),
         },
         sources: Sources { env_files: args.env_file, secrets: args.secret, directory: args.chdir },
         listen: args.listen,
+        idle_rule: IdleRule::new(args.idle_after.map(|after| after.0), args.drain.0),
         balance: args.balance,
         pidfile: args.pidfile,
         label: args.label,
@@ -201,11 +205,11 @@ mod tests {
 
     #[test]
     fn every_option_is_understood() {
-        let line = "-n 2 --ready notify --ready-timeout 5s --drain 250ms --stop-timeout 1m --stop-signal sigterm \
-                    --max-failures 3 --balance random -l 3000 --env-file a --env-file b -C /srv --no-node-ipc \
+        let line = "-n 2 --ready notify --ready-timeout 5s --drain 250ms --stop-timeout 1m --stop-within 25s --idle-after 2s \
+                    --stop-signal sigterm --max-failures 3 --balance random -l 3000 --env-file a --env-file b -C /srv --no-node-ipc \
                     --no-intercept --batch 2 --pidfile p --label x y";
         let options = run(line).unwrap();
-        let Options { program, policy, sources, listen, balance, pidfile, label } = options;
+        let Options { program, policy, sources, listen, idle_rule, balance, pidfile, label } = options;
         assert_eq!((program.command, program.args), ("x".into(), vec!["y".into()]));
         assert_eq!(
             (program.stop_signal, program.node_ipc, program.intercept),
@@ -214,7 +218,8 @@ mod tests {
         assert_eq!((policy.workers, policy.readiness), (2, Readiness::Notify));
         assert_eq!(policy.ready_timeout, Duration::from_secs(5));
         assert_eq!(policy.drain, Duration::from_millis(250));
-        assert_eq!(policy.stop_timeout, Duration::from_secs(60));
+        assert_eq!([policy.stop_timeout, policy.stop_within].map(|time| time.as_secs()), [60, 25]);
+        assert_eq!(idle_rule, IdleRule::new(Some(Duration::from_secs(2)), policy.drain));
         assert_eq!((policy.stop_signal, policy.max_failures), ("SIGTERM", 3));
         assert_eq!(policy.rollout, Rollout::Batches(2));
         assert_eq!(

@@ -1,9 +1,10 @@
 //! Which retired workers have finished their work.
 //!
 //! After the switch no new connection is sent to them. What was under way arrives: handshakes complete and connections
-//! are accepted. When that is over and each of its connections is quiet, a worker may get the stop signal.
+//! are accepted. When that is over and each of its connections is idle, a worker may get the stop signal.
 
 pub mod idle;
+pub mod rule;
 pub mod signal_effect;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -16,6 +17,7 @@ use nix::unistd::Pid;
 
 use crate::address::Address;
 use crate::drain::idle::{Idle, OpenConnection};
+use crate::drain::rule::IdleRule;
 use crate::ids::WorkerId;
 use crate::kernel::procfs;
 use crate::kernel::sockdiag::{Connection, SockDiag};
@@ -28,8 +30,6 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const POLL_SHARE: u32 = 10;
 /// A client that takes longer than this for its handshake is not waited for.
 const MAX_HANDSHAKE: Duration = Duration::from_secs(3);
-/// A connection on which nothing has come yet is given so long to send its request.
-const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct Retired {
@@ -58,14 +58,18 @@ impl Drained {
 }
 
 /// The retired workers that are watched.
-#[derive(Default)]
 pub struct Drain {
+    rule: IdleRule,
     retired: BTreeMap<WorkerId, Retired>,
     diag: Option<SockDiag>,
     next_poll: Option<Instant>,
 }
 
 impl Drain {
+    pub fn new(rule: IdleRule) -> Self {
+        Self { rule, retired: BTreeMap::new(), diag: None, next_poll: None }
+    }
+
     /// Begins to watch a worker's connections to these addresses; call it after the switch.
     pub fn watch(
         &mut self,
@@ -127,7 +131,7 @@ impl Drain {
             self.retired.values().flat_map(|retired| &retired.addresses).collect();
         for row in connections.values().flatten().filter(|row| !row.opening && row.inode != 0) {
             open.insert(row.inode.into(), row.traffic.received);
-            if !is_quiet(row) {
+            if !self.rule.is_idle(row) {
                 busy.all.insert(row.inode.into());
                 if watched.iter().any(|address| address.accepts(row.local)) {
                     busy.ours.insert(row.inode.into());
@@ -244,25 +248,6 @@ impl Retired {
     }
 }
 
-/// Whether the worker has no request of this connection to answer, by what the kernel knows: all that came was read,
-/// and something was sent at the same time or later.
-///
-/// The kernel counts these times in ticks of 1 to 10 ms. A request that arrives in the tick in which the answer to the
-/// last one left looks answered.
-fn is_quiet(connection: &Connection) -> bool {
-    let traffic = connection.traffic;
-    // What was sent the kernel delivers, even if the worker ends; so unacknowledged data doesn't count. Its
-    // acknowledgement may be delayed until the next request.
-    if connection.unread > 0 || traffic.unsent > 0 {
-        return false;
-    }
-    match (traffic.received > 0, traffic.has_sent) {
-        (false, _) => traffic.received_ago >= FIRST_REQUEST_TIMEOUT,
-        (true, false) => false,
-        (true, true) => traffic.sent_ago <= traffic.received_ago,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::{TcpListener, TcpStream};
@@ -273,31 +258,13 @@ mod tests {
     use crate::kernel::sockdiag::Traffic;
     use crate::kernel::sys;
 
-    fn connection(sent_ago: u64, received_ago: u64, has_sent: bool, has_received: bool) -> Connection {
-        let traffic = Traffic {
-            sent_ago: Duration::from_millis(sent_ago),
-            received_ago: Duration::from_millis(received_ago),
-            unsent: 0,
-            has_sent,
-            received: has_received.into(),
-        };
-        let (local, peer) = ("127.0.0.1:80".parse().unwrap(), "127.0.0.1:1".parse().unwrap());
-        Connection { local, peer, opening: false, inode: 1, unread: 0, traffic }
+    fn drain() -> Drain {
+        Drain::new(IdleRule::new(None, Duration::from_secs(10)))
     }
 
-    #[test]
-    fn a_connection_is_quiet_when_all_that_came_was_answered() {
-        assert!(is_quiet(&connection(10, 20, true, true)), "answered");
-        assert!(is_quiet(&connection(20, 20, true, true)), "answered at once");
-        assert!(!is_quiet(&connection(20, 10, true, true)), "the next request is being worked on");
-        assert!(!is_quiet(&connection(5000, 4000, false, true)), "so is the first");
-        assert!(!is_quiet(&connection(500, 500, false, false)), "a request may be on its way");
-        assert!(is_quiet(&connection(1000, 1000, false, false)), "none came in time");
-        assert!(is_quiet(&connection(10, 1000, true, false)), "a server that speaks first has spoken");
-        let answered = connection(10, 20, true, true);
-        assert!(!is_quiet(&Connection { unread: 1, ..answered }));
-        let unsent = Traffic { unsent: 1, ..answered.traffic };
-        assert!(!is_quiet(&Connection { traffic: unsent, ..answered }));
+    fn opening(peer: &str) -> Connection {
+        let (local, peer) = ("127.0.0.1:80".parse().unwrap(), peer.parse().unwrap());
+        Connection { local, peer, opening: true, inode: 0, unread: 0, traffic: Traffic::default() }
     }
 
     fn retired(since: Instant) -> Retired {
@@ -314,8 +281,7 @@ mod tests {
     fn all_has_arrived_when_the_handshakes_of_the_first_poll_are_over_and_the_queues_are_empty() {
         let start = Instant::now();
         let mut retired = retired(start);
-        let opening = Connection { opening: true, inode: 0, ..connection(0, 0, false, false) };
-        let other = Connection { peer: "127.0.0.1:2".parse().unwrap(), ..opening };
+        let (opening, other) = (opening("127.0.0.1:1"), opening("127.0.0.1:2"));
         let at = |ms| start + Duration::from_millis(ms);
         assert!(!retired.has_arrived(&[&opening], true, at(0)), "the first poll only takes note");
         assert!(!retired.has_arrived(&[&opening], true, at(20)), "the handshake goes on");
@@ -327,7 +293,7 @@ mod tests {
     fn a_handshake_that_takes_too_long_is_not_waited_for() {
         let start = Instant::now();
         let mut retired = retired(start);
-        let opening = Connection { opening: true, inode: 0, ..connection(0, 0, false, false) };
+        let opening = opening("127.0.0.1:1");
         assert!(!retired.has_arrived(&[&opening], true, start));
         assert!(!retired.has_arrived(&[&opening], true, start + MAX_HANDSHAKE));
         assert!(retired.has_arrived(&[&opening], true, start + MAX_HANDSHAKE + POLL_INTERVAL));
@@ -337,7 +303,7 @@ mod tests {
     fn polls_take_a_share_of_the_time() {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
-        let mut drain = Drain::default();
+        let mut drain = drain();
         drain.polled(at(0), at(10));
         assert_eq!(drain.deadline(), None, "nobody is watched");
         drain.watch(WorkerId(1), Pid::this(), 1, BTreeSet::new(), at(0));
@@ -365,7 +331,7 @@ mod tests {
         drop(command); // and with it this process's descriptor of the connection
         let pid = Pid::from_raw(process.id() as i32);
 
-        let mut drain = Drain::default();
+        let mut drain = drain();
         drain.watch(WorkerId(1), pid, 1, BTreeSet::from([address]), Instant::now());
         let mut idle_of = |busy: &Busy, owned: &Owned| drain.idle(&[(WorkerId(1), pid, 1)], busy, owned);
         let busy = |inodes: &[u64]| Busy {

@@ -3,48 +3,45 @@
 //! When a process ends, the kernel frees its memory first and closes its files last (do_exit, kernel/exit.c). That takes
 //! milliseconds, and a client that sends its next request in that time gets no answer. So the idle connections of a
 //! worker that the signal kills are closed before the signal. A worker that handles the signal ends its connections in
-//! its own way. The first worker of a generation with idle connections shows which of the two it is.
-
-use std::collections::BTreeMap;
+//! its own way. The first worker of each generation shows which of the two it is, and the next generation is assumed to be like the last.
 
 use super::Drained;
 
-/// What to do with a drained worker.
+/// What to do with a drained worker when it is sent the stop signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Treatment {
-    /// The signal kills it: close its idle connections, then send it.
-    CloseFirst,
-    /// It handles the signal, or has nothing to close: send it.
-    Signal,
-    /// Send the signal, watch what it does, and close the idle connections if it kills.
-    SignalAndWatch,
+pub struct Treatment {
+    /// Before the signal: close its idle connections.
+    pub close: bool,
+    /// After the signal: watch what it does, and close the idle connections if it kills.
+    pub watch: bool,
 }
 
-/// By generation, whether the stop signal kills its workers, where that is known.
+/// What is known of the stop signal's effect.
 #[derive(Debug, Default)]
-pub struct SignalEffects(BTreeMap<u32, bool>);
+pub struct SignalEffect {
+    /// Whether it killed the worker that was watched last, and the generation of that one.
+    last: Option<(u32, bool)>,
+}
 
-impl SignalEffects {
+impl SignalEffect {
+    /// The first worker of a generation that has idle connections is watched: another version may handle the signal.
+    /// Until it has shown that, it is assumed to be like the last one.
     pub fn treatment(&self, drained: &Drained) -> Treatment {
-        match self.0.get(&drained.generation) {
-            Some(true) => Treatment::CloseFirst,
-            None if !drained.idle.is_empty() => Treatment::SignalAndWatch,
-            Some(false) | None => Treatment::Signal,
+        let is_known = self.last.is_some_and(|(generation, _)| generation == drained.generation);
+        Treatment {
+            close: self.last.is_some_and(|(_, kills)| kills),
+            watch: !is_known && !drained.idle.is_empty(),
         }
     }
 
+    /// A worker of this generation was watched.
     pub fn learn(&mut self, generation: u32, kills: bool) {
-        self.0.insert(generation, kills);
-    }
-
-    /// Forgets all generations but these.
-    pub fn keep(&mut self, is_alive: impl Fn(u32) -> bool) {
-        self.0.retain(|generation, _| is_alive(*generation));
+        self.last = Some((generation, kills));
     }
 }
 
-/// Puts the worker with the fewest connections first: the first one of a generation shows what the signal does, and its
-/// connections are closed too late.
+/// Puts the worker with the fewest connections first: where nothing is known, the first one shows what the signal does,
+/// and its connections are closed too late.
 pub fn order(drained: &mut [Drained]) {
     drained.sort_by_key(Drained::connections);
 }
@@ -71,17 +68,19 @@ mod tests {
     }
 
     #[test]
-    fn the_first_worker_with_idle_connections_is_watched_and_shows_what_to_do_with_the_others() {
-        let mut effects = SignalEffects::default();
-        assert_eq!(effects.treatment(&drained(1, 1, 0)), Treatment::Signal, "there is nothing to close");
-        assert_eq!(effects.treatment(&drained(1, 1, 1)), Treatment::SignalAndWatch);
-        effects.learn(1, true);
-        effects.learn(2, false);
-        assert_eq!(effects.treatment(&drained(2, 1, 1)), Treatment::CloseFirst);
-        assert_eq!(effects.treatment(&drained(2, 1, 0)), Treatment::CloseFirst);
-        assert_eq!(effects.treatment(&drained(3, 2, 1)), Treatment::Signal);
-        effects.keep(|generation| generation == 2);
-        assert_eq!(effects.treatment(&drained(2, 1, 1)), Treatment::SignalAndWatch);
-        assert_eq!(effects.treatment(&drained(3, 2, 1)), Treatment::Signal);
+    fn the_first_worker_with_idle_connections_is_watched_and_shows_what_to_do_with_the_next_ones() {
+        let mut effect = SignalEffect::default();
+        let told = |effect: &SignalEffect, generation, connections| {
+            let Treatment { close, watch } = effect.treatment(&drained(1, generation, connections));
+            (close, watch)
+        };
+        assert_eq!(told(&effect, 1, 0), (false, false), "there is nothing to close");
+        assert_eq!(told(&effect, 1, 1), (false, true));
+        effect.learn(1, true);
+        assert_eq!(told(&effect, 1, 1), (true, false));
+        assert_eq!(told(&effect, 2, 1), (true, true), "as the last version");
+        effect.learn(2, false);
+        assert_eq!(told(&effect, 2, 1), (false, false));
+        assert_eq!(told(&effect, 3, 1), (false, true));
     }
 }

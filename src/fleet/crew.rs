@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::endpoints::Endpoints;
 use super::events::Action;
+use super::phase::Phase;
 use super::policy::{Policy, Readiness};
 use super::roster::Roster;
 use super::slot::Slot;
@@ -17,7 +18,7 @@ use super::views::{self, View};
 use super::worker::{State, Worker};
 use crate::address::{Address, Endpoint};
 use crate::ids::{SlotId, WorkerId};
-use crate::steering::{Plan, Role, Share};
+use crate::steering::{Plan, Role};
 use crate::words::millis;
 
 /// When a worker that listens, but not on all that it has to, is checked again: its log line comes then; and the only
@@ -109,7 +110,8 @@ impl Crew {
     }
 
     /// Who gets new connections. Ready workers that don't serve get the canary's share, if there is one.
-    pub(super) fn plan(&self, canary: Option<Share>) -> Plan {
+    pub(super) fn plan(&self, phase: Phase) -> Plan {
+        let canary = phase.canary();
         let role = |worker: &Worker| match worker.state {
             State::Ready if self.roster.serves(worker) => Some(Role::Ready),
             State::Ready if canary.is_some() => Some(Role::Canary),
@@ -118,7 +120,8 @@ impl Crew {
             State::Stopping | State::Killed => Some(Role::Leaving),
         };
         let roles = self.roster.workers().filter_map(|(id, worker)| Some((id, role(worker)?))).collect();
-        Plan { roles, share: canary.unwrap_or_default(), generation: self.generation() }
+        let generation = (!phase.is_stopping()).then(|| self.generation());
+        Plan { roles, share: canary.unwrap_or_default(), generation }
     }
 
     /// Puts a worker into a state and sets the timers of that state.
@@ -281,6 +284,16 @@ impl Crew {
             }
         }
         stopped
+    }
+
+    /// No slot gets another worker, and nothing waits for one.
+    pub(super) fn close_slots(&mut self) {
+        self.timers.cancel(Timer::CanaryPeriod);
+        for slot in (0..self.slots()).map(SlotId::of_index) {
+            let generation = self.roster.slots[slot.index()].generation;
+            self.timers.cancel_slot(slot);
+            self.actions.push(Action::Unreserve { slot, generation });
+        }
     }
 
     /// Removes all slots from this one on.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
@@ -182,8 +183,13 @@ pub enum Action {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Announcement {
     Reloading,
-    Ready { status: String },
-    Stopping,
+    Ready {
+        status: String,
+    },
+    /// It ends within this time.
+    Stopping {
+        within: Duration,
+    },
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 //!
 //! A slot holds one worker that serves. A reload starts a second worker beside it, of the next generation, in every
 //! slot or in one batch of slots after the other. When all of these are ready they become the ones that serve, and the
-//! others are retired: they drain and stop. Scaling adds slots, or retires the workers of the last ones.
+//! others are retired: they drain and stop. Scaling adds slots, or retires the workers of the last ones; a stop retires
+//! all.
 
 mod crew;
 mod endpoints;
@@ -13,6 +14,7 @@ pub mod policy;
 mod queue;
 mod roster;
 mod slot;
+mod stop;
 mod story;
 mod timers;
 mod views;
@@ -27,7 +29,6 @@ pub use self::crew::Crew;
 pub use self::endpoints::Endpoints;
 pub use self::events::{Accepted, Action, Announcement, Command, End, Event, Refusal, Ticket};
 use self::phase::{Phase, Reload};
-use self::policy::SAME_STOP_WITHIN;
 pub use self::policy::{Policy, Readiness, Rollout, Target};
 use self::queue::Queue;
 use self::slot::{Failures, Slot};
@@ -254,7 +255,7 @@ impl Fleet {
     }
 
     fn steer(&mut self) {
-        let plan = self.crew.plan(self.phase.canary());
+        let plan = self.crew.plan(self.phase);
         self.crew.actions.push(Action::Steer(plan));
     }
 
@@ -493,48 +494,6 @@ impl Fleet {
         self.crew.actions.push(Action::Ended { ticket, outcome, culprit });
     }
 
-    /// Nothing works: stop all workers and exit with `status`.
-    fn give_up(&mut self, why: &str, status: u8, now: Instant) {
-        self.crew.log(log::Level::Error, format!("{why}; giving up"));
-        self.stop_all(status, None, now);
-    }
-
-    /// Stops all workers. Nothing else that was asked for will be done.
-    fn stop_all(&mut self, status: u8, signalled: Option<Instant>, now: Instant) -> Ticket {
-        self.crew.actions.push(Action::Announce(Announcement::Stopping));
-        self.queue.clear(); // who waits for what was queued, or runs, is told at the end: see Fleet::stop_ticket
-        let ticket = self.queue.ticket();
-        self.phase = Phase::Stopping { signalled, status, ticket };
-        self.crew.timers.cancel(Timer::CanaryPeriod);
-        for (slot, it) in (0..).map(SlotId).zip(&self.crew.roster.slots) {
-            self.crew.timers.cancel_slot(slot);
-            self.crew.actions.push(Action::Unreserve { slot, generation: it.generation });
-        }
-        let all = self.crew.roster.ids(|_| true);
-        self.stop(&all, now);
-        ticket
-    }
-
-    fn stop_signal(&mut self, signal: &'static str, now: Instant) {
-        let Phase::Stopping { signalled, .. } = &mut self.phase else {
-            self.begin_stop(signal, Some(now), now);
-            return;
-        };
-        if signalled.is_some_and(|at| now - at < SAME_STOP_WITHIN) {
-            return;
-        }
-        self.crew.warn(format!("{signal} again: killing {}", count(self.crew.roster.len(), "worker")));
-        for id in self.crew.roster.ids(|_| true) {
-            self.kill(id, now);
-        }
-    }
-
-    fn begin_stop(&mut self, asked_by: &str, signalled: Option<Instant>, now: Instant) -> Ticket {
-        let workers = count(self.crew.roster.len(), "worker");
-        self.crew.info(format!("{asked_by}: stopping {workers} with {}", self.crew.policy.stop_signal));
-        self.stop_all(0, signalled, now)
-    }
-
     /// A timer is due.
     fn fire(&mut self, timer: Timer, now: Instant) {
         match timer {
@@ -543,6 +502,8 @@ impl Fleet {
                     self.switch(reload, 0, now);
                 }
             }
+            Timer::StopDrain => self.stop_drain_over(now),
+            Timer::StopEnd => self.stop_over(now),
             Timer::Worker(id, timer) => self.fire_for_worker(id, timer, now),
             Timer::Slot(slot, timer) => self.crew.fire_for_slot(slot, timer, now),
         }

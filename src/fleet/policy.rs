@@ -42,6 +42,8 @@ pub struct Policy {
     pub drain: Duration,
     /// How long a worker may take to end after the stop signal.
     pub stop_timeout: Duration,
+    /// How long a stop of everything may take, until the workers that are left are killed.
+    pub stop_within: Duration,
     /// The name of the stop signal.
     pub stop_signal: &'static str,
     /// After so many failed starts in a row, with no worker ready, reuse-run gives up. 0: never.
@@ -51,6 +53,11 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// How long workers may take to finish their requests at a stop of everything. The rest of its time is for their end.
+    pub fn stop_drain(&self) -> Duration {
+        self.stop_within * 2 / 3
+    }
+
     /// The timers that begin when a worker enters a state.
     pub fn timers(&self, state: State) -> Vec<(WorkerTimer, Duration)> {
         match (state, self.readiness) {
@@ -139,6 +146,7 @@ pub fn example(readiness: Readiness) -> Policy {
         ready_timeout: Duration::from_secs(60),
         drain: Duration::from_secs(10),
         stop_timeout: Duration::from_secs(30),
+        stop_within: Duration::from_secs(9),
         stop_signal: "SIGINT",
         max_failures: 10,
         rollout: Rollout::AllAtOnce,

@@ -104,6 +104,25 @@ pub fn not_idle(name: &str, policy: &Policy) -> String {
     format!("{name} was not seen idle within {} (see --drain)", format_duration(policy.drain))
 }
 
+pub fn stop_begins(asked_by: &str, workers: usize, policy: &Policy) -> String {
+    let (workers, signal) = (count(workers, "worker"), policy.stop_signal);
+    let drain = format_duration(policy.stop_drain());
+    format!(
+        "{asked_by}: stopping {workers} with {signal}, after at most {drain} for their requests (see --stop-within)"
+    )
+}
+
+pub fn not_idle_at_stop(name: &str, policy: &Policy) -> String {
+    format!("{name} was not seen idle within {} (see --stop-within)", format_duration(policy.stop_drain()))
+}
+
+pub fn not_stopped_at_stop(name: &str, policy: &Policy) -> String {
+    format!(
+        "{name} did not end within {} (see --stop-within); killing it",
+        format_duration(policy.stop_within)
+    )
+}
+
 pub fn not_stopped(name: &str, policy: &Policy) -> String {
     let (signal, timeout) = (policy.stop_signal, format_duration(policy.stop_timeout));
     format!("{name} did not end within {timeout} of {signal} (see --stop-timeout); killing it")

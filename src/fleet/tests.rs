@@ -148,7 +148,7 @@ impl World {
     }
 
     fn plan(&self) -> Plan {
-        self.fleet.crew.plan(self.fleet.phase.canary())
+        self.fleet.crew.plan(self.fleet.phase)
     }
 
     fn refusal(&mut self, command: Command) -> Option<Refusal> {
@@ -489,17 +489,61 @@ fn if_a_first_worker_ends_before_it_is_ready_reuse_run_exits_with_its_status() {
     assert_eq!(world.exit, Some(3));
 }
 
+fn told(world: &World) -> Vec<Told> {
+    world.alive.values().copied().collect()
+}
+
+#[test]
+fn at_a_stop_each_worker_gets_the_signal_when_it_has_finished_its_requests() {
+    let mut world = serving();
+    let [idle, busy, stuck] = world.ids()[..] else { panic!() };
+    world.event(Event::StopSignal { signal: "SIGTERM" });
+    assert!(world.steered_to().is_empty());
+    assert_eq!(told(&world), [Told::Nothing; 3]);
+    world.event(Event::Drained { worker: idle });
+    assert_eq!(told(&world), [Told::Stop, Told::Nothing, Told::Nothing]);
+    world.pass(Duration::from_millis(5_999));
+    assert_eq!(told(&world), [Told::Stop, Told::Nothing, Told::Nothing]);
+    world.pass(Duration::from_millis(1));
+    assert_eq!(told(&world), [Told::Stop; 3]);
+    assert!(world.said("worker 1 (pid 102, generation 1) was not seen idle within 6s (see --stop-within)"));
+    world.end(idle, End::Exited(0));
+    world.end(busy, End::Exited(0));
+    world.pass(Duration::from_millis(2_999));
+    assert_eq!(told(&world), [Told::Stop]);
+    world.pass(Duration::from_millis(1));
+    assert_eq!(told(&world), [Told::Kill]);
+    assert!(
+        world.said("worker 2 (pid 103, generation 1) did not end within 9s (see --stop-within); killing it")
+    );
+    world.end(stuck, End::Killed(libc::SIGKILL));
+    assert_eq!(world.exit, Some(1));
+}
+
+#[test]
+fn at_a_stop_the_times_of_a_single_worker_hold_if_they_are_shorter() {
+    let second = Duration::from_secs(1);
+    let mut world = World::new(Policy { drain: second, stop_timeout: second, ..policy(Readiness::Notify) });
+    world.ready_all();
+    world.event(Event::StopSignal { signal: "SIGTERM" });
+    world.pass(second);
+    assert_eq!(told(&world), [Told::Stop; 3]);
+    world.pass(second);
+    assert_eq!(told(&world), [Told::Kill; 3]);
+}
+
 #[test]
 fn a_stop_exits_with_0_or_with_1_if_a_worker_had_to_be_killed() {
     let mut world = serving();
     world.event(Event::StopSignal { signal: "SIGTERM" });
+    world.drain_all();
     world.obey();
     assert_eq!(world.exit, Some(0));
 
     let mut world = serving();
     world.event(Event::StopSignal { signal: "SIGTERM" });
-    world.pass(Duration::from_secs(30));
-    assert!(world.alive.values().all(|told| *told == Told::Kill));
+    world.pass(Duration::from_secs(9));
+    assert_eq!(told(&world), [Told::Kill; 3]);
     world.obey();
     assert_eq!(world.exit, Some(1));
 
@@ -507,10 +551,10 @@ fn a_stop_exits_with_0_or_with_1_if_a_worker_had_to_be_killed() {
     world.event(Event::StopSignal { signal: "SIGTERM" });
     world.pass(Duration::from_millis(999));
     world.event(Event::StopSignal { signal: "SIGINT" });
-    assert!(world.alive.values().all(|told| *told == Told::Stop), "it is the same one");
+    assert_eq!(told(&world), [Told::Nothing; 3], "it is the same one");
     world.pass(Duration::from_millis(1));
     world.event(Event::StopSignal { signal: "SIGTERM" });
-    assert!(world.alive.values().all(|told| *told == Told::Kill), "a second one kills");
+    assert_eq!(told(&world), [Told::Kill; 3], "a second one kills");
     world.obey();
     assert_eq!(world.exit, Some(1));
 }
@@ -529,7 +573,10 @@ fn what_happened_in_time_counts_though_the_loop_is_late() {
     assert!(!world.said("was not seen idle"), "{:?}", world.log);
     world.obey();
     world.event(Event::StopSignal { signal: "SIGTERM" });
-    world.now += Duration::from_secs(30);
+    world.now += Duration::from_secs(6);
+    world.drain_all();
+    assert!(!world.said("was not seen idle"), "{:?}", world.log);
+    world.now += Duration::from_secs(3);
     world.obey();
     assert_eq!(world.exit, Some(0), "{:?}", world.log);
 }
@@ -601,8 +648,9 @@ fn a_stop_in_the_middle_of_a_reload_stops_both_generations() {
     let mut world = serving();
     world.command(Command::Reload(Some(Rollout::AllAtOnce)));
     world.event(Event::StopSignal { signal: "SIGTERM" });
-    assert!(world.alive.values().all(|told| *told == Told::Stop));
+    assert_eq!(told(&world)[3..], [Told::Stop; 3], "they have no requests");
     world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.drain_all();
     world.obey();
     assert_eq!(world.exit, Some(0));
 }
@@ -1186,6 +1234,7 @@ proptest! {
         let phase = world.fleet.phase;
         prop_assert!(world.exit.is_some() || matches!(phase, Phase::Starting | Phase::Serving), "{phase:?}");
         world.event(Event::StopSignal { signal: "SIGTERM" });
+        world.drain_all();
         world.obey();
         prop_assert!(world.exit.is_some());
         prop_assert!(world.alive.is_empty());

@@ -10,8 +10,12 @@ use crate::ids::{SlotId, WorkerId};
 pub enum Timer {
     /// The canary has had its share for long enough.
     CanaryPeriod,
+    /// At a stop, the workers have had their time to finish their requests.
+    StopDrain,
     Worker(WorkerId, WorkerTimer),
     Slot(SlotId, SlotTimer),
+    /// A stop has taken as long as it may.
+    StopEnd,
 }
 
 /// [`super::policy::Policy::timers`] sets all but `CheckEndpoints`. `AliveLongEnough` has to be the first and `KillGrace` the

@@ -40,7 +40,9 @@ pub struct Traffic {
     /// Bytes that the program has written and the kernel not sent, because the peer or the network takes no
     /// more.
     pub unsent: u32,
-    pub has_sent: bool,
+    /// Segments with data that were sent and received.
+    pub segments_sent: u32,
+    pub segments_received: u32,
     /// Received bytes. The end of the stream counts as one (`tcp_rcv_nxt_update`, net/ipv4/tcp_input.c).
     pub received: u64,
 }
@@ -52,6 +54,7 @@ impl Traffic {
         const LAST_DATA_RECV: usize = 52;
         const BYTES_RECEIVED: usize = 128;
         const NOTSENT_BYTES: usize = 144;
+        const DATA_SEGS_IN: usize = 152;
         const DATA_SEGS_OUT: usize = 156;
         let field = |at| field(info, at);
         let received = info.get(BYTES_RECEIVED..BYTES_RECEIVED + 8).and_then(|bytes| bytes.try_into().ok());
@@ -60,7 +63,8 @@ impl Traffic {
             sent_ago: Duration::from_millis(field(LAST_DATA_SENT).into()),
             received_ago: Duration::from_millis(field(LAST_DATA_RECV).into()),
             unsent: field(NOTSENT_BYTES),
-            has_sent: field(DATA_SEGS_OUT) != 0,
+            segments_sent: field(DATA_SEGS_OUT),
+            segments_received: field(DATA_SEGS_IN),
             received,
         }
     }
@@ -217,7 +221,7 @@ mod tests {
         #[test]
         fn a_tcp_info_of_any_length_is_read(info: Vec<u8>) {
             let traffic = Traffic::parse(&info);
-            prop_assert!(info.len() >= 160 || !traffic.has_sent);
+            prop_assert!(info.len() >= 160 || traffic.segments_sent == 0);
             prop_assert!(info.len() >= 136 || traffic.received == 0);
         }
     }
@@ -262,14 +266,15 @@ mod tests {
         let connection = read(&mut diag)[0];
         assert_ne!(connection.inode, 0);
         assert_eq!(connection.unread, 7);
-        assert!(connection.traffic.received == 7 && !connection.traffic.has_sent);
+        let Traffic { received, segments_received, segments_sent, .. } = connection.traffic;
+        assert_eq!((received, segments_received, segments_sent), (7, 1, 0));
 
         server.read_exact(&mut [0; 7]).unwrap();
         server.write_all(b"answer").unwrap();
         client.read_exact(&mut [0; 6]).unwrap();
         let connection = read(&mut diag)[0];
         assert_eq!(connection.unread, 0);
-        assert!(connection.traffic.has_sent);
+        assert_eq!((connection.traffic.segments_received, connection.traffic.segments_sent), (1, 1));
         assert!(connection.traffic.sent_ago <= connection.traffic.received_ago);
     }
 }

@@ -15,6 +15,9 @@ use sd_notify::NotifyState;
 
 use crate::fleet::Announcement;
 
+/// What systemd waits beyond the time that a stop takes: to reap killed workers takes a moment.
+const STOP_MARGIN: Duration = Duration::from_secs(5);
+
 /// Notifies systemd where NOTIFY_SOCKET is set, and its watchdog where WATCHDOG_USEC is set. Otherwise does nothing.
 #[derive(Debug)]
 pub struct Systemd {
@@ -31,7 +34,11 @@ impl Systemd {
     pub fn announce(&self, announcement: &Announcement) {
         match announcement {
             Announcement::Ready { status } => notify(&[NotifyState::Ready, NotifyState::Status(status)]),
-            Announcement::Stopping => notify(&[NotifyState::Stopping, NotifyState::Status("stopping")]),
+            Announcement::Stopping { within } => {
+                let longest = (*within + STOP_MARGIN).as_micros().try_into().unwrap_or(u32::MAX);
+                let extend = NotifyState::ExtendTimeoutUsec(longest);
+                notify(&[NotifyState::Stopping, extend, NotifyState::Status("stopping")]);
+            }
             Announcement::Reloading => match NotifyState::monotonic_usec_now() {
                 Ok(now) => notify(&[NotifyState::Reloading, now, NotifyState::Status("reloading")]),
                 Err(error) => debug!("can't read the clock to notify systemd of the reload: {error}"),

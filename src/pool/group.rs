@@ -113,17 +113,20 @@ impl Group {
         load: impl Fn(MemberId) -> Load,
         members: &mut Members,
     ) -> io::Result<usize> {
-        let ids: Vec<MemberId> = self.ids.iter().copied().filter(|id| members[*id].listening).collect();
-        let roles: Vec<Role> = ids.iter().map(|id| members[*id].role(plan)).collect();
-        let decisions = steering::decide(&roles);
+        let decisions = self.decisions(plan, members);
         let all = |decision| {
-            let of_it = ids.iter().zip(&decisions).filter(move |(_, other)| **other == decision);
-            of_it.map(|(id, _)| *id).collect::<BTreeSet<MemberId>>()
+            let of_it = decisions.iter().filter(move |(_, _, other)| *other == decision);
+            of_it.map(|(id, ..)| *id).collect::<BTreeSet<MemberId>>()
         };
-        let (primary, canary) = (all(Decision::Target), all(Decision::Canary));
+        let (mut primary, canary) = (all(Decision::Target), all(Decision::Canary));
         for id in primary.union(&canary) {
             members.get_mut(*id).map_or(Ok(()), Member::resume)?;
         }
+        let sinks = all(Decision::Sink);
+        for id in &sinks {
+            members.get_mut(*id).map_or(Ok(()), Member::hold)?;
+        }
+        primary.extend(sinks); // there are no targets then
         let (primary_indices, canary_indices) = (self.order.indices(&primary), self.order.indices(&canary));
         let last = primary_indices.last().max(canary_indices.last()).copied();
         // Without a target the program stays as it is.
@@ -146,8 +149,23 @@ impl Group {
         for id in all(Decision::Hold) {
             members.get_mut(id).map_or(Ok(()), Member::hold)?;
         }
-        let leaving = roles.iter().filter(|role| matches!(role, Role::Draining | Role::Leaving)).count();
+        let leaving = decisions.iter().filter(|(_, role, _)| is_leaving(*role)).count();
         Ok(self.order.spares_lacking(last, leaving))
+    }
+
+    /// Whether the group needs a member that nobody borrows, to send new connections to.
+    pub fn lacks_sink(&self, plan: &Plan, members: &Members) -> bool {
+        let decisions = self.decisions(plan, members);
+        decisions.iter().any(|(_, role, _)| is_leaving(*role))
+            && !decisions.iter().any(|(_, _, decision)| matches!(decision, Decision::Target | Decision::Sink))
+    }
+
+    /// The members that listen, with their roles and what [`steering::decide`] says.
+    fn decisions(&self, plan: &Plan, members: &Members) -> Vec<(MemberId, Role, Decision)> {
+        let ids: Vec<MemberId> = self.ids.iter().copied().filter(|id| members[*id].listening).collect();
+        let roles: Vec<Role> = ids.iter().map(|id| members[*id].role(plan)).collect();
+        let decisions = steering::decide(&roles);
+        ids.into_iter().zip(roles).zip(decisions).map(|((id, role), decision)| (id, role, decision)).collect()
     }
 
     /// Attaches a program to the group of `member`, unless the attached one chooses from the same targets.
@@ -165,4 +183,8 @@ impl Group {
         self.targets = Some(targets);
         Ok(())
     }
+}
+
+fn is_leaving(role: Role) -> bool {
+    matches!(role, Role::Draining | Role::Leaving)
 }

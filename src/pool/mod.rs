@@ -542,13 +542,18 @@ impl Pool {
     }
 
     fn steer_address(&mut self, address: Address) -> io::Result<()> {
+        let lacks_sink = |group: &Group| group.lacks_sink(&self.plan, &self.members);
+        if self.groups.get(&address).is_some_and(lacks_sink) {
+            self.add_spare(address)?;
+        }
         let Some(group) = self.groups.get_mut(&address) else { return Ok(()) };
         let spares_lacking = group.steer(&self.plan, |id| self.tracker.load(id), &mut self.members)?;
-        for _ in 0..spares_lacking {
-            let spare = self.add(address)?;
-            self.begin_to_listen(spare, SPARE_BACKLOG)?;
-        }
-        Ok(())
+        (0..spares_lacking).try_for_each(|_| self.add_spare(address))
+    }
+
+    fn add_spare(&mut self, address: Address) -> io::Result<()> {
+        let spare = self.add(address)?;
+        self.begin_to_listen(spare, SPARE_BACKLOG)
     }
 
     /// Which workers have stopped listening since the last call. `is_reported` is whether [`Pool::as_fd`] became

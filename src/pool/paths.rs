@@ -152,14 +152,20 @@ impl Bound {
     }
 }
 
-impl Drop for Bound {
+impl Bound {
     /// Removes its file, if that is still where it was put.
-    fn drop(&mut self) {
+    fn remove_file(&self) {
         if file_id(&self.path).is_ok_and(|file| file == self.file)
             && let Err(error) = fs::remove_file(&self.path)
         {
             debug!("can't remove {}: {error}", self.path.display());
         }
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        self.remove_file();
     }
 }
 
@@ -279,6 +285,11 @@ impl UnixSockets {
                 Err(error) => warn!("can't hand {} over to generation {generation}: {error}", path.display()),
             }
         }
+    }
+
+    /// Removes all paths, so that no new connections come. The sockets serve those that have come.
+    pub fn remove_paths(&self) {
+        self.0.values().flat_map(BTreeMap::values).for_each(Bound::remove_file);
     }
 
     /// Closes the sockets of all other generations, and removes the paths that no generation has any more.

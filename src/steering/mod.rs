@@ -39,8 +39,8 @@ pub struct Plan {
     pub roles: BTreeMap<WorkerId, Role>,
     /// What the workers whose role is [`Role::Canary`] get together.
     pub share: Share,
-    /// The generation whose Unix sockets have the paths.
-    pub generation: u32,
+    /// The generation whose Unix sockets have the paths; `None` when there are no more new connections.
+    pub generation: Option<u32>,
 }
 
 impl Plan {
@@ -60,25 +60,29 @@ pub enum Decision {
     /// The program sends it nothing, and its socket drops the SYNs that reach it anyway. The client sends its SYN
     /// again, and by then the program may have a target.
     Hold,
-    /// The program sends it nothing if there is a target. A handshake that reached it before may complete.
+    /// The program sends it nothing. A handshake that reached it before may complete.
     Leave,
+    /// The program sends it all new connections, so that nobody else gets them, and its socket drops their SYNs.
+    Sink,
 }
 
 /// Decides for each member of a group. `roles` has the role of each member; the result has the same order.
 ///
 /// Ready workers get all connections, except for the share of a canary. Without a ready worker, connections wait on
-/// the members whose workers will have a successor. Without such a member, all SYNs are dropped.
+/// the members whose workers will have a successor. Without such a member, all SYNs are dropped, by a free member if
+/// others may have handshakes under way: these would be dropped as well.
 pub fn decide(roles: &[Role]) -> Vec<Decision> {
     let any = |role| roles.contains(&role);
     let is_served = any(Role::Ready) || any(Role::Canary);
     let is_awaited = any(Role::Reserved);
+    let is_left = any(Role::Draining) || any(Role::Leaving);
     let decide = |role: &Role| match role {
         Role::Canary if any(Role::Ready) => Decision::Canary,
         Role::Ready | Role::Canary => Decision::Target,
         Role::Reserved if !is_served => Decision::Target,
-        // Its successors don't listen on this address. If it still got connections, it would never finish draining.
-        Role::Draining if !is_served && !is_awaited => Decision::Hold,
         Role::Reserved | Role::Draining | Role::Leaving => Decision::Leave,
+        // If those who leave still got connections, they would never finish.
+        Role::Free if !is_served && !is_awaited && is_left => Decision::Sink,
         Role::Starting | Role::Free => Decision::Hold,
     };
     roles.iter().map(decide).collect()
@@ -129,7 +133,15 @@ mod tests {
         );
         assert_eq!(decide(&[Ready, Draining]), [Target, Leave]);
         assert_eq!(decide(&[Starting, Reserved, Draining, Free]), [Hold, Target, Leave, Hold]);
-        assert_eq!(decide(&[Starting, Draining, Leaving, Free]), [Hold, Hold, Leave, Hold]);
+        assert_eq!(decide(&[Starting, Free]), [Hold, Hold]);
+    }
+
+    #[test]
+    fn connections_to_those_who_leave_end_in_a_free_member_if_nobody_else_takes_them() {
+        use Decision::{Hold, Leave, Sink};
+        use Role::*;
+        assert_eq!(decide(&[Draining, Free, Starting, Free]), [Leave, Sink, Hold, Sink]);
+        assert_eq!(decide(&[Leaving, Free]), [Leave, Sink]);
     }
 
     #[test]

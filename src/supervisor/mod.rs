@@ -18,7 +18,7 @@ use self::source::Source;
 use crate::address::{Address, Endpoint};
 use crate::cli::Options;
 use crate::drain::idle;
-use crate::drain::signal_effect::{self, SignalEffects, Treatment};
+use crate::drain::signal_effect::{self, SignalEffect, Treatment};
 use crate::drain::{Drain, Drained};
 use crate::fleet::{Action, Announcement, Command, Endpoints, Event, Fleet, Target};
 use crate::ids::{Borrower, SlotId, WorkerId};
@@ -63,7 +63,7 @@ pub struct Supervisor {
     pool: Pool,
     unix: UnixSockets,
     drain: Drain,
-    signal_effects: SignalEffects,
+    signal_effect: SignalEffect,
     listener_watch: ListenerWatch,
     systemd: Systemd,
     /// `None` when the socket could not be bound.
@@ -136,7 +136,7 @@ impl Supervisor {
         // First: while SIGCHLD is ignored, a child that ends can't be waited for.
         let signals = Signals::new()?;
         let listener_watch = listener_watch(&options)?;
-        let Options { mut program, policy, sources, listen, balance, pidfile, label } = options;
+        let Options { mut program, policy, sources, listen, idle_rule, balance, pidfile, label } = options;
         program.intercept = matches!(listener_watch, ListenerWatch::Interception(_));
         if sources.has_values() {
             // No core dump of this process may hold them (PR_SET_DUMPABLE(2const)).
@@ -171,8 +171,8 @@ impl Supervisor {
             fleet,
             pool,
             unix: UnixSockets::default(),
-            drain: Drain::default(),
-            signal_effects: SignalEffects::default(),
+            drain: Drain::new(idle_rule),
+            signal_effect: SignalEffect::default(),
             listener_watch,
             systemd: Systemd::new(Instant::now()),
             control,
@@ -255,19 +255,16 @@ impl Supervisor {
         let mut drained = self.drain.poll(&self.pool, &self.unix, begun);
         signal_effect::order(&mut drained);
         for drained in drained {
-            let treatment = self.signal_effects.treatment(&drained);
+            let Treatment { close, watch } = self.signal_effect.treatment(&drained);
             let Drained { worker, generation, idle } = drained;
             // If something has come on an idle connection since, the worker waits for the next poll.
-            let is_idle = match treatment {
-                Treatment::CloseFirst => idle::close(&idle),
-                Treatment::Signal | Treatment::SignalAndWatch => !idle::have_new_data(&idle),
-            };
+            let is_idle = if close { idle::close(&idle) } else { !idle::have_new_data(&idle) };
             if !is_idle {
                 continue;
             }
             self.handle(Event::Drained { worker });
-            if treatment == Treatment::SignalAndWatch {
-                self.signal_effects.learn(generation, idle::watch_end(&idle, self.stop_signal));
+            if watch {
+                self.signal_effect.learn(generation, idle::watch_end(&idle, self.stop_signal));
             }
         }
         self.drain.polled(begun, Instant::now());
@@ -314,7 +311,10 @@ impl Supervisor {
                 Action::Steer(plan) => {
                     let generation = plan.generation;
                     self.pool.steer(plan);
-                    self.unix.switch(generation);
+                    match generation {
+                        Some(generation) => self.unix.switch(generation),
+                        None => self.unix.remove_paths(),
+                    }
                 }
                 Action::Drain { worker, addresses } => {
                     if let Some(Process { pid, generation, .. }) = self.processes.get(&worker) {
@@ -465,7 +465,6 @@ impl Supervisor {
             self.handle(Event::Ended { worker, end: reaped.end });
             let alive = |generation| self.processes.values().any(|process| process.generation == generation);
             self.unix.keep(|generation| self.fleet.crew().has_slot_of(generation) || alive(generation));
-            self.signal_effects.keep(alive);
         }
     }
 

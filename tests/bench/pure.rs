@@ -128,6 +128,7 @@ impl World {
             ready_timeout: Duration::from_secs(60),
             drain: Duration::from_secs(10),
             stop_timeout: Duration::from_secs(30),
+            stop_within: Duration::from_secs(9),
             stop_signal: "SIGINT",
             max_failures: 10,
             rollout: Rollout::AllAtOnce,
