@@ -1,8 +1,13 @@
-//! `reload` at a terminal.
+//! `reload` at a terminal, and the end of the terminal.
 
+use std::fs;
 use std::process::Command;
 
-use crate::common::{DEADLINE, Folder, Service, reuse_run, wait_until};
+use nix::sys::signal::Signal;
+
+use crate::common::{
+    DEADLINE, Folder, Process, Service, children, free_address, get, naive, reuse_run, send, wait_until,
+};
 
 /// A terminal (by tmux) in which a command runs.
 struct Terminal {
@@ -82,4 +87,88 @@ fn at_a_terminal_reload_draws_a_line_for_each_worker_and_in_the_end_leaves_steps
         assert!(line.starts_with(part), "{seen:#?}");
     }
     service.stop();
+}
+
+/// reuse-run at a terminal, with its log in a file.
+struct AtTerminal {
+    terminal: Terminal,
+    files: Folder,
+    pid: u32,
+}
+
+impl AtTerminal {
+    /// `shell` is the script in which `REUSE_RUN` stands for the command.
+    fn run(shell: &str) -> AtTerminal {
+        let files = Folder::new();
+        let (log, pidfile, addr) = (files.path("log"), files.path("pid"), free_address());
+        let program = reuse_run().get_program().to_string_lossy().into_owned();
+        let command = naive(addr).join(" ");
+        let command = format!("{program} --pidfile {pidfile} -- {command} >/dev/null 2>{log}");
+        let terminal = Terminal::run(&shell.replace("REUSE_RUN", &command));
+        let mut pid = None;
+        wait_until("the PID file", DEADLINE, || {
+            pid = fs::read_to_string(&pidfile).ok().and_then(|text| text.trim().parse().ok());
+            pid.is_some()
+        });
+        get(addr);
+        AtTerminal { terminal, files, pid: pid.expect("a PID") }
+    }
+
+    fn close(&self) {
+        self.terminal.tmux(&["kill-session"]);
+    }
+
+    fn wait_for_log(&self, part: &str) {
+        let log = self.files.path("log");
+        wait_until(part, DEADLINE, || fs::read_to_string(&log).expect("read the log").contains(part));
+    }
+
+    fn wait_for_end(&self) {
+        wait_until("the end", DEADLINE, || {
+            Process::read(self.pid).is_none_or(|process| process.state == 'Z')
+        });
+    }
+}
+
+impl Drop for AtTerminal {
+    fn drop(&mut self) {
+        if Process::read(self.pid).is_some_and(|process| process.state != 'Z') {
+            children(self.pid).into_iter().for_each(|worker| send(worker, Signal::SIGKILL));
+            send(self.pid, Signal::SIGKILL);
+        }
+    }
+}
+
+#[test]
+fn a_sighup_reloads_at_a_terminal_until_the_terminal_is_gone_and_that_stops_everything() {
+    let reuse_run = AtTerminal::run("REUSE_RUN");
+    let worker = children(reuse_run.pid)[0];
+    send(reuse_run.pid, Signal::SIGHUP);
+    reuse_run.wait_for_log("reload done");
+    assert_ne!(children(reuse_run.pid), [worker]);
+    reuse_run.close();
+    reuse_run.wait_for_end();
+    reuse_run.wait_for_log("SIGHUP: stopping 1 worker");
+}
+
+/// A shell passes the signal on to its jobs, as an interactive one does.
+#[test]
+fn a_sighup_that_the_shell_of_a_closed_terminal_passes_on_stops_everything() {
+    let reuse_run = AtTerminal::run("set -m; REUSE_RUN & trap 'kill -HUP $!; exit' HUP; wait");
+    reuse_run.close();
+    reuse_run.wait_for_end();
+    reuse_run.wait_for_log("SIGHUP: stopping 1 worker");
+}
+
+#[test]
+fn a_sighup_from_elsewhere_reloads_when_the_terminal_is_gone() {
+    let reuse_run = AtTerminal::run("set -m; REUSE_RUN & wait");
+    let shell =
+        reuse_run.terminal.tmux(&["display-message", "-p", "#{pane_pid}"]).trim().parse().expect("a PID");
+    reuse_run.close();
+    wait_until("the end of the shell", DEADLINE, || Process::read(shell).is_none());
+    send(reuse_run.pid, Signal::SIGHUP);
+    reuse_run.wait_for_log("reload done");
+    send(reuse_run.pid, Signal::SIGTERM);
+    reuse_run.wait_for_end();
 }
