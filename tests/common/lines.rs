@@ -29,12 +29,15 @@ impl Lines {
                 if count == 0 {
                     break;
                 }
-                let text = String::from_utf8_lossy(&bytes).trim_end_matches('\n').to_owned();
-                lines.lock().push(Line { text, at: Instant::now() });
-                lines.state.1.notify_all();
+                lines.push(String::from_utf8_lossy(&bytes).trim_end_matches('\n'));
                 bytes.clear();
             }
         })
+    }
+
+    pub fn push(&self, text: &str) {
+        self.lock().push(Line { text: text.to_owned(), at: Instant::now() });
+        self.state.1.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Line>> {

@@ -1,0 +1,140 @@
+//! A row of the table: a server, its clients, and what happens to both.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::clients::{CLIENTS, Client, Clients};
+use crate::common::{Line, Outcome, Service, begin, free_port, python_packages, reuse_run_with};
+use crate::servers::Server;
+
+/// How long a request takes, in milliseconds.
+const WORK: [u64; 2] = [50, 1000];
+/// So many services run at a time, on however many processors: most of them wait most of the time.
+const AT_A_TIME: usize = 8;
+/// A stop takes less by default.
+const MAX_STOP: Duration = Duration::from_secs(10);
+
+#[derive(Clone, Copy)]
+pub struct Row {
+    pub name: &'static str,
+    pub server: Server,
+    pub client: Client,
+    /// More options for reuse-run.
+    pub options: &'static str,
+    /// Some answers say this, so that what the row tests has happened.
+    pub answers: &'static str,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    Reloads,
+    Sigterm,
+    Stop,
+}
+
+/// Runs each row with each amount of work and each event. Asserts that no request fails, and that at a stop each request
+/// whose connection was made is answered.
+#[track_caller]
+pub fn assert_nothing_fails(rows: &[Row]) {
+    let cells = rows.iter().flat_map(|row| {
+        let events = [Event::Reloads, Event::Sigterm, Event::Stop];
+        events.into_iter().flat_map(move |event| WORK.map(|work| (*row, work, event)))
+    });
+    let start = |(row, work, event): (Row, u64, Event)| {
+        let name = format!("{}, {work} ms, {event:?}", row.name);
+        let cell = move || {
+            let _permit = Permit::take();
+            row.run(work, event)
+        };
+        (name.clone(), thread::Builder::new().name(name).spawn(cell).expect("start a thread"))
+    };
+    let cells: Vec<_> = cells.map(start).collect();
+    let mut failed = Vec::new();
+    for (name, cell) in cells {
+        match cell.join() {
+            Ok(report) => println!("{name}: {report}"),
+            Err(_) => failed.push(name),
+        }
+    }
+    assert!(failed.is_empty(), "failed: {failed:#?}");
+}
+
+impl Row {
+    /// Runs the row once, in a network of its own. Returns what to print.
+    fn run(&self, work: u64, event: Event) -> String {
+        let port = free_port();
+        let mut command = reuse_run_with(&format!("-n 2 {}", self.options), &self.server.command(port, work));
+        if matches!(self.server, Server::Python(_)) {
+            command.env("PYTHONPATH", python_packages("grpc"));
+        }
+        let mut service = Service::spawn_ready(command);
+        let mut clients = Clients::start(self.client, self.server, port, work);
+        clients.wait_for_answers(0, CLIENTS);
+        let begun = Instant::now();
+        match event {
+            Event::Reloads => {
+                for _ in 0..3 {
+                    service.reload();
+                    clients.wait_for_answers(clients.lines.count(), CLIENTS);
+                }
+            }
+            Event::Sigterm => service.stop(),
+            Event::Stop => {
+                Outcome::of(begin(&service, "stop")).assert_done("every worker ended by itself");
+                assert_eq!(service.wait_end().code(), Some(0));
+            }
+        }
+        let took = begun.elapsed();
+        let lines = clients.end();
+        let count = |word: &str| lines.iter().filter(|line| line.text.starts_with(word)).count();
+        let report = format!("{} answers, {} failed, {took:.1?}", count("ok"), count("failed"));
+        let bad: Vec<&str> =
+            lines.iter().filter(|line| is_bad(line, event, begun)).map(|line| line.text.as_str()).collect();
+        let (first, all) = (bad.iter().take(10).copied().collect::<Vec<_>>(), bad.len());
+        assert!(bad.is_empty(), "{report}; {all} are bad, as these:\n{}", first.join("\n"));
+        assert!(count(&format!("ok {}", self.answers)) > 0, "no answer is {:?}", self.answers);
+        if !matches!(event, Event::Reloads) {
+            assert!(took < MAX_STOP, "the stop took {took:?}");
+            let later = lines.iter().filter(|line| line.at > begun && line.text.starts_with("ok")).count();
+            // Most clients had a request under way, unless it took hardly longer than their pauses.
+            assert!(work < 1000 || later >= CLIENTS / 2, "{later} answers after the stop had begun");
+        }
+        drop(service);
+        report
+    }
+}
+
+/// Whether a line is no answer. After a stop clients may be refused a connection.
+fn is_bad(line: &Line, event: Event, begun: Instant) -> bool {
+    let stops = !matches!(event, Event::Reloads);
+    !(line.text.starts_with("ok") || stops && line.at > begun && line.text.starts_with("refused"))
+}
+
+/// One of the places for rows that run at the same time.
+struct Permit;
+
+impl Permit {
+    fn take() -> Permit {
+        let mut free = Permit::lock();
+        while *free == 0 {
+            free = FREED.wait(free).unwrap_or_else(PoisonError::into_inner);
+        }
+        *free -= 1;
+        Permit
+    }
+
+    fn lock() -> MutexGuard<'static, usize> {
+        FREE.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+static FREE: Mutex<usize> = Mutex::new(AT_A_TIME);
+static FREED: Condvar = Condvar::new();
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        *Permit::lock() += 1;
+        FREED.notify_one();
+    }
+}
