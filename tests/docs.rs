@@ -109,9 +109,10 @@ fn losses() -> BTreeMap<String, Vec<String>> {
     let mut program = String::new();
     for row in read(&here("scripts/bench-results/reload.md")).lines().filter(|line| line.starts_with('|')) {
         let cells = cells(row);
-        if cells[1] == "new connections" {
-            program.clone_from(&cells[0]);
-        } else if cells[0] == "reuse-run" {
+        if cells.last().is_some_and(String::is_empty) {
+            // A header. Other tables are no loss of a program's connections.
+            program = if cells[1] == "new connections" { cells[0].clone() } else { String::new() };
+        } else if cells[0] == "reuse-run" && !program.is_empty() {
             losses.insert(program.clone(), cells[1..4].to_vec());
         }
     }

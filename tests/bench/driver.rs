@@ -16,6 +16,7 @@ mod netns;
 mod peers;
 mod plots;
 mod process;
+mod protocols;
 mod reload;
 mod report;
 mod wrapper;

@@ -377,8 +377,20 @@ impl Server<'_> {
         Ok(begun.elapsed())
     }
 
+    /// Stops all as its users do. Returns the time until the last process has ended.
+    pub fn stop(&mut self) -> Result<Duration> {
+        let begun = Instant::now();
+        let all = self.pids();
+        match self.peer {
+            Peer::Pm2 { .. } => self.pm2(&["kill"])?,
+            _ => self.main.iter().for_each(|pid| process::signal(*pid, Signal::SIGTERM)),
+        }
+        self.wait_for_end(&all)?;
+        Ok(begun.elapsed())
+    }
+
     fn wait_for_end(&self, old: &[i32]) -> Result<()> {
-        let what = format!("the old workers of {} to end", self.peer.name());
+        let what = format!("processes of {} to end", self.peer.name());
         wait_for(&what, LIMIT, || (!old.iter().any(|pid| process::lives(*pid))).then_some(()))
     }
 

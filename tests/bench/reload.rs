@@ -1,6 +1,7 @@
 //! Which requests fail in a reload.
 
 use std::collections::BTreeMap;
+use std::iter;
 use std::thread;
 use std::time::Duration;
 
@@ -9,30 +10,38 @@ use serde::Serialize;
 use crate::load::{Load, LoadOptions, Mode};
 use crate::peers::{App, Peer, Program, Server};
 use crate::report::{self, median, table};
-use crate::{Options, Result, isolated, length};
+use crate::{Options, Result, isolated, length, protocols};
 
-const WORKERS: u32 = 4;
+pub const WORKERS: u32 = 4;
 
 /// How clients use their connections.
 const CLIENTS: [(&str, usize, Mode); 3] = [
     ("new connections", 16, Mode::NewConnection),
     ("keep-alive with think time", 32, Mode::KeepAlive { think: Duration::from_millis(20) }),
-    ("keep-alive at full speed", 8, Mode::KeepAlive { think: Duration::ZERO }),
+    FULL_SPEED,
 ];
+const FULL_SPEED: (&str, usize, Mode) =
+    ("keep-alive at full speed", 8, Mode::KeepAlive { think: Duration::ZERO });
 
+/// A peer in a column of a table.
 #[derive(Serialize)]
-struct Cell {
-    program: &'static str,
-    peer: String,
-    clients: &'static str,
-    reloads: u32,
-    requests: u64,
-    failed: u64,
-    failures: BTreeMap<String, u64>,
-    failed_per_reload: f64,
-    reload_seconds: f64,
+pub struct Cell {
+    /// The program, and what is done with it.
+    pub table: &'static str,
+    pub peer: String,
+    pub column: &'static str,
+    /// The number of reloads or stops.
+    pub turns: u32,
+    pub requests: u64,
+    pub failed: u64,
+    pub failures: BTreeMap<String, u64>,
+    pub failed_per_turn: f64,
+    /// The most requests that one client lost in one turn, where it was counted.
+    pub most_of_a_client: Option<u64>,
+    /// The median time of a reload or a stop.
+    pub seconds: f64,
     /// The first failure.
-    example: Option<String>,
+    pub example: Option<String>,
 }
 
 /// Which peers run which programs.
@@ -73,6 +82,7 @@ pub fn run(options: &Options) -> Result<()> {
         eprintln!("reload: {name}");
         cells.extend(isolated(|| measure(*program, peer, options))?);
     }
+    cells.extend(protocols::run(options)?);
     let markdown = markdown(&cells);
     report::write(options, "reload", &cells, &markdown)
 }
@@ -89,24 +99,29 @@ fn measure(program: Program, peer: &Peer, options: &Options) -> Result<Vec<Cell>
         let load = Load::start(load);
         let rest = length(options, 0.5, 0.2);
         thread::sleep(rest);
-        let mut times = Vec::new();
+        let (mut times, mut most) = (Vec::new(), 0);
         for _ in 0..reloads {
+            let before = load.failed_by_client();
             times.push(server.reload()?.as_secs_f64());
             // A worker that was started last may not be ready yet.
             thread::sleep(rest);
+            let failed =
+                load.failed_by_client().into_iter().zip(before).map(|(after, before)| after - before);
+            most = failed.max().unwrap_or(0).max(most);
         }
         let report = load.stop();
         let counts = &report.counts;
         cells.push(Cell {
-            program: program.name(),
+            table: program.name(),
             peer: peer.name(),
-            clients,
-            reloads,
+            column: clients,
+            turns: reloads,
             requests: counts.requests,
             failed: counts.failed,
             failures: counts.failures.iter().map(|(kind, count)| (kind.to_string(), *count)).collect(),
-            failed_per_reload: counts.failed as f64 / f64::from(reloads),
-            reload_seconds: median(times),
+            failed_per_turn: counts.failed as f64 / f64::from(reloads),
+            most_of_a_client: (clients == FULL_SPEED.0).then_some(most),
+            seconds: median(times),
             example: report.failures.first().map(|failure| failure.detail.clone()),
         });
     }
@@ -115,30 +130,59 @@ fn measure(program: Program, peer: &Peer, options: &Options) -> Result<Vec<Cell>
 }
 
 fn markdown(cells: &[Cell]) -> String {
-    let mut programs: Vec<&str> = cells.iter().map(|cell| cell.program).collect();
-    programs.dedup();
-    let mut text = "Failed requests per reload of 4 workers, and the duration of a reload.\n\n".to_owned();
-    for program in programs {
-        let rows = cells.iter().filter(|cell| cell.program == program);
-        let rows: Vec<&Cell> = rows.collect();
-        let line = |cells: &[&Cell]| {
-            let figure = |cell: &&Cell| match cell.failed {
-                0 => format!("0 of {}", cell.requests / u64::from(cell.reloads)),
-                _ => format!(
-                    "**{:.1}** of {}",
-                    cell.failed_per_reload,
-                    cell.requests / u64::from(cell.reloads)
-                ),
+    let mut text = format!(
+        "Failed requests per reload of {WORKERS} workers, and the duration of a reload. \"Each client\" is the share of \
+         each of the clients at full speed, and the most that one of them lost in one reload.\n\n"
+    );
+    for name in distinct(cells.iter().map(|cell| cell.table)) {
+        let cells: Vec<&Cell> = cells.iter().filter(|cell| cell.table == name).collect();
+        let columns = distinct(cells.iter().map(|cell| cell.column));
+        let of_clients = cells.iter().any(|cell| cell.most_of_a_client.is_some());
+        let row = |peer: &str| {
+            let of = |column: &&str| cells.iter().find(|cell| cell.peer == peer && cell.column == *column);
+            let own: Vec<Option<&&Cell>> = columns.iter().map(of).collect();
+            let shown = |show: fn(&Cell) -> String| {
+                own.iter().map(move |cell| cell.map_or("–".to_owned(), |cell| show(cell)))
             };
-            let mut row = vec![cells[0].peer.clone()];
-            row.extend(cells.iter().map(figure));
-            row.extend(cells.iter().map(|cell| format!("{:.1} s", cell.reload_seconds)));
-            row
+            let of_client = shown(of_a_client).next_back().filter(|_| of_clients);
+            let time = |cell: &Cell| format!("{:.1} s", cell.seconds);
+            iter::once(peer.to_owned()).chain(shown(failures)).chain(of_client).chain(shown(time)).collect()
         };
-        let rows: Vec<Vec<String>> = rows.chunks(CLIENTS.len()).map(line).collect();
-        let names = CLIENTS.map(|(name, _, _)| name);
-        let header = [program, names[0], names[1], names[2], "time", "", ""];
-        text += &format!("{}\n", table(&header, &rows));
+        let rows: Vec<Vec<String>> =
+            distinct(cells.iter().map(|cell| &*cell.peer)).into_iter().map(row).collect();
+        let mut header = [&[name], &*columns].concat();
+        header.extend(of_clients.then_some("each client"));
+        header.push("time");
+        header.extend(vec![""; columns.len() - 1]);
+        text += &format!("{}{}\n", protocols::about(name), table(&header, &rows));
     }
     text
+}
+
+/// Without repetitions, in their order.
+fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let mut seen = Vec::new();
+    names.for_each(|name| {
+        if !seen.contains(&name) {
+            seen.push(name);
+        }
+    });
+    seen
+}
+
+fn failures(cell: &Cell) -> String {
+    let requests = cell.requests / u64::from(cell.turns);
+    match (cell.requests, cell.failed) {
+        (0, _) => "–".to_owned(),
+        (_, 0) => format!("0 of {requests}"),
+        _ => format!("**{:.1}** of {requests}", cell.failed_per_turn),
+    }
+}
+
+fn of_a_client(cell: &Cell) -> String {
+    match cell.most_of_a_client {
+        None => "–".to_owned(),
+        Some(0) => "0".to_owned(),
+        Some(most) => format!("{:.1}, at most {most}", cell.failed_per_turn / FULL_SPEED.1 as f64),
+    }
 }

@@ -1,7 +1,8 @@
 // Node's cluster module as in its documentation: node cluster.js COUNT APP [ARGUMENT...]
 //
-// At SIGUSR2 it forks as many new workers and retires the old ones when all new ones listen. A polite worker gets a stop
-// signal, another one is disconnected, and each is killed after the time of reuse-run's --drain.
+// At SIGUSR2 it forks as many new workers and retires the old ones when all new ones listen. At SIGTERM it retires all and
+// ends with the last. A polite worker gets a stop signal, another one is disconnected, and each is killed after the time of
+// reuse-run's --drain.
 const cluster = require('node:cluster');
 
 const [count, exec, ...args] = process.argv.slice(2);
@@ -29,6 +30,6 @@ function retire(worker) {
 }
 
 process.on('SIGTERM', () => {
-  workers.forEach((worker) => worker.process.kill('SIGKILL'));
-  process.exit();
+  cluster.on('exit', () => Object.keys(cluster.workers).length || process.exit());
+  workers.forEach(retire);
 });

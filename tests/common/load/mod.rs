@@ -157,6 +157,11 @@ impl Load {
         sum
     }
 
+    /// How many requests of each client have failed until now.
+    pub fn failed_by_client(&self) -> Vec<u64> {
+        self.tallies.iter().map(|tally| lock(tally).counts.failed).collect()
+    }
+
     /// Waits until every request that has begun has ended, then reports.
     pub fn stop(mut self) -> Report {
         self.stop.store(true, Ordering::Relaxed);
