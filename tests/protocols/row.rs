@@ -26,11 +26,11 @@ pub struct Row {
     pub answers: &'static str,
 }
 
+/// What happens to a row's service, under load.
 #[derive(Clone, Copy, Debug)]
 enum Event {
-    Reloads,
-    Sigterm,
-    Stop,
+    ReloadsThenSigterm,
+    StopCommand,
 }
 
 /// Runs each row with each amount of work and each event. Asserts that no request fails, and that at a stop each request
@@ -38,7 +38,7 @@ enum Event {
 #[track_caller]
 pub fn assert_nothing_fails(rows: &[Row]) {
     let cells = rows.iter().flat_map(|row| {
-        let events = [Event::Reloads, Event::Sigterm, Event::Stop];
+        let events = [Event::ReloadsThenSigterm, Event::StopCommand];
         events.into_iter().flat_map(move |event| WORK.map(|work| (*row, work, event)))
     });
     let start = |(row, work, event): (Row, u64, Event)| {
@@ -71,44 +71,50 @@ impl Row {
         let mut service = Service::spawn_ready(command);
         let mut clients = Clients::start(self.client, self.server, port, work);
         clients.wait_for_answers(0, CLIENTS);
-        let begun = Instant::now();
+        let mut report = String::new();
+        if matches!(event, Event::ReloadsThenSigterm) {
+            let took: Duration = (0..3).map(|_| reload(&service, &clients)).sum();
+            report = format!("{}, 3 reloads took {took:.1?}; ", tally(&clients.lines.all(), |_| false));
+        }
+        let stopped_at = Instant::now();
         match event {
-            Event::Reloads => {
-                for _ in 0..3 {
-                    service.reload();
-                    clients.wait_for_answers(clients.lines.count(), CLIENTS);
-                }
-            }
-            Event::Sigterm => service.stop(),
-            Event::Stop => {
+            Event::ReloadsThenSigterm => service.stop(),
+            Event::StopCommand => {
                 Outcome::of(begin(&service, "stop")).assert_done("every worker ended by itself");
                 assert_eq!(service.wait_end().code(), Some(0));
             }
         }
-        let took = begun.elapsed();
+        let took = stopped_at.elapsed();
         let lines = clients.end();
-        let count = |word: &str| lines.iter().filter(|line| line.text.starts_with(word)).count();
-        let report = format!("{} answers, {} failed, {took:.1?}", count("ok"), count("failed"));
-        let bad: Vec<&str> =
-            lines.iter().filter(|line| is_bad(line, event, begun)).map(|line| line.text.as_str()).collect();
-        let (first, all) = (bad.iter().take(10).copied().collect::<Vec<_>>(), bad.len());
-        assert!(bad.is_empty(), "{report}; {all} are bad, as these:\n{}", first.join("\n"));
-        assert!(count(&format!("ok {}", self.answers)) > 0, "no answer is {:?}", self.answers);
-        if !matches!(event, Event::Reloads) {
-            assert!(took < MAX_STOP, "the stop took {took:?}");
-            let later = lines.iter().filter(|line| line.at > begun && line.text.starts_with("ok")).count();
-            // Most clients had a request under way, unless it took hardly longer than their pauses.
-            assert!(work < 1000 || later >= CLIENTS / 2, "{later} answers after the stop had begun");
-        }
-        drop(service);
+        let refused_late = |line: &Line| line.at > stopped_at && line.text.starts_with("refused");
+        report += &format!("{}, the stop took {took:.1?}", tally(&lines, refused_late));
+        let says = |line: &Line, word| line.text.starts_with("ok") && line.text.contains(word);
+        assert!(lines.iter().any(|line| says(line, self.answers)), "no answer is {:?}", self.answers);
+        let late = lines.iter().any(|line| line.at > stopped_at && says(line, ""));
+        assert!(late || work < 1000, "{report}, and no request was under way at the stop");
+        assert!(took < MAX_STOP, "{report}");
         report
     }
 }
 
-/// Whether a line is no answer. After a stop clients may be refused a connection.
-fn is_bad(line: &Line, event: Event, begun: Instant) -> bool {
-    let stops = !matches!(event, Event::Reloads);
-    !(line.text.starts_with("ok") || stops && line.at > begun && line.text.starts_with("refused"))
+/// Reloads, and waits for answers of the new workers.
+#[track_caller]
+fn reload(service: &Service, clients: &Clients) -> Duration {
+    let took = service.reload();
+    clients.wait_for_answers(clients.lines.count(), CLIENTS);
+    took
+}
+
+/// Asserts that each line is an answer or `allowed`. Returns how many answers there are.
+#[track_caller]
+fn tally(lines: &[Line], allowed: impl Fn(&Line) -> bool) -> String {
+    let (answers, rest): (Vec<&Line>, Vec<&Line>) =
+        lines.iter().partition(|line| line.text.starts_with("ok"));
+    let bad: Vec<&str> =
+        rest.into_iter().filter(|line| !allowed(line)).map(|line| line.text.as_str()).collect();
+    let first = bad.iter().take(10).copied().collect::<Vec<_>>().join("\n");
+    assert!(bad.is_empty(), "{} answers, {} failed, as these:\n{first}", answers.len(), bad.len());
+    format!("{} answers", answers.len())
 }
 
 /// One of the places for rows that run at the same time.

@@ -50,7 +50,7 @@ async function overTls(connection, id, version, resume) {
   const options = { minVersion: version, maxVersion: version, session: resume ? session : undefined };
   const socket = watch(connection, tls.connect({ host: HOST, port: connection.port, ca, ...options }));
   socket.on('session', (next) => { session = next; });
-  await get(https, connection, id, { createConnection: () => socket });
+  await get(https, connection, id, { agent: undefined, createConnection: () => socket });
   return socket.isSessionReused() ? 'resumed' : '';
 }
 
