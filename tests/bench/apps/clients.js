@@ -39,7 +39,8 @@ function get2(path, signal) {
     for (const part of [session, stream]) part.on('error', reject);
     stream.on('close', () => {
       session.destroy();
-      resolve([status, body]);
+      if (status) resolve([status, body]);
+      else reject(Object.assign(new Error('closed without an answer'), { code: 'end of file' }));
     });
   });
 }
