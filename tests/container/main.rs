@@ -5,6 +5,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod oci;
+mod stop;
 
 use std::fs;
 use std::net::SocketAddr;

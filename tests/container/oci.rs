@@ -237,6 +237,11 @@ impl Bundle {
     /// Starts the container with `reuse-run ARGUMENTS` as PID 1.
     pub fn start(mut self, runtime: Runtime, arguments: &[&str]) -> Container {
         self.config["process"]["args"] = ["reuse-run"].iter().chain(arguments).copied().collect();
+        self.start_as_configured(runtime)
+    }
+
+    /// Starts the container with the command in its configuration as PID 1.
+    pub fn start_as_configured(self, runtime: Runtime) -> Container {
         fs::write(self.folder.path("config.json"), self.config.to_string()).expect("write config.json");
         let name = self.folder.0.file_name().expect("a name").to_str().expect("UTF-8").to_owned();
         let mut command = runtime.command(&self.folder);

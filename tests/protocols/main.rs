@@ -5,6 +5,7 @@
 mod clients;
 #[path = "../common/mod.rs"]
 mod common;
+mod queued;
 mod row;
 mod servers;
 
