@@ -82,6 +82,16 @@ pub enum Endpoint {
     Unix(PathBuf),
 }
 
+impl Endpoint {
+    /// The TCP port.
+    pub fn port(&self) -> Option<u16> {
+        match self {
+            Self::Tcp(address) => Some(address.socket.port()),
+            Self::Unix(_) => None,
+        }
+    }
+}
+
 impl From<Address> for Endpoint {
     fn from(address: Address) -> Self {
         Self::Tcp(address)

@@ -22,6 +22,7 @@
 //! | [`worker`] | starting, signalling and reaping a worker's process |
 //! | [`intercept`] | the seccomp filter of each worker, and the answers to the system calls that it stops |
 //! | [`drain`] | which retired workers have finished their work |
+//! | [`probe`] | requests to workers, to find out whether they serve |
 //! | [`pool`] | the listening sockets |
 //! | [`operate`] | control socket, status, signals, systemd, PID file |
 //! | [`fleet`] | pure: which workers there are, and what happens to them next |
@@ -37,20 +38,22 @@
 //! | an option and its help; how its value is written | `cli/args`; `cli/values` |
 //! | which system calls an action or event means | `supervisor/mod` |
 //! | a request of a command, the reply to it, where status' values come from | `supervisor/commands` |
-//! | the steps of a reload or scaling, and what happens when a worker fails in the middle; of a stop | `fleet/mod`; `fleet/stop` |
+//! | the steps of a reload; of a stop; of a scaling, and what happens when a worker ends | `fleet/reload`; `fleet/stop`; `fleet/mod` |
 //! | what is the same for every worker, in whichever operation | `fleet/crew` |
 //! | what the fleet can be told and can decide; tickets and refusals | `fleet/events` |
 //! | time-outs, also after the stop signal and SIGKILL; limits of numbers | `fleet/policy` |
 //! | the back-off of restarts; when to give up | `fleet/slot` |
 //! | which timers there are | `fleet/timers` |
-//! | where a worker or its replacement has to listen to be ready | `fleet/endpoints` |
+//! | what a worker has to do to be ready; where it and its replacement have to listen | `fleet/gate`; `fleet/endpoints` |
 //! | which operation may run or be aborted; which commands are queued | `fleet/phase`; `fleet/queue` |
 //! | a log line of the fleet; the facts about workers for status | `fleet/story`; `fleet/views` |
 //! | what each role of a worker means for new connections | `steering/mod` |
 //! | which worker is stuck and skipped | `steering/load` |
 //! | the model of the kernel's array of members; the BPF instructions that choose one | `steering/order`; `steering/program` |
 //! | lending a socket and taking it back; the sockets' states | `pool/mod`; `pool/member` |
-//! | attaching the BPF program to a group | `pool/group` |
+//! | carrying out a plan; attaching the BPF program to a group | `pool/steer`; `pool/group` |
+//! | connections of our own to one worker | `pool/reach` |
+//! | sending a request to a worker; what counts as an answer | `probe/mod`; `probe/answer` |
 //! | when the accept queues are sampled | `pool/accept_queues` |
 //! | connections that wait for no worker; listeners that a living worker has closed | `pool/unserved`; `pool/closed` |
 //! | other programs on our addresses; workers that can't be intercepted | `pool/foreign`; `pool/unintercepted` |
@@ -83,6 +86,8 @@
 //!   each slot → `worker::Starter::start`. When all are ready the fleet switches: [`fleet::Action::Steer`] carries a
 //!   [`steering::Plan`] → `Pool::steer` → `steering::decide` and `steering::program` → one setsockopt(2) for each address.
 //!   [`fleet::Action::Drain`] → `drain::Drain::poll` → [`fleet::Event::Drained`] → [`fleet::Action::Signal`].
+//! - **A probe** (`--ready /path`). [`fleet::Action::Probe`] → `probe::Probes::begin` → `Pool::reach` has the steering program
+//!   send one connection to one member → `probe::answer` → [`fleet::Event::Probed`] → `fleet::gate`.
 //! - **A command.** `reuse-run reload` is `operate::client`. It writes a request to the control socket →
 //!   `operate::control` → `supervisor::commands` → [`fleet::Fleet::command`] answers with a ticket or a refusal →
 //!   the client waits for the ticket; log lines are its progress, and [`fleet::Action::Ended`] its end.
@@ -122,6 +127,7 @@ mod lines;
 mod operate;
 mod output;
 mod pool;
+mod probe;
 mod steering;
 mod supervisor;
 mod words;

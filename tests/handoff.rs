@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::load::{self, Kind, Load, LoadOptions, Mode};
 use common::{
     DEADLINE, Deployment, Service, answered_more, app, free_address, get, get_path, inline, naive,
-    naive_with, node_app, own_network, python, reload_under_load, send, server, turn, wait_until,
+    naive_with, node_app, own_network, python, reload_under_load, run, send, server, turn, wait_until,
 };
 use nix::sys::signal::Signal;
 
@@ -259,7 +259,8 @@ fn when_a_new_version_listens_on_another_port_the_old_port_is_refused() {
     assert_eq!(get(old).generation, Some(1));
 
     deployment.replace(&format!("--listen {new} --ready-after 0"));
-    service.reload();
+    let reload = || run(&service, "reload --ports-may-change").assert_done("2 workers of generation");
+    reload();
     for _ in 0..10 {
         assert_eq!(get(new).generation, Some(2));
     }
@@ -271,7 +272,7 @@ fn when_a_new_version_listens_on_another_port_the_old_port_is_refused() {
 
     // And back: a closed address can be opened again.
     deployment.replace(&format!("--listen {old} --ready-after 0"));
-    service.reload();
+    reload();
     for _ in 0..10 {
         assert_eq!(get(old).generation, Some(3));
     }

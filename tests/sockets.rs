@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use common::load::{self, Kind, LoadOptions};
 use common::{
-    DEADLINE, Deployment, Service, free_address, free_port, get, naive, python, reload_under_loads, server,
-    wait_until,
+    DEADLINE, Deployment, Service, free_address, free_port, get, naive, python, reload_under_loads, run,
+    server, wait_until,
 };
 use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
@@ -106,7 +106,7 @@ fn when_a_replacement_lacks_an_address_the_log_names_it_and_the_reload_is_abando
     assert!(after < Duration::from_millis(2900), "logged after the time-out: {after:?}");
     service.wait_for_line_after(begun, "reload abandoned");
     let log: Vec<String> = service.log.all().into_iter().skip(begun).map(|line| line.text).collect();
-    let names = |line: &&String| line.contains(&missing.to_string()) && line.contains("--ready notify");
+    let names = |line: &&String| line.contains(&missing.to_string()) && line.contains("--ports-may-change");
     assert!(
         log.iter().any(|line| names(&line)),
         "no line names the address and the remedy:\n{}",
@@ -122,13 +122,13 @@ fn when_a_replacement_lacks_an_address_the_log_names_it_and_the_reload_is_abando
 }
 
 #[test]
-fn with_ready_notify_a_replacement_may_lack_an_address_and_that_is_closed() {
+fn with_ports_may_change_a_replacement_may_lack_an_address_and_that_is_closed() {
     let (kept, dropped) = (free_address(), free_address());
     let deployment = Deployment::new(&format!("--listen {kept} --listen {dropped} --ready-after 0"));
     let mut service = Service::run_ready("-n 2 --ready notify", &deployment.command());
     assert_eq!(get(dropped).generation, Some(1));
     deployment.replace(&format!("--listen {kept} --ready-after 0"));
-    service.reload();
+    run(&service, "reload --ports-may-change").assert_done("2 workers of generation 2");
     assert_eq!(get(kept).generation, Some(2));
     wait_until(
         "the dropped port is refused",

@@ -8,12 +8,14 @@ use std::time::Duration;
 use argh::{ArgsInfo, FromArgs};
 use nix::sys::signal::Signal;
 
-use super::values::{Percent, Period, StopSignal, Workers};
+use super::values::{Percent, Period, Ready, StopSignal, Workers};
 use crate::address::Address;
 use crate::fleet::{Readiness, Rollout};
 use crate::operate::protocol::{How, Request, Target};
 use crate::steering::load::Balancing;
 use crate::worker::environment::Secret;
+
+const READY: Ready = Ready { readiness: Readiness::Listen, path: None };
 
 /// Run N copies of any server on one port, and replace them without losing a request on a new connection.
 #[derive(FromArgs, ArgsInfo, Debug)]
@@ -38,10 +40,14 @@ pub struct RunArgs {
     pub workers: Workers,
 
     /// when a worker counts as ready. listen: when it listens on a port or path, or says that it is ready. notify:
-    /// when it says so, by READY_FD, process.send or sd_notify. A duration: when it has lived that long
-    /// (default listen)
-    #[argh(option, default = "Readiness::Listen", arg_name = "listen|notify|duration")]
-    pub ready: Readiness,
+    /// when it says so, by READY_FD, process.send or sd_notify. A duration: when it has lived that long. /path, or
+    /// :PORT/path: when it answers an HTTP request for it with 2xx or 3xx (default listen)
+    #[argh(option, default = "READY", arg_name = "listen|notify|duration|path")]
+    pub ready: Ready,
+
+    /// how many more such requests a worker answers before it is ready, with --ready /path (default 0)
+    #[argh(option, default = "0", arg_name = "count")]
+    pub warm_up: u32,
 
     /// time that a worker has to become ready; after that its start has failed (default 60s)
     #[argh(option, default = "Period(Duration::from_secs(60))", arg_name = "duration")]

@@ -26,6 +26,8 @@ mod values;
 pub struct Options {
     pub program: Program,
     pub policy: Policy,
+    /// What workers are asked for under [`crate::fleet::Readiness::Answers`].
+    pub probe_path: String,
     pub sources: Sources,
     /// Addresses whose sockets workers are given.
     pub listen: Vec<Address>,
@@ -75,6 +77,9 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
     if let Some(name) = command_name(&program).filter(|_| !is_marked) {
         return Err(format!("put {name} first; to run a program of that name write -- {name}"));
     }
+    if args.warm_up > 0 && args.ready.path.is_none() {
+        return Err("--warm-up needs --ready with a path, as in --ready /healthz --warm-up 100".to_owned());
+    }
     Ok(Invocation::Run(Box::new(options_of(args, program, command.collect()))))
 }
 
@@ -94,8 +99,9 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
         },
         policy: Policy {
             workers: args.workers.0,
-            readiness: args.ready,
+            readiness: args.ready.readiness,
             ready_timeout: args.ready_timeout.0,
+            warm_up: args.warm_up,
             drain: args.drain.0,
             stop_timeout: args.stop_timeout.0,
             stop_within: args.stop_within.0,
@@ -103,9 +109,10 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
             max_failures: args.max_failures,
             rollout: args.batch.map_or(Rollout::AllAtOnce, |most| Rollout::Batches(most.get())),
         },
+        probe_path: args.ready.path.unwrap_or_default(),
         sources: Sources { env_files: args.env_file, secrets: args.secret, directory: args.chdir },
         listen: args.listen,
-        idle_rule: IdleRule::new(args.idle_after.map(|after| after.0), args.drain.0),
+        idle_rule: IdleRule { idle_after: args.idle_after.map(|after| after.0) },
         balance: args.balance,
         pidfile: args.pidfile,
         label: args.label,
@@ -205,21 +212,24 @@ mod tests {
 
     #[test]
     fn every_option_is_understood() {
-        let line = "-n 2 --ready notify --ready-timeout 5s --drain 250ms --stop-timeout 1m --stop-within 25s --idle-after 2s \
+        let line = "-n 2 --ready :9000/healthz --warm-up 3 --ready-timeout 5s --drain 250ms --stop-timeout 1m --stop-within 25s --idle-after 2s \
                     --stop-signal sigterm --max-failures 3 --balance random -l 3000 --env-file a --env-file b -C /srv --no-node-ipc \
                     --no-intercept --batch 2 --pidfile p --label x y";
         let options = run(line).unwrap();
-        let Options { program, policy, sources, listen, idle_rule, balance, pidfile, label } = options;
+        let Options { program, policy, probe_path, sources, listen, idle_rule, balance, pidfile, label } =
+            options;
         assert_eq!((program.command, program.args), ("x".into(), vec!["y".into()]));
         assert_eq!(
             (program.stop_signal, program.node_ipc, program.intercept),
             (Signal::SIGTERM, false, false)
         );
-        assert_eq!((policy.workers, policy.readiness), (2, Readiness::Notify));
+        let answers = Readiness::Answers { port: Some(9000) };
+        assert_eq!((policy.workers, policy.readiness, policy.warm_up), (2, answers, 3));
+        assert_eq!(probe_path, "/healthz");
         assert_eq!(policy.ready_timeout, Duration::from_secs(5));
         assert_eq!(policy.drain, Duration::from_millis(250));
         assert_eq!([policy.stop_timeout, policy.stop_within].map(|time| time.as_secs()), [60, 25]);
-        assert_eq!(idle_rule, IdleRule::new(Some(Duration::from_secs(2)), policy.drain));
+        assert_eq!(idle_rule.idle_after, Some(Duration::from_secs(2)));
         assert_eq!((policy.stop_signal, policy.max_failures), ("SIGTERM", 3));
         assert_eq!(policy.rollout, Rollout::Batches(2));
         assert_eq!(
@@ -241,6 +251,8 @@ mod tests {
             ("--drain 10 x", "--drain: \"10\" is not a duration"),
             ("--max-failures x y", "--max-failures: "),
             ("--ready soon x", "--ready: \"soon\" is neither listen nor notify"),
+            ("--warm-up 3 x", "--warm-up needs --ready with a path"),
+            ("--ready notify --warm-up 3 x", "--warm-up needs --ready with a path"),
             ("--frobnicate 1 x", "unrecognized argument: --frobnicate"),
             ("--frobnicate", "unrecognized argument: --frobnicate"),
             ("--drain 1s --drain 2s x", "--drain: duplicate values"),

@@ -107,18 +107,48 @@ impl FromStr for Period {
     }
 }
 
-impl FromStr for Readiness {
+/// When a worker is ready, and what it is asked for if it has to answer requests.
+#[derive(Debug, PartialEq)]
+pub struct Ready {
+    pub readiness: Readiness,
+    pub path: Option<String>,
+}
+
+impl FromStr for Ready {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "listen" => Ok(Self::Listen),
-            "notify" => Ok(Self::Notify),
+        let readiness = match text {
+            "listen" => Readiness::Listen,
+            "notify" => Readiness::Notify,
+            _ if text.starts_with(['/', ':']) => return Self::with_path(text),
             _ => match text.parse() {
-                Ok(Period(duration)) => Ok(Self::Alive(duration)),
-                Err(_) => Err(format!("{text:?} is neither listen nor notify nor a duration such as 2s")),
+                Ok(Period(duration)) => Readiness::Alive(duration),
+                Err(_) => {
+                    return Err(format!(
+                        "{text:?} is neither listen nor notify, nor a duration such as 2s, nor a path such as /healthz"
+                    ));
+                }
             },
+        };
+        Ok(Self { readiness, path: None })
+    }
+}
+
+impl Ready {
+    /// From "/path" or ":PORT/path".
+    fn with_path(text: &str) -> Result<Self, String> {
+        const MAX_PATH: usize = 1000;
+        let wrong = |what: &str| Err(format!("{text:?} is {what}"));
+        let (port, path) = text.split_at(text.find('/').unwrap_or(text.len()));
+        let number = port.strip_prefix(':').map(|number| number.parse::<u16>().unwrap_or(0));
+        if number == Some(0) || path.is_empty() {
+            return wrong("not a path with its port such as :3000/healthz");
         }
+        if !path.bytes().all(|byte| byte.is_ascii_graphic()) || path.len() > MAX_PATH {
+            return wrong("not a path of at most 1000 printable ASCII characters without spaces");
+        }
+        Ok(Self { readiness: Readiness::Answers { port: number }, path: Some(path.to_owned()) })
     }
 }
 
@@ -196,10 +226,21 @@ mod tests {
     }
 
     #[test]
-    fn readiness_is_listen_or_notify_or_a_duration() {
+    fn readiness_is_listen_or_notify_or_a_duration_or_a_path() {
         let alive = Readiness::Alive(Duration::from_secs(2));
-        let right = [("listen", Readiness::Listen), ("notify", Readiness::Notify), ("2s", alive)];
-        assert_all(&right, &["soon", "2", ""]);
+        let ready = |readiness, path: Option<&str>| Ready { readiness, path: path.map(str::to_owned) };
+        let right = [
+            ("listen", ready(Readiness::Listen, None)),
+            ("notify", ready(Readiness::Notify, None)),
+            ("2s", ready(alive, None)),
+            ("/", ready(Readiness::Answers { port: None }, Some("/"))),
+            ("/a?b=c:d", ready(Readiness::Answers { port: None }, Some("/a?b=c:d"))),
+            (":9000/healthz", ready(Readiness::Answers { port: Some(9000) }, Some("/healthz"))),
+        ];
+        let long = format!("/{}", "x".repeat(1000));
+        let wrong =
+            ["soon", "2", "", ":9000", ":0/a", ":70000/a", ":/a", ":x/a", "/a b", "/ä", "/\r\nX: y", &long];
+        assert_all(&right, &wrong);
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod signal_effect;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
+use std::mem;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use nix::unistd::Pid;
 
 use crate::address::Address;
 use crate::drain::idle::{Idle, OpenConnection};
-use crate::drain::rule::IdleRule;
+use crate::drain::rule::{IdleRule, Seen};
 use crate::ids::WorkerId;
 use crate::kernel::procfs;
 use crate::kernel::sockdiag::{Connection, SockDiag};
@@ -60,6 +61,8 @@ impl Drained {
 /// The retired workers that are watched.
 pub struct Drain {
     rule: IdleRule,
+    /// What the last poll has shown of each connection, by inode number.
+    seen: HashMap<u64, Seen>,
     retired: BTreeMap<WorkerId, Retired>,
     diag: Option<SockDiag>,
     next_poll: Option<Instant>,
@@ -67,7 +70,7 @@ pub struct Drain {
 
 impl Drain {
     pub fn new(rule: IdleRule) -> Self {
-        Self { rule, retired: BTreeMap::new(), diag: None, next_poll: None }
+        Self { rule, seen: HashMap::new(), retired: BTreeMap::new(), diag: None, next_poll: None }
     }
 
     /// Begins to watch a worker's connections to these addresses; call it after the switch.
@@ -90,6 +93,7 @@ impl Drain {
         if self.retired.is_empty() {
             self.next_poll = None;
             self.diag = None;
+            self.seen.clear();
         }
     }
 
@@ -129,9 +133,12 @@ impl Drain {
         let (mut open, mut busy) = (HashMap::new(), Busy::default());
         let watched: BTreeSet<&Address> =
             self.retired.values().flat_map(|retired| &retired.addresses).collect();
+        let mut last_seen = mem::take(&mut self.seen);
         for row in connections.values().flatten().filter(|row| !row.opening && row.inode != 0) {
             open.insert(row.inode.into(), row.traffic.received);
-            if !self.rule.is_idle(row) {
+            let seen = Seen::update(last_seen.remove(&row.inode.into()), row, now);
+            self.seen.insert(row.inode.into(), seen);
+            if !self.rule.is_idle(row, &seen) {
                 busy.all.insert(row.inode.into());
                 if watched.iter().any(|address| address.accepts(row.local)) {
                     busy.ours.insert(row.inode.into());
@@ -259,7 +266,7 @@ mod tests {
     use crate::kernel::sys;
 
     fn drain() -> Drain {
-        Drain::new(IdleRule::new(None, Duration::from_secs(10)))
+        Drain::new(IdleRule::default())
     }
 
     fn opening(peer: &str) -> Connection {

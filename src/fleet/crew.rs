@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::endpoints::Endpoints;
 use super::events::Action;
+use super::gate::{self, Lack};
 use super::phase::Phase;
 use super::policy::{Policy, Readiness};
 use super::roster::Roster;
@@ -18,12 +19,18 @@ use super::views::{self, View};
 use super::worker::{State, Worker};
 use crate::address::{Address, Endpoint};
 use crate::ids::{SlotId, WorkerId};
-use crate::steering::{Plan, Role};
+use crate::steering::{Plan, Role, Share};
 use crate::words::millis;
 
-/// When a worker that listens, but not on all that it has to, is checked again: its log line comes then; and the only
-/// worker that has nothing but a Unix socket, which may be its own, is taken as ready then.
-const CHECK_ENDPOINTS_AFTER: Duration = Duration::from_secs(1);
+/// A worker that has begun to listen may begin to listen elsewhere for so long. Then its log line says where it has to; and
+/// the only worker that has nothing but a Unix socket, which may be its own, is taken as ready.
+const SETTLED_AFTER: Duration = Duration::from_secs(1);
+/// The time from a failed request to a starting worker to the next one.
+const PROBE_PAUSE: Duration = Duration::from_millis(100);
+/// The time between two requests to a canary.
+const CANARY_PROBE_PAUSE: Duration = Duration::from_secs(1);
+/// How many of these in a row a canary may not answer.
+const MAX_CANARY_FAILURES: u32 = 2;
 /// Clients wait so long for the next worker of a slot. Then they are reset, so that they try again.
 const MAX_QUEUE_WAIT: Duration = Duration::from_secs(2);
 
@@ -112,16 +119,35 @@ impl Crew {
     /// Who gets new connections. Ready workers that don't serve get the canary's share, if there is one.
     pub(super) fn plan(&self, phase: Phase) -> Plan {
         let canary = phase.canary();
-        let role = |worker: &Worker| match worker.state {
-            State::Ready if self.roster.serves(worker) => Some(Role::Ready),
-            State::Ready if canary.is_some() => Some(Role::Canary),
-            State::Ready | State::Starting => None,
-            State::Draining => Some(Role::Draining),
-            State::Stopping | State::Killed => Some(Role::Leaving),
+        let role = |worker: &Worker| match self.role(worker) {
+            None if worker.state == State::Ready && canary.is_some() => Some(Role::Canary),
+            role => role,
         };
         let roles = self.roster.workers().filter_map(|(id, worker)| Some((id, role(worker)?))).collect();
         let generation = (!phase.is_stopping()).then(|| self.generation());
         Plan { roles, share: canary.unwrap_or_default(), generation }
+    }
+
+    /// Who gets new connections when the `newest` generation serves in these slots.
+    pub(super) fn plan_of_switch(&self, slots: &Range<usize>, newest: u32) -> Plan {
+        let role = |worker: &Worker| match worker.state {
+            State::Ready if !slots.contains(&worker.slot.index()) => self.role(worker),
+            State::Ready if worker.generation == newest => Some(Role::Ready),
+            State::Ready => Some(Role::Draining),
+            _ => self.role(worker),
+        };
+        let roles = self.roster.workers().filter_map(|(id, worker)| Some((id, role(worker)?))).collect();
+        Plan { roles, share: Share::default(), generation: Some(newest) }
+    }
+
+    /// What a worker is to steering if no canary is tried; `None`: it waits for its turn.
+    fn role(&self, worker: &Worker) -> Option<Role> {
+        match worker.state {
+            State::Ready => self.roster.serves(worker).then_some(Role::Ready),
+            State::Starting => None,
+            State::Draining => Some(Role::Draining),
+            State::Stopping | State::Killed => Some(Role::Leaving),
+        }
     }
 
     /// Puts a worker into a state and sets the timers of that state.
@@ -140,9 +166,16 @@ impl Crew {
         self.roster.remove(id)
     }
 
-    pub(super) fn start(&mut self, slot: SlotId, generation: u32, now: Instant) {
+    pub(super) fn start(&mut self, slot: SlotId, generation: u32, now: Instant) -> WorkerId {
         let worker = self.roster.add(slot, generation, now);
         self.actions.push(Action::Start { worker, slot, generation });
+        worker
+    }
+
+    pub(super) fn allow_other_ports(&mut self, id: WorkerId, may_change: bool) {
+        if let Some(worker) = self.roster.get_mut(id) {
+            worker.ports_may_change = may_change;
+        }
     }
 
     pub(super) fn started(&mut self, id: WorkerId, pid: i32, now: Instant) {
@@ -153,26 +186,85 @@ impl Crew {
         }
     }
 
-    /// A worker has called listen(2). Returns the workers that have all the endpoints that they need by now.
+    /// A worker has called listen(2). Returns the workers that may be ready by that.
     pub(super) fn listens(&mut self, id: WorkerId, endpoint: Endpoint, now: Instant) -> Vec<WorkerId> {
-        let became_public = self.endpoints.add(id, endpoint);
-        if !self.is_starting(id) || self.policy.readiness != Readiness::Listen {
+        let became_public = self.endpoints.add(id, endpoint.clone());
+        if !self.is_starting(id) {
             return Vec::new();
         }
-        self.timers.set_if_unset(Timer::Worker(id, WorkerTimer::CheckEndpoints), now + CHECK_ENDPOINTS_AFTER);
-        if became_public { self.complete() } else { Vec::from_iter(self.is_complete(id).then_some(id)) }
+        self.timers.set_if_unset(Timer::Worker(id, WorkerTimer::Settled), now + SETTLED_AFTER);
+        if let (Readiness::Answers { port }, Some(worker)) = (self.policy.readiness, self.roster.get_mut(id))
+            && worker.shown.probed_at.is_none()
+            && port.is_none_or(|port| endpoint.port() == Some(port))
+        {
+            worker.shown.probed_at = Some(endpoint);
+            self.probe(id);
+        }
+        if became_public { self.starting() } else { vec![id] }
     }
 
-    /// The workers that start and have all the endpoints that they need, where that makes them ready.
-    pub(super) fn complete(&self) -> Vec<WorkerId> {
-        self.starting().into_iter().filter(|id| self.is_complete(*id)).collect()
+    /// Has a request sent to a worker, where it listens.
+    pub(super) fn probe(&mut self, id: WorkerId) {
+        let endpoint = self.roster.get(id).and_then(|worker| worker.shown.probed_at.clone());
+        self.actions.extend(endpoint.map(|endpoint| Action::Probe { worker: id, endpoint }));
     }
 
-    fn is_complete(&self, id: WorkerId) -> bool {
-        let has_all = |worker: &Worker| self.endpoints.missing(id, worker.slot).is_empty();
-        self.policy.readiness == Readiness::Listen
-            && self.endpoints.has_public(id)
-            && self.roster.get(id).is_some_and(has_all)
+    /// A worker that starts was sent a request. Returns whether it has answered.
+    pub(super) fn probed(&mut self, id: WorkerId, outcome: Result<(), String>, now: Instant) -> bool {
+        let Some(Worker { shown, .. }) = self.roster.get_mut(id) else { return false };
+        let has_answered = outcome.is_ok();
+        match outcome {
+            Ok(()) => (shown.answers, shown.failures) = (shown.answers + 1, 0),
+            Err(why) => {
+                (shown.answers, shown.failures) = (0, shown.failures + 1);
+                shown.last_failure = Some(why);
+                self.timers.set(Timer::Worker(id, WorkerTimer::Probe), now + PROBE_PAUSE);
+            }
+        }
+        if has_answered && self.lack(id) == Some(Lack::Answer) {
+            self.probe(id); // the next one of the warm-up
+        }
+        has_answered
+    }
+
+    /// Has requests sent to the workers of a generation that is tried.
+    pub(super) fn probe_canaries(&mut self, generation: u32, now: Instant) {
+        if matches!(self.policy.readiness, Readiness::Answers { .. }) {
+            for id in self.roster.ids(|worker| worker.generation == generation) {
+                self.timers.set(Timer::Worker(id, WorkerTimer::Probe), now + CANARY_PROBE_PAUSE);
+            }
+        }
+    }
+
+    /// A ready worker that is tried was sent a request. Returns what it did instead of an answer if that is enough.
+    pub(super) fn canary_probed(
+        &mut self,
+        id: WorkerId,
+        outcome: Result<(), String>,
+        now: Instant,
+    ) -> Option<String> {
+        let is_tried = |worker: &Worker| worker.state == State::Ready && !self.roster.serves(worker);
+        self.roster.get(id).filter(|worker| is_tried(worker))?;
+        self.timers.set(Timer::Worker(id, WorkerTimer::Probe), now + CANARY_PROBE_PAUSE);
+        let worker = self.roster.get_mut(id)?;
+        worker.shown.failures = if outcome.is_ok() { 0 } else { worker.shown.failures + 1 };
+        let why = outcome.err().filter(|_| worker.shown.failures >= MAX_CANARY_FAILURES)?;
+        Some(format!("{worker} {why}, {MAX_CANARY_FAILURES} times in a row"))
+    }
+
+    /// What keeps a worker that starts from being ready.
+    pub(super) fn lack(&self, id: WorkerId) -> Option<Lack> {
+        let worker = self.roster.get(id)?;
+        gate::lack(id, worker, &self.policy, &self.endpoints, self.slots())
+    }
+
+    /// Whether a worker that starts is ready by now. If it may only be about to listen elsewhere, that has an end.
+    pub(super) fn passes(&mut self, id: WorkerId, now: Instant) -> bool {
+        let lack = self.lack(id);
+        if lack == Some(Lack::Moment) {
+            self.timers.set_if_unset(Timer::Worker(id, WorkerTimer::Settled), now + SETTLED_AFTER);
+        }
+        self.is_starting(id) && lack.is_none()
     }
 
     pub(super) fn fire_for_slot(&mut self, slot: SlotId, timer: SlotTimer, now: Instant) {
@@ -180,7 +272,7 @@ impl Crew {
             return;
         };
         match timer {
-            SlotTimer::Restart => self.start(slot, generation, now),
+            SlotTimer::Restart => drop(self.start(slot, generation, now)),
             SlotTimer::ResetQueue => self.actions.push(Action::ResetQueue { slot, generation }),
         }
     }
@@ -193,15 +285,24 @@ impl Crew {
     pub(super) fn restart(&mut self, ended: &Worker, now: Instant) {
         let was_ready_for = ended.ready_at.map(|ready_at| now - ready_at);
         let delay = self.roster.slots[ended.slot.index()].restart(was_ready_for);
+        self.endpoints.forget_later(ended.slot);
         self.timers.set(Timer::Slot(ended.slot, SlotTimer::Restart), now + delay);
         self.timers.set_if_unset(Timer::Slot(ended.slot, SlotTimer::ResetQueue), now + MAX_QUEUE_WAIT);
     }
 
-    /// A worker that serves sets what its replacements have to do.
-    pub(super) fn remember_endpoints(&mut self, id: WorkerId) {
-        if let Some(worker) = self.roster.get(id).filter(|worker| self.roster.serves(worker)) {
-            self.endpoints.remember(id, worker.slot);
+    /// The workers of these slots are ready: where they listen now, their replacements have to.
+    pub(super) fn require_endpoints(&mut self, slots: Range<usize>) {
+        for id in self.serving_in(slots) {
+            if let Some(slot) = self.slot_served_by(id) {
+                self.endpoints.require(id, slot);
+            }
         }
+    }
+
+    /// The slot in which a ready worker serves.
+    pub(super) fn slot_served_by(&self, id: WorkerId) -> Option<SlotId> {
+        let worker = self.roster.get(id).filter(|worker| worker.state == State::Ready);
+        worker.filter(|worker| self.roster.serves(worker)).map(|worker| worker.slot)
     }
 
     /// Puts a worker that starts into the state Ready, with the log lines for that. Returns its generation, and whether it serves.
@@ -216,7 +317,6 @@ impl Crew {
         self.log(log::Level::Debug, format!("{name} is ready after {took}"));
         if serves {
             self.timers.cancel(Timer::Slot(slot, SlotTimer::ResetQueue));
-            self.endpoints.remember(id, slot);
         }
         if serves && !is_first_start {
             let is_new = self.roster.slots[slot.index()].restarts == 0;
@@ -250,14 +350,12 @@ impl Crew {
 
     /// Has the workers of this generation serve in these slots.
     pub(super) fn replace_slots(&mut self, slots: Range<usize>, generation: u32) {
-        for slot in slots.map(SlotId::of_index) {
+        for slot in slots.clone().map(SlotId::of_index) {
             let replaced = mem::replace(&mut self.roster.slots[slot.index()], Slot::new(generation));
             self.actions.push(Action::Unreserve { slot, generation: replaced.generation });
             self.timers.cancel_slot(slot);
         }
-        for id in self.roster.ids(|worker| worker.generation == generation) {
-            self.remember_endpoints(id);
-        }
+        self.require_endpoints(slots);
     }
 
     /// Marks workers that get no more connections, before the kernel is told.
@@ -266,6 +364,13 @@ impl Crew {
             if self.roster.state(*id) == Some(State::Ready) {
                 self.enter(*id, State::Draining, now);
             }
+        }
+    }
+
+    /// At a stop there is one time for all.
+    pub(super) fn cancel_drain_timeouts(&mut self) {
+        for id in self.roster.ids(|worker| worker.state == State::Draining) {
+            self.timers.cancel(Timer::Worker(id, WorkerTimer::DrainTimeout));
         }
     }
 

@@ -14,8 +14,9 @@ pub struct Endpoints {
     inherited: BTreeSet<Endpoint>,
     /// Where each worker listens, and whether it has called listen(2) itself.
     of_workers: BTreeMap<WorkerId, BTreeMap<Endpoint, bool>>,
-    /// Where the last ready worker of a slot listened: its replacement has to as well.
-    of_slots: BTreeMap<SlotId, BTreeSet<Endpoint>>,
+    /// Where the worker of a slot listens, or listened when it ended, and whether it did when its generation became ready:
+    /// its replacement has to as well.
+    of_slots: BTreeMap<SlotId, BTreeMap<Endpoint, bool>>,
     /// Unix sockets that several workers have listened on. Another one may be a worker's own, for processes that it
     /// starts.
     shared: BTreeSet<Endpoint>,
@@ -86,19 +87,55 @@ impl Endpoints {
     fn is_anothers(&self, id: WorkerId, endpoint: &Endpoint) -> bool {
         let mut others = self.of_workers.keys().filter(|other| **other != id);
         others.any(|other| self.of(*other).any(|its| its == endpoint))
-            || self.of_slots.values().any(|endpoints| endpoints.contains(endpoint))
+            || self.of_slots.values().any(|endpoints| endpoints.contains_key(endpoint))
     }
 
     /// Where a worker of this slot has to listen and doesn't yet.
     pub fn missing(&self, id: WorkerId, slot: SlotId) -> Vec<Endpoint> {
-        let its: BTreeSet<&Endpoint> = self.of(id).collect();
-        let needed = self.of_slots.get(&slot).into_iter().flatten();
-        needed.filter(|endpoint| self.is_public(endpoint) && !its.contains(endpoint)).cloned().collect()
+        self.lacking(id, slot, true)
     }
 
-    /// A worker that serves in this slot sets what its replacements have to do.
-    pub fn remember(&mut self, id: WorkerId, slot: SlotId) {
-        self.of_slots.insert(slot, self.of(id).cloned().collect());
+    /// Whether a worker of this slot doesn't listen where the last one has begun to listen later.
+    pub fn lacks_later(&self, id: WorkerId, slot: SlotId) -> bool {
+        !self.lacking(id, slot, false).is_empty()
+    }
+
+    fn lacking(&self, id: WorkerId, slot: SlotId, required: bool) -> Vec<Endpoint> {
+        let its: BTreeSet<&Endpoint> = self.of(id).collect();
+        let of_slot = self.of_slots.get(&slot).into_iter().flatten();
+        let of_slot =
+            of_slot.filter(|(_, is_required)| **is_required == required).map(|(endpoint, _)| endpoint);
+        of_slot.filter(|endpoint| self.is_public(endpoint) && !its.contains(endpoint)).cloned().collect()
+    }
+
+    /// Whether the last worker of this slot listens for clients, where there are so many slots.
+    pub fn are_expected(&self, slot: SlotId, slots: usize) -> bool {
+        let mut of_slot = self.of_slots.get(&slot).into_iter().flatten().map(|(endpoint, _)| endpoint);
+        of_slot.any(|endpoint| slots == 1 || self.is_public(endpoint))
+    }
+
+    /// The generation of a worker that serves in this slot is ready: where it listens now its replacement has to.
+    pub fn require(&mut self, id: WorkerId, slot: SlotId) {
+        self.of_slots.insert(slot, self.of(id).map(|endpoint| (endpoint.clone(), true)).collect());
+    }
+
+    /// The worker that serves in this slot has begun to listen, after its generation was ready.
+    pub fn add_later(&mut self, slot: SlotId, endpoint: Endpoint) {
+        self.of_slots.entry(slot).or_default().entry(endpoint).or_insert(false);
+    }
+
+    /// The worker of this slot has ended: what it opened later is gone with it.
+    pub fn forget_later(&mut self, slot: SlotId) {
+        if let Some(of_slot) = self.of_slots.get_mut(&slot) {
+            of_slot.retain(|_, is_required| *is_required);
+        }
+    }
+
+    /// The worker that serves in this slot has stopped listening: its replacement need not begin.
+    pub fn waive(&mut self, slot: SlotId, endpoint: &Endpoint) {
+        if let Some(of_slot) = self.of_slots.get_mut(&slot) {
+            of_slot.remove(endpoint);
+        }
     }
 
     pub fn remove_slot(&mut self, slot: SlotId) {
@@ -107,7 +144,7 @@ impl Endpoints {
 
     /// Where the workers of so many slots listen, or have listened, for clients: of a single one, anywhere.
     pub fn public(&self, slots: usize) -> BTreeSet<&Endpoint> {
-        let endpoints = self.of_slots.values().flatten();
+        let endpoints = self.of_slots.values().flatten().map(|(endpoint, _)| endpoint);
         endpoints.filter(|endpoint| slots == 1 || self.is_public(endpoint)).collect()
     }
 }
@@ -157,7 +194,7 @@ mod tests {
         let mut endpoints = Endpoints::default();
         endpoints.add_worker(ONE);
         endpoints.add(ONE, path("a"));
-        endpoints.remember(ONE, SlotId(0));
+        endpoints.require(ONE, SlotId(0));
         endpoints.remove_worker(ONE);
         endpoints.add_worker(TWO);
         assert!(endpoints.add(TWO, path("a")), "its slot's last worker had it");
@@ -170,13 +207,13 @@ mod tests {
         for endpoint in [address(1).into(), address(2).into(), path("own")] {
             endpoints.add(ONE, endpoint);
         }
-        endpoints.remember(ONE, SlotId(0));
+        endpoints.require(ONE, SlotId(0));
         endpoints.add_worker(TWO);
         endpoints.add(TWO, address(2).into());
         assert_eq!(endpoints.missing(TWO, SlotId(0)), [address(1).into()]);
         assert_eq!(endpoints.missing(TWO, SlotId(1)), []);
         assert_eq!(endpoints.public(1).len(), 3, "clients of the only worker may come anywhere");
-        endpoints.remember(TWO, SlotId(1));
+        endpoints.require(TWO, SlotId(1));
         assert_eq!(endpoints.public(2), [&address(1).into(), &address(2).into()].into());
         assert_eq!(endpoints.missing(TWO, SlotId(0)), [address(1).into()]);
         endpoints.remove_slot(SlotId(0));

@@ -54,6 +54,12 @@ pub enum Event {
     StoppedListening { worker: WorkerId, endpoint: Endpoint },
     /// A worker has said that it is ready.
     SaysReady { worker: WorkerId },
+    /// [`Action::Probe`] was carried out: the worker has answered, or what it has done instead.
+    Probed { worker: WorkerId, outcome: Result<(), String> },
+    /// [`Action::Switch`] was carried out, or the kernel has refused it.
+    Switched { outcome: Result<(), String> },
+    /// The kernel has refused what [`Action::Steer`] said, and steers as before.
+    SteerFailed { why: String },
     /// A worker that [`Action::Drain`] named has finished its work.
     Drained { worker: WorkerId },
     /// A worker's process has ended.
@@ -64,11 +70,25 @@ pub enum Event {
     Tick,
 }
 
+/// Names a command line that workers can run; whoever gives it knows which.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CommandId(pub u32);
+
+/// How to replace the workers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ReloadOptions {
+    /// `None`: as a queued reload does, or else as the command line says.
+    pub rollout: Option<Rollout>,
+    /// Whether the new workers need not listen where the old ones do.
+    pub ports_may_change: bool,
+    /// What the new workers run; `None`: what the old ones do.
+    pub command: Option<CommandId>,
+}
+
 /// What a signal or a control command asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
-    /// Replace the workers; `None`: as a queued reload does, or else as the command line says.
-    Reload(Option<Rollout>),
+    Reload(ReloadOptions),
     /// End the reload that runs or is queued, and keep the workers that serve.
     Abort,
     Scale(Target),
@@ -123,8 +143,21 @@ pub enum Action {
         slot: SlotId,
         generation: u32,
     },
-    /// Have the kernel send new connections where this plan says.
+    /// Have the kernel send new connections where this plan says; [`Event::SteerFailed`] answers if it doesn't.
     Steer(Plan),
+    /// As [`Action::Steer`], at once for all addresses or not at all; [`Event::Switched`] answers.
+    Switch(Plan),
+    /// Send a request to a worker; [`Event::Probed`] answers.
+    Probe {
+        worker: WorkerId,
+        endpoint: Endpoint,
+    },
+    /// A new generation begins. It runs this command, or that of the other generation.
+    BeginGeneration {
+        generation: u32,
+        command: Option<CommandId>,
+        like: u32,
+    },
     /// Watch a retired worker's connections to these addresses until [`Event::Drained`].
     Drain {
         worker: WorkerId,

@@ -9,9 +9,11 @@
 mod crew;
 mod endpoints;
 mod events;
+mod gate;
 mod phase;
 pub mod policy;
 mod queue;
+mod reload;
 mod roster;
 mod slot;
 mod stop;
@@ -23,11 +25,10 @@ mod worker;
 use std::mem;
 use std::time::Instant;
 
-use humantime::format_duration;
-
 pub use self::crew::Crew;
 pub use self::endpoints::Endpoints;
-pub use self::events::{Accepted, Action, Announcement, Command, End, Event, Refusal, Ticket};
+pub use self::events::{Accepted, Action, Announcement, Command, End, Event, Refusal, ReloadOptions, Ticket};
+use self::gate::Lack;
 use self::phase::{Phase, Reload};
 pub use self::policy::{Policy, Readiness, Rollout, Target};
 use self::queue::Queue;
@@ -35,7 +36,7 @@ use self::slot::{Failures, Slot};
 use self::timers::{Timer, WorkerTimer};
 pub use self::views::{Activity, LastReload, View};
 pub use self::worker::State;
-use self::worker::Worker;
+use self::worker::{Shown, Worker};
 use crate::address::Endpoint;
 use crate::ids::{SlotId, WorkerId};
 use crate::words::{count, millis};
@@ -82,7 +83,10 @@ impl Fleet {
             Event::StartFailed { worker, why, status } => self.start_failed(worker, &why, status, now),
             Event::Listens { worker, endpoint } => self.listens(worker, endpoint, now),
             Event::StoppedListening { worker, endpoint } => self.stopped_listening(worker, &endpoint, now),
-            Event::SaysReady { worker } => self.says_ready(worker, now),
+            Event::SaysReady { worker } => self.shows(worker, now, |shown| shown.says_ready = true),
+            Event::Probed { worker, outcome } => self.probed(worker, outcome, now),
+            Event::Switched { outcome } => self.switched(outcome, now),
+            Event::SteerFailed { why } => self.steer_failed(&why, now),
             Event::Drained { worker } if self.crew.roster.state(worker) == Some(State::Draining) => {
                 self.stop(&[worker], now);
             }
@@ -100,7 +104,7 @@ impl Fleet {
             return (Err(Refusal::Stopping), Vec::new());
         }
         let ticket = match command {
-            Command::Reload(rollout) => self.queue.push_reload(rollout, self.crew.policy.rollout),
+            Command::Reload(options) => self.queue.push_reload(options, self.crew.policy.rollout),
             Command::Scale(target) => self.queue_scaling(target),
             Command::Abort => {
                 let aborted = self.abort(now).map(|()| Accepted::Aborted);
@@ -163,40 +167,62 @@ impl Fleet {
     }
 
     fn listens(&mut self, id: WorkerId, endpoint: Endpoint, now: Instant) {
+        let may_be_ready = self.crew.listens(id, endpoint.clone(), now);
+        if let Some(slot) = self.crew.slot_served_by(id) {
+            self.crew.endpoints.add_later(slot, endpoint);
+        }
         if self.crew.roster.state(id) == Some(State::Ready) {
-            self.crew.endpoints.add(id, endpoint);
-            self.crew.remember_endpoints(id);
             self.steer();
-            return;
         }
-        for id in self.crew.listens(id, endpoint, now) {
-            self.ready(id, now);
-        }
+        self.check(&may_be_ready, now);
     }
 
     fn stopped_listening(&mut self, id: WorkerId, endpoint: &Endpoint, now: Instant) {
         self.crew.endpoints.remove(id, endpoint);
         if let Some(worker @ Worker { state: State::Ready, slot, .. }) = self.crew.roster.get(id) {
             let why = format!("{worker} has stopped listening on {endpoint}");
-            let is_canary = self.phase.canary().is_some() && !self.crew.roster.serves(worker);
-            let is_lacking = !self.crew.endpoints.missing(id, *slot).is_empty();
+            let (slot, serves) = (*slot, self.crew.roster.serves(worker));
+            let is_lacking = !worker.ports_may_change && !self.crew.endpoints.missing(id, slot).is_empty();
             if self.crew.endpoints.is_public(endpoint) {
                 self.crew.warn(why.clone());
             }
-            self.crew.remember_endpoints(id);
-            for id in self.crew.complete() {
-                self.ready(id, now);
-            }
-            if is_canary && is_lacking {
+            if serves {
+                self.crew.endpoints.waive(slot, endpoint);
+                self.check(&self.crew.starting(), now);
+            } else if self.phase.canary().is_some() && is_lacking {
                 self.abandon(&why, Some(id), now);
             }
         }
         self.steer();
     }
 
-    fn says_ready(&mut self, id: WorkerId, now: Instant) {
-        if self.crew.is_starting(id) && !matches!(self.crew.policy.readiness, Readiness::Alive(_)) {
-            self.ready(id, now);
+    /// A worker has said or shown something of its readiness.
+    fn shows(&mut self, id: WorkerId, now: Instant, note: impl FnOnce(&mut Shown)) {
+        if let Some(worker) = self.crew.roster.get_mut(id) {
+            note(&mut worker.shown);
+        }
+        self.check(&[id], now);
+    }
+
+    /// Those of these workers that start and lack nothing are ready.
+    fn check(&mut self, workers: &[WorkerId], now: Instant) {
+        for id in workers {
+            if self.crew.passes(*id, now) {
+                self.ready(*id, now);
+            }
+        }
+    }
+
+    /// A request was sent to a worker that starts, or to a canary.
+    fn probed(&mut self, id: WorkerId, outcome: Result<(), String>, now: Instant) {
+        if self.crew.is_starting(id) {
+            if self.crew.probed(id, outcome, now) {
+                self.check(&[id], now);
+            }
+        } else if self.phase.canary().is_some()
+            && let Some(why) = self.crew.canary_probed(id, outcome, now)
+        {
+            self.abandon(&why, Some(id), now);
         }
     }
 
@@ -213,6 +239,7 @@ impl Fleet {
         let slots = self.crew.slots();
         match self.phase {
             Phase::Starting if self.crew.roster.are_ready(0..slots, generation) => {
+                self.crew.require_endpoints(0..slots);
                 self.crew.log_generation_ready(generation, self.begun, now);
                 self.serve();
             }
@@ -224,34 +251,6 @@ impl Fleet {
             }
             _ => {}
         }
-    }
-
-    /// A batch of the next generation is ready.
-    fn replaced(&mut self, reload: Reload, from: usize, now: Instant) {
-        let Rollout::Canary { share, period } = reload.rollout else {
-            self.switch(reload, from, now);
-            return;
-        };
-        self.phase = Phase::Canary { reload };
-        self.crew.timers.set(Timer::CanaryPeriod, now + period);
-        let (newest, period) = (self.newest, format_duration(period));
-        self.crew.info(format!("generation {newest} gets {share} of new connections for {period}"));
-        self.steer();
-    }
-
-    /// The moment of a reload: in a batch of slots the newest generation becomes the one that serves.
-    fn switch(&mut self, reload: Reload, from: usize, now: Instant) {
-        let slots = self.crew.slots();
-        let batch = reload.batch(from, slots);
-        let retired = self.crew.serving_in(batch.clone());
-        let last = self.crew.roster.slots[from].generation;
-        self.phase = Phase::Retiring { reload, next: batch.end };
-        self.crew.retire(&retired, now);
-        self.crew.replace_slots(batch.clone(), self.newest);
-        self.failures.clear();
-        self.steer();
-        self.crew.info(story::switched(self.newest, last, &batch, slots));
-        self.end_retired(&retired, now);
     }
 
     fn steer(&mut self) {
@@ -319,7 +318,7 @@ impl Fleet {
         if is_on_trial {
             self.abandon(&what, Some(id), now);
         } else if self.phase == Phase::Starting && !successor {
-            self.give_up(&what, status, now);
+            self.give_up(&what, status.max(1), now); // a server that ends has failed, whatever its status
         } else if successor {
             let is_new = worker.generation == self.newest && self.phase.is_rolling(self.crew.slots());
             if worker.ready_at.is_none() {
@@ -350,19 +349,6 @@ impl Fleet {
         Ok(ticket)
     }
 
-    fn abort(&mut self, now: Instant) -> Result<(), Refusal> {
-        let can_abort = self.phase.can_abort(self.crew.slots());
-        if can_abort {
-            self.abandon("aborted", None, now);
-        }
-        match self.queue.take_reload() {
-            Some((_, ticket)) => self.end_operation(ticket, "reload", Err("aborted".to_owned()), None),
-            None if !can_abort => return Err(Refusal::NoReloadToAbort),
-            None => {}
-        }
-        Ok(())
-    }
-
     /// Ends what has nothing left to wait for, and begins what is queued.
     fn settle(&mut self, now: Instant) {
         let slots = self.crew.slots();
@@ -380,6 +366,7 @@ impl Fleet {
             Phase::Scaling { from, ticket }
                 if !self.crew.roster.has_others() && self.crew.are_scaled(from) =>
             {
+                self.crew.require_endpoints(from..slots);
                 self.crew.info(format!("scaling done: {}", story::composition(&self.crew.roster.slots)));
                 self.serve();
                 self.end_operation(ticket, "scaling", Ok(()), None);
@@ -404,26 +391,13 @@ impl Fleet {
         if let Some((workers, ticket)) = self.queue.take_scaling() {
             self.scale(workers as usize, ticket, now);
             self.settle(now); // there may be nothing to wait for
-        } else if let Some((rollout, ticket)) = self.queue.take_reload() {
-            self.reload(Reload { rollout, since: now, ticket }, now);
+        } else if let Some((options, ticket)) = self.queue.take_reload() {
+            let rollout = options.rollout.unwrap_or(self.crew.policy.rollout);
+            let ports_may_change = options.ports_may_change;
+            self.reload(Reload { rollout, since: now, ticket, ports_may_change }, options.command, now);
         } else if self.failures.are_too_many(self.crew.policy.max_failures) && !self.crew.has_ready() {
             self.give_up(&self.failures.to_string(), self.failures.last_status, now);
             self.settle(now);
-        }
-    }
-
-    fn reload(&mut self, reload: Reload, now: Instant) {
-        self.newest += 1;
-        self.crew.info(story::reload_begins(self.newest, self.crew.slots(), reload.rollout));
-        self.crew.actions.push(Action::Announce(Announcement::Reloading));
-        self.crew.actions.push(Action::FindForeignListeners);
-        self.start_batch(reload, 0, now);
-    }
-
-    fn start_batch(&mut self, reload: Reload, from: usize, now: Instant) {
-        self.phase = Phase::Replacing { reload, from };
-        for slot in reload.batch(from, self.crew.slots()) {
-            self.crew.start(SlotId::of_index(slot), self.newest, now);
         }
     }
 
@@ -450,41 +424,6 @@ impl Fleet {
         self.end_retired(&retired, now);
     }
 
-    /// The reload or scaling has failed: stop the new workers. Those that serve never notice.
-    fn abandon(&mut self, why: &str, culprit: Option<WorkerId>, now: Instant) {
-        if let Phase::Scaling { from, ticket } = self.phase {
-            self.phase = Phase::Abandoning;
-            self.remove_slots(from, now);
-            self.crew.warn(format!("{why}; scaling abandoned, {} on", self.crew.who_serves()));
-            self.end_operation(ticket, "scaling", Err(why.to_owned()), culprit);
-            return;
-        }
-        let Some(ticket) = self.phase.ticket() else { return };
-        let tried = self.crew.roster.ids(|worker| self.is_on_trial(worker));
-        let had_connections = self.phase.canary().is_some();
-        self.phase = Phase::Abandoning;
-        self.crew.timers.cancel(Timer::CanaryPeriod);
-        if had_connections {
-            self.crew.retire(&tried, now);
-            self.steer();
-            self.end_retired(&tried, now);
-        } else {
-            self.stop(&tried, now);
-        }
-        let rest = match self.crew.oldest_generation() == self.crew.generation() {
-            true => format!("generation {} serves", self.crew.generation()),
-            false => self.crew.who_serves(),
-        };
-        self.crew.warn(format!("{why}; reload abandoned, {rest} on"));
-        self.end_reload(ticket, Err(why.to_owned()), culprit, now);
-    }
-
-    fn end_reload(&mut self, ticket: Ticket, result: Outcome, culprit: Option<WorkerId>, now: Instant) {
-        let generation = self.newest;
-        self.last_reload = Some(LastReload { generation, result: result.clone(), ended: now });
-        self.end_operation(ticket, "reload", result, culprit);
-    }
-
     fn end_operation(&mut self, ticket: Ticket, what: &str, result: Outcome, culprit: Option<WorkerId>) {
         let serving = self.crew.who_serves();
         let outcome = match result {
@@ -498,8 +437,8 @@ impl Fleet {
     fn fire(&mut self, timer: Timer, now: Instant) {
         match timer {
             Timer::CanaryPeriod => {
-                if let Phase::Canary { reload } = self.phase {
-                    self.switch(reload, 0, now);
+                if let Phase::Canary { .. } = self.phase {
+                    self.switch(0);
                 }
             }
             Timer::StopDrain => self.stop_drain_over(now),
@@ -512,8 +451,9 @@ impl Fleet {
     fn fire_for_worker(&mut self, id: WorkerId, timer: WorkerTimer, now: Instant) {
         let name = self.crew.roster.name(id);
         match timer {
-            WorkerTimer::AliveLongEnough => self.ready(id, now),
-            WorkerTimer::CheckEndpoints => self.check_endpoints(id, now),
+            WorkerTimer::AliveLongEnough => self.shows(id, now, |shown| shown.is_old_enough = true),
+            WorkerTimer::Settled => self.settled(id, now),
+            WorkerTimer::Probe => self.crew.probe(id),
             WorkerTimer::ReadyTimeout => self.late(id, now),
             WorkerTimer::DrainTimeout => {
                 self.crew.info(story::not_idle(&name, &self.crew.policy));
@@ -532,21 +472,19 @@ impl Fleet {
     }
 
     /// A worker has listened for a while and isn't ready.
-    fn check_endpoints(&mut self, id: WorkerId, now: Instant) {
-        let Some(worker) = self.crew.roster.get(id) else { return };
-        let missing = self.crew.endpoints.missing(id, worker.slot);
-        if !missing.is_empty() {
+    fn settled(&mut self, id: WorkerId, now: Instant) {
+        self.shows(id, now, |shown| shown.has_settled = true);
+        if let (Some(Lack::Endpoints(missing)), Some(worker)) = (self.crew.lack(id), self.crew.roster.get(id))
+        {
             let line = story::waits(worker, missing);
             self.crew.info(line);
-        } else if self.crew.slots() == 1 {
-            self.ready(id, now);
         }
     }
 
     /// A worker was not ready in time.
     fn late(&mut self, id: WorkerId, now: Instant) {
         let Some(worker) = self.crew.roster.get(id) else { return };
-        let why = story::not_ready(id, worker, &self.crew.policy, &self.crew.endpoints);
+        let why = gate::describe(self.crew.lack(id), worker, &self.crew.policy);
         if self.phase == Phase::Starting {
             self.give_up(&why, 1, now);
         } else if self.is_on_trial(worker) {

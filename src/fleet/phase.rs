@@ -14,6 +14,7 @@ pub struct Reload {
     pub rollout: Rollout,
     pub since: Instant,
     pub ticket: Ticket,
+    pub ports_may_change: bool,
 }
 
 impl Reload {
@@ -41,6 +42,11 @@ pub enum Phase {
     Canary {
         reload: Reload,
     },
+    /// The next generation is ready, and the kernel is asked to switch in a batch of slots from this one on.
+    Switching {
+        reload: Reload,
+        from: usize,
+    },
     /// The next generation serves in all slots before `next`; the workers that served there are retired.
     Retiring {
         reload: Reload,
@@ -67,10 +73,18 @@ impl Phase {
     pub fn ticket(self) -> Option<Ticket> {
         match self {
             Self::Starting | Self::Serving | Self::Abandoning => None,
-            Self::Replacing { reload, .. } | Self::Canary { reload } | Self::Retiring { reload, .. } => {
-                Some(reload.ticket)
-            }
             Self::Scaling { ticket, .. } | Self::Stopping { ticket, .. } => Some(ticket),
+            _ => self.reload().map(|reload| reload.ticket),
+        }
+    }
+
+    pub fn reload(self) -> Option<Reload> {
+        match self {
+            Self::Replacing { reload, .. }
+            | Self::Canary { reload }
+            | Self::Switching { reload, .. }
+            | Self::Retiring { reload, .. } => Some(reload),
+            _ => None,
         }
     }
 
@@ -81,7 +95,7 @@ impl Phase {
     /// Whether a reload has replaced some of so many slots and not all.
     pub fn is_rolling(self, slots: usize) -> bool {
         match self {
-            Self::Replacing { from, .. } => from > 0,
+            Self::Replacing { from, .. } | Self::Switching { from, .. } => from > 0,
             Self::Retiring { next, .. } => next < slots,
             _ => false,
         }
@@ -89,13 +103,16 @@ impl Phase {
 
     /// Whether a reload runs that hasn't replaced all of so many slots.
     pub fn can_abort(self, slots: usize) -> bool {
-        matches!(self, Self::Replacing { .. } | Self::Canary { .. }) || self.is_rolling(slots)
+        matches!(self, Self::Replacing { .. } | Self::Canary { .. } | Self::Switching { .. })
+            || self.is_rolling(slots)
     }
 
     /// Whether the reload to the `newest` generation, or the scaling, fails if this worker does.
     pub fn is_on_trial(self, worker: &Worker, serves: bool, newest: u32) -> bool {
         match self {
-            Self::Replacing { .. } | Self::Canary { .. } => worker.generation == newest && !serves,
+            Self::Replacing { .. } | Self::Canary { .. } | Self::Switching { .. } => {
+                worker.generation == newest && !serves
+            }
             Self::Scaling { from, .. } => worker.ready_at.is_none() && worker.slot.index() >= from && serves,
             _ => false,
         }
@@ -106,6 +123,15 @@ impl Phase {
         match self {
             Self::Canary { reload: Reload { rollout: Rollout::Canary { share, .. }, .. } } => Some(share),
             _ => None,
+        }
+    }
+
+    /// Whether workers that would be abandoned may have got connections.
+    pub fn has_tried(self) -> bool {
+        let is_canary = |reload: Reload| matches!(reload.rollout, Rollout::Canary { .. });
+        match self {
+            Self::Canary { reload } | Self::Switching { reload, .. } => is_canary(reload),
+            _ => false,
         }
     }
 
@@ -127,7 +153,12 @@ mod tests {
     use crate::ids::SlotId;
 
     fn reload() -> Reload {
-        Reload { rollout: Rollout::Batches(1), since: Instant::now(), ticket: Ticket(7) }
+        Reload {
+            rollout: Rollout::Batches(1),
+            since: Instant::now(),
+            ticket: Ticket(7),
+            ports_may_change: false,
+        }
     }
 
     #[test]
@@ -171,8 +202,7 @@ mod tests {
 
     #[test]
     fn a_batch_ends_with_the_last_slot_and_all_at_once_is_one_batch() {
-        let batch =
-            |rollout, from| Reload { rollout, since: Instant::now(), ticket: Ticket(0) }.batch(from, 5);
+        let batch = |rollout, from| Reload { rollout, ..reload() }.batch(from, 5);
         assert_eq!(batch(Rollout::Batches(2), 0), 0..2);
         assert_eq!(batch(Rollout::Batches(2), 4), 4..5);
         assert_eq!(batch(Rollout::Batches(u32::MAX), 1), 1..5);

@@ -30,6 +30,8 @@ pub enum Readiness {
     Notify,
     /// When it has lived for so long.
     Alive(Duration),
+    /// When it answers requests where it listens: on this port, or where it listened first.
+    Answers { port: Option<u16> },
 }
 
 /// What the command line decides for the whole run.
@@ -38,6 +40,8 @@ pub struct Policy {
     pub workers: u32,
     pub readiness: Readiness,
     pub ready_timeout: Duration,
+    /// How many more requests a worker has to answer before it is ready, under [`Readiness::Answers`].
+    pub warm_up: u32,
     /// How long a retired worker may take to finish its work.
     pub drain: Duration,
     /// How long a worker may take to end after the stop signal.
@@ -144,6 +148,7 @@ pub fn example(readiness: Readiness) -> Policy {
         workers: 3,
         readiness,
         ready_timeout: Duration::from_secs(60),
+        warm_up: 0,
         drain: Duration::from_secs(10),
         stop_timeout: Duration::from_secs(30),
         stop_within: Duration::from_secs(9),

@@ -1,12 +1,12 @@
 //! What was asked for and waits for its turn: at most one reload and one scaling.
 
-use super::events::{Refusal, Ticket};
+use super::events::{Refusal, ReloadOptions, Ticket};
 use super::policy::Rollout;
 
 /// Also the source of all tickets.
 #[derive(Debug, Default)]
 pub struct Queue {
-    reload: Option<(Rollout, Ticket)>,
+    reload: Option<(ReloadOptions, Ticket)>,
     scaling: Option<(u32, Ticket)>,
     tickets: u32,
 }
@@ -17,17 +17,18 @@ impl Queue {
         Ticket(self.tickets)
     }
 
-    /// Queues a reload: of this kind, or of the queued one's, or of the default kind.
+    /// Queues a reload, with the default rollout if it names none. One without options is the same as any that is queued.
     ///
     /// # Errors
-    /// When one of another kind is queued.
-    pub fn push_reload(&mut self, wanted: Option<Rollout>, default: Rollout) -> Result<Ticket, Refusal> {
+    /// When another one is queued.
+    pub fn push_reload(&mut self, wanted: ReloadOptions, default: Rollout) -> Result<Ticket, Refusal> {
+        let full = ReloadOptions { rollout: wanted.rollout.or(Some(default)), ..wanted };
         match self.reload {
-            Some((queued, ticket)) if wanted.is_none_or(|wanted| wanted == queued) => Ok(ticket),
+            Some((queued, ticket)) if full == queued || wanted == ReloadOptions::default() => Ok(ticket),
             Some(_) => Err(Refusal::OtherReloadQueued),
             None => {
                 let ticket = self.ticket();
-                self.reload = Some((wanted.unwrap_or(default), ticket));
+                self.reload = Some((full, ticket));
                 Ok(ticket)
             }
         }
@@ -45,7 +46,7 @@ impl Queue {
         }
     }
 
-    pub fn take_reload(&mut self) -> Option<(Rollout, Ticket)> {
+    pub fn take_reload(&mut self) -> Option<(ReloadOptions, Ticket)> {
         self.reload.take()
     }
 
@@ -75,15 +76,19 @@ mod tests {
     #[test]
     fn equal_wishes_share_a_ticket_and_another_reload_is_refused() {
         let mut queue = Queue::default();
-        let (all, two) = (Rollout::AllAtOnce, Rollout::Batches(2));
-        let ticket = queue.push_reload(None, two).unwrap();
-        assert_eq!(queue.push_reload(None, all), Ok(ticket), "as the queued one");
-        assert_eq!(queue.push_reload(Some(two), all), Ok(ticket));
-        assert_eq!(queue.push_reload(Some(all), all), Err(Refusal::OtherReloadQueued));
+        let of = |rollout| ReloadOptions { rollout: Some(rollout), ..ReloadOptions::default() };
+        let (any, all, two) = (ReloadOptions::default(), of(Rollout::AllAtOnce), of(Rollout::Batches(2)));
+        let ticket = queue.push_reload(any, Rollout::Batches(2)).unwrap();
+        let mut push = |wanted| queue.push_reload(wanted, Rollout::AllAtOnce);
+        assert_eq!(push(any), Ok(ticket), "as the queued one");
+        assert_eq!(push(two), Ok(ticket));
+        for other in [all, ReloadOptions { ports_may_change: true, ..two }] {
+            assert_eq!(push(other), Err(Refusal::OtherReloadQueued));
+        }
         assert!(queue.has(ticket));
         assert_eq!(queue.take_reload(), Some((two, ticket)));
         assert!(!queue.has(ticket));
-        assert_ne!(queue.push_reload(Some(all), two), Ok(ticket));
+        assert_ne!(queue.push_reload(all, Rollout::AllAtOnce), Ok(ticket));
     }
 
     #[test]

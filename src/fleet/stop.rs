@@ -48,6 +48,7 @@ impl Fleet {
         let retired = self.crew.roster.ids(|worker| worker.state == State::Ready);
         let starting = self.crew.starting();
         self.crew.retire(&retired, now);
+        self.crew.cancel_drain_timeouts();
         self.steer();
         self.end_retired(&retired, now);
         self.stop(&starting, now);

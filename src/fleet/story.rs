@@ -9,12 +9,11 @@ use humantime::format_duration;
 use super::endpoints::Endpoints;
 use super::events::Command;
 use super::phase::Phase;
-use super::policy::{KILL_GRACE, Policy, Readiness, Rollout};
+use super::policy::{KILL_GRACE, Policy, Rollout};
 use super::roster::Roster;
 use super::slot::Slot;
 use super::worker::{State, Worker};
 use crate::address::Endpoint;
-use crate::ids::WorkerId;
 use crate::words::{count, list, millis};
 
 /// "4 workers of generation 3"; after a rolling reload that was given up, "2 workers of generation 3 and 2 of
@@ -72,28 +71,6 @@ pub fn generation_ready(generation: u32, took: Duration, roster: &Roster, endpoi
     format!("generation {generation} is ready after {}: {workers}{on}", millis(took))
 }
 
-/// Why a worker wasn't ready in time.
-pub fn not_ready(id: WorkerId, worker: &Worker, policy: &Policy, endpoints: &Endpoints) -> String {
-    let missing = endpoints.missing(id, worker.slot);
-    let lacks = match policy.readiness {
-        Readiness::Notify => "it did not say that it is".to_owned(),
-        _ if endpoints.of(id).next().is_none() => {
-            "it listens on no TCP port or Unix socket that can be shared, and did not say that it is ready \
-             (see --ready)"
-                .to_owned()
-        }
-        _ if missing.is_empty() => {
-            "it listens only on Unix sockets that no other worker has (see --ready notify)".to_owned()
-        }
-        _ => format!(
-            "it does not listen on {}, as the worker that it replaces does (see --ready notify)",
-            list(missing)
-        ),
-    };
-    let timeout = format_duration(policy.ready_timeout);
-    format!("{worker} was not ready within {timeout}: {lacks} (see --ready-timeout)")
-}
-
 /// A worker that starts waits to be ready.
 pub fn waits(worker: &Worker, missing: Vec<Endpoint>) -> String {
     let missing = list(missing);
@@ -131,37 +108,4 @@ pub fn not_stopped(name: &str, policy: &Policy) -> String {
 pub fn not_killed(name: &str) -> String {
     let waited = format_duration(KILL_GRACE);
     format!("{name} has not ended {waited} after SIGKILL; no longer waiting for it")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::address::Address;
-    use crate::fleet::policy::example;
-    use crate::ids::SlotId;
-
-    #[test]
-    fn it_is_said_what_a_late_worker_lacks() {
-        let [old, new] = [0, 1].map(WorkerId);
-        let port = |port| Endpoint::Tcp(Address { socket: ([127, 0, 0, 1], port).into(), v6only: false });
-        let worker = Worker::new(SlotId(0), 2, std::time::Instant::now());
-        let mut endpoints = Endpoints::default();
-        endpoints.add_worker(old);
-        endpoints.add_worker(new);
-        let said = |endpoints: &Endpoints, readiness| not_ready(new, &worker, &example(readiness), endpoints);
-        assert!(
-            said(&endpoints, Readiness::Notify).contains("it did not say that it is (see --ready-timeout)")
-        );
-        assert!(said(&endpoints, Readiness::Listen).contains("it listens on no TCP port or Unix socket"));
-        endpoints.add(new, Endpoint::Unix("own".into()));
-        assert!(said(&endpoints, Readiness::Listen).contains("it listens only on Unix sockets"));
-        endpoints.add(old, port(1));
-        endpoints.remember(old, SlotId(0));
-        let text = said(&endpoints, Readiness::Listen);
-        assert!(
-            text.contains("it does not listen on 127.0.0.1:1, as the worker that it replaces does"),
-            "{text}"
-        );
-        assert!(text.starts_with("worker 0 (generation 2) was not ready within 1m: "), "{text}");
-    }
 }

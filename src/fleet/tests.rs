@@ -41,6 +41,10 @@ struct World {
     /// Whether the reloads that have ended succeeded.
     reloads: Vec<bool>,
     scalings: Vec<bool>,
+    /// The workers that were sent a request.
+    probed: BTreeSet<WorkerId>,
+    /// What the kernel says to the next switch.
+    next_switch: Result<(), String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +75,8 @@ impl World {
             pending: BTreeMap::new(),
             reloads: Vec::new(),
             scalings: Vec::new(),
+            probed: BTreeSet::new(),
+            next_switch: Ok(()),
         };
         world.carry_out(actions);
         world
@@ -135,7 +141,12 @@ impl World {
                     Some(Command::Scale(_)) => self.scalings.push(outcome.is_ok()),
                     other => panic!("{ticket:?} of {other:?} has ended"),
                 },
-                Action::FindForeignListeners | Action::Announce(_) => {}
+                Action::Switch(_) => {
+                    let outcome = mem::replace(&mut self.next_switch, Ok(()));
+                    actions.extend(self.fleet.handle(Event::Switched { outcome }, self.now));
+                }
+                Action::Probe { worker, .. } => drop(self.probed.insert(worker)),
+                Action::BeginGeneration { .. } | Action::FindForeignListeners | Action::Announce(_) => {}
             }
         }
     }
@@ -220,6 +231,14 @@ impl World {
     }
 }
 
+fn reload() -> Command {
+    Command::Reload(ReloadOptions::default())
+}
+
+fn reload_by(rollout: Rollout) -> Command {
+    Command::Reload(ReloadOptions { rollout: Some(rollout), ..ReloadOptions::default() })
+}
+
 fn serving() -> World {
     let mut world = World::new(policy(Readiness::Notify));
     world.ready_all();
@@ -236,16 +255,19 @@ fn address(port: u16) -> Endpoint {
     Endpoint::Tcp(Address { socket: ([127, 0, 0, 1], port).into(), v6only: false })
 }
 
+/// "0 Draining, 1 Ready"
+fn roles(plan: &Plan) -> String {
+    plan.roles.iter().map(|(id, role)| format!("{} {role:?}", id.0)).collect::<Vec<_>>().join(", ")
+}
+
 /// A list of actions in words.
 fn story(actions: &[Action]) -> Vec<String> {
     let words = |action: &Action| match action {
         Action::Start { worker, slot, generation } => {
             format!("start {} in slot {slot}, generation {generation}", worker.0)
         }
-        Action::Steer(plan) => {
-            let roles = plan.roles.iter().map(|(id, role)| format!("{} {role:?}", id.0));
-            format!("steer: {}", roles.collect::<Vec<_>>().join(", "))
-        }
+        Action::Steer(plan) => format!("steer: {}", roles(plan)),
+        Action::Switch(plan) => format!("switch: {}", roles(plan)),
         Action::Drain { worker, addresses } => format!("drain {} of {}", worker.0, list(addresses)),
         Action::Signal { worker } => format!("signal {}", worker.0),
         Action::Release { worker, successor } => format!("release {}, successor {successor}", worker.0),
@@ -278,11 +300,12 @@ fn the_actions_of_a_reload_are_a_story() {
             "Announce(Ready { status: \"1 worker of generation 1 serves\" })",
         ]
     );
-    let (accepted, actions) = fleet.command(Command::Reload(None), now);
+    let (accepted, actions) = fleet.command(reload(), now);
     assert!(matches!(accepted, Ok(Accepted::Begun(_))));
     assert_eq!(
         story(&actions),
         [
+            "BeginGeneration { generation: 2, command: None, like: 1 }",
             "log reload: starting generation 2, 1 worker",
             "Announce(Reloading)",
             "FindForeignListeners",
@@ -298,6 +321,12 @@ fn the_actions_of_a_reload_are_a_story() {
         [
             "log worker 0 (pid 11, generation 2) is ready after 0 ms",
             "log generation 2 is ready after 0 ms: 1 worker on 127.0.0.1:1",
+            "switch: 0 Draining, 1 Ready",
+        ]
+    );
+    assert_eq!(
+        tell(vec![Event::Switched { outcome: Ok(()) }]),
+        [
             "unreserve slot 0, generation 1",
             "steer: 0 Draining, 1 Ready",
             "log generation 2 serves; generation 1 drains",
@@ -328,22 +357,22 @@ fn a_command_gets_a_ticket_or_the_reason_of_its_refusal() {
         world.carry_out(actions);
         answer
     };
-    let Ok(Accepted::Begun(reload)) = ask(Command::Reload(None)) else { panic!("it begins at once") };
-    let Ok(Accepted::Queued(next)) = ask(Command::Reload(None)) else { panic!("it is queued") };
-    assert_eq!(ask(Command::Reload(None)), Ok(Accepted::Queued(next)), "it is the same one");
-    let other = Command::Reload(Some(Rollout::Batches(1)));
+    let Ok(Accepted::Begun(first)) = ask(reload()) else { panic!("it begins at once") };
+    let Ok(Accepted::Queued(next)) = ask(reload()) else { panic!("it is queued") };
+    assert_eq!(ask(reload()), Ok(Accepted::Queued(next)), "it is the same one");
+    let other = reload_by(Rollout::Batches(1));
     assert_eq!(ask(other), Err(Refusal::OtherReloadQueued));
     let Ok(Accepted::Queued(four)) = ask(Command::Scale(Target::More(1))) else { panic!("it is queued") };
     let Ok(Accepted::Queued(five)) = ask(Command::Scale(Target::More(1))) else { panic!("it is queued") };
-    assert!(![reload, next, four].contains(&five));
+    assert!(![first, next, four].contains(&five));
     assert!(matches!(ask(Command::Scale(Target::Fewer(5))), Err(Refusal::Limit(_))));
     let Ok(Accepted::Begun(stop)) = ask(Command::Stop) else { panic!("it begins at once") };
     assert_eq!(ask(Command::Stop), Ok(Accepted::Joined(stop)));
-    for command in [Command::Reload(None), Command::Abort, Command::Scale(Target::Exactly(1))] {
+    for command in [reload(), Command::Abort, Command::Scale(Target::Exactly(1))] {
         assert_eq!(ask(command), Err(Refusal::Stopping));
     }
     assert_eq!(world.fleet.stop_ticket(), Some(stop));
-    assert_eq!(world.pending.keys().copied().collect::<Vec<_>>(), [reload, next, five, stop]);
+    assert_eq!(world.pending.keys().copied().collect::<Vec<_>>(), [first, next, five, stop]);
     assert_eq!(world.fleet.activity(), Activity::Stopping);
     for line in ["reload: queued until the current reload ends", "scaling to 5 workers: queued until"] {
         assert!(world.said(line), "{:?}", world.log);
@@ -354,7 +383,7 @@ fn a_command_gets_a_ticket_or_the_reason_of_its_refusal() {
 #[test]
 fn a_reload_switches_when_all_are_ready_and_stops_each_old_worker_when_it_is_drained() {
     let mut world = serving();
-    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(reload_by(Rollout::AllAtOnce));
     let [a, b, c] = world.ids()[3..] else { panic!("{:?}", world.ids()) };
     world.event(Event::SaysReady { worker: a });
     world.event(Event::SaysReady { worker: b });
@@ -375,7 +404,7 @@ fn a_reload_switches_when_all_are_ready_and_stops_each_old_worker_when_it_is_dra
 fn a_replacement_that_ends_or_is_late_ends_the_reload_and_the_old_workers_serve_on() {
     for late in [false, true] {
         let mut world = serving();
-        world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+        world.command(reload_by(Rollout::AllAtOnce));
         let first = world.ids()[3];
         if late {
             world.pass(Duration::from_secs(61));
@@ -387,7 +416,7 @@ fn a_replacement_that_ends_or_is_late_ends_the_reload_and_the_old_workers_serve_
         world.obey();
         assert_eq!(world.ids().len(), 3);
         assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
-        world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+        world.command(reload_by(Rollout::AllAtOnce));
         world.ready_all();
         assert_eq!(world.steered_to(), [(0, 3), (1, 3), (2, 3)], "the next one may succeed");
     }
@@ -397,7 +426,7 @@ fn a_replacement_that_ends_or_is_late_ends_the_reload_and_the_old_workers_serve_
 fn several_reload_commands_during_a_reload_cause_one_more_reload() {
     let mut world = serving();
     for _ in 0..5 {
-        world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+        world.command(reload_by(Rollout::AllAtOnce));
     }
     for _ in 0..3 {
         world.ready_all();
@@ -411,7 +440,7 @@ fn several_reload_commands_during_a_reload_cause_one_more_reload() {
 #[test]
 fn a_reload_command_before_the_first_generation_is_ready_is_queued() {
     let mut world = World::new(policy(Readiness::Notify));
-    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(reload_by(Rollout::AllAtOnce));
     assert_eq!(world.ids().len(), 3);
     world.ready_all();
     assert_eq!(world.ids().len(), 6);
@@ -487,6 +516,12 @@ fn if_a_first_worker_ends_before_it_is_ready_reuse_run_exits_with_its_status() {
     assert_eq!(world.exit, None, "the others are stopped first");
     world.obey();
     assert_eq!(world.exit, Some(3));
+
+    let mut world = World::new(policy(Readiness::Notify));
+    let first = world.ids()[0];
+    world.end(first, End::Exited(0));
+    world.obey();
+    assert_eq!(world.exit, Some(1), "a server that ends has failed");
 }
 
 fn told(world: &World) -> Vec<Told> {
@@ -521,11 +556,13 @@ fn at_a_stop_each_worker_gets_the_signal_when_it_has_finished_its_requests() {
 }
 
 #[test]
-fn at_a_stop_the_times_of_a_single_worker_hold_if_they_are_shorter() {
+fn at_a_stop_drain_does_not_hold_and_stop_timeout_does() {
     let second = Duration::from_secs(1);
     let mut world = World::new(Policy { drain: second, stop_timeout: second, ..policy(Readiness::Notify) });
     world.ready_all();
     world.event(Event::StopSignal { signal: "SIGTERM" });
+    world.pass(second * 5);
+    assert_eq!(told(&world), [Told::Nothing; 3]);
     world.pass(second);
     assert_eq!(told(&world), [Told::Stop; 3]);
     world.pass(second);
@@ -562,7 +599,7 @@ fn a_stop_exits_with_0_or_with_1_if_a_worker_had_to_be_killed() {
 #[test]
 fn what_happened_in_time_counts_though_the_loop_is_late() {
     let mut world = serving();
-    world.command(Command::Reload(None));
+    world.command(reload());
     let new = world.ids().split_off(3);
     world.now += Duration::from_secs(60);
     new.into_iter().for_each(|worker| world.event(Event::SaysReady { worker }));
@@ -587,7 +624,7 @@ fn a_worker_that_was_stopped_by_the_readiness_of_another_is_not_ready_any_more()
     let mut world = World::new(Policy { workers: 1, ..policy(Readiness::Listen) });
     let first = world.ids()[0];
     world.event(Event::SaysReady { worker: first });
-    world.command(Command::Reload(None));
+    world.command(reload());
     let new = world.ids()[1];
     world.end(first, End::Exited(1));
     let restarted = *world.ids().last().unwrap();
@@ -609,7 +646,7 @@ fn the_first_signal_after_a_stop_that_no_signal_began_kills() {
 #[test]
 fn a_restarted_worker_that_is_not_ready_at_the_switch_is_stopped_at_once() {
     let mut world = serving();
-    world.command(Command::Reload(None));
+    world.command(reload());
     let (old, new) = (world.ids()[0], world.ids().split_off(3));
     world.end(old, End::Exited(1));
     let restarted = *world.ids().last().unwrap();
@@ -623,7 +660,7 @@ fn a_restarted_worker_that_is_not_ready_at_the_switch_is_stopped_at_once() {
 #[test]
 fn the_log_says_when_a_worker_ended() {
     let mut world = serving();
-    world.command(Command::Reload(None));
+    world.command(reload());
     world.ready_all();
     let [drains, stops, slow] = world.ids()[..3] else { panic!() };
     world.end(drains, End::Exited(1));
@@ -646,10 +683,10 @@ fn the_log_says_when_a_worker_ended() {
 #[test]
 fn a_stop_in_the_middle_of_a_reload_stops_both_generations() {
     let mut world = serving();
-    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(reload_by(Rollout::AllAtOnce));
     world.event(Event::StopSignal { signal: "SIGTERM" });
     assert_eq!(told(&world)[3..], [Told::Stop; 3], "they have no requests");
-    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(reload_by(Rollout::AllAtOnce));
     world.drain_all();
     world.obey();
     assert_eq!(world.exit, Some(0));
@@ -658,7 +695,7 @@ fn a_stop_in_the_middle_of_a_reload_stops_both_generations() {
 #[test]
 fn a_process_that_sigkill_does_not_end_delays_nothing_for_more_than_ten_seconds() {
     let mut world = serving();
-    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(reload_by(Rollout::AllAtOnce));
     world.ready_all();
     world.pass(Duration::from_secs(10 + 30 + 10));
     assert!(world.said("reload done"), "{:?}", world.log);
@@ -671,7 +708,7 @@ fn a_replacement_has_to_listen_where_its_predecessor_does() {
         world.event(Event::Listens { worker, endpoint: address(1) });
         world.event(Event::Listens { worker, endpoint: address(2) });
     }
-    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(reload_by(Rollout::AllAtOnce));
     for worker in world.ids().split_off(3) {
         world.event(Event::Listens { worker, endpoint: address(1) });
     }
@@ -682,6 +719,174 @@ fn a_replacement_has_to_listen_where_its_predecessor_does() {
         world.event(Event::Listens { worker, endpoint: address(2) });
     }
     assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
+}
+
+/// One worker that listens on port 1, and its replacement.
+fn with_replacement(readiness: Readiness, options: ReloadOptions) -> (World, WorkerId) {
+    let mut world = World::new(Policy { workers: 1, ..policy(readiness) });
+    let old = world.ids()[0];
+    world.event(Event::Listens { worker: old, endpoint: address(1) });
+    world.event(Event::SaysReady { worker: old });
+    world.event(Event::Probed { worker: old, outcome: Ok(()) });
+    world.pass(Duration::from_secs(5));
+    assert_eq!(world.steered_to(), [(0, 1)]);
+    world.command(Command::Reload(options));
+    let new = world.ids()[1];
+    (world, new)
+}
+
+#[test]
+fn a_replacement_that_says_ready_or_lives_long_enough_gets_no_connection_before_it_listens() {
+    for readiness in [Readiness::Listen, Readiness::Notify, Readiness::Alive(Duration::from_secs(1))] {
+        let (mut world, new) = with_replacement(readiness, ReloadOptions::default());
+        world.event(Event::SaysReady { worker: new });
+        world.pass(Duration::from_secs(10));
+        assert_eq!(world.steered_to(), [(0, 1)], "{readiness:?}");
+        world.event(Event::Listens { worker: new, endpoint: address(1) });
+        assert_eq!(world.steered_to(), [(0, 2)], "{readiness:?}");
+
+        let (mut world, new) = with_replacement(readiness, ReloadOptions::default());
+        world.event(Event::SaysReady { worker: new });
+        world.pass(Duration::from_secs(60));
+        assert_eq!((world.steered_to(), &world.reloads[..]), (vec![(0, 1)], &[false][..]));
+        assert!(
+            world.said("does not listen on 127.0.0.1:1, as the worker that it replaces does"),
+            "{:?}",
+            world.log
+        );
+    }
+}
+
+#[test]
+fn what_a_worker_opens_after_its_generation_is_ready_is_waited_for_only_a_second() {
+    let mut world = World::new(Policy { workers: 1, ..policy(Readiness::Listen) });
+    let old = world.ids()[0];
+    for port in [1, 2] {
+        world.event(Event::Listens { worker: old, endpoint: address(port) });
+    }
+    world.command(reload());
+    let new = world.ids()[1];
+    world.event(Event::Listens { worker: new, endpoint: address(1) });
+    world.pass(Duration::from_millis(999));
+    assert_eq!(world.steered_to(), [(0, 1)], "it may be about to listen on port 2");
+    world.pass(Duration::from_millis(1));
+    assert_eq!(world.steered_to(), [(0, 2)]);
+
+    world.end(new, End::Exited(1));
+    let restarted = *world.ids().last().unwrap();
+    world.event(Event::Listens { worker: restarted, endpoint: address(1) });
+    assert_eq!(world.steered_to(), [(0, 2)], "its predecessor's debugger is gone");
+}
+
+#[test]
+fn with_ports_may_change_a_replacement_has_to_listen_somewhere() {
+    let options = ReloadOptions { ports_may_change: true, ..ReloadOptions::default() };
+    let (mut world, new) = with_replacement(Readiness::Notify, options);
+    world.event(Event::SaysReady { worker: new });
+    world.pass(Duration::from_secs(10));
+    assert_eq!(world.steered_to(), [(0, 1)]);
+    world.event(Event::Listens { worker: new, endpoint: address(2) });
+    assert_eq!(world.steered_to(), [(0, 2)]);
+    world.drain_all();
+    world.obey();
+    world.command(reload());
+    let next = *world.ids().last().unwrap();
+    world.event(Event::SaysReady { worker: next });
+    world.event(Event::Listens { worker: next, endpoint: address(1) });
+    world.pass(Duration::from_secs(10));
+    assert_eq!(world.steered_to(), [(0, 2)], "it holds for one reload");
+}
+
+#[test]
+fn a_worker_is_sent_requests_until_it_has_answered_enough_of_them() {
+    let policy = Policy { workers: 1, warm_up: 1, ..policy(Readiness::Answers { port: Some(2) }) };
+    let mut world = World::new(policy);
+    let worker = world.ids()[0];
+    let was_probed = |world: &mut World| world.probed.remove(&worker);
+    world.event(Event::SaysReady { worker });
+    world.event(Event::Listens { worker, endpoint: address(1) });
+    assert!(!was_probed(&mut world), "that is another port");
+    world.event(Event::Listens { worker, endpoint: address(2) });
+    assert!(was_probed(&mut world));
+    let why = "answered GET / with 503 Service Unavailable".to_owned();
+    world.event(Event::Probed { worker, outcome: Ok(()) });
+    assert!(was_probed(&mut world), "the next one of the warm-up comes at once");
+    world.event(Event::Probed { worker, outcome: Err(why.clone()) });
+    assert!(!was_probed(&mut world));
+    world.pass(Duration::from_millis(100));
+    assert!(was_probed(&mut world));
+    for outcome in [Ok(()), Ok(())] {
+        assert!(world.steered_to().is_empty(), "a failure begins it anew");
+        world.event(Event::Probed { worker, outcome });
+    }
+    assert_eq!(world.steered_to(), [(0, 1)]);
+
+    world.command(reload());
+    let new = world.ids()[1];
+    for port in [1, 2] {
+        world.event(Event::Listens { worker: new, endpoint: address(port) });
+    }
+    world.event(Event::Probed { worker: new, outcome: Err(why) });
+    world.pass(Duration::from_secs(60));
+    let told = "worker 0 (pid 102, generation 2) answered GET / with 503 Service Unavailable, and was not ready within 1m";
+    assert!(world.said(told), "{:?}", world.log);
+    assert_eq!(world.reloads, [false]);
+}
+
+#[test]
+fn two_failures_in_a_row_take_a_canary_back() {
+    let mut world = World::new(Policy { workers: 1, ..policy(Readiness::Answers { port: None }) });
+    let answer = |world: &mut World, worker, outcome| world.event(Event::Probed { worker, outcome });
+    let old = world.ids()[0];
+    world.event(Event::Listens { worker: old, endpoint: address(1) });
+    answer(&mut world, old, Ok(()));
+    world.command(reload_by(Rollout::Canary { share: Share(1000), period: Duration::from_secs(60) }));
+    let new = world.ids()[1];
+    world.event(Event::Listens { worker: new, endpoint: address(1) });
+    answer(&mut world, new, Ok(()));
+    let fails = || Err("did not answer GET / within 1s".to_owned());
+    for outcome in [fails(), Ok(()), fails()] {
+        world.probed.clear();
+        world.pass(Duration::from_secs(1));
+        assert!(world.probed.contains(&new));
+        answer(&mut world, new, outcome);
+        assert!(world.reloads.is_empty());
+    }
+    answer(&mut world, new, fails());
+    assert_eq!(world.reloads, [false]);
+    let told =
+        "worker 0 (pid 102, generation 2) did not answer GET / within 1s, 2 times in a row; reload abandoned";
+    assert!(world.said(told), "{:?}", world.log);
+}
+
+#[test]
+fn a_switch_that_the_kernel_refuses_fails_the_reload() {
+    let mut world = serving();
+    world.command(reload());
+    world.next_switch = Err("can't steer 127.0.0.1:1: no memory".to_owned());
+    world.ready_all();
+    assert_eq!(world.reloads, [false]);
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+    assert!(
+        world.said("the kernel refused the switch: can't steer 127.0.0.1:1: no memory; reload abandoned")
+    );
+    assert_eq!(told(&world)[3..], [Told::Stop; 3]);
+}
+
+#[test]
+fn if_the_kernel_does_not_steer_the_first_workers_reuse_run_exits_and_later_it_says_so() {
+    let why = || "can't steer 127.0.0.1:1: no memory".to_owned();
+    let mut world = World::new(policy(Readiness::Notify));
+    let worker = world.ids()[0];
+    world.event(Event::SaysReady { worker });
+    world.event(Event::SteerFailed { why: why() });
+    world.drain_all();
+    world.obey();
+    assert_eq!(world.exit, Some(1));
+
+    let mut world = serving();
+    world.event(Event::SteerFailed { why: why() });
+    assert!(world.said(&why()) && told(&world) == [Told::Nothing; 3]);
 }
 
 #[test]
@@ -714,7 +919,7 @@ fn a_unix_socket_makes_ready_when_two_workers_listen_on_it_or_after_a_second_if_
     world.event(Event::Listens { worker: ids[1], endpoint: path("public") });
     world.event(Event::Listens { worker: ids[2], endpoint: path("public") });
     assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
-    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(reload_by(Rollout::AllAtOnce));
     let new = world.ids().split_off(3);
     for worker in &new {
         world.event(Event::Listens { worker: *worker, endpoint: path("public") });
@@ -732,7 +937,7 @@ fn a_unix_socket_makes_ready_when_two_workers_listen_on_it_or_after_a_second_if_
 #[test]
 fn a_rolling_reload_replaces_one_batch_after_the_other() {
     let mut world = serving();
-    world.command(Command::Reload(Some(Rollout::Batches(2))));
+    world.command(reload_by(Rollout::Batches(2)));
     assert_eq!(world.ids().len(), 5);
     world.ready_all();
     assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 1)]);
@@ -751,7 +956,7 @@ fn a_rolling_reload_replaces_one_batch_after_the_other() {
 #[test]
 fn after_a_failed_rolling_reload_both_generations_serve_and_the_next_reload_replaces_all() {
     let mut world = serving();
-    world.command(Command::Reload(Some(Rollout::Batches(1))));
+    world.command(reload_by(Rollout::Batches(1)));
     world.ready_all();
     world.drain_all();
     world.obey();
@@ -766,7 +971,7 @@ fn after_a_failed_rolling_reload_both_generations_serve_and_the_next_reload_repl
     world.pass(Duration::ZERO);
     world.ready_all();
     assert_eq!(world.steered_to(), [(0, 2), (1, 1), (2, 1)]);
-    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(reload_by(Rollout::AllAtOnce));
     world.ready_all();
     assert_eq!(world.steered_to(), [(0, 3), (1, 3), (2, 3)]);
 }
@@ -774,7 +979,7 @@ fn after_a_failed_rolling_reload_both_generations_serve_and_the_next_reload_repl
 #[test]
 fn a_rolling_reload_stops_when_a_new_worker_dies_after_it_was_ready() {
     let mut world = serving();
-    world.command(Command::Reload(Some(Rollout::Batches(1))));
+    world.command(reload_by(Rollout::Batches(1)));
     world.ready_all();
     let new = *world.ids().last().unwrap();
     world.end(new, End::Exited(1));
@@ -791,7 +996,7 @@ fn a_canary_gets_its_share_for_its_period_and_then_everything() {
     let period = Duration::from_secs(60);
     let share = Share(1000);
     let mut world = serving();
-    world.command(Command::Reload(Some(Rollout::Canary { share, period })));
+    world.command(reload_by(Rollout::Canary { share, period }));
     assert_eq!(world.plan().share, Share::default());
     world.ready_all();
     assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
@@ -813,7 +1018,7 @@ fn a_canary_gets_its_share_for_its_period_and_then_everything() {
 fn when_a_canary_dies_the_other_canaries_drain_and_the_old_generation_serves_on() {
     let mut world = serving();
     let period = Duration::from_secs(60);
-    world.command(Command::Reload(Some(Rollout::Canary { share: Share(1000), period })));
+    world.command(reload_by(Rollout::Canary { share: Share(1000), period }));
     world.ready_all();
     let [a, b, c] = world.ids()[3..] else { panic!() };
     world.end(b, End::Killed(libc::SIGSEGV));
@@ -829,7 +1034,7 @@ fn when_a_canary_dies_the_other_canaries_drain_and_the_old_generation_serves_on(
 #[test]
 fn an_old_worker_that_dies_in_a_rolling_reload_is_restarted_and_the_reload_continues() {
     let mut world = serving();
-    world.command(Command::Reload(Some(Rollout::Batches(1))));
+    world.command(reload_by(Rollout::Batches(1)));
     world.ready_all();
     let old = world.ids()[1];
     world.end(old, End::Exited(1));
@@ -845,7 +1050,7 @@ fn an_old_worker_that_dies_in_a_rolling_reload_is_restarted_and_the_reload_conti
 #[test]
 fn a_ready_replacement_gets_nothing_before_the_switch() {
     let mut world = serving();
-    world.command(Command::Reload(None));
+    world.command(reload());
     let new = world.ids()[3];
     world.event(Event::SaysReady { worker: new });
     assert_eq!(world.plan().role(new), Role::Starting);
@@ -863,7 +1068,7 @@ fn a_reload_sets_what_the_next_replacements_have_to_do() {
         }
     };
     listen(&mut world, 0, &[1]);
-    world.command(Command::Reload(None));
+    world.command(reload());
     listen(&mut world, 3, &[3, 1]);
     assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
     assert_eq!(world.fleet.crew().endpoints(), [&address(1), &address(3)].into());
@@ -875,7 +1080,7 @@ fn a_reload_sets_what_the_next_replacements_have_to_do() {
     world.obey();
     let generations = [1, 2, 3].map(|generation| world.fleet.crew().has_slot_of(generation));
     assert_eq!((generations, world.fleet.crew().oldest_generation()), ([false, true, false], 2));
-    world.command(Command::Reload(None));
+    world.command(reload());
     listen(&mut world, 3, &[1]);
     assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)], "port 3 is missing");
     listen(&mut world, 3, &[3]);
@@ -937,7 +1142,7 @@ fn with_canaries() -> (World, Vec<WorkerId>, Vec<WorkerId>) {
     let old = world.ids();
     old.iter().for_each(|worker| listen(&mut world, *worker));
     let period = Duration::from_secs(60);
-    world.command(Command::Reload(Some(Rollout::Canary { share: Share(1000), period })));
+    world.command(reload_by(Rollout::Canary { share: Share(1000), period }));
     let new = world.ids().split_off(3);
     new.iter().for_each(|worker| listen(&mut world, *worker));
     assert!(world.said("generation 2 gets 10 % of new connections for 1m"), "{:?}", world.log);
@@ -972,7 +1177,7 @@ fn a_worker_that_waits_for_an_endpoint_is_ready_when_its_predecessor_has_stopped
         world.event(Event::Listens { worker: *worker, endpoint: address(1) });
         world.event(Event::Listens { worker: *worker, endpoint: address(2) });
     }
-    world.command(Command::Reload(None));
+    world.command(reload());
     let new = world.ids().split_off(3);
     for worker in &new {
         world.event(Event::Listens { worker: *worker, endpoint: address(1) });
@@ -988,12 +1193,12 @@ fn a_worker_that_waits_for_an_endpoint_is_ready_when_its_predecessor_has_stopped
 fn the_last_reload_is_remembered_with_its_result() {
     let mut world = serving();
     assert!(world.fleet.last_reload().is_none());
-    world.command(Command::Reload(None));
+    world.command(reload());
     assert_eq!(world.refusal(Command::Abort), None);
     let last = world.fleet.last_reload().unwrap();
     assert_eq!((last.generation, &last.result), (2, &Err("aborted".to_owned())));
     world.obey();
-    world.command(Command::Reload(None));
+    world.command(reload());
     world.ready_all();
     world.drain_all();
     world.obey();
@@ -1005,13 +1210,13 @@ fn the_last_reload_is_remembered_with_its_result() {
 fn an_abort_ends_the_reload_before_its_switch_and_the_queued_one() {
     let mut world = serving();
     assert_eq!(world.refusal(Command::Abort), Some(Refusal::NoReloadToAbort));
-    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
-    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(reload_by(Rollout::AllAtOnce));
+    world.command(reload_by(Rollout::AllAtOnce));
     world.command(Command::Abort);
     world.obey();
     assert_eq!(world.reloads, [false, false]);
     assert_eq!(world.ids().len(), 3);
-    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(reload_by(Rollout::AllAtOnce));
     world.ready_all();
     assert_eq!(world.refusal(Command::Abort), Some(Refusal::NoReloadToAbort), "the new ones serve");
     world.command(Command::Abort);
@@ -1057,14 +1262,14 @@ fn when_a_new_worker_fails_the_scaling_ends_and_the_others_serve_on() {
 #[test]
 fn commands_during_an_operation_are_carried_out_after_it() {
     let mut world = serving();
-    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(reload_by(Rollout::AllAtOnce));
     world.command(Command::Scale(Target::Exactly(4)));
     assert_eq!((world.ids().len(), world.fleet.queue.workers()), (6, Some(4)));
     world.ready_all();
     world.drain_all();
     world.obey();
     assert_eq!((world.ids().len(), world.reloads.as_slice()), (4, &[true][..]));
-    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(reload_by(Rollout::AllAtOnce));
     world.ready_all();
     assert_eq!(world.scalings, [true]);
     world.ready_all();
@@ -1084,7 +1289,7 @@ fn each_slot_and_each_other_worker_has_a_view() {
         views.map(|view| (view.slot.0, view.serves, state(&view), view.restarts)).collect::<Vec<_>>()
     };
     assert_eq!(states(&world)[1], (1, true, None, 2));
-    world.command(Command::Reload(Some(Rollout::AllAtOnce)));
+    world.command(reload_by(Rollout::AllAtOnce));
     assert_eq!(
         states(&world)[..3],
         [(0, true, Some(State::Ready), 0), (0, false, Some(State::Starting), 0), (1, true, None, 2)]
@@ -1106,6 +1311,8 @@ enum Step {
     Ready(prop::sample::Index),
     Listens(prop::sample::Index, u16),
     Unlistens(prop::sample::Index, u16),
+    Answers(prop::sample::Index, bool),
+    RefusesSwitch,
     Ends(prop::sample::Index),
     Drained(prop::sample::Index),
     Pass(u64),
@@ -1122,6 +1329,8 @@ fn step() -> impl Strategy<Value = Step> {
         8 => who().prop_map(Step::Ready),
         3 => (who(), 1u16..4).prop_map(|(who, port)| Step::Listens(who, port)),
         1 => (who(), 1u16..4).prop_map(|(who, port)| Step::Unlistens(who, port)),
+        6 => (who(), any::<bool>()).prop_map(|(who, answers)| Step::Answers(who, answers)),
+        1 => Just(Step::RefusesSwitch),
         4 => who().prop_map(Step::Ends),
         4 => who().prop_map(Step::Drained),
         4 => (1u64..40_000).prop_map(Step::Pass),
@@ -1161,6 +1370,14 @@ impl World {
                     self.event(Event::Listens { worker, endpoint: endpoint(port) });
                 }
             }
+            Step::Answers(who, answers) => {
+                if let Some(worker) = choose(who, self.probed.iter().copied().collect()) {
+                    self.probed.remove(&worker);
+                    let outcome = if answers { Ok(()) } else { Err("closed the connection".to_owned()) };
+                    self.event(Event::Probed { worker, outcome });
+                }
+            }
+            Step::RefusesSwitch => self.next_switch = Err("no memory".to_owned()),
             Step::Unlistens(who, port) => {
                 if let Some(worker) = choose(who, self.ids()) {
                     self.event(Event::StoppedListening { worker, endpoint: endpoint(port) });
@@ -1182,7 +1399,7 @@ impl World {
             }
             Step::Pass(ms) => self.pass(Duration::from_millis(ms)),
             Step::StartsFail(fail) => self.starts_fail = fail,
-            Step::Reload(rollout) => self.command(Command::Reload(Some(rollout))),
+            Step::Reload(rollout) => self.command(reload_by(rollout)),
             Step::Abort => self.command(Command::Abort),
             Step::Scale(workers) => self.command(Command::Scale(Target::Exactly(workers))),
             Step::Stop => self.event(Event::StopSignal { signal: "SIGTERM" }),
@@ -1198,7 +1415,8 @@ fn readiness() -> impl Strategy<Value = Readiness> {
     prop_oneof![
         Just(Readiness::Listen),
         Just(Readiness::Notify),
-        Just(Readiness::Alive(Duration::from_secs(2)))
+        Just(Readiness::Alive(Duration::from_secs(2))),
+        Just(Readiness::Answers { port: None })
     ]
 }
 

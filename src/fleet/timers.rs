@@ -18,14 +18,16 @@ pub enum Timer {
     StopEnd,
 }
 
-/// [`super::policy::Policy::timers`] sets all but `CheckEndpoints`. `AliveLongEnough` has to be the first and `KillGrace` the
+/// [`super::policy::Policy::timers`] sets all but `Settled` and `Probe`. `AliveLongEnough` has to be the first and `KillGrace` the
 /// last one: see [`Timers::cancel_worker`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum WorkerTimer {
     /// It has lived long enough to be ready.
     AliveLongEnough,
-    /// It has listened somewhere for a while and isn't ready: see whether it lacks an endpoint.
-    CheckEndpoints,
+    /// It has listened somewhere for a while and isn't ready: see what it lacks.
+    Settled,
+    /// Send it the next request.
+    Probe,
     ReadyTimeout,
     DrainTimeout,
     /// Its shell may keep the stop signal from its child.

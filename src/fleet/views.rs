@@ -23,7 +23,10 @@ impl From<Phase> for Activity {
         match phase {
             Phase::Starting => Self::Starting,
             Phase::Serving => Self::Serving,
-            Phase::Replacing { .. } | Phase::Canary { .. } | Phase::Retiring { .. } => Self::Reloading,
+            Phase::Replacing { .. }
+            | Phase::Canary { .. }
+            | Phase::Switching { .. }
+            | Phase::Retiring { .. } => Self::Reloading,
             Phase::Abandoning => Self::Abandoning,
             Phase::Scaling { .. } => Self::Scaling,
             Phase::Stopping { .. } => Self::Stopping,

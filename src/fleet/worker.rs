@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Instant;
 
+use crate::address::Endpoint;
 use crate::ids::SlotId;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,11 +29,42 @@ pub struct Worker {
     pub state: State,
     /// Since when it has been in that state.
     pub since: Instant,
+    pub shown: Shown,
+    /// Whether it need not listen where the worker that it replaces does.
+    pub ports_may_change: bool,
+}
+
+/// What a worker has said or shown of its readiness.
+#[derive(Debug, Default)]
+pub struct Shown {
+    /// Whether it has said that it is ready.
+    pub says_ready: bool,
+    /// Whether it has lived long enough.
+    pub is_old_enough: bool,
+    /// Whether it has listened somewhere for a while.
+    pub has_settled: bool,
+    /// Where it is sent requests.
+    pub probed_at: Option<Endpoint>,
+    /// How many of these it has answered since the last failure.
+    pub answers: u32,
+    /// How many it has failed to answer since the last answer, and the last failure.
+    pub failures: u32,
+    pub last_failure: Option<String>,
 }
 
 impl Worker {
     pub fn new(slot: SlotId, generation: u32, now: Instant) -> Self {
-        Self { slot, generation, pid: None, started: now, ready_at: None, state: State::Starting, since: now }
+        Self {
+            slot,
+            generation,
+            pid: None,
+            started: now,
+            ready_at: None,
+            state: State::Starting,
+            since: now,
+            shown: Shown::default(),
+            ports_may_change: false,
+        }
     }
 
     pub fn enter(&mut self, state: State, now: Instant) {

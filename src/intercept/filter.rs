@@ -153,7 +153,7 @@ mod tests {
     fn verdict_of(filter: &[sock_filter], data: &libc::seccomp_data) -> u32 {
         let mut words = vec![data.nr as u32, data.arch, 0, 0];
         words.extend(data.args.iter().flat_map(|arg| [*arg as u32, (*arg >> 32) as u32]));
-        bpf::run(filter, |offset| words[offset as usize / 4]).0
+        bpf::run(filter, |offset, _| words[offset as usize / 4]).0
     }
 
     fn verdict(nr: i64, arch: u32, args: [u64; 6]) -> u32 {

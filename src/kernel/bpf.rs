@@ -12,6 +12,16 @@ pub const fn load(offset: u32) -> sock_filter {
     op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset)
 }
 
+/// Loads the 16-bit number, in network order, at an offset of the data into the accumulator.
+pub const fn load_half(offset: u32) -> sock_filter {
+    op(libc::BPF_LD | libc::BPF_H | libc::BPF_ABS, 0, 0, offset)
+}
+
+/// Loads the byte at an offset of the data into the accumulator.
+pub const fn load_byte(offset: u32) -> sock_filter {
+    op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, offset)
+}
+
 pub const fn add(k: u32) -> sock_filter {
     op(libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K, 0, 0, k)
 }
@@ -23,6 +33,11 @@ pub const fn modulo(k: u32) -> sock_filter {
 /// Skips `jt` instructions if the accumulator is at least `k`, and `jf` if it isn't.
 pub const fn jump_at_least(k: u32, jt: u8, jf: u8) -> sock_filter {
     op(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, jt, jf, k)
+}
+
+/// Skips `jt` instructions if the accumulator is `k`, and `jf` if it isn't.
+pub const fn jump_equal(k: u32, jt: u8, jf: u8) -> sock_filter {
+    op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, jt, jf, k)
 }
 
 /// Skips `len` instructions.
@@ -81,7 +96,7 @@ impl Assembler {
     /// Jumps by whether the accumulator is `k`.
     pub fn jump_equal(&mut self, k: u32, if_equal: Label, otherwise: Label) {
         self.jumps.push((self.program.len(), if_equal, otherwise));
-        self.program.push(op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 0, k));
+        self.program.push(jump_equal(k, 0, 0));
     }
 
     /// Ends the program with a result.
@@ -114,19 +129,21 @@ impl Assembler {
     }
 }
 
-/// Runs a program as the kernel would, for tests. `load` is given the offsets of the words that the program
+/// Runs a program as the kernel would, for tests. `load` is given the offset and the size, in bytes, of what the program
 /// loads. Returns the result and the number of instructions that it took.
 #[cfg(test)]
-pub fn run(program: &[sock_filter], mut load: impl FnMut(u32) -> u32) -> (u32, usize) {
-    use libc::{BPF_A, BPF_ABS, BPF_ADD, BPF_ALU, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_K, BPF_LD};
-    use libc::{BPF_MOD, BPF_RET, BPF_W};
+pub fn run(program: &[sock_filter], mut load: impl FnMut(u32, usize) -> u32) -> (u32, usize) {
+    use libc::{BPF_A, BPF_ABS, BPF_ADD, BPF_ALU, BPF_B, BPF_H, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_K};
+    use libc::{BPF_LD, BPF_MOD, BPF_RET, BPF_W};
     let (mut accumulator, mut next, mut steps) = (0u32, 0usize, 0usize);
     loop {
         let sock_filter { code, jt, jf, k } = program[next];
         (next, steps) = (next + 1, steps + 1);
         let mut jump_if = |holds: bool| next += usize::from(if holds { jt } else { jf });
         match u32::from(code) {
-            code if code == BPF_LD | BPF_W | BPF_ABS => accumulator = load(k),
+            code if code == BPF_LD | BPF_W | BPF_ABS => accumulator = load(k, 4),
+            code if code == BPF_LD | BPF_H | BPF_ABS => accumulator = load(k, 2),
+            code if code == BPF_LD | BPF_B | BPF_ABS => accumulator = load(k, 1),
             code if code == BPF_ALU | BPF_MOD | BPF_K => accumulator %= k,
             code if code == BPF_ALU | BPF_ADD | BPF_K => accumulator += k,
             code if code == BPF_JMP | BPF_JA => next += k as usize,
@@ -158,7 +175,7 @@ mod tests {
             code.place(one);
             code.ret(10);
             let program = code.finish();
-            let result = |word| run(&program, |_| word).0;
+            let result = |word| run(&program, |_, _| word).0;
             assert_eq!([result(0), result(1), result(2)], [0, 10, 20], "{between}");
         }
     }

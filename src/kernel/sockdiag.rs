@@ -43,6 +43,8 @@ pub struct Traffic {
     /// Segments with data that were sent and received.
     pub segments_sent: u32,
     pub segments_received: u32,
+    /// Smoothed.
+    pub round_trip: Duration,
     /// Received bytes. The end of the stream counts as one (`tcp_rcv_nxt_update`, net/ipv4/tcp_input.c).
     pub received: u64,
 }
@@ -52,6 +54,7 @@ impl Traffic {
     pub fn parse(info: &[u8]) -> Self {
         const LAST_DATA_SENT: usize = 44;
         const LAST_DATA_RECV: usize = 52;
+        const RTT: usize = 68; // in microseconds
         const BYTES_RECEIVED: usize = 128;
         const NOTSENT_BYTES: usize = 144;
         const DATA_SEGS_IN: usize = 152;
@@ -65,6 +68,7 @@ impl Traffic {
             unsent: field(NOTSENT_BYTES),
             segments_sent: field(DATA_SEGS_OUT),
             segments_received: field(DATA_SEGS_IN),
+            round_trip: Duration::from_micros(field(RTT).into()),
             received,
         }
     }

@@ -1,7 +1,8 @@
 //! The sockets of one address, which form one reuseport group of the kernel.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
@@ -15,7 +16,7 @@ use crate::pool::foreign::{self, ForeignMembers};
 use crate::pool::member::{Holder, Member, Members};
 use crate::steering::load::{Load, least_loaded};
 use crate::steering::order::Order;
-use crate::steering::program::{Targets, program};
+use crate::steering::program::{Aim, MAX_AIMS, Targets, program};
 use crate::steering::{self, Decision, Plan, Role};
 
 #[derive(Debug)]
@@ -26,14 +27,35 @@ pub struct Group {
     foreign: ForeignMembers,
     /// The kernel's array.
     order: Order,
-    /// What the attached program chooses from.
+    /// What the attached program chooses from, if that is known.
     targets: Option<Targets>,
+    /// The sources of connections of our own that are being opened, and the index to which each of them goes.
+    aims: BTreeMap<SocketAddr, AimedAt>,
+    /// Whether the attached program may know connections of our own.
+    has_aims: bool,
+    /// Whether connections of our own may go to any member that is lent or reserved, so that none of these may move.
+    is_exact: bool,
+}
+
+/// Where a connection of our own goes.
+#[derive(Debug, Clone, Copy)]
+enum AimedAt {
+    Member(MemberId),
+    Index(u32),
 }
 
 impl Group {
-    pub fn new(address: Address) -> Self {
-        let (ids, foreign, order) = (BTreeSet::new(), ForeignMembers::default(), Order::default());
-        Self { address, ids, foreign, order, targets: None }
+    pub fn new(address: Address, is_exact: bool) -> Self {
+        Self {
+            address,
+            ids: BTreeSet::new(),
+            foreign: ForeignMembers::default(),
+            order: Order::default(),
+            targets: None,
+            aims: BTreeMap::new(),
+            has_aims: false,
+            is_exact,
+        }
     }
 
     pub fn ids(&self) -> &BTreeSet<MemberId> {
@@ -128,9 +150,20 @@ impl Group {
         }
         primary.extend(sinks); // there are no targets then
         let (primary_indices, canary_indices) = (self.order.indices(&primary), self.order.indices(&canary));
-        let last = primary_indices.last().max(canary_indices.last()).copied();
-        // Without a target the program stays as it is.
-        if let Some(any) = primary.first() {
+        let last = match self.is_exact {
+            true => self.order.indices(&kept(&decisions)).last().copied(),
+            false => primary_indices.last().max(canary_indices.last()).copied(),
+        };
+        let all_indices = Targets {
+            primary: primary_indices,
+            canary: canary_indices,
+            share: plan.share,
+            aims: self.aims(),
+        };
+        // Without a target the program stays as it is, unless it knows connections of our own.
+        let any = decisions.iter().map(|(id, ..)| *id).find(|id| primary.is_empty() || primary.contains(id));
+        let is_due = !primary.is_empty() || !all_indices.aims.is_empty() || self.has_aims;
+        if let Some(any) = any.filter(|_| is_due) {
             let least = |members: &BTreeSet<MemberId>, all: Vec<u32>| {
                 let least = least_loaded(members, &load);
                 if least.len() == members.len() {
@@ -139,18 +172,68 @@ impl Group {
                 let indices = self.order.indices(&least);
                 if indices.is_empty() { all } else { indices }
             };
-            let primary = least(&primary, primary_indices);
-            let mut canary = least(&canary, canary_indices);
-            if primary.is_empty() {
-                canary.clear(); // no index of a primary is known, and then the canary's share would be everything
+            let mut targets = all_indices;
+            targets.primary = least(&primary, targets.primary);
+            targets.canary = least(&canary, targets.canary);
+            if targets.primary.is_empty() {
+                targets.canary.clear(); // no index of a primary is known, and then the canary's share would be everything
             }
-            self.attach(&members[*any], Targets { primary, canary, share: plan.share })?;
+            self.attach(&members[any], targets)?;
         }
         for id in all(Decision::Hold) {
             members.get_mut(id).map_or(Ok(()), Member::hold)?;
         }
         let leaving = decisions.iter().filter(|(_, role, _)| is_leaving(*role)).count();
         Ok(self.order.spares_lacking(last, leaving))
+    }
+
+    /// Has a connection of our own, from `source`, go to a member from the next [`Group::steer`] on.
+    ///
+    /// # Errors
+    /// If its index is unknown, and WouldBlock if too many such connections are being opened.
+    pub fn aim(&mut self, source: SocketAddr, member: MemberId) -> io::Result<()> {
+        if self.order.index(member).is_none() {
+            return Err(io::Error::other("its place among the listeners is unknown"));
+        }
+        if self.aims.len() >= MAX_AIMS {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        self.aims.insert(source, AimedAt::Member(member));
+        Ok(())
+    }
+
+    /// The same for whichever member has this index.
+    pub fn aim_at_index(&mut self, source: SocketAddr, index: u32) {
+        self.aims.insert(source, AimedAt::Index(index));
+    }
+
+    /// A connection of our own is open, or given up.
+    pub fn forget_aim(&mut self, source: SocketAddr) {
+        self.aims.remove(&source);
+    }
+
+    /// The indices at which a member may stand, with all members that may; none if its index is known.
+    pub fn places(&self, member: MemberId) -> Vec<(u32, BTreeSet<MemberId>)> {
+        match self.order.index(member) {
+            Some(_) => Vec::new(),
+            None => self.order.places(member),
+        }
+    }
+
+    /// It was found out which member has this index.
+    pub fn found(&mut self, index: u32, member: MemberId) {
+        self.order.found(index, member);
+    }
+
+    fn aims(&self) -> Vec<Aim> {
+        let index = |at| match at {
+            AimedAt::Member(member) => self.order.index(member),
+            AimedAt::Index(index) => Some(index),
+        };
+        self.aims
+            .iter()
+            .filter_map(|(source, at)| Some(Aim { source: *source, index: index(*at)? }))
+            .collect()
     }
 
     /// Whether the group needs a member that nobody borrows, to send new connections to.
@@ -174,15 +257,24 @@ impl Group {
             return Ok(());
         }
         sys::attach_reuseport_cbpf(member.socket.as_fd(), &program(&targets))?;
-        let Targets { primary, canary, share } = &targets;
+        self.has_aims = !targets.aims.is_empty();
+        let Targets { primary, canary, share, .. } = &targets;
         let (address, of) = (self.address, self.order.len());
+        let last = self.targets.as_ref().map(|last| (&last.primary, &last.canary, last.share));
         match canary.is_empty() {
+            _ if last == Some((primary, canary, *share)) => {} // it was attached for a connection of our own
             true => debug!("{address}: new connections go to {primary:?} of {of}"),
             false => debug!("{address}: new connections go to {primary:?}, {share} to {canary:?} of {of}"),
         }
         self.targets = Some(targets);
         Ok(())
     }
+}
+
+/// The members that somebody borrows, or will, and that don't leave.
+fn kept(decisions: &[(MemberId, Role, Decision)]) -> BTreeSet<MemberId> {
+    let kept = decisions.iter().filter(|(_, role, _)| *role != Role::Free && !is_leaving(*role));
+    kept.map(|(id, ..)| *id).collect()
 }
 
 fn is_leaving(role: Role) -> bool {

@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
+use std::net::SocketAddr;
 use std::ops::Index;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
 use log::warn;
 use nix::unistd::Pid;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::address::Address;
 use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
@@ -146,13 +147,25 @@ impl Member {
     /// Accepts the connections that wait and closes them with a reset. Returns how many there were, and the error that
     /// left some in the queue.
     pub fn reset_queue(&self) -> (usize, io::Result<()>) {
+        self.reset_all(|_| {})
+    }
+
+    /// As [`Member::reset_queue`]. Returns whether a connection from `source` was among them.
+    pub fn reset_queue_with(&self, source: SocketAddr) -> bool {
+        let mut is_found = false;
+        let _ = self.reset_all(|client| is_found |= client.as_socket() == Some(source));
+        is_found
+    }
+
+    fn reset_all(&self, mut note: impl FnMut(&SockAddr)) -> (usize, io::Result<()>) {
         if let Err(error) = self.socket.set_nonblocking(true) {
             return (0, Err(error));
         }
         let mut connections = 0;
         loop {
             match self.socket.accept() {
-                Ok((connection, _)) => {
+                Ok((connection, client)) => {
+                    note(&client);
                     // A linger time of zero makes close(2) send a reset (socket(7)).
                     let _ = connection.set_linger(Some(Duration::ZERO));
                     connections += 1;

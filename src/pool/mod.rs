@@ -17,6 +17,8 @@ mod foreign;
 mod group;
 mod member;
 pub mod paths;
+mod reach;
+mod steer;
 pub mod unintercepted;
 mod unserved;
 mod watcher;
@@ -36,6 +38,7 @@ use self::closed::ClosedListeners;
 use self::group::Group;
 pub use self::member::BindRequest;
 use self::member::{Holder, Member, Members};
+pub use self::reach::Reach;
 use self::unserved::Unserved;
 use self::watcher::{Interest, Watcher};
 use crate::address::Address;
@@ -67,6 +70,8 @@ pub struct Pool {
     groups: BTreeMap<Address, Group>,
     watcher: Watcher,
     balancing: Balancing,
+    /// Whether there are calls of [`Pool::reach`].
+    is_exact: bool,
     /// All members are free in it if `balancing` is random.
     tracker: LoadTracker,
     closed: ClosedListeners,
@@ -77,9 +82,11 @@ pub struct Pool {
 }
 
 impl Pool {
+    /// `is_exact` says whether there will be calls of [`Pool::reach`].
+    ///
     /// # Errors
     /// Those of epoll_create(2) and epoll_ctl(2).
-    pub fn new(balancing: Balancing) -> io::Result<Self> {
+    pub fn new(balancing: Balancing, is_exact: bool) -> io::Result<Self> {
         let sample_interval = match balancing {
             Balancing::Load => SAMPLE_INTERVAL,
             Balancing::Random => closed::SECOND_CHECK, // samples then show closed listeners only
@@ -89,6 +96,7 @@ impl Pool {
             groups: BTreeMap::new(),
             watcher: Watcher::new(sample_interval)?,
             balancing,
+            is_exact,
             tracker: LoadTracker::default(),
             closed: ClosedListeners::default(),
             unserved: Unserved::default(),
@@ -182,7 +190,10 @@ impl Pool {
     fn spare_or_new(&mut self, borrower: Borrower, address: Address) -> io::Result<MemberId> {
         let group = self.groups.get(&address);
         if let Some(id) = group.and_then(|group| group.spare(borrower, &self.members)) {
-            return Ok(id);
+            let is_free = self.members[id].holder == Holder::Free;
+            if !self.is_exact || !is_free || !self.members[id].listening || self.locate(address, id) {
+                return Ok(id);
+            }
         }
         if let Some(listener) = self.foreign_listener(address) {
             warn!("{address} is in use: {}", foreign::describe(&listener));
@@ -221,7 +232,7 @@ impl Pool {
     /// Makes a new socket and binds it.
     fn add(&mut self, address: Address) -> io::Result<MemberId> {
         let id = self.members.bind(address)?;
-        self.groups.entry(address).or_insert_with(|| Group::new(address)).add(id);
+        self.groups.entry(address).or_insert_with(|| Group::new(address, self.is_exact)).add(id);
         Ok(id)
     }
 
@@ -387,8 +398,8 @@ impl Pool {
         if let Err(error) = self.watcher.rearm() {
             warn!("can't watch accept queues: {error}");
         }
-        if load_changed {
-            self.steer_all();
+        if load_changed && let Err(why) = self.steer_all() {
+            warn!("{why}");
         }
         let queues = &mut self.watcher.queues;
         // A suspect that gets stuck can be skipped, unless connections wait in all queues.
@@ -523,37 +534,6 @@ impl Pool {
             let group = self.groups.remove(&address);
             group.iter().flat_map(Group::ids).for_each(|id| self.remove(*id));
         }
-    }
-
-    /// Has the kernel send new connections where [`crate::steering::decide`] wants them by this plan, from now on until
-    /// the next one.
-    pub fn steer(&mut self, plan: Plan) {
-        self.plan = plan;
-        self.steer_all();
-    }
-
-    fn steer_all(&mut self) {
-        self.handle_events(None);
-        for address in self.groups.keys().copied().collect::<Vec<_>>() {
-            if let Err(error) = self.steer_address(address) {
-                warn!("can't steer {address}: {error}");
-            }
-        }
-    }
-
-    fn steer_address(&mut self, address: Address) -> io::Result<()> {
-        let lacks_sink = |group: &Group| group.lacks_sink(&self.plan, &self.members);
-        if self.groups.get(&address).is_some_and(lacks_sink) {
-            self.add_spare(address)?;
-        }
-        let Some(group) = self.groups.get_mut(&address) else { return Ok(()) };
-        let spares_lacking = group.steer(&self.plan, |id| self.tracker.load(id), &mut self.members)?;
-        (0..spares_lacking).try_for_each(|_| self.add_spare(address))
-    }
-
-    fn add_spare(&mut self, address: Address) -> io::Result<()> {
-        let spare = self.add(address)?;
-        self.begin_to_listen(spare, SPARE_BACKLOG)
     }
 
     /// Which workers have stopped listening since the last call. `is_reported` is whether [`Pool::as_fd`] became

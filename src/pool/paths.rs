@@ -115,10 +115,9 @@ impl Bound {
         Ok(Self { socket, inode, path, file, name, borrowers: BTreeMap::new() })
     }
 
-    /// Replaces the socket at a path, in one step, and takes over its owner and mode.
-    fn replace(&mut self, path: &Path) -> io::Result<()> {
-        // The directory may belong to a worker, and another user may put anything there in between. So this follows no
-        // links, and changes nothing but its own file.
+    /// Its file, without the right to read or write it (O_PATH). The directory may belong to a worker, and another user
+    /// may put anything there in between: so this follows no links, and is its own file or none.
+    fn open_file(&self) -> io::Result<fs::File> {
         let own = fs::OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
@@ -127,6 +126,12 @@ impl Bound {
         if (metadata.dev(), metadata.ino()) != self.file {
             return Err(io::Error::other(format!("{} is another file by now", self.path.display())));
         }
+        Ok(own)
+    }
+
+    /// Replaces the socket at a path, in one step, and takes over its owner and mode.
+    fn replace(&mut self, path: &Path) -> io::Result<()> {
+        let own = self.open_file()?;
         let old = fs::symlink_metadata(path).ok().filter(|old| old.file_type().is_socket());
         if let Some(old) = old {
             let (uid, gid) = (Some(Uid::from_raw(old.uid())), Some(Gid::from_raw(old.gid())));
@@ -270,6 +275,21 @@ impl UnixSockets {
         self.0.iter().find_map(|(path, sockets)| {
             sockets.values().find(|bound| bound.inode == inode).map(|bound| (path, bound))
         })
+    }
+
+    /// Begins to open a connection to the socket that a generation has for a path, whatever name it has now. Without
+    /// waiting: if its queue is full, that is the error WouldBlock.
+    ///
+    /// # Errors
+    /// NotFound if it has none, and those of connect(2).
+    pub fn reach(&self, path: &Path, generation: u32) -> io::Result<Socket> {
+        let mut of_path = self.0.iter().filter(|(socket_path, _)| socket_path.path() == path);
+        let bound =
+            of_path.find_map(|(_, sockets)| sockets.get(&generation)).ok_or(io::ErrorKind::NotFound)?;
+        let own = bound.open_file()?;
+        let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+        socket.connect(&SockAddr::unix(format!("/proc/self/fd/{}", own.as_raw_fd()))?)?;
+        Ok(socket)
     }
 
     /// Has the sockets of a generation replace older ones, each in one step, with their owner and mode: a worker that
@@ -440,6 +460,30 @@ mod tests {
 
         sockets.keep(|_| false);
         assert!(sockets.is_empty() && !path.exists());
+    }
+
+    #[test]
+    fn each_generation_is_reached_by_its_own_socket_before_and_after_the_switch() {
+        let folder = Folder::new("reach");
+        let path = folder.0.join("a-name-longer-than-the-address-of-a-socket-can-be-".repeat(4));
+        let socket_path = SocketPath::resolve(Pid::this(), None, &path).unwrap();
+        let mut sockets = UnixSockets::default();
+        let first = sockets.bind(&socket_path, borrower(1, 1), 0).unwrap();
+        let second = sockets.bind(&socket_path, borrower(2, 2), 0).unwrap();
+        for (inode, backlog) in [(first, 8), (second, 0)] {
+            sockets.listen(inode, backlog).unwrap();
+        }
+        let has_waiting = |sockets: &UnixSockets| {
+            [1, 2].map(|generation| sockets.0[&socket_path][&generation].has_waiting())
+        };
+        let _client = sockets.reach(&path, 2).unwrap();
+        assert_eq!(has_waiting(&sockets), [false, true]);
+        let error = sockets.reach(&path, 2).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "its queue is full");
+        assert_eq!(sockets.reach(&path, 3).unwrap_err().kind(), io::ErrorKind::NotFound);
+        sockets.switch(2);
+        sockets.socket(second).map(|socket| nix::sys::socket::accept(socket.as_raw_fd()).unwrap());
+        sockets.reach(&path, 2).unwrap();
     }
 
     #[test]

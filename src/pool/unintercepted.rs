@@ -28,8 +28,14 @@ pub struct Unintercepted {
 /// given listeners (-l).
 ///
 /// # Errors
-/// If it can't be known when a worker is ready.
+/// If it can't be found out when a worker is ready.
 pub fn announce(why: &str, given: bool, readiness: Readiness) -> io::Result<()> {
+    if let (Readiness::Answers { .. }, false) = (readiness, given) {
+        let what = format!(
+            "{why}, so a request can't be sent to one of them alone: use -l, or another --ready than a path"
+        );
+        return Err(io::Error::other(what));
+    }
     if given {
         if readiness == Readiness::Listen {
             let what = format!(

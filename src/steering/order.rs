@@ -71,6 +71,28 @@ impl Order {
         places.filter(|(_, place)| place.is_subset(members)).map(|(i, _)| i).collect()
     }
 
+    /// The index of this member; `None` if it is unknown.
+    pub fn index(&self, member: MemberId) -> Option<u32> {
+        self.indices(&BTreeSet::from([member])).first().copied()
+    }
+
+    /// The indices at which a member may stand, each with all members that may stand there.
+    pub fn places(&self, member: MemberId) -> Vec<(u32, BTreeSet<MemberId>)> {
+        let places = (0..).zip(&self.candidates).filter(|(_, place)| place.contains(&member));
+        places.map(|(index, place)| (index, BTreeSet::clone(place))).collect()
+    }
+
+    /// It was found out which member has this index.
+    pub fn found(&mut self, index: u32, member: MemberId) {
+        for (place, candidates) in (0..).zip(&mut self.candidates) {
+            if place == index {
+                *candidates = Rc::new(BTreeSet::from([member]));
+            } else if candidates.contains(&member) {
+                Rc::make_mut(candidates).remove(&member);
+            }
+        }
+    }
+
     /// How many free members the group lacks at the end of its array, if `last` is the last index that a program may
     /// choose, and `leaving` of the other members may leave by themselves at any time.
     ///
@@ -115,6 +137,16 @@ mod tests {
         assert_eq!(order.indices(&ids(&[2, 3, 4])), [0, 1, 2]);
         assert_eq!(order.indices(&ids(&[3, 4])), [0, 1]);
         assert_eq!(order.indices(&ids(&[2, 3])), [2]);
+    }
+
+    #[test]
+    fn one_member_that_is_found_tells_where_the_others_stand() {
+        let mut order = order(&[0, 1, 2, 3, 4]);
+        order.leave(&ids(&[0, 1]));
+        assert_eq!([2, 3, 4].map(|n| order.index(MemberId(n))), [Some(2), None, None]);
+        assert_eq!(order.places(MemberId(3)), [(0, ids(&[3, 4])), (1, ids(&[3, 4]))]);
+        order.found(0, MemberId(4));
+        assert_eq!([2, 3, 4].map(|n| order.index(MemberId(n))), [Some(2), Some(1), Some(0)]);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use log::info;
 use nix::unistd::Pid;
 
 use super::{Source, Supervisor};
-use crate::fleet::{Accepted, Activity, Command, Rollout, State, Target, Ticket, View};
+use crate::fleet::{Accepted, Activity, Command, ReloadOptions, Rollout, State, Target, Ticket, View};
 use crate::ids::WorkerId;
 use crate::kernel::procfs::{self, Usage};
 use crate::kernel::sockdiag::SockDiag;
@@ -32,7 +32,7 @@ impl Supervisor {
             Request::Status => return self.reply(id, &Reply::Status(Box::new(self.status(true)))),
             Request::Brief => return self.reply(id, &Reply::Status(Box::new(self.status(false)))),
             Request::Stop { wait } => (Ok(Command::Stop), wait),
-            Request::Reload { how, wait } => (how.map(rollout).transpose().map(Command::Reload), wait),
+            Request::Reload { how, wait } => (how.map(rollout).transpose().map(reload), wait),
             Request::Abort => (Ok(Command::Abort), false),
             Request::Scale { to, wait } => (Ok(Command::Scale(target(to))), wait),
         };
@@ -213,6 +213,10 @@ impl Supervisor {
         }
         counts
     }
+}
+
+fn reload(rollout: Option<Rollout>) -> Command {
+    Command::Reload(ReloadOptions { rollout, ..ReloadOptions::default() })
 }
 
 fn rollout(how: How) -> Result<Rollout, String> {

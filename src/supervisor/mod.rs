@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
+use socket2::Socket;
 
 use self::source::Source;
 use crate::address::{Address, Endpoint};
@@ -20,7 +21,9 @@ use crate::cli::Options;
 use crate::drain::idle;
 use crate::drain::signal_effect::{self, SignalEffect, Treatment};
 use crate::drain::{Drain, Drained};
-use crate::fleet::{Action, Announcement, Command, Endpoints, Event, Fleet, Target};
+use crate::fleet::{
+    Action, Announcement, Command, Endpoints, Event, Fleet, Readiness, ReloadOptions, Target,
+};
 use crate::ids::{Borrower, SlotId, WorkerId};
 use crate::intercept::{self, Answers, Interception, ListenChange};
 use crate::kernel::procfs;
@@ -32,6 +35,8 @@ use crate::output::labels::{self, Labels};
 use crate::pool::paths::UnixSockets;
 use crate::pool::unintercepted::{self, Unintercepted};
 use crate::pool::{Pool, StoppedListening};
+use crate::probe::{Outcome, Probes};
+use crate::steering::Plan;
 use crate::words::{count, printable};
 use crate::worker::environment::Environments;
 use crate::worker::ready::{Message, NodeChannel, NotifySocket, ReadyPipe};
@@ -62,6 +67,7 @@ pub struct Supervisor {
     fleet: Fleet,
     pool: Pool,
     unix: UnixSockets,
+    probes: Probes,
     drain: Drain,
     signal_effect: SignalEffect,
     listener_watch: ListenerWatch,
@@ -136,7 +142,8 @@ impl Supervisor {
         // First: while SIGCHLD is ignored, a child that ends can't be waited for.
         let signals = Signals::new()?;
         let listener_watch = listener_watch(&options)?;
-        let Options { mut program, policy, sources, listen, idle_rule, balance, pidfile, label } = options;
+        let Options { mut program, policy, probe_path, sources, listen, idle_rule, balance, pidfile, label } =
+            options;
         program.intercept = matches!(listener_watch, ListenerWatch::Interception(_));
         if sources.has_values() {
             // No core dump of this process may hold them (PR_SET_DUMPABLE(2const)).
@@ -145,7 +152,7 @@ impl Supervisor {
         let stop_signal = program.stop_signal;
         let starter = Starter::new(program, listen.len())?;
         let inherited: Rc<[(u64, Endpoint)]> = starter.inherited().into();
-        let mut pool = Pool::new(balance)?;
+        let mut pool = Pool::new(balance, matches!(policy.readiness, Readiness::Answers { .. }))?;
         listen.iter().try_for_each(|address| pool.take(*address))?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         watch(&epoll, &signals, Source::Signals)?;
@@ -171,6 +178,7 @@ impl Supervisor {
             fleet,
             pool,
             unix: UnixSockets::default(),
+            probes: Probes::new(probe_path),
             drain: Drain::new(idle_rule),
             signal_effect: SignalEffect::default(),
             listener_watch,
@@ -215,7 +223,7 @@ impl Supervisor {
                 0
             }
         };
-        let mut pool_has_event = false;
+        let (mut pool_has_event, mut probed) = (false, Vec::new());
         for event in &events[..ready] {
             match Source::from_token(event.data()) {
                 Source::Signals => self.take_signals(),
@@ -224,6 +232,9 @@ impl Supervisor {
                 Source::Client(id) => self.attend(id),
                 Source::Labels => self.labels.iter_mut().for_each(Labels::read),
                 Source::Filter(worker) => self.answer(worker, event.events()),
+                Source::Probe(worker) => {
+                    probed.extend(self.probes.advance(worker, &mut self.pool, Instant::now()));
+                }
                 source @ (Source::Pipe(worker) | Source::Node(worker) | Source::Notify(worker)) => {
                     self.read_messages(worker, source);
                 }
@@ -235,6 +246,7 @@ impl Supervisor {
         }
         self.stop_drained();
         self.scan_listeners();
+        self.probe(probed);
         self.systemd.ping_watchdog(Instant::now());
         if let Some(control) = &mut self.control {
             control.drop_idle(Instant::now());
@@ -246,6 +258,23 @@ impl Supervisor {
         for (address, connections) in self.pool.reset_unserved() {
             let connections = count(connections, "connection");
             info!("{connections} to {address} reset: there is no worker to accept them");
+        }
+    }
+
+    /// Sends workers the requests that are due, and tells the fleet of those that have ended, with those that had before.
+    fn probe(&mut self, mut ended: Vec<(WorkerId, Outcome)>) {
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
+        let watch = |socket: &Socket, worker| {
+            let token = Source::Probe(worker).to_token();
+            Ok(self.epoll.add(socket, EpollEvent::new(flags, token))?)
+        };
+        ended.extend(self.probes.proceed(&mut self.pool, &self.unix, watch, Instant::now()));
+        for (worker, outcome) in ended {
+            if let Some(pid) = self.pid(worker) {
+                let what = outcome.as_ref().map_or_else(String::as_str, |()| "has answered");
+                debug!("worker (pid {pid}) {what}");
+            }
+            self.handle(Event::Probed { worker, outcome });
         }
     }
 
@@ -291,6 +320,7 @@ impl Supervisor {
             scan,
             self.fleet.deadline(),
             self.drain.deadline(),
+            self.probes.deadline(),
             self.systemd.deadline(),
             self.control.as_ref().and_then(Control::deadline),
             self.pool.has_news().then(Instant::now),
@@ -299,7 +329,7 @@ impl Supervisor {
     }
 
     fn handle(&mut self, event: Event) {
-        self.actions.extend(self.fleet.handle(event, Instant::now()));
+        self.react(event);
         self.act();
     }
 
@@ -309,19 +339,29 @@ impl Supervisor {
             match action {
                 Action::Start { worker, slot, generation } => self.start(worker, slot, generation),
                 Action::Steer(plan) => {
-                    let generation = plan.generation;
-                    self.pool.steer(plan);
-                    match generation {
-                        Some(generation) => self.unix.switch(generation),
-                        None => self.unix.remove_paths(),
+                    self.steer_paths(&plan);
+                    if let Err(why) = self.pool.steer(plan) {
+                        self.react(Event::SteerFailed { why });
                     }
                 }
+                Action::Switch(plan) => {
+                    let outcome = self.pool.switch(plan);
+                    self.react(Event::Switched { outcome });
+                }
+                Action::Probe { worker, endpoint } => {
+                    if let Some(Process { generation, .. }) = self.processes.get(&worker) {
+                        self.probes.begin(worker, *generation, endpoint, Instant::now());
+                    }
+                }
+                Action::BeginGeneration { .. } => {}
                 Action::Drain { worker, addresses } => {
+                    self.probes.forget(worker, &mut self.pool);
                     if let Some(Process { pid, generation, .. }) = self.processes.get(&worker) {
                         self.drain.watch(worker, *pid, *generation, addresses, Instant::now());
                     }
                 }
                 Action::Signal { worker } => {
+                    self.probes.forget(worker, &mut self.pool);
                     self.drain.forget(worker);
                     self.send_stop_signal(self.pid(worker));
                 }
@@ -351,6 +391,18 @@ impl Supervisor {
         }
     }
 
+    /// Tells the fleet what an action has led to.
+    fn react(&mut self, event: Event) {
+        self.actions.extend(self.fleet.handle(event, Instant::now()));
+    }
+
+    fn steer_paths(&mut self, plan: &Plan) {
+        match plan.generation {
+            Some(generation) => self.unix.switch(generation),
+            None => self.unix.remove_paths(),
+        }
+    }
+
     /// The process of a worker, until it is reaped.
     fn pid(&self, worker: WorkerId) -> Option<Pid> {
         self.processes.get(&worker).map(|process| process.pid)
@@ -368,7 +420,7 @@ impl Supervisor {
             Ok(pid) => Event::Started { worker, pid: pid.as_raw() },
             Err(StartError { why, status }) => Event::StartFailed { worker, why, status },
         };
-        self.actions.extend(self.fleet.handle(event, Instant::now()));
+        self.react(event);
     }
 
     fn start_watched(&mut self, worker: WorkerId, slot: SlotId, generation: u32) -> Result<Pid, StartError> {
@@ -429,7 +481,7 @@ impl Supervisor {
         for meaning in self.signals.pending() {
             match meaning {
                 Meaning::Reap => self.reap(),
-                Meaning::Reload => self.command_by_signal(Command::Reload(None)),
+                Meaning::Reload => self.command_by_signal(Command::Reload(ReloadOptions::default())),
                 Meaning::Stop(signal) => self.handle(Event::StopSignal { signal: signal.as_str() }),
                 Meaning::Scale { more } => {
                     let target = if more { Target::More(1) } else { Target::Fewer(1) };
@@ -461,6 +513,7 @@ impl Supervisor {
             if let Some(interception) = self.interceptions.get_mut(&worker) {
                 interception.worker_has_ended();
             }
+            self.probes.forget(worker, &mut self.pool);
             self.drain.forget(worker);
             self.handle(Event::Ended { worker, end: reaped.end });
             let alive = |generation| self.processes.values().any(|process| process.generation == generation);

@@ -21,6 +21,8 @@ pub enum Source {
     Node(WorkerId),
     /// The worker's NOTIFY_SOCKET.
     Notify(WorkerId),
+    /// The connection on which the worker is sent a request.
+    Probe(WorkerId),
 }
 
 impl Source {
@@ -36,6 +38,7 @@ impl Source {
             Self::Control => token(6, 0),
             Self::Client(ClientId(id)) => token(7, id),
             Self::Labels => token(8, 0),
+            Self::Probe(WorkerId(id)) => token(9, id),
         }
     }
 
@@ -50,6 +53,7 @@ impl Source {
             5 => Self::Notify(id),
             6 => Self::Control,
             7 => Self::Client(ClientId(token as u32)),
+            9 => Self::Probe(id),
             _ => Self::Labels,
         }
     }
@@ -72,6 +76,7 @@ mod tests {
             Source::Pipe(worker),
             Source::Node(worker),
             Source::Notify(worker),
+            Source::Probe(worker),
         ] {
             assert_eq!(Source::from_token(source.to_token()), source);
         }

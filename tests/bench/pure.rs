@@ -32,9 +32,8 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use socket2::{Domain, Socket, Type};
 
 use address::{Address, Endpoint};
-use fleet::{Action, Command, End, Endpoints, Event, Fleet, Policy, Readiness, Rollout};
+use fleet::{Action, Command, End, Endpoints, Event, Fleet, Policy, Readiness, ReloadOptions, Rollout};
 use ids::MemberId;
-use steering::Share;
 use steering::load::LoadTracker;
 use steering::program::{Targets, program};
 
@@ -42,7 +41,7 @@ const SIZES: [u32; 3] = [10, 100, 1000];
 
 /// n members of which no two are neighbours, for which the program is the longest.
 fn scattered(n: u32) -> Targets {
-    Targets { primary: (0..n).map(|i| i * 2).collect(), canary: Vec::new(), share: Share::default() }
+    Targets { primary: (0..n).map(|i| i * 2).collect(), ..Targets::default() }
 }
 
 fn programs(criterion: &mut Criterion) {
@@ -126,6 +125,7 @@ impl World {
             workers,
             readiness: Readiness::Listen,
             ready_timeout: Duration::from_secs(60),
+            warm_up: 0,
             drain: Duration::from_secs(10),
             stop_timeout: Duration::from_secs(30),
             stop_within: Duration::from_secs(9),
@@ -143,7 +143,7 @@ impl World {
     }
 
     fn reload(&mut self) {
-        let (_accepted, actions) = self.fleet.command(Command::Reload(None), self.now);
+        let (_accepted, actions) = self.fleet.command(Command::Reload(ReloadOptions::default()), self.now);
         self.carry_out(actions);
     }
 
@@ -155,6 +155,7 @@ impl World {
                     Event::Started { worker, pid: worker.0 as i32 + 100 },
                     Event::Listens { worker, endpoint: self.endpoint.clone() },
                 ],
+                Action::Switch(_) => vec![Event::Switched { outcome: Ok(()) }],
                 Action::Drain { worker, .. } => vec![Event::Drained { worker }],
                 Action::Signal { worker } => vec![Event::Ended { worker, end: End::Exited(0) }],
                 _ => Vec::new(),

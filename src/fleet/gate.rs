@@ -1,0 +1,221 @@
+//! What a worker has to do before it gets a connection: one rule, for the first start, restarts, reloads and scalings.
+//!
+//! It has said or shown that it is ready, as `--ready` has it. And if it replaces another worker it listens on every
+//! address that the other one had when its generation became ready and still has, and on one at least if the other one
+//! listens anywhere. What the other one has opened later, a debugger's port for example, is waited for only a moment.
+
+use humantime::format_duration;
+
+use super::endpoints::Endpoints;
+use super::policy::{Policy, Readiness};
+use super::worker::Worker;
+use crate::address::Endpoint;
+use crate::ids::WorkerId;
+use crate::words::list;
+
+/// What keeps a worker from being ready.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Lack {
+    /// It hasn't said that it is ready.
+    Word,
+    /// It hasn't lived long enough.
+    Age,
+    /// It listens nowhere.
+    Listener,
+    /// It listens only where processes that it starts may be the only clients.
+    SharedListener,
+    /// It doesn't listen where the worker that it replaces does.
+    Endpoints(Vec<Endpoint>),
+    /// It hasn't answered as many requests as it has to.
+    Answer,
+    /// It may be about to listen where the worker that it replaces has begun to listen later.
+    Moment,
+}
+
+/// What a worker lacks; `None`: it is ready.
+pub fn lack(
+    id: WorkerId,
+    worker: &Worker,
+    policy: &Policy,
+    endpoints: &Endpoints,
+    slots: usize,
+) -> Option<Lack> {
+    let Worker { shown, ports_may_change, .. } = worker;
+    let has_listener =
+        endpoints.has_public(id) || shown.has_settled && slots == 1 && endpoints.of(id).next().is_some();
+    let no_listener = || match endpoints.of(id).next() {
+        None => Lack::Listener,
+        Some(_) => Lack::SharedListener,
+    };
+    let lack = match policy.readiness {
+        Readiness::Listen => (!shown.says_ready && !has_listener).then(no_listener),
+        Readiness::Notify => (!shown.says_ready).then_some(Lack::Word),
+        Readiness::Alive(_) => (!shown.is_old_enough).then_some(Lack::Age),
+        Readiness::Answers { .. } if shown.probed_at.is_none() => Some(no_listener()),
+        Readiness::Answers { .. } => (shown.answers <= policy.warm_up).then_some(Lack::Answer),
+    };
+    if lack.is_some() {
+        return lack;
+    }
+    let missing = if *ports_may_change { Vec::new() } else { endpoints.missing(id, worker.slot) };
+    if !missing.is_empty() {
+        return Some(Lack::Endpoints(missing));
+    }
+    if endpoints.are_expected(worker.slot, slots) && !has_listener {
+        return Some(no_listener());
+    }
+    let may_listen_later = !ports_may_change && !shown.has_settled && endpoints.lacks_later(id, worker.slot);
+    may_listen_later.then_some(Lack::Moment)
+}
+
+/// Why a worker wasn't ready in time.
+pub fn describe(lack: Option<Lack>, worker: &Worker, policy: &Policy) -> String {
+    let timeout = format_duration(policy.ready_timeout);
+    let shown = &worker.shown;
+    if let (Some(Lack::Answer), Some(failure)) = (&lack, &shown.last_failure) {
+        return format!("{worker} {failure}, and was not ready within {timeout} (see --ready-timeout)");
+    }
+    let lacks = match lack {
+        Some(Lack::Word) => "it did not say that it is".to_owned(),
+        Some(Lack::Listener) if shown.says_ready || shown.is_old_enough => {
+            "it listens nowhere, while the worker that it replaces does".to_owned()
+        }
+        Some(Lack::Listener) => {
+            "it listens on no TCP port or Unix socket that can be shared, and did not say that it is \
+                                 ready (see --ready)"
+                .to_owned()
+        }
+        Some(Lack::SharedListener) => {
+            "it listens only on Unix sockets that no other worker has (see --ready notify)".to_owned()
+        }
+        Some(Lack::Endpoints(missing)) => format!(
+            "it does not listen on {}, as the worker that it replaces does (see reload --ports-may-change)",
+            list(missing)
+        ),
+        Some(Lack::Answer) => "it answered no request".to_owned(),
+        Some(Lack::Age | Lack::Moment) | None => "there was no time".to_owned(),
+    };
+    format!("{worker} was not ready within {timeout}: {lacks} (see --ready-timeout)")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::address::Address;
+    use crate::fleet::policy::example;
+    use crate::ids::SlotId;
+
+    const OLD: WorkerId = WorkerId(0);
+    const NEW: WorkerId = WorkerId(1);
+
+    fn port(port: u16) -> Endpoint {
+        Endpoint::Tcp(Address { socket: ([127, 0, 0, 1], port).into(), v6only: false })
+    }
+
+    /// Endpoints of an old worker that listened on ports 1 and 2 when its generation became ready, and on 3 later, and of a
+    /// new one.
+    fn endpoints() -> Endpoints {
+        let mut endpoints = Endpoints::default();
+        for worker in [OLD, NEW] {
+            endpoints.add_worker(worker);
+        }
+        for number in [1, 2] {
+            endpoints.add(OLD, port(number));
+        }
+        endpoints.require(OLD, SlotId(0));
+        endpoints.add(OLD, port(3));
+        endpoints.add_later(SlotId(0), port(3));
+        endpoints
+    }
+
+    fn worker() -> Worker {
+        Worker::new(SlotId(0), 2, Instant::now())
+    }
+
+    #[test]
+    fn a_replacement_listens_where_its_predecessor_did_whatever_it_says() {
+        let alive = Readiness::Alive(Duration::ZERO);
+        let answers = Readiness::Answers { port: None };
+        for readiness in [Readiness::Listen, Readiness::Notify, alive, answers] {
+            let (mut endpoints, mut worker, policy) = (endpoints(), worker(), example(readiness));
+            worker.shown.says_ready = true;
+            worker.shown.is_old_enough = true;
+            worker.shown.probed_at = Some(port(1));
+            worker.shown.answers = 1;
+            let lack = |endpoints: &Endpoints, worker: &Worker| lack(NEW, worker, &policy, endpoints, 2);
+            assert_eq!(
+                lack(&endpoints, &worker),
+                Some(Lack::Endpoints(vec![port(1), port(2)])),
+                "{readiness:?}"
+            );
+            endpoints.add(NEW, port(1));
+            endpoints.add(NEW, port(2));
+            assert_eq!(lack(&endpoints, &worker), Some(Lack::Moment));
+            worker.shown.has_settled = true;
+            assert_eq!(lack(&endpoints, &worker), None, "what was opened later doesn't count");
+        }
+    }
+
+    #[test]
+    fn a_replacement_listens_somewhere_if_its_predecessor_does() {
+        let mut endpoints = Endpoints::default();
+        endpoints.add_worker(NEW);
+        let (mut worker, policy) = (worker(), example(Readiness::Notify));
+        worker.shown.says_ready = true;
+        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2), None, "it replaces nobody");
+        endpoints.add_later(SlotId(0), port(1));
+        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2), Some(Lack::Listener));
+        endpoints.add(NEW, port(2));
+        worker.shown.has_settled = true;
+        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2), None);
+    }
+
+    #[test]
+    fn a_worker_answers_one_request_and_those_of_the_warm_up() {
+        let mut endpoints = Endpoints::default();
+        endpoints.add_worker(NEW);
+        let policy = Policy { warm_up: 2, ..example(Readiness::Answers { port: None }) };
+        let mut worker = worker();
+        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2), Some(Lack::Listener));
+        endpoints.add(NEW, port(1));
+        worker.shown.probed_at = Some(port(1));
+        for answers in 0..3 {
+            worker.shown.answers = answers;
+            assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2), Some(Lack::Answer));
+        }
+        worker.shown.answers = 3;
+        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2), None);
+    }
+
+    #[test]
+    fn it_is_said_what_a_late_worker_lacks() {
+        let (worker, policy) = (worker(), example(Readiness::Notify));
+        let described = |lack, worker: &Worker| describe(Some(lack), worker, &policy);
+        let text = described(Lack::Endpoints(vec![port(1)]), &worker);
+        assert!(text.starts_with(
+            "worker 0 (generation 2) was not ready within 1m: it does not listen on 127.0.0.1:1, as"
+        ));
+        for (lack, part) in [
+            (Lack::Word, "it did not say that it is (see --ready-timeout)"),
+            (Lack::Listener, "it listens on no TCP port or Unix socket"),
+            (Lack::SharedListener, "it listens only on Unix sockets"),
+            (Lack::Answer, "it answered no request"),
+        ] {
+            assert!(described(lack.clone(), &worker).contains(part), "{lack:?}");
+        }
+        let mut worker = worker;
+        worker.shown.says_ready = true;
+        assert!(
+            described(Lack::Listener, &worker)
+                .contains("it listens nowhere, while the worker that it replaces does")
+        );
+        worker.shown.last_failure = Some("answered GET /healthz with 503 Service Unavailable".to_owned());
+        assert_eq!(
+            described(Lack::Answer, &worker),
+            "worker 0 (generation 2) answered GET /healthz with 503 Service Unavailable, and was not ready within 1m (see \
+             --ready-timeout)"
+        );
+    }
+}

@@ -1,0 +1,187 @@
+//! Connections of our own to one worker, by the address to which clients connect.
+//!
+//! The steering program sends them to that worker's member by their source address, and everything else as before. Nobody
+//! else is disturbed. A member that drops clients' SYNs takes ours, since these have the greatest time to live
+//! ([`super::Member::hold`]).
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use log::{debug, warn};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::{Holder, Pool};
+use crate::address::Address;
+use crate::ids::{MemberId, WorkerId};
+
+/// A connection that is being opened. Give it back to [`Pool::has_reached`] when it is open, or when its socket is closed.
+#[derive(Debug, Clone, Copy)]
+pub struct Reach {
+    address: Address,
+    source: SocketAddr,
+}
+
+/// How long a connection of our own takes at most to come into the queue of a listener that nobody accepts from. It takes
+/// some microseconds, on a busy machine some milliseconds.
+const ARRIVES_WITHIN: Duration = Duration::from_millis(10);
+
+impl Pool {
+    /// Begins to open a connection to the listener that a worker borrows at an address. Without waiting: the socket becomes
+    /// writable.
+    ///
+    /// # Errors
+    /// NotFound if it borrows none there, WouldBlock if too many connections are being opened, and what the kernel says.
+    pub fn reach(&mut self, worker: WorkerId, address: Address) -> io::Result<(Socket, Reach)> {
+        self.handle_events(None);
+        let mut lent =
+            self.members.lent_to(worker).filter(|(_, member)| member.listening && member.address == address);
+        let member = lent.next().map(|(id, _)| id).ok_or(io::ErrorKind::NotFound)?;
+        drop(lent);
+        let (socket, source) = client(address)?;
+        let group = self.groups.get_mut(&address).ok_or(io::ErrorKind::NotFound)?;
+        group.aim(source, member)?;
+        let reach = Reach { address, source };
+        let begun = self.steer_address(address).and_then(|()| connect(&socket, address));
+        if let Err(error) = begun {
+            self.has_reached(reach);
+            return Err(error);
+        }
+        Ok((socket, reach))
+    }
+
+    /// From now on no connection is taken for this one.
+    pub fn has_reached(&mut self, reach: Reach) {
+        let Reach { address, source } = reach;
+        let Some(group) = self.groups.get_mut(&address) else { return };
+        group.forget_aim(source);
+        if let Err(error) = self.steer_address(address) {
+            warn!("can't steer {address}: {error}");
+        }
+    }
+
+    /// Whether it is known where a member stands in the kernel's array of its group. If it is not, and nobody borrows the
+    /// members that may stand there, a connection of our own shows it.
+    pub(super) fn locate(&mut self, address: Address, member: MemberId) -> bool {
+        let Some(group) = self.groups.get(&address) else { return false };
+        for (index, candidates) in group.places(member) {
+            let is_free = |id: &MemberId| self.members.get(*id).is_some_and(|it| it.holder == Holder::Free);
+            if !candidates.iter().all(is_free) {
+                continue;
+            }
+            match self.find_at(address, index, &candidates) {
+                Ok(Some(found)) => {
+                    debug!("{address}: index {index} is that of listener {}", found.0);
+                    self.groups.entry(address).and_modify(|group| group.found(index, found));
+                    if found == member {
+                        break;
+                    }
+                }
+                Ok(None) => debug!("{address}: it is unknown which listener has index {index}"),
+                Err(error) => debug!("{address}: can't find out which listener has index {index}: {error}"),
+            }
+        }
+        self.groups.get(&address).is_some_and(|group| group.places(member).is_empty())
+    }
+
+    /// Which of these members, that nobody borrows, has an index.
+    fn find_at(
+        &mut self,
+        address: Address,
+        index: u32,
+        candidates: &BTreeSet<MemberId>,
+    ) -> io::Result<Option<MemberId>> {
+        let (socket, source) = client(address)?;
+        self.groups.entry(address).and_modify(|group| group.aim_at_index(source, index));
+        let begun = self.steer_address(address).and_then(|()| connect(&socket, address));
+        let found = begun.map(|()| self.find_queued(source, candidates));
+        drop(socket);
+        self.has_reached(Reach { address, source });
+        found
+    }
+
+    /// The member at which the connection from `source` waits.
+    fn find_queued(&self, source: SocketAddr, candidates: &BTreeSet<MemberId>) -> Option<MemberId> {
+        let members = || candidates.iter().filter_map(|id| Some((*id, self.members.get(*id)?)));
+        let end = Instant::now() + ARRIVES_WITHIN;
+        loop {
+            let left = end.saturating_duration_since(Instant::now()).as_millis() as u16;
+            let mut queues: Vec<PollFd> =
+                members().map(|(_, member)| PollFd::new(member.socket.as_fd(), PollFlags::POLLIN)).collect();
+            let waits = poll(&mut queues, PollTimeout::from(left));
+            let found = members().find(|(_, member)| member.reset_queue_with(source));
+            if found.is_some() || left == 0 || waits.is_err() {
+                return found.map(|(id, _)| id);
+            }
+        }
+    }
+}
+
+/// A socket to connect to an address from, and its own address.
+fn client(address: Address) -> io::Result<(Socket, SocketAddr)> {
+    const MAX_TTL: u32 = 255;
+    let ip = own_ip(address);
+    let domain = if ip.is_ipv6() { Domain::IPV6 } else { Domain::IPV4 };
+    let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    match ip {
+        IpAddr::V4(_) => socket.set_ttl_v4(MAX_TTL)?,
+        IpAddr::V6(_) => socket.set_unicast_hops_v6(MAX_TTL)?,
+    }
+    socket.bind(&with_port(address, ip, 0).into())?;
+    let source = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidData)?;
+    Ok((socket, source))
+}
+
+fn connect(socket: &Socket, address: Address) -> io::Result<()> {
+    let target = with_port(address, own_ip(address), address.socket.port());
+    match socket.connect(&target.into()) {
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(()),
+        result => result,
+    }
+}
+
+/// An address of this machine by which a listener can be reached from itself.
+fn own_ip(listener: Address) -> IpAddr {
+    match listener.socket.ip().to_canonical() {
+        IpAddr::V6(ip) if ip.is_unspecified() && listener.v6only => Ipv6Addr::LOCALHOST.into(),
+        ip if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        ip => ip,
+    }
+}
+
+/// With the listener's scope, which a link-local address needs.
+fn with_port(listener: Address, ip: IpAddr, port: u16) -> SocketAddr {
+    let mut socket = SocketAddr::new(ip, port);
+    if let (SocketAddr::V6(socket), SocketAddr::V6(listener)) = (&mut socket, listener.socket) {
+        socket.set_scope_id(listener.scope_id());
+    }
+    socket
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listener_is_reached_by_an_address_at_which_it_takes_connections() {
+        let cases = [
+            ("0.0.0.0:1", false, "127.0.0.1"),
+            ("127.0.0.2:1", false, "127.0.0.2"),
+            ("[::]:1", false, "127.0.0.1"),
+            ("[::]:1", true, "::1"),
+            ("[::1]:1", false, "::1"),
+            ("[2001:db8::1]:1", true, "2001:db8::1"),
+            ("[::ffff:127.0.0.3]:1", false, "127.0.0.3"),
+            ("[::ffff:0.0.0.0]:1", false, "127.0.0.1"),
+        ];
+        for (listener, v6only, ip) in cases {
+            let address = Address { socket: listener.parse().unwrap(), v6only };
+            assert_eq!(own_ip(address), ip.parse::<IpAddr>().unwrap(), "{listener}");
+        }
+        let scoped = Address { socket: "[fe80::1%7]:1".parse().unwrap(), v6only: false };
+        assert_eq!(with_port(scoped, own_ip(scoped), 2), "[fe80::1%7]:2".parse().unwrap());
+    }
+}

@@ -1,0 +1,60 @@
+//! Carries out the fleet's plan in every group.
+
+use std::io;
+use std::mem;
+
+use super::{Group, Pool, SPARE_BACKLOG};
+use crate::address::Address;
+use crate::steering::Plan;
+
+impl Pool {
+    /// Has the kernel send new connections where [`crate::steering::decide`] wants them by this plan, from now on until
+    /// the next one.
+    ///
+    /// # Errors
+    /// Why the kernel has refused it for some address. There it steers as before.
+    pub fn steer(&mut self, plan: Plan) -> Result<(), String> {
+        self.plan = plan;
+        self.steer_all()
+    }
+
+    /// As [`Pool::steer`], for all addresses or none.
+    ///
+    /// # Errors
+    /// Why the kernel has refused it for some address. The last plan holds.
+    pub fn switch(&mut self, plan: Plan) -> Result<(), String> {
+        let last = mem::replace(&mut self.plan, plan);
+        let switched = self.steer_all();
+        if switched.is_err() {
+            self.plan = last;
+            let _ = self.steer_all(); // where it is refused as well, the old program is still there
+        }
+        switched
+    }
+
+    pub(super) fn steer_all(&mut self) -> Result<(), String> {
+        self.handle_events(None);
+        let addresses: Vec<Address> = self.groups.keys().copied().collect();
+        let steer = |address| {
+            let steered = self.steer_address(address);
+            steered.map_err(|error| format!("can't steer {address}: {error}"))
+        };
+        // All of them, although one may fail.
+        addresses.into_iter().map(steer).fold(Ok(()), Result::and)
+    }
+
+    pub(super) fn steer_address(&mut self, address: Address) -> io::Result<()> {
+        let lacks_sink = |group: &Group| group.lacks_sink(&self.plan, &self.members);
+        if self.groups.get(&address).is_some_and(lacks_sink) {
+            self.add_spare(address)?;
+        }
+        let Some(group) = self.groups.get_mut(&address) else { return Ok(()) };
+        let spares_lacking = group.steer(&self.plan, |id| self.tracker.load(id), &mut self.members)?;
+        (0..spares_lacking).try_for_each(|_| self.add_spare(address))
+    }
+
+    fn add_spare(&mut self, address: Address) -> io::Result<()> {
+        let spare = self.add(address)?;
+        self.begin_to_listen(spare, SPARE_BACKLOG)
+    }
+}

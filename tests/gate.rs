@@ -1,0 +1,180 @@
+//! A replacement that doesn't serve gets no connection: the deploy fails with status 1, names the reason, and no request fails.
+#![cfg_attr(clippy, deny(warnings))]
+
+mod common;
+
+use std::fs;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+
+use common::load::{Load, LoadOptions};
+use common::{
+    DEADLINE, Folder, Outcome, Service, answered_more, children, free_address, node_app, own_network, python,
+    run, send, server, turn, wait_until,
+};
+use nix::sys::signal::Signal;
+
+/// A service whose next version is what was written last.
+struct Deployed {
+    folder: Folder,
+    service: Service,
+    addr: SocketAddr,
+}
+
+impl Deployed {
+    /// `version` is a shell script in which SERVER stands for the test server and ADDR for its address.
+    fn run(options: &str, addr: SocketAddr, version: &str) -> Deployed {
+        let folder = Folder::new();
+        folder.write("version.node", &filled(version, addr));
+        let command = ["sh".to_owned(), folder.path("version.node")];
+        Deployed { service: Service::run_ready(options, &command), folder, addr }
+    }
+
+    fn deploy(&self, version: &str) {
+        self.folder.write("version.node", &filled(version, self.addr));
+    }
+
+    /// Reloads by the command, while clients send requests; none of these fails.
+    #[track_caller]
+    fn reload(&self, options: &str) -> Outcome {
+        let load = Load::start(LoadOptions::new(self.addr, 8));
+        answered_more(&load);
+        let outcome = run(&self.service, &format!("reload {options}"));
+        answered_more(&load);
+        load.stop().assert_nothing_failed();
+        outcome
+    }
+}
+
+fn filled(version: &str, addr: SocketAddr) -> String {
+    version.replace("SERVER", &server()).replace("ADDR", &addr.to_string())
+}
+
+const SERVES: &str = "exec SERVER --listen ADDR";
+
+#[test]
+fn an_express_app_that_says_ready_although_its_port_is_taken_gets_no_connection() {
+    let _turn = turn();
+    own_network();
+    let app = |port: &str| {
+        format!(
+            "exec node -e \"require('{}')().get('/', (_, res) => res.send('pid=' + process.pid))\
+             .listen({port}, () => process.send('ready'))\"",
+            Path::new(&node_app("node_modules/express")).display()
+        )
+    };
+    for readiness in ["listen", "notify"] {
+        let addr = SocketAddr::from(([127, 0, 0, 1], 3000));
+        let options = format!("-n 2 --ready {readiness} --ready-timeout 3s");
+        let mut deployed = Deployed::run(&options, addr, &app("3000, '127.0.0.1'"));
+        let _foreign = TcpListener::bind("127.0.0.1:3001").expect("bind");
+        deployed.deploy(&app("3001, '127.0.0.1'"));
+        deployed.reload("").assert_failed(&["it does not listen on 127.0.0.1:3000", "serve on"]);
+        deployed.service.stop();
+    }
+}
+
+#[test]
+fn a_version_that_says_ready_and_does_not_listen_gets_no_connection() {
+    for readiness in ["listen", "notify", "100ms"] {
+        let options = format!("-n 2 --ready {readiness} --ready-timeout 1s");
+        let mut deployed =
+            Deployed::run(&options, free_address(), "exec SERVER --listen ADDR --ready-after 0");
+        deployed.deploy("echo >&$READY_FD; exec sleep 1000");
+        deployed.reload("").assert_failed(&["it does not listen on", "serve on"]);
+        deployed.service.stop();
+    }
+}
+
+#[test]
+fn a_replacement_that_listens_later_than_it_is_ready_is_waited_for() {
+    for (options, version) in [
+        ("-n 2 --ready 200ms", "exec SERVER --listen ADDR --listen-after 600"),
+        ("-n 2 --ready notify", "echo >&$READY_FD; exec SERVER --listen ADDR --listen-after 300"),
+        ("-n 2", "echo >&$READY_FD; exec SERVER --listen ADDR --listen-after 300"),
+    ] {
+        let addr = free_address();
+        let mut deployed = Deployed::run(options, addr, version);
+        wait_until("the first generation listens", DEADLINE, || TcpStream::connect(addr).is_ok());
+        for _ in 0..3 {
+            deployed.reload("").assert_done("2 workers of generation");
+        }
+        deployed.service.stop();
+    }
+}
+
+#[test]
+fn a_port_that_a_worker_opened_later_or_has_closed_since_is_not_asked_of_its_replacement() {
+    let addr = free_address();
+    let port = addr.port().to_string();
+    let mut service = Service::run_ready("-n 2 --ready-timeout 5s", &python("opens_later.py", &[&port]));
+    for signal in [Signal::SIGUSR1, Signal::SIGALRM] {
+        service.signal(signal);
+        let text = if signal == Signal::SIGUSR1 { "opened" } else { "closed" };
+        wait_until(text, DEADLINE, || service.out.count_of(text) >= 2);
+        if signal == Signal::SIGUSR1 {
+            let worker = children(service.pid())[0];
+            send(worker, Signal::SIGKILL);
+            service.wait_for_line("is ready, a replacement");
+        }
+        run(&service, "reload").assert_done("2 workers of generation");
+        service.signal(Signal::SIGUSR1);
+        wait_until("opened again", DEADLINE, || service.out.count_of("opened") >= 4);
+    }
+    service.stop();
+}
+
+#[test]
+fn the_debugger_of_node_is_not_asked_of_a_replacement() {
+    let _turn = turn();
+    own_network();
+    let mut service = Service::run_ready("-n 2 --ready-timeout 5s", &["node", &node_app("express/app.js")]);
+    service.signal(Signal::SIGUSR1);
+    wait_until("the debugger", DEADLINE, || TcpStream::connect("127.0.0.1:9229").is_ok());
+    run(&service, "reload").assert_done("2 workers of generation 2");
+    service.stop();
+}
+
+#[test]
+fn a_version_with_another_port_is_deployed_with_ports_may_change_only() {
+    let (old, new) = (free_address(), free_address());
+    let mut deployed = Deployed::run("-n 2 --ready-timeout 1s", old, SERVES);
+    deployed.deploy(&SERVES.replace("ADDR", &new.to_string()));
+    deployed.reload("").assert_failed(&[&format!("does not listen on {old}"), "--ports-may-change"]);
+    run(&deployed.service, "reload --ports-may-change").assert_done("2 workers of generation 3");
+    TcpStream::connect(new).expect("the new port");
+    assert!(TcpStream::connect(old).is_err(), "the old port is closed");
+    deployed.deploy("exec sleep 1000");
+    run(&deployed.service, "reload --ports-may-change").assert_failed(&["listens on no TCP port"]);
+    deployed.service.stop();
+}
+
+#[test]
+fn a_switch_that_the_kernel_refuses_fails_the_reload_and_at_the_start_reuse_run_exits() {
+    let _turn = turn();
+    own_network();
+    let limit = |bytes: &str| fs::write("/proc/sys/net/core/optmem_max", bytes).expect("set the limit");
+    let addr = SocketAddr::from(([127, 0, 0, 1], 3000));
+    let mut deployed = Deployed::run("-n 3", addr, SERVES);
+    limit("8");
+    deployed
+        .reload("")
+        .assert_failed(&["the kernel refused the switch: can't steer 127.0.0.1:3000", "serve on"]);
+    limit("131072");
+    deployed.reload("").assert_done("3 workers of generation 3");
+    deployed.service.stop();
+    limit("8");
+    let mut service = Service::run("-n 3", &[server(), "--listen".to_owned(), addr.to_string()]);
+    assert_eq!(service.wait_end().code(), Some(1), "{}", service.log.text());
+    service.wait_for_line("can't steer 127.0.0.1:3000");
+    limit("131072");
+}
+
+#[test]
+fn a_first_worker_that_exits_with_0_makes_reuse_run_exit_with_1() {
+    for command in [vec!["true"], vec!["sh", "-c", "echo address in use; exit 0"]] {
+        let mut service = Service::run("", &command);
+        assert_eq!(service.wait_end().code(), Some(1));
+        service.wait_for_line("exited with status 0 before it was ready; giving up");
+    }
+}
