@@ -139,14 +139,15 @@ impl Ready {
     /// From "/path" or ":PORT/path".
     fn with_path(text: &str) -> Result<Self, String> {
         const MAX_PATH: usize = 1000;
-        let wrong = |what: &str| Err(format!("{text:?} is {what}"));
         let (port, path) = text.split_at(text.find('/').unwrap_or(text.len()));
         let number = port.strip_prefix(':').map(|number| number.parse::<u16>().unwrap_or(0));
         if number == Some(0) || path.is_empty() {
-            return wrong("not a path with its port such as :3000/healthz");
+            return Err(format!("{text:?} is not a path with its port such as :3000/healthz"));
         }
         if !path.bytes().all(|byte| byte.is_ascii_graphic()) || path.len() > MAX_PATH {
-            return wrong("not a path of at most 1000 printable ASCII characters without spaces");
+            return Err(format!(
+                "{text:?} is not a path of at most 1000 printable ASCII characters without spaces"
+            ));
         }
         Ok(Self { readiness: Readiness::Answers { port: number }, path: Some(path.to_owned()) })
     }

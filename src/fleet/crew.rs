@@ -183,6 +183,7 @@ impl Crew {
             worker.pid = Some(pid);
             self.endpoints.add_worker(id);
             self.enter(id, State::Starting, now);
+            self.begin_probes(id);
         }
     }
 
@@ -193,19 +194,42 @@ impl Crew {
             return Vec::new();
         }
         self.timers.set_if_unset(Timer::Worker(id, WorkerTimer::Settled), now + SETTLED_AFTER);
-        if let (Readiness::Answers { port }, Some(worker)) = (self.policy.readiness, self.roster.get_mut(id))
-            && worker.shown.probed_at.is_none()
-            && port.is_none_or(|port| endpoint.port() == Some(port))
-        {
-            worker.shown.probed_at = Some(endpoint);
-            self.probe(id);
-        }
-        if became_public { self.starting() } else { vec![id] }
+        let concerned = if became_public { self.starting() } else { vec![id] };
+        concerned.iter().for_each(|id| self.begin_probes(*id));
+        concerned
     }
 
-    /// Has a request sent to a worker, where it listens.
+    /// Has requests sent to a worker that starts, if it listens where it may be sent some. A private Unix socket is only used
+    /// until there is something better.
+    pub(super) fn begin_probes(&mut self, id: WorkerId) {
+        let Readiness::Answers { port } = self.policy.readiness else { return };
+        let Some(worker) = self.roster.get(id).filter(|worker| worker.state == State::Starting) else {
+            return;
+        };
+        let is_alone = worker.shown.has_settled && self.slots() == 1;
+        let found = self.endpoints.probed_at(id, port, is_alone);
+        let keeps = worker.shown.probed_at.as_ref().is_some_and(|now| {
+            Some(now) == found || self.endpoints.has(id, now) && self.endpoints.is_public(now)
+        });
+        if keeps {
+            return;
+        }
+        let found = found.cloned();
+        if let Some(worker) = self.roster.get_mut(id) {
+            (worker.shown.probed_at, worker.shown.answers) = (found, 0);
+        }
+        self.probe(id);
+    }
+
+    /// Has a request sent to a worker that starts or is tried, where it listens.
     pub(super) fn probe(&mut self, id: WorkerId) {
-        let endpoint = self.roster.get(id).and_then(|worker| worker.shown.probed_at.clone());
+        let is_due = |worker: &&Worker| match worker.state {
+            State::Starting => true,
+            State::Ready => !self.roster.serves(worker),
+            State::Draining | State::Stopping | State::Killed => false,
+        };
+        let worker = self.roster.get(id).filter(is_due);
+        let endpoint = worker.and_then(|worker| worker.shown.probed_at.clone());
         self.actions.extend(endpoint.map(|endpoint| Action::Probe { worker: id, endpoint }));
     }
 

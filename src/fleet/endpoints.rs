@@ -62,6 +62,20 @@ impl Endpoints {
         endpoints.filter(|(_, has_called)| **has_called).map(|(endpoint, _)| endpoint)
     }
 
+    /// Whether a worker listens there.
+    pub fn has(&self, id: WorkerId, endpoint: &Endpoint) -> bool {
+        self.of_workers.get(&id).is_some_and(|endpoints| endpoints.contains_key(endpoint))
+    }
+
+    /// Where to send a worker requests: on this port if one is named, and only where clients are known to come, unless there
+    /// is only this worker. What it is given counts although it has not called listen(2).
+    pub fn probed_at(&self, id: WorkerId, port: Option<u16>, is_alone: bool) -> Option<&Endpoint> {
+        let mut endpoints = self.of_workers.get(&id).into_iter().flatten().map(|(endpoint, _)| endpoint);
+        endpoints.find(|endpoint| {
+            port.is_none_or(|port| endpoint.port() == Some(port)) && (is_alone || self.is_public(endpoint))
+        })
+    }
+
     /// The TCP addresses at which connections come to this worker alone.
     pub fn addresses(&self, id: WorkerId) -> BTreeSet<Address> {
         let endpoints = self.of_workers.get(&id).into_iter().flatten().map(|(endpoint, _)| endpoint);

@@ -179,6 +179,7 @@ impl Fleet {
 
     fn stopped_listening(&mut self, id: WorkerId, endpoint: &Endpoint, now: Instant) {
         self.crew.endpoints.remove(id, endpoint);
+        self.crew.begin_probes(id);
         if let Some(worker @ Worker { state: State::Ready, slot, .. }) = self.crew.roster.get(id) {
             let why = format!("{worker} has stopped listening on {endpoint}");
             let (slot, serves) = (*slot, self.crew.roster.serves(worker));
@@ -474,6 +475,7 @@ impl Fleet {
     /// A worker has listened for a while and isn't ready.
     fn settled(&mut self, id: WorkerId, now: Instant) {
         self.shows(id, now, |shown| shown.has_settled = true);
+        self.crew.begin_probes(id);
         if let (Some(Lack::Endpoints(missing)), Some(worker)) = (self.crew.lack(id), self.crew.roster.get(id))
         {
             let line = story::waits(worker, missing);

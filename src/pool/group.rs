@@ -262,7 +262,8 @@ impl Group {
         let (address, of) = (self.address, self.order.len());
         let last = self.targets.as_ref().map(|last| (&last.primary, &last.canary, last.share));
         match canary.is_empty() {
-            _ if last == Some((primary, canary, *share)) => {} // it was attached for a connection of our own
+            // It was attached for a connection of our own.
+            _ if primary.is_empty() || last == Some((primary, canary, *share)) => {}
             true => debug!("{address}: new connections go to {primary:?} of {of}"),
             false => debug!("{address}: new connections go to {primary:?}, {share} to {canary:?} of {of}"),
         }

@@ -465,7 +465,7 @@ mod tests {
     #[test]
     fn each_generation_is_reached_by_its_own_socket_before_and_after_the_switch() {
         let folder = Folder::new("reach");
-        let path = folder.0.join("a-name-longer-than-the-address-of-a-socket-can-be-".repeat(4));
+        let path = folder.0.join("n".repeat(80)); // with its folder longer than an address
         let socket_path = SocketPath::resolve(Pid::this(), None, &path).unwrap();
         let mut sockets = UnixSockets::default();
         let first = sockets.bind(&socket_path, borrower(1, 1), 0).unwrap();

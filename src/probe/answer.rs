@@ -15,8 +15,6 @@ const MAX_HEADER: usize = 16 * 1024;
 const MAX_BODY: u64 = 1024 * 1024;
 /// More of the header's lines are not read.
 const MAX_LINES: usize = 128;
-/// What an answer that can't be read may mean.
-const HINT: &str = "(a TLS port? --ready /path speaks plain HTTP)";
 
 /// Why no more bytes come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,7 +94,9 @@ impl Answer {
                 format!("answered {request} with a header of more than {} KiB", MAX_HEADER / 1024)
             }
             (Some(Status::NotHttp), _) => {
-                format!("answered {request} with something that is not HTTP/1 {HINT}")
+                format!(
+                    "answered {request} with something that is not HTTP/1 (a TLS port? --ready /path speaks plain HTTP)"
+                )
             }
             (None, End::TimedOut) if self.header.is_empty() => {
                 format!("did not answer {request} within {}", format_duration(TIME_OUT))
@@ -106,7 +106,9 @@ impl Answer {
                 format!("did not end the header of its answer to {request} within {time_out}")
             }
             (None, End::Closed) if self.header.is_empty() => {
-                format!("closed the connection without an answer to {request} {HINT}")
+                format!(
+                    "closed the connection without an answer to {request} (a TLS port? --ready /path speaks plain HTTP)"
+                )
             }
             (None, End::Closed) => {
                 format!("closed the connection within the header of its answer to {request}")
