@@ -146,7 +146,13 @@ pub enum CommandArgs {
 
 /// Replace the workers of a running reuse-run and wait until this is done. Exit with 0 only if the new workers serve.
 #[derive(FromArgs, Debug)]
-#[argh(subcommand, name = "reload", help_triggers("-h", "--help"))]
+#[argh(
+    subcommand,
+    name = "reload",
+    help_triggers("-h", "--help"),
+    note = "reuse-run reload [options] [pid] -- command [arguments]: the new workers run this command. If they serve,\n\
+            it is the command from then on."
+)]
 pub struct ReloadArgs {
     /// replace at most this many workers at a time (default: as reuse-run was started)
     #[argh(option, arg_name = "count")]
@@ -159,6 +165,10 @@ pub struct ReloadArgs {
     /// time for which the new workers keep the share of --canary; then they get all connections
     #[argh(option, long = "for", arg_name = "duration")]
     pub period: Option<Period>,
+
+    /// the new workers need not listen where the old ones do
+    #[argh(switch)]
+    pub ports_may_change: bool,
 
     /// do not wait until the reload is done
     #[argh(switch)]
@@ -235,7 +245,7 @@ pub struct StopArgs {
 impl ReloadArgs {
     /// # Errors
     /// Which options can't be combined, or that there is no such share.
-    pub fn request(&self) -> Result<Request, String> {
+    pub fn request(&self, command: Option<Vec<String>>) -> Result<Request, String> {
         let how = match (&self.batch, &self.canary, &self.period) {
             (None, None, None) => None,
             (Some(most), None, None) => Some(How::Batch(most.get())),
@@ -251,13 +261,13 @@ impl ReloadArgs {
                 return Err("--for needs --canary, as in --canary 5 --for 10m".to_owned());
             }
         };
-        match (self.abort, &how) {
-            (false, _) => Ok(Request::Reload { how, wait: !self.no_wait }),
-            (true, None) => Ok(Request::Abort),
-            (true, Some(_)) => {
-                Err("--abort starts no reload, so it can't be combined with --batch, --canary or --for"
-                    .to_owned())
-            }
+        if !self.abort {
+            let ports_may_change = self.ports_may_change;
+            return Ok(Request::Reload { how, ports_may_change, command, wait: !self.no_wait });
+        }
+        match (how, self.ports_may_change, command) {
+            (None, false, None) => Ok(Request::Abort),
+            _ => Err("--abort starts no reload, so it can't be combined with what a reload does".to_owned()),
         }
     }
 }

@@ -11,8 +11,8 @@ use crate::fleet::{Policy, Rollout};
 use crate::operate::client::{Command, Operation};
 use crate::operate::protocol::Request;
 use crate::steering::load::Balancing;
-use crate::worker::Program;
 use crate::worker::environment::Sources;
+use crate::worker::{Program, Settings};
 use args::{CommandArgs, RunArgs, ScaleArgs, StatusArgs, StopArgs};
 use split::Split;
 use values::Period;
@@ -25,9 +25,10 @@ mod values;
 #[derive(Debug)]
 pub struct Options {
     pub program: Program,
+    pub settings: Settings,
     pub policy: Policy,
-    /// What workers are asked for under [`crate::fleet::Readiness::Answers`].
-    pub probe_path: String,
+    /// What workers are asked for, under [`crate::fleet::Readiness::Answers`].
+    pub probe_path: Option<String>,
     pub sources: Sources,
     /// Addresses whose sockets workers are given.
     pub listen: Vec<Address>,
@@ -58,8 +59,8 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
     if let Some((first, rest)) = words.split_first()
         && let Some(name) = command_name(first)
     {
-        let rest: Vec<String> = rest.iter().map(|word| word.to_string_lossy().into_owned()).collect();
-        return parse_command(name, &rest);
+        let (rest, program) = split_program(name, rest)?;
+        return parse_command(name, &rest, program);
     }
     let Split { options, command, is_marked } = split::split(words, RunArgs::get_args_info().flags)?;
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
@@ -83,6 +84,26 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
     Ok(Invocation::Run(Box::new(options_of(args, program, command.collect()))))
 }
 
+/// The words of a command before "--", and those after it: what a reload starts.
+///
+/// # Errors
+/// When there are none after it, or one that JSON can't hold.
+fn split_program(name: &str, words: &[OsString]) -> Result<(Vec<String>, Option<Vec<String>>), String> {
+    let is_mark = |word: &OsString| name == "reload" && word == "--";
+    let (before, after) = match words.iter().position(is_mark) {
+        Some(at) => (&words[..at], Some(&words[at + 1..])),
+        None => (words, None),
+    };
+    let utf8 = |word: &OsString| {
+        word.to_str().map(str::to_owned).ok_or_else(|| format!("{} is not UTF-8", word.display()))
+    };
+    let after = after.map(|words| words.iter().map(utf8).collect::<Result<Vec<_>, _>>()).transpose()?;
+    if after.as_ref().is_some_and(Vec::is_empty) {
+        return Err("no command after --, as in reuse-run reload -- node app.js".to_owned());
+    }
+    Ok((before.iter().map(|word| word.to_string_lossy().into_owned()).collect(), after))
+}
+
 /// The name of the command to a running reuse-run that a word is.
 fn command_name(word: &OsString) -> Option<&'static str> {
     CommandArgs::COMMANDS.iter().map(|command| command.name).find(|name| word == name)
@@ -90,9 +111,8 @@ fn command_name(word: &OsString) -> Option<&'static str> {
 
 fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Options {
     Options {
-        program: Program {
-            command,
-            args: arguments,
+        program: Program { command, args: arguments },
+        settings: Settings {
             stop_signal: args.stop_signal.0,
             node_ipc: !args.no_node_ipc,
             intercept: !args.no_intercept,
@@ -109,7 +129,7 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
             max_failures: args.max_failures,
             rollout: args.batch.map_or(Rollout::AllAtOnce, |most| Rollout::Batches(most.get())),
         },
-        probe_path: args.ready.path.unwrap_or_default(),
+        probe_path: args.ready.path,
         sources: Sources { env_files: args.env_file, secrets: args.secret, directory: args.chdir },
         listen: args.listen,
         idle_rule: IdleRule { idle_after: args.idle_after.map(|after| after.0) },
@@ -152,7 +172,7 @@ fn one_line(error: &str) -> String {
 }
 
 /// Reads a command to a running reuse-run.
-fn parse_command(name: &str, words: &[String]) -> Result<Invocation, String> {
+fn parse_command(name: &str, words: &[String], program: Option<Vec<String>>) -> Result<Invocation, String> {
     // argh takes "-1" for an option, but not " -1", which Target reads as well.
     let is_negative = |word: &str| {
         name == "scale" && word.strip_prefix('-').is_some_and(|rest| rest.parse::<u32>().is_ok())
@@ -169,7 +189,7 @@ fn parse_command(name: &str, words: &[String]) -> Result<Invocation, String> {
             return Ok(Invocation::Control(Command { pid, operation: Operation::Show { json, watch } }));
         }
         CommandArgs::Reload(args) => {
-            let request = args.request()?;
+            let request = args.request(program)?;
             (args.pid, args.timeout, request)
         }
         CommandArgs::Scale(ScaleArgs { no_wait, timeout, workers, pid }) => {
@@ -216,16 +236,26 @@ mod tests {
                     --stop-signal sigterm --max-failures 3 --balance random -l 3000 --env-file a --env-file b -C /srv --no-node-ipc \
                     --no-intercept --batch 2 --pidfile p --label x y";
         let options = run(line).unwrap();
-        let Options { program, policy, probe_path, sources, listen, idle_rule, balance, pidfile, label } =
-            options;
+        let Options {
+            program,
+            settings,
+            policy,
+            probe_path,
+            sources,
+            listen,
+            idle_rule,
+            balance,
+            pidfile,
+            label,
+        } = options;
         assert_eq!((program.command, program.args), ("x".into(), vec!["y".into()]));
         assert_eq!(
-            (program.stop_signal, program.node_ipc, program.intercept),
+            (settings.stop_signal, settings.node_ipc, settings.intercept),
             (Signal::SIGTERM, false, false)
         );
         let answers = Readiness::Answers { port: Some(9000) };
         assert_eq!((policy.workers, policy.readiness, policy.warm_up), (2, answers, 3));
-        assert_eq!(probe_path, "/healthz");
+        assert_eq!(probe_path.as_deref(), Some("/healthz"));
         assert_eq!(policy.ready_timeout, Duration::from_secs(5));
         assert_eq!(policy.drain, Duration::from_millis(250));
         assert_eq!([policy.stop_timeout, policy.stop_within].map(|time| time.as_secs()), [60, 25]);
@@ -268,6 +298,10 @@ mod tests {
             ("reload --canary 100% --for 5s", "100 is not a share"),
             ("reload --canary half --for 5s", "--canary: \"half\" is not a number of percent"),
             ("reload --abort --batch 1", "--abort starts no reload"),
+            ("reload --abort --ports-may-change", "--abort starts no reload"),
+            ("reload --abort -- node", "--abort starts no reload"),
+            ("reload --", "no command after --"),
+            ("stop -- node", "pid: "),
             ("stop now", "pid: "),
         ];
         for (line, part) in cases {
@@ -281,10 +315,14 @@ mod tests {
     fn a_command_becomes_its_request() {
         let second = Some(Duration::from_secs(1));
         let canary = How::Canary { percent: 5.0, seconds: 60.0 };
+        let reload = |how| Request::Reload { how, ports_may_change: false, command: None, wait: true };
+        let words = Some(["node", "--batch", "app.js", "--"].map(str::to_owned).to_vec());
+        let other = Request::Reload { how: None, ports_may_change: true, command: words, wait: false };
         for (line, expected) in [
-            ("reload", (None, Request::Reload { how: None, wait: true }, None)),
-            ("reload --batch 2 7", (Some(7), Request::Reload { how: Some(How::Batch(2)), wait: true }, None)),
-            ("reload --canary 5% --for 1m", (None, Request::Reload { how: Some(canary), wait: true }, None)),
+            ("reload", (None, reload(None), None)),
+            ("reload --batch 2 7", (Some(7), reload(Some(How::Batch(2))), None)),
+            ("reload --canary 5% --for 1m", (None, reload(Some(canary)), None)),
+            ("reload --ports-may-change --no-wait 7 -- node --batch app.js --", (Some(7), other, None)),
             ("reload --abort 7", (Some(7), Request::Abort, None)),
             ("scale -1 --no-wait", (None, Request::Scale { to: Target::Fewer(1), wait: false }, None)),
             (

@@ -27,7 +27,9 @@ use std::time::Instant;
 
 pub use self::crew::Crew;
 pub use self::endpoints::Endpoints;
-pub use self::events::{Accepted, Action, Announcement, Command, End, Event, Refusal, ReloadOptions, Ticket};
+pub use self::events::{
+    Accepted, Action, Announcement, Command, CommandId, End, Event, Refusal, ReloadOptions, Ticket,
+};
 use self::gate::Lack;
 use self::phase::{Phase, Reload};
 pub use self::policy::{Policy, Readiness, Rollout, Target};

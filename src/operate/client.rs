@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use crate::kernel::procfs;
-use crate::operate::protocol::{self, Envelope, Reply, Request, VERSION};
+use crate::operate::protocol::{self, Envelope, Reply, Request};
 use crate::operate::status::{Status, WorkerStatus, span};
 use crate::output::log;
 
@@ -110,7 +110,7 @@ fn send(pid: u32, request: Request) -> Result<BufReader<UnixStream>, CommandErro
     let stream = connect(pid)?;
     stream.set_read_timeout(Some(REPLY_TIMEOUT))?;
     stream.set_write_timeout(Some(REPLY_TIMEOUT))?;
-    (&stream).write_all(&protocol::line(&Envelope { version: VERSION, request }))?;
+    (&stream).write_all(&protocol::line(&Envelope { version: request.version(), request }))?;
     Ok(BufReader::new(stream))
 }
 

@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use crate::operate::status::Status;
 
 /// The version of this protocol. It rises with each change that an older command or an older reuse-run can't understand.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// In bytes; a longer request is refused.
-pub const MAX_REQUEST: usize = 4096;
+pub const MAX_REQUEST: usize = 64 * 1024;
 
 /// A request as it is sent.
 #[derive(Debug, Serialize, Deserialize)]
@@ -33,6 +33,12 @@ pub enum Request {
     /// Without `how` the workers are replaced as at SIGUSR2. A client that doesn't `wait` gets one reply at once.
     Reload {
         how: Option<How>,
+        /// Whether the new workers need not listen where the old ones do.
+        #[serde(default)]
+        ports_may_change: bool,
+        /// What the new workers run, if it is something else.
+        #[serde(default)]
+        command: Option<Vec<String>>,
         wait: bool,
     },
     /// End the current reload and keep the workers that serve.
@@ -44,6 +50,16 @@ pub enum Request {
     Stop {
         wait: bool,
     },
+}
+
+impl Request {
+    /// The oldest version of the protocol in which it can be sent.
+    pub fn version(&self) -> u32 {
+        match self {
+            Self::Reload { ports_may_change: true, .. } | Self::Reload { command: Some(_), .. } => 2,
+            _ => 1,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -106,10 +122,10 @@ struct Version {
 pub fn parse(line: &[u8]) -> Result<Request, String> {
     let Version { version } =
         serde_json::from_slice(line).map_err(|error| format!("not a request: {error}"))?;
-    if version != VERSION {
+    if !(1..=VERSION).contains(&version) {
         let ours = env!("CARGO_PKG_VERSION");
         return Err(format!(
-            "the running reuse-run {ours} speaks version {VERSION} of the control protocol, not {version}: use \
+            "the running reuse-run {ours} speaks versions 1 to {VERSION} of the control protocol, not {version}: use \
              the command of version {ours}"
         ));
     }
@@ -133,25 +149,31 @@ mod tests {
 
     #[test]
     fn a_request_is_parsed_to_what_was_written() {
-        for request in [
-            Request::Status,
-            Request::Brief,
-            Request::Reload { how: None, wait: true },
-            Request::Reload { how: Some(How::Batch(2)), wait: false },
-            Request::Reload { how: Some(How::Canary { percent: 2.5, seconds: 0.25 }), wait: true },
-            Request::Abort,
-            Request::Scale { to: Target::Fewer(3), wait: true },
-            Request::Stop { wait: true },
+        let reload =
+            |how, ports_may_change, command| Request::Reload { how, ports_may_change, command, wait: true };
+        for (version, request) in [
+            (1, Request::Status),
+            (1, Request::Brief),
+            (1, reload(None, false, None)),
+            (1, reload(Some(How::Batch(2)), false, None)),
+            (2, reload(Some(How::Canary { percent: 2.5, seconds: 0.25 }), true, None)),
+            (2, reload(None, false, Some(vec!["node".to_owned()]))),
+            (1, Request::Abort),
+            (1, Request::Scale { to: Target::Fewer(3), wait: true }),
+            (1, Request::Stop { wait: true }),
         ] {
-            let line = line(&Envelope { version: VERSION, request: request.clone() });
+            assert_eq!(request.version(), version, "{request:?}");
+            let line = line(&Envelope { version, request: request.clone() });
             assert_eq!(parse(&line), Ok(request));
         }
+        let old = br#"{"version": 1, "request": {"reload": {"how": null, "wait": true}}}"#;
+        assert_eq!(parse(old), Ok(reload(None, false, None)));
     }
 
     #[test]
     fn a_request_of_another_version_is_refused_whatever_else_it_holds() {
-        let error = parse(br#"{"version": 2, "what": ["ever"]}"#).unwrap_err();
-        assert!(error.contains("speaks version 1") && error.contains("not 2"), "{error}");
+        let error = parse(br#"{"version": 3, "what": ["ever"]}"#).unwrap_err();
+        assert!(error.contains("speaks versions 1 to 2") && error.contains("not 3"), "{error}");
     }
 
     #[test]

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::words::printable;
+
 /// What `status --json` prints; tests/status.schema.json describes it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Status {
@@ -17,6 +19,9 @@ pub struct Status {
     pub slots: u32,
     /// The number of slots with a ready worker.
     pub ready: u32,
+    /// What the newest generation that serves runs.
+    #[serde(default)]
+    pub command: Vec<String>,
     pub addresses: Vec<String>,
     pub workers: Vec<WorkerStatus>,
     pub last_reload: Option<LastReload>,
@@ -152,11 +157,22 @@ impl fmt::Display for Status {
             }
             writeln!(f, "{}", line.trim_end())?;
         }
+        let words: Vec<String> = self.command.iter().map(|word| quoted(word)).collect();
+        writeln!(f, "command: {}", words.join(" "))?;
         if let Some(LastReload { generation, reason, seconds_ago, .. }) = &self.last_reload {
             let how = reason.as_ref().map_or("done".to_owned(), |reason| format!("failed, {reason}"));
             writeln!(f, "last reload: generation {generation}, {} ago: {how}", span(*seconds_ago))?;
         }
         Ok(())
+    }
+}
+
+/// A word of a command as a shell would take it; control characters are escaped.
+fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_alphanumeric() || "_@%+=:,./-".contains(c);
+    match !word.is_empty() && word.chars().all(is_plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", printable(word.as_bytes()).replace('\'', "'\\''")),
     }
 }
 
@@ -227,6 +243,7 @@ mod tests {
             generation: 2,
             slots,
             ready,
+            command: ["node", "my app.js", "it's", ""].map(str::to_owned).to_vec(),
             addresses: vec!["[::]:3000".to_owned()],
             workers,
             last_reload: None,
@@ -254,6 +271,7 @@ mod tests {
             )
         );
         assert!(table.contains("  draining, stuck  "), "{table}");
+        assert!(table.ends_with("\ncommand: node 'my app.js' 'it'\\''s' ''\n"), "{table}");
     }
 
     #[test]

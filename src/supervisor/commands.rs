@@ -1,6 +1,7 @@
 //! What control commands and signals ask for, and the replies to commands.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsString;
 use std::time::{Duration, Instant};
 
 use log::info;
@@ -16,6 +17,7 @@ use crate::operate::protocol::{self, How, Reply, Request};
 use crate::operate::status::{self, LastReload, Status, WorkerLoad, WorkerState, WorkerStatus};
 use crate::output::labels::Labels;
 use crate::steering::load::Load;
+use crate::worker::Program;
 
 impl Supervisor {
     pub(super) fn accept_clients(&mut self) {
@@ -32,7 +34,12 @@ impl Supervisor {
             Request::Status => return self.reply(id, &Reply::Status(Box::new(self.status(true)))),
             Request::Brief => return self.reply(id, &Reply::Status(Box::new(self.status(false)))),
             Request::Stop { wait } => (Ok(Command::Stop), wait),
-            Request::Reload { how, wait } => (how.map(rollout).transpose().map(reload), wait),
+            Request::Reload { how, ports_may_change, command, wait } => {
+                let rollout = how.map(rollout).transpose();
+                let command = command.and_then(program).map(|program| self.environments.command_id(program));
+                let options = rollout.map(|rollout| ReloadOptions { rollout, ports_may_change, command });
+                (options.map(Command::Reload), wait)
+            }
             Request::Abort => (Ok(Command::Abort), false),
             Request::Scale { to, wait } => (Ok(Command::Scale(target(to))), wait),
         };
@@ -177,6 +184,7 @@ impl Supervisor {
             generation: crew.generation(),
             slots: crew.slots() as u32,
             ready: views.iter().filter(is_ready).count() as u32,
+            command: self.environments.program(crew.generation()).map(Program::words).unwrap_or_default(),
             addresses: crew.endpoints().into_iter().map(ToString::to_string).collect(),
             workers: views.iter().map(of_view).collect(),
             last_reload,
@@ -215,8 +223,9 @@ impl Supervisor {
     }
 }
 
-fn reload(rollout: Option<Rollout>) -> Command {
-    Command::Reload(ReloadOptions { rollout, ..ReloadOptions::default() })
+fn program(words: Vec<String>) -> Option<Program> {
+    let mut words = words.into_iter().map(OsString::from);
+    Some(Program { command: words.next()?, args: words.collect() })
 }
 
 fn rollout(how: How) -> Result<Rollout, String> {

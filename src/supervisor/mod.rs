@@ -21,9 +21,7 @@ use crate::cli::Options;
 use crate::drain::idle;
 use crate::drain::signal_effect::{self, SignalEffect, Treatment};
 use crate::drain::{Drain, Drained};
-use crate::fleet::{
-    Action, Announcement, Command, Endpoints, Event, Fleet, Readiness, ReloadOptions, Target,
-};
+use crate::fleet::{Action, Announcement, Command, Endpoints, Event, Fleet, ReloadOptions, Target};
 use crate::ids::{Borrower, SlotId, WorkerId};
 use crate::intercept::{self, Answers, Interception, ListenChange};
 use crate::kernel::procfs;
@@ -116,7 +114,7 @@ pub fn run(options: Options) -> io::Result<u8> {
 /// # Errors
 /// When nothing else could tell that a worker is ready.
 fn listener_watch(options: &Options) -> io::Result<ListenerWatch> {
-    let answers = options.program.intercept.then(intercept::probe).transpose();
+    let answers = options.settings.intercept.then(intercept::probe).transpose();
     let why = match answers {
         Ok(Some(answers)) => return Ok(ListenerWatch::Interception(answers)),
         Ok(None) => "workers are not intercepted".to_owned(),
@@ -142,29 +140,27 @@ impl Supervisor {
         // First: while SIGCHLD is ignored, a child that ends can't be waited for.
         let signals = Signals::new()?;
         let listener_watch = listener_watch(&options)?;
-        let Options { mut program, policy, probe_path, sources, listen, idle_rule, balance, pidfile, label } =
-            options;
-        program.intercept = matches!(listener_watch, ListenerWatch::Interception(_));
+        let Options { program, mut settings, policy, sources, listen, balance, .. } = options;
+        settings.intercept = matches!(listener_watch, ListenerWatch::Interception(_));
         if sources.has_values() {
             // No core dump of this process may hold them (PR_SET_DUMPABLE(2const)).
             nix::sys::prctl::set_dumpable(false)?;
         }
-        let stop_signal = program.stop_signal;
-        let starter = Starter::new(program, listen.len())?;
+        let stop_signal = settings.stop_signal;
+        let starter = Starter::new(settings, listen.len())?;
         let inherited: Rc<[(u64, Endpoint)]> = starter.inherited().into();
-        let mut pool = Pool::new(balance, matches!(policy.readiness, Readiness::Answers { .. }))?;
+        let mut pool = Pool::new(balance, options.probe_path.is_some())?;
         listen.iter().try_for_each(|address| pool.take(*address))?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         watch(&epoll, &signals, Source::Signals)?;
         watch(&epoll, &pool, Source::Pool)?;
-        let pidfile = pidfile.map(PidFile::new).transpose()?;
         let control = Control::new();
         if let Err(error) = &control {
             warn!("no control socket, so reload, status, scale and stop can't work: {error}");
         }
         let control = control.ok();
         control.as_ref().map_or(Ok(()), |control| watch(&epoll, control, Source::Control))?;
-        let labels = label.then(Labels::new).transpose()?;
+        let labels = options.label.then(Labels::new).transpose()?;
         labels.iter().try_for_each(|labels| watch(&epoll, labels, Source::Labels))?;
         let shared = match listener_watch {
             ListenerWatch::Interception(_) => {
@@ -178,17 +174,17 @@ impl Supervisor {
             fleet,
             pool,
             unix: UnixSockets::default(),
-            probes: Probes::new(probe_path),
-            drain: Drain::new(idle_rule),
+            probes: Probes::new(options.probe_path.unwrap_or_default()),
+            drain: Drain::new(options.idle_rule),
             signal_effect: SignalEffect::default(),
             listener_watch,
             systemd: Systemd::new(Instant::now()),
             control,
-            pidfile,
+            pidfile: options.pidfile.map(PidFile::new).transpose()?,
             labels,
             signals,
             starter,
-            environments: Environments::new(sources.with_current_directory()),
+            environments: Environments::new(sources.with_current_directory(), program),
             listen,
             inherited,
             stop_signal,
@@ -353,7 +349,9 @@ impl Supervisor {
                         self.probes.begin(worker, *generation, endpoint, Instant::now());
                     }
                 }
-                Action::BeginGeneration { .. } => {}
+                Action::BeginGeneration { generation, command, like } => {
+                    self.environments.begin(generation, command, like);
+                }
                 Action::Drain { worker, addresses } => {
                     self.probes.forget(worker, &mut self.pool);
                     if let Some(Process { pid, generation, .. }) = self.processes.get(&worker) {

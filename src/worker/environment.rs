@@ -14,8 +14,9 @@ use std::str::FromStr;
 
 use log::warn;
 
+use crate::fleet::CommandId;
 use crate::ids::SlotId;
-use crate::worker::fds;
+use crate::worker::{Program, fds};
 
 /// Where variables and directory come from, as the command line says.
 #[derive(Debug, Clone, Default)]
@@ -48,8 +49,9 @@ impl FromStr for Secret {
 }
 
 /// What all workers of a generation start with.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Environment {
+    pub program: Program,
     /// In their order; a later one has precedence.
     pub variables: Vec<(OsString, OsString)>,
     pub directory: Option<Directory>,
@@ -77,7 +79,11 @@ impl Directory {
 impl fmt::Debug for Environment {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let names: Vec<&OsString> = self.variables.iter().map(|(name, _)| name).collect();
-        f.debug_struct("Environment").field("names", &names).field("directory", &self.directory).finish()
+        f.debug_struct("Environment")
+            .field("program", &self.program)
+            .field("names", &names)
+            .field("directory", &self.directory)
+            .finish()
     }
 }
 
@@ -121,17 +127,46 @@ impl Environment {
     }
 }
 
-/// The environment of each generation that may still start workers: read when its first worker starts, and the same for
+/// The number of the first generation.
+const FIRST_GENERATION: u32 = 1;
+
+/// The environment and the program of each generation that may still start workers: read when its first worker starts, and the same for
 /// all of them.
 #[derive(Debug)]
 pub struct Environments {
     sources: Sources,
     by_generation: BTreeMap<u32, Environment>,
+    /// What each generation runs.
+    programs: BTreeMap<u32, CommandId>,
+    known: Vec<Program>,
 }
 
 impl Environments {
-    pub fn new(sources: Sources) -> Self {
-        Self { sources, by_generation: BTreeMap::new() }
+    /// `program` is that of the first generation.
+    pub fn new(sources: Sources, program: Program) -> Self {
+        let programs = [(FIRST_GENERATION, CommandId(0))].into();
+        Self { sources, by_generation: BTreeMap::new(), programs, known: vec![program] }
+    }
+
+    /// The name of a program for the fleet; equal ones have the same.
+    pub fn command_id(&mut self, program: Program) -> CommandId {
+        let at = self.known.iter().position(|known| *known == program).unwrap_or(self.known.len());
+        if at == self.known.len() {
+            self.known.push(program);
+        }
+        CommandId(at as u32)
+    }
+
+    /// A new generation runs this, or what the generation `like` runs.
+    pub fn begin(&mut self, generation: u32, command: Option<CommandId>, like: u32) {
+        if let Some(command) = command.or_else(|| self.programs.get(&like).copied()) {
+            self.programs.insert(generation, command);
+        }
+    }
+
+    /// What a generation runs.
+    pub fn program(&self, generation: u32) -> Option<&Program> {
+        self.known.get(self.programs.get(&generation)?.0 as usize)
     }
 
     /// That of a generation; those older than `oldest` are forgotten.
@@ -140,10 +175,12 @@ impl Environments {
     /// As [`Sources::read`].
     pub fn of(&mut self, generation: u32, oldest: u32) -> Result<Environment, String> {
         self.by_generation = self.by_generation.split_off(&oldest);
+        self.programs = self.programs.split_off(&oldest);
         if let Some(environment) = self.by_generation.get(&generation) {
             return Ok(environment.clone());
         }
-        let environment = self.sources.read()?;
+        let program = self.program(generation).cloned().unwrap_or_default();
+        let environment = Environment { program, ..self.sources.read()? };
         self.by_generation.insert(generation, environment.clone());
         Ok(environment)
     }
@@ -193,7 +230,11 @@ impl Sources {
             }
             Ok::<_, String>(Directory { logical: logical.clone(), physical })
         };
-        Ok(Environment { variables, directory: self.directory.as_ref().map(resolve).transpose()? })
+        Ok(Environment {
+            variables,
+            directory: self.directory.as_ref().map(resolve).transpose()?,
+            ..Environment::default()
+        })
     }
 }
 
@@ -361,6 +402,7 @@ mod tests {
     #[test]
     fn a_worker_hears_of_what_it_is_given_and_of_nothing_else() {
         let environment = Environment {
+            program: program("a"),
             variables: vec![("A".into(), "1".into()), ("READY_FD".into(), "x".into())],
             directory: None,
         };
@@ -407,11 +449,34 @@ mod tests {
         assert!(sources.read().is_err());
     }
 
+    fn program(command: &str) -> Program {
+        Program { command: command.into(), args: Vec::new() }
+    }
+
+    #[test]
+    fn a_generation_runs_what_it_began_with_or_what_the_one_before_it_runs() {
+        let mut environments = Environments::new(Sources::default(), program("a"));
+        let other = environments.command_id(program("b"));
+        assert_eq!(environments.command_id(program("b")), other);
+        environments.begin(2, Some(other), 1);
+        environments.begin(3, None, 1);
+        environments.begin(4, None, 2);
+        let runs = |environments: &mut Environments, generation, oldest| {
+            environments.of(generation, oldest).unwrap().program
+        };
+        let commands = [1, 2, 3, 4].map(|generation| runs(&mut environments, generation, 1).command);
+        assert_eq!(commands, ["a", "b", "a", "b"], "generation 2 has failed, and then generation 3 has");
+        environments.begin(5, None, 4);
+        assert_eq!(runs(&mut environments, 5, 4), program("b"));
+        assert_eq!(environments.program(1), None, "it is forgotten");
+    }
+
     #[test]
     fn a_generation_keeps_its_environment_until_it_is_older_than_the_oldest() {
         let folder = Folder::new("generations");
         let file = folder.file("env", b"A=1", 0o600);
-        let mut environments = Environments::new(Sources { env_files: vec![file], ..Sources::default() });
+        let mut environments =
+            Environments::new(Sources { env_files: vec![file], ..Sources::default() }, program("a"));
         let first = environments.of(1, 1).unwrap();
         folder.file("env", b"A=2", 0o600);
         assert!(environments.of(1, 1).unwrap() == first);

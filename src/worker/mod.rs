@@ -6,6 +6,7 @@ mod fds;
 mod program;
 pub mod ready;
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -27,6 +28,16 @@ use crate::worker::ready::{NodeChannel, NotifySocket, ReadyPipe};
 
 pub use fds::Listener;
 pub use program::Program;
+
+/// How workers are started and stopped, whatever they run.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    pub stop_signal: Signal,
+    /// Whether workers that start Node get an IPC channel as from Node's `fork`.
+    pub node_ipc: bool,
+    /// Whether workers run behind the filter.
+    pub intercept: bool,
+}
 
 /// A worker that has executed its command.
 #[derive(Debug)]
@@ -55,7 +66,7 @@ impl StartError {
 /// Starts workers, and has what must be known before the first one starts.
 #[derive(Debug)]
 pub struct Starter {
-    program: Program,
+    settings: Settings,
     /// The wrapper's own limits of open files (soft, hard) before it raised the soft one.
     open_files: (rlim_t, rlim_t),
     /// Listeners that this process was started with. Every worker gets them.
@@ -68,7 +79,7 @@ impl Starter {
     /// Prepares this process to have workers. Each gets `listeners` listeners besides those that this process
     /// was started with. This process keeps its own fds to itself, and may open as many as the hard limit
     /// allows. Call it before anything is opened that lives on.
-    pub fn new(program: Program, listeners: usize) -> io::Result<Self> {
+    pub fn new(settings: Settings, listeners: usize) -> io::Result<Self> {
         fds::close_inherited_on_exec()?;
         let inherited = fds::inherited_listeners()?;
         // Orphans of the workers become children of this process, which reaps them, also if it isn't PID 1.
@@ -76,7 +87,7 @@ impl Starter {
         let open_files = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, open_files.1, open_files.1)?;
         let placeholders = fds::placeholders(inherited.len() + listeners)?;
-        Ok(Self { program, open_files, inherited, _placeholders: placeholders })
+        Ok(Self { settings, open_files, inherited, _placeholders: placeholders })
     }
 
     /// The listeners that this process was started with, by inode number.
@@ -100,7 +111,7 @@ impl Starter {
     ) -> Result<Started, StartError> {
         let failed = |what: &'static str| move |error: io::Error| StartError::new(what, &error);
         let (ready, ready_end) = ReadyPipe::new().map_err(failed("can't make a pipe for READY_FD"))?;
-        let node = self.program.node_ipc && self.program.may_start_node(environment);
+        let node = self.settings.node_ipc && environment.program.may_start_node(environment);
         let node = node.then(NodeChannel::new).transpose();
         let (node, node_end) = node.map_err(failed("can't make a channel for NODE_CHANNEL_FD"))?.unzip();
         let notify = NotifySocket::new().map_err(failed("can't make a socket for NOTIFY_SOCKET"))?;
@@ -125,8 +136,8 @@ impl Starter {
             ready: ready_end,
             node: node_end,
             report: report_end,
-            intercept: self.program.intercept,
-            stop_signal: self.program.stop_signal,
+            intercept: self.settings.intercept,
+            stop_signal: self.settings.stop_signal,
             open_files: self.open_files,
         };
         let (pid, notify_fd) = self.execute(preparation, &report, environment, output)?;
@@ -141,8 +152,8 @@ impl Starter {
         environment: &Environment,
         output: Option<[OwnedFd; 2]>,
     ) -> Result<(Pid, Option<OwnedFd>), StartError> {
-        let mut command = Command::new(&self.program.command);
-        command.args(&self.program.args).stdin(Stdio::null()).process_group(0);
+        let mut command = Command::new(&environment.program.command);
+        command.args(&environment.program.args).stdin(Stdio::null()).process_group(0);
         if let Some([stdout, stderr]) = output {
             command.stdout(stdout).stderr(stderr);
         }
@@ -158,7 +169,7 @@ impl Starter {
         match (spawned, report.receive()) {
             // The child is reaped by `reap`, as all others; a `Child` does nothing when it is dropped.
             (Ok(child), Ok(notify_fd)) => Ok((Pid::from_raw(child.id() as i32), notify_fd)),
-            (Err(error), Ok(_)) => Err(self.not_executed(&error)),
+            (Err(error), Ok(_)) => Err(not_executed(&environment.program.command, &error)),
             (Err(error), Err(NotPrepared::Failed(step))) => Err(StartError::new(step.failure(), &error)),
             (Err(error), Err(NotPrepared::Silent)) => Err(StartError::new("can't start a process", &error)),
             (Ok(child), Err(_)) => {
@@ -170,15 +181,15 @@ impl Starter {
             }
         }
     }
+}
 
-    fn not_executed(&self, error: &io::Error) -> StartError {
-        let command = self.program.command.to_string_lossy();
-        if error.kind() == io::ErrorKind::NotFound {
-            let why = format!("{command}: command not found, or the interpreter that it names");
-            StartError { why, status: 127 }
-        } else {
-            StartError { why: format!("can't execute {command}: {error}"), status: 126 }
-        }
+fn not_executed(command: &OsStr, error: &io::Error) -> StartError {
+    let command = command.display();
+    if error.kind() == io::ErrorKind::NotFound {
+        let why = format!("{command}: command not found, or the interpreter that it names");
+        StartError { why, status: 127 }
+    } else {
+        StartError { why: format!("can't execute {command}: {error}"), status: 126 }
     }
 }
 

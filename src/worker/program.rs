@@ -1,4 +1,4 @@
-//! The program that every worker runs.
+//! What the workers of a generation run.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -6,25 +6,27 @@ use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use nix::sys::signal::Signal;
-
 use crate::worker::environment::Environment;
 
 /// How much of a script is searched for the name of Node, in bytes.
 const MAX_SCRIPT_LENGTH: u64 = 64 * 1024;
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Program {
     pub command: OsString,
     pub args: Vec<OsString>,
-    pub stop_signal: Signal,
-    /// Whether workers that start Node get an IPC channel as from Node's `fork`.
-    pub node_ipc: bool,
-    /// Whether workers run behind the filter.
-    pub intercept: bool,
 }
 
 impl Program {
+    /// Its words, for users.
+    pub fn words(&self) -> Vec<String> {
+        [&self.command]
+            .into_iter()
+            .chain(&self.args)
+            .map(|word| word.to_string_lossy().into_owned())
+            .collect()
+    }
+
     /// Whether the command may start Node: its words say so or, if it is a script, its text does.
     ///
     /// Other programs aren't given Node's channel. What they start inherits its variable but perhaps not its
@@ -66,13 +68,7 @@ mod tests {
 
     fn program(words: &[&str]) -> Program {
         let (command, args) = words.split_first().unwrap();
-        Program {
-            command: command.into(),
-            args: args.iter().map(OsString::from).collect(),
-            stop_signal: Signal::SIGTERM,
-            node_ipc: true,
-            intercept: true,
-        }
+        Program { command: command.into(), args: args.iter().map(OsString::from).collect() }
     }
 
     #[test]
@@ -84,7 +80,7 @@ mod tests {
         file("serve", "#!/usr/bin/env python3\n");
         file("binary", "\x7fELF node");
         let variables = vec![("PATH".into(), "/nowhere".into()), ("PATH".into(), folder.clone().into())];
-        let environment = Environment { variables, directory: None };
+        let environment = Environment { variables, ..Environment::default() };
         let may_start_node = |words: &[&str]| program(words).may_start_node(&environment);
         let absolute = folder.join("start").into_os_string().into_string().unwrap();
         for words in [&["node", "app.js"][..], &["sh", "-c", "exec nodejs ."], &["start"], &[&absolute]] {

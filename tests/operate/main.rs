@@ -5,6 +5,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod find;
+mod program;
 mod protocol;
 mod reload;
 mod rollout;
