@@ -73,12 +73,17 @@ impl Answer {
                 self.body = body_length(code, response.headers);
                 (Status::Of(code, printable(response.reason.unwrap_or_default().as_bytes())), len)
             }
-            (Err(httparse::Error::TooManyHeaders), Some(code)) => {
+            // Its length is unknown then, as that of many others.
+            (Err(httparse::Error::TooManyHeaders), Some(code)) if has_end(&self.header) => {
                 self.body = MAX_BODY;
                 (Status::Of(code, printable(response.reason.unwrap_or_default().as_bytes())), 0)
             }
-            (Ok(httparse::Status::Partial), _) if self.header.len() <= MAX_HEADER => return None,
-            (Ok(_), _) => (Status::TooLong, 0),
+            (Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders), _)
+                if self.header.len() <= MAX_HEADER =>
+            {
+                return None;
+            }
+            (Ok(_) | Err(httparse::Error::TooManyHeaders), _) => (Status::TooLong, 0),
             (Err(_), _) => (Status::NotHttp, 0),
         };
         self.status = Some(status);
@@ -116,6 +121,11 @@ impl Answer {
         };
         Err(what.trim_end().to_owned())
     }
+}
+
+/// Whether an empty line is in it.
+fn has_end(header: &[u8]) -> bool {
+    header.windows(3).any(|bytes| bytes == b"\n\r\n") || header.windows(2).any(|bytes| bytes == b"\n\n")
 }
 
 /// How long the body is at most, as far as it is read.
@@ -164,7 +174,8 @@ mod tests {
     #[test]
     fn what_is_no_answer_is_described() {
         let long = [b"HTTP/1.1 200 OK\r\nX: ".as_slice(), &[b'x'; MAX_HEADER]].concat();
-        let cases: [(&[u8], End, &str); 9] = [
+        let endless = [b"HTTP/1.1 200 OK\r\n".as_slice(), &b"X: y\r\n".repeat(MAX_HEADER / 6)].concat();
+        let cases: [(&[u8], End, &str); 11] = [
             (b"", End::TimedOut, "did not answer GET /healthz within 1s"),
             (b"", End::Closed, "closed the connection without an answer to GET /healthz (a TLS port?"),
             (
@@ -192,6 +203,12 @@ mod tests {
                 b"HTTP/2 200 OK\r\n\r\n",
                 End::Closed,
                 "answered GET /healthz with something that is not HTTP/1",
+            ),
+            (&endless, End::TimedOut, "answered GET /healthz with a header of more than 16 KiB"),
+            (
+                &endless[..5000],
+                End::TimedOut,
+                "did not end the header of its answer to GET /healthz within 1s",
             ),
             (&long, End::TimedOut, "answered GET /healthz with a header of more than 16 KiB"),
         ];
