@@ -38,6 +38,7 @@
 //! | an option and its help; how its value is written | `cli/args`; `cli/values` |
 //! | which system calls an action or event means | `supervisor/mod` |
 //! | a request of a command, the reply to it, where status' values come from | `supervisor/commands` |
+//! | hints where users get stuck | `supervisor/hints` |
 //! | the steps of a reload; of a stop; of a scaling, and what happens when a worker ends | `fleet/reload`; `fleet/stop`; `fleet/mod` |
 //! | what is the same for every worker, in whichever operation | `fleet/crew` |
 //! | what the fleet can be told and can decide; tickets and refusals | `fleet/events` |

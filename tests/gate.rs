@@ -9,8 +9,8 @@ use std::path::Path;
 
 use common::load::{Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Outcome, Service, answered_more, children, free_address, node_app, own_network, python,
-    run, send, server, turn, wait_until,
+    DEADLINE, Folder, Outcome, Service, answered_more, children, free_address, inline, node_app, own_network,
+    python, run, send, server, turn, wait_until,
 };
 use nix::sys::signal::Signal;
 
@@ -59,7 +59,7 @@ fn an_express_app_that_says_ready_although_its_port_is_taken_gets_no_connection(
     let app = |port: &str| {
         format!(
             "exec node -e \"require('{}')().get('/', (_, res) => res.send('pid=' + process.pid))\
-             .listen({port}, () => process.send('ready'))\"",
+             .listen({port}, () => process.send('ready')); setInterval(() => {{}}, 1000)\"",
             Path::new(&node_app("node_modules/express")).display()
         )
     };
@@ -177,4 +177,30 @@ fn a_first_worker_that_exits_with_0_makes_reuse_run_exit_with_1() {
         assert_eq!(service.wait_end().code(), Some(1));
         service.wait_for_line("exited with status 0 before it was ready; giving up");
     }
+}
+
+#[test]
+fn a_worker_that_sends_itself_a_request_before_it_says_ready_is_told_why_it_hangs() {
+    let addr = free_address();
+    let asks_itself = "import http.server, socket, sys, threading\n\
+        address = ('127.0.0.1', int(sys.argv[1]))\n\
+        server = http.server.HTTPServer(address, http.server.SimpleHTTPRequestHandler)\n\
+        threading.Thread(target=server.serve_forever).start()\n\
+        socket.create_connection(address)";
+    let mut service =
+        Service::run("--ready notify --ready-timeout 2s", &inline(asks_itself, &[&addr.port().to_string()]));
+    assert_eq!(service.wait_end().code(), Some(1));
+    service.wait_for_line("it waits for a connection to its own port");
+}
+
+#[test]
+fn hints_name_what_several_workers_share_and_what_npm_keeps() {
+    let mut service = Service::run("-n 2", &["sh", "-c", "exit 3", "--inspect"]);
+    assert_eq!(service.wait_end().code(), Some(3));
+    service.wait_for_line("use --inspect=0");
+    let folder = Folder::new();
+    let npm = folder.write_with("npm", "#!/bin/sh\nexec sleep 1000\n", 0o755);
+    let mut service = Service::run("--ready notify --ready-timeout 300ms", &[npm]);
+    assert_eq!(service.wait_end().code(), Some(1));
+    service.wait_for_line("keep Node's IPC channel to themselves");
 }

@@ -190,6 +190,10 @@ pub enum Action {
         slot: SlotId,
         generation: u32,
     },
+    /// It was not ready in time: log a hint if there is one.
+    Explain {
+        worker: WorkerId,
+    },
     /// Find the listeners of other programs on our addresses.
     FindForeignListeners,
     Log {

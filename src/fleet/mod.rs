@@ -131,6 +131,10 @@ impl Fleet {
         (ticket.map(accepted), actions)
     }
 
+    pub fn policy(&self) -> &Policy {
+        &self.crew.policy
+    }
+
     pub fn last_reload(&self) -> Option<&LastReload> {
         self.last_reload.as_ref()
     }
@@ -489,6 +493,7 @@ impl Fleet {
     fn late(&mut self, id: WorkerId, now: Instant) {
         let Some(worker) = self.crew.roster.get(id) else { return };
         let why = gate::describe(self.crew.lack(id), worker, &self.crew.policy);
+        self.crew.actions.push(Action::Explain { worker: id });
         if self.phase == Phase::Starting {
             self.give_up(&why, 1, now);
         } else if self.is_on_trial(worker) {

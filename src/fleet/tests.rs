@@ -146,7 +146,10 @@ impl World {
                     actions.extend(self.fleet.handle(Event::Switched { outcome }, self.now));
                 }
                 Action::Probe { worker, .. } => drop(self.probed.insert(worker)),
-                Action::BeginGeneration { .. } | Action::FindForeignListeners | Action::Announce(_) => {}
+                Action::BeginGeneration { .. }
+                | Action::Explain { .. }
+                | Action::FindForeignListeners
+                | Action::Announce(_) => {}
             }
         }
     }

@@ -146,6 +146,18 @@ impl SockDiag {
         Ok(connections)
     }
 
+    /// The inode numbers of the sockets that wait for a connection to this port, of any address and family.
+    pub fn connecting(&mut self, port: u16) -> io::Result<Vec<u64>> {
+        let mut inodes = Vec::new();
+        for (family, mut socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
+            socket_id.destination_port = port;
+            let (extensions, states) = (ExtensionFlags::empty(), StateFlags::SYN_SENT);
+            let request = InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id };
+            self.dump(request, |response| inodes.push(response.header.inode.into()))?;
+        }
+        Ok(inodes)
+    }
+
     /// All sockets that listen on `port`, or on any port if it is 0, of both families.
     pub fn listeners(&mut self, port: u16) -> io::Result<Vec<Listener>> {
         let mut listeners = Vec::new();

@@ -41,6 +41,7 @@ use crate::worker::ready::{Message, NodeChannel, NotifySocket, ReadyPipe};
 use crate::worker::{self, Listener, StartError, Starter};
 
 mod commands;
+mod hints;
 mod source;
 
 /// The process of a worker, and the ways by which it can say something.
@@ -98,6 +99,7 @@ pub struct Supervisor {
 /// What keeps reuse-run from starting at all. From then on no error ends it.
 pub fn run(options: Options) -> io::Result<u8> {
     let mut supervisor = Supervisor::new(options)?;
+    supervisor.hint_at_program(supervisor.fleet.crew().generation());
     supervisor.act();
     let status = loop {
         if let Some(status) = supervisor.exit {
@@ -351,6 +353,7 @@ impl Supervisor {
                 }
                 Action::BeginGeneration { generation, command, like } => {
                     self.environments.begin(generation, command, like);
+                    self.hint_at_program(generation);
                 }
                 Action::Drain { worker, addresses } => {
                     self.probes.forget(worker, &mut self.pool);
@@ -369,6 +372,7 @@ impl Supervisor {
                 Action::Kill { worker } => self.pid(worker).into_iter().for_each(worker::kill_group),
                 Action::Release { worker, successor } => self.pool.release(worker, successor),
                 Action::ResetQueue { slot, generation } => self.pool.reset_reserved(slot, generation),
+                Action::Explain { worker } => self.explain(worker),
                 Action::FindForeignListeners => self.pool.find_foreign_listeners(),
                 Action::Unreserve { slot, generation } => self.pool.unreserve(slot, generation),
                 Action::Log { level, line } => {
@@ -386,6 +390,24 @@ impl Supervisor {
                 Action::Ended { ticket, outcome, culprit } => self.operation_ended(ticket, outcome, culprit),
                 Action::Exit { status } => self.exit = Some(status),
             }
+        }
+    }
+
+    fn hint_at_program(&self, generation: u32) {
+        let workers = self.fleet.crew().slots();
+        let hint =
+            self.environments.program(generation).and_then(|program| hints::of_program(program, workers));
+        hint.into_iter().for_each(|hint| info!("{hint}"));
+    }
+
+    /// Logs what may keep a worker from being ready.
+    fn explain(&self, worker: WorkerId) {
+        let Some(Process { pid, generation, .. }) = self.processes.get(&worker) else { return };
+        let Some(program) = self.environments.program(*generation) else { return };
+        let addresses = self.fleet.crew().addresses(worker);
+        let readiness = self.fleet.policy().readiness;
+        if let Some(hint) = hints::of_late_worker(program, readiness, *pid, &addresses) {
+            info!("worker (pid {pid}): {hint}");
         }
     }
 

@@ -122,7 +122,9 @@ impl Environment {
         }
         set("REUSE_RUN_SLOT", given.slot.to_string());
         set("REUSE_RUN_GENERATION", given.generation.to_string());
-        set("NODE_APP_INSTANCE", given.slot.to_string());
+        if !self.variables.iter().any(|(name, _)| name == "NODE_APP_INSTANCE") {
+            set("NODE_APP_INSTANCE", given.slot.to_string());
+        }
         variables
     }
 }

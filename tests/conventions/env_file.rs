@@ -78,6 +78,18 @@ fn a_variable_of_an_env_file_replaces_the_one_of_reuse_run() {
 }
 
 #[test]
+fn an_env_file_may_set_the_instance_of_node() {
+    let folder = Folder::new();
+    let env = folder.write("env", "NODE_APP_INSTANCE=\n");
+    let mut service = Service::run_ready(&format!("--env-file {env}"), &naive(free_address()));
+    assert_eq!(value_in(&service, 1, "NODE_APP_INSTANCE").as_deref(), Some(""));
+    folder.write("env", "");
+    service.reload();
+    assert_eq!(value_in(&service, 2, "NODE_APP_INSTANCE").as_deref(), Some("0"));
+    service.stop();
+}
+
+#[test]
 fn when_an_env_file_is_missing_or_wrong_the_reload_is_abandoned() {
     let (addr, folder) = (free_address(), Folder::new());
     let file = folder.write("env", "A=1\n");
