@@ -41,8 +41,8 @@ struct World {
     /// Whether the reloads that have ended succeeded.
     reloads: Vec<bool>,
     scalings: Vec<bool>,
-    /// The workers that were sent a request.
-    probed: BTreeSet<WorkerId>,
+    /// The workers that were sent a request, and where.
+    probed: BTreeMap<WorkerId, Endpoint>,
     /// What the kernel says to the next switch.
     next_switch: Result<(), String>,
 }
@@ -75,7 +75,7 @@ impl World {
             pending: BTreeMap::new(),
             reloads: Vec::new(),
             scalings: Vec::new(),
-            probed: BTreeSet::new(),
+            probed: BTreeMap::new(),
             next_switch: Ok(()),
         };
         world.carry_out(actions);
@@ -145,7 +145,7 @@ impl World {
                     let outcome = mem::replace(&mut self.next_switch, Ok(()));
                     actions.extend(self.fleet.handle(Event::Switched { outcome }, self.now));
                 }
-                Action::Probe { worker, .. } => drop(self.probed.insert(worker)),
+                Action::Probe { worker, endpoint } => drop(self.probed.insert(worker, endpoint)),
                 Action::BeginGeneration { .. }
                 | Action::Explain { .. }
                 | Action::FindForeignListeners
@@ -805,7 +805,7 @@ fn a_worker_is_sent_requests_until_it_has_answered_enough_of_them() {
     let policy = Policy { workers: 1, warm_up: 1, ..policy(Readiness::Answers { port: Some(2) }) };
     let mut world = World::new(policy);
     let worker = world.ids()[0];
-    let was_probed = |world: &mut World| world.probed.remove(&worker);
+    let was_probed = |world: &mut World| world.probed.remove(&worker).is_some();
     world.event(Event::SaysReady { worker });
     world.event(Event::Listens { worker, endpoint: address(1) });
     assert!(!was_probed(&mut world), "that is another port");
@@ -837,6 +837,47 @@ fn a_worker_is_sent_requests_until_it_has_answered_enough_of_them() {
 }
 
 #[test]
+fn a_worker_is_sent_requests_where_clients_come_and_where_it_still_listens() {
+    let answers = |workers| Policy { workers, ..policy(Readiness::Answers { port: None }) };
+    let unix = |name: &str| Endpoint::Unix(name.into());
+    let mut world = World::new(answers(2));
+    let [one, two] = world.ids()[..] else { panic!("two workers") };
+    world.event(Event::Listens { worker: one, endpoint: unix("/own") });
+    world.event(Event::Listens { worker: one, endpoint: unix("/shared") });
+    assert!(world.probed.is_empty(), "each may be its own");
+    world.event(Event::Listens { worker: two, endpoint: unix("/shared") });
+    assert_eq!(world.probed, [(one, unix("/shared")), (two, unix("/shared"))].into());
+    world.event(Event::Listens { worker: one, endpoint: address(1) });
+    world.event(Event::StoppedListening { worker: two, endpoint: unix("/shared") });
+    world.event(Event::Listens { worker: two, endpoint: address(1) });
+    assert_eq!(world.probed, [(one, unix("/shared")), (two, address(1))].into());
+
+    let mut world = World::new(answers(1));
+    let worker = world.ids()[0];
+    world.event(Event::Listens { worker, endpoint: unix("/own") });
+    assert!(world.probed.is_empty(), "it may be about to listen elsewhere");
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.probed, [(worker, unix("/own"))].into());
+    world.event(Event::Listens { worker, endpoint: address(1) });
+    assert_eq!(world.probed, [(worker, address(1))].into());
+}
+
+#[test]
+fn what_a_worker_is_given_is_asked_from_its_start_and_once_it_serves_nothing_is() {
+    let now = Instant::now();
+    let given = Address { socket: ([127, 0, 0, 1], 1).into(), v6only: false };
+    let policy = Policy { workers: 1, ..policy(Readiness::Answers { port: None }) };
+    let (mut fleet, actions) = Fleet::new(policy, Endpoints::new([given].into(), BTreeSet::new()), now);
+    let [Action::Start { worker, .. }] = actions[..] else { panic!("{actions:?}") };
+    let probe = Action::Probe { worker, endpoint: given.into() };
+    assert_eq!(fleet.handle(Event::Started { worker, pid: 1 }, now), [probe]);
+    let actions = fleet.handle(Event::Probed { worker, outcome: Ok(()) }, now);
+    assert!(actions.iter().any(|action| matches!(action, Action::Steer(_))));
+    fleet.crew.timers.set(Timer::Worker(worker, WorkerTimer::Probe), now);
+    assert_eq!(fleet.handle(Event::Tick, now), []);
+}
+
+#[test]
 fn two_failures_in_a_row_take_a_canary_back() {
     let mut world = World::new(Policy { workers: 1, ..policy(Readiness::Answers { port: None }) });
     let answer = |world: &mut World, worker, outcome| world.event(Event::Probed { worker, outcome });
@@ -851,7 +892,7 @@ fn two_failures_in_a_row_take_a_canary_back() {
     for outcome in [fails(), Ok(()), fails()] {
         world.probed.clear();
         world.pass(Duration::from_secs(1));
-        assert!(world.probed.contains(&new));
+        assert!(world.probed.contains_key(&new));
         answer(&mut world, new, outcome);
         assert!(world.reloads.is_empty());
     }
@@ -1374,7 +1415,7 @@ impl World {
                 }
             }
             Step::Answers(who, answers) => {
-                if let Some(worker) = choose(who, self.probed.iter().copied().collect()) {
+                if let Some(worker) = choose(who, self.probed.keys().copied().collect()) {
                     self.probed.remove(&worker);
                     let outcome = if answers { Ok(()) } else { Err("closed the connection".to_owned()) };
                     self.event(Event::Probed { worker, outcome });
