@@ -143,11 +143,14 @@ impl Probes {
         let advanced = match attempt.stage {
             // If the kernel may have repeated the SYN by now, it is unknown to whom it went.
             Stage::Opening(_) if attempt.deadline() <= now => Ok(Some(End::TimedOut)),
-            Stage::Opening(reach) => attempt.send(&self.path).map(|is_sent| {
-                if is_sent {
-                    reach.into_iter().for_each(|reach| pool.has_reached(reach));
+            Stage::Opening(reach) => attempt.is_open().and_then(|is_open| {
+                if !is_open {
+                    return Ok(None);
                 }
-                None
+                attempt.stage = Stage::Reading(Answer::default());
+                let sent = attempt.send(&self.path);
+                reach.into_iter().for_each(|reach| pool.has_reached(reach));
+                sent.map(|()| None)
             }),
             Stage::Reading(_) => Ok(None),
         };
@@ -216,23 +219,27 @@ impl Try {
         }
     }
 
-    /// Sends the request if the connection is open. Returns whether it was.
-    fn send(&mut self, path: &str) -> io::Result<bool> {
-        if let Some(error) = self.socket.take_error()? {
-            return Err(error);
+    /// # Errors
+    /// Why it could not be opened.
+    fn is_open(&self) -> io::Result<bool> {
+        match self.socket.take_error()? {
+            Some(error) => Err(error),
+            None => Ok(self.socket.peer_addr().is_ok()),
         }
-        let Ok(peer) = self.socket.peer_addr() else { return Ok(false) };
+    }
+
+    fn send(&self, path: &str) -> io::Result<()> {
         // Without the scope of a link-local address, which is no part of a host's name.
-        let host = peer.as_socket().map(|peer| SocketAddr::new(peer.ip(), peer.port()).to_string());
+        let peer = self.socket.peer_addr()?.as_socket();
+        let host = peer.map(|peer| SocketAddr::new(peer.ip(), peer.port()).to_string());
         let host = host.unwrap_or("localhost".to_owned());
         let text = format!(
             "GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: reuse-run\r\nConnection: close\r\n\r\n"
         );
-        self.stage = Stage::Reading(Answer::default());
         match self.socket.send_with_flags(text.as_bytes(), MSG_NOSIGNAL) {
-            Ok(sent) if sent < text.len() => Err(io::ErrorKind::WriteZero.into()),
+            Ok(sent) if sent < text.len() => Err(io::ErrorKind::WriteZero.into()), // the buffer of a new socket holds it
             Err(error) if !is_closed(&error) => Err(error),
-            _ => Ok(true),
+            _ => Ok(()),
         }
     }
 
