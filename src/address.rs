@@ -5,18 +5,32 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::path::PathBuf;
 
 /// A TCP address. Within a network namespace and for one user, the sockets that agree in these fields form a reuseport
-/// group of the kernel: family, address, port and IPV6_V6ONLY (`inet_reuseport_add_sock`, net/ipv4/inet_hashtables.c).
+/// group of the kernel: family, address, port, IPV6_V6ONLY and device (`inet_reuseport_add_sock`,
+/// net/ipv4/inet_hashtables.c).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Address {
     pub socket: SocketAddr,
     /// False for IPv4, which has no such option.
     pub v6only: bool,
+    /// The index of the only interface that it gets connections from (SO_BINDTODEVICE, socket(7)); 0 for any.
+    pub device: u32,
 }
 
 impl Address {
-    /// The address in a `struct sockaddr` as bind(2) takes it (ip(7), ipv6(7)). `None` if it isn't a whole IPv4 or IPv6
-    /// address; then the kernel decides about it.
-    pub fn from_sockaddr(bytes: &[u8], v6only: bool) -> Option<Self> {
+    /// A link-local address belongs to the interface that its scope names, or else its device (`__inet6_bind`).
+    pub fn new(mut socket: SocketAddr, v6only: bool, mut device: u32) -> Self {
+        if let SocketAddr::V6(v6) = &mut socket
+            && v6.ip().is_unicast_link_local()
+        {
+            device = if v6.scope_id() == 0 { device } else { v6.scope_id() };
+            v6.set_scope_id(device);
+        }
+        Self { socket, v6only: v6only && socket.is_ipv6(), device }
+    }
+
+    /// The address in a `struct sockaddr` as bind(2) takes it (ip(7), ipv6(7)), for a socket with this IPV6_V6ONLY and
+    /// device. `None` if it isn't a whole IPv4 or IPv6 address; then the kernel decides about it.
+    pub fn from_sockaddr(bytes: &[u8], v6only: bool, device: u32) -> Option<Self> {
         let family = u16::from_ne_bytes(bytes.get(0..2)?.try_into().ok()?);
         let port = u16::from_be_bytes(bytes.get(2..4)?.try_into().ok()?);
         let socket = match i32::from(family) {
@@ -38,13 +52,14 @@ impl Address {
             }
             _ => return None,
         };
-        Some(Self { socket, v6only: v6only && socket.is_ipv6() })
+        Some(Self::new(socket, v6only, device))
     }
 
     /// Whether a connection could belong to both addresses, so that the kernel refuses to bind the second one without
     /// SO_REUSEPORT.
     pub fn overlaps(&self, other: &Self) -> bool {
-        if self.socket.port() != other.socket.port() {
+        let devices = [self.device, other.device];
+        if self.socket.port() != other.socket.port() || !devices.contains(&0) && devices[0] != devices[1] {
             return false;
         }
         match (self.socket.ip(), other.socket.ip()) {
@@ -109,7 +124,12 @@ impl fmt::Display for Endpoint {
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        self.socket.fmt(f)
+        self.socket.fmt(f)?;
+        match self.socket {
+            _ if self.device == 0 => Ok(()),
+            SocketAddr::V6(v6) if v6.scope_id() == self.device => Ok(()), // said already
+            _ => write!(f, " on interface {}", self.device),
+        }
     }
 }
 
@@ -121,7 +141,7 @@ mod tests {
     use super::*;
 
     fn address(text: &str, v6only: bool) -> Address {
-        Address { socket: text.parse().unwrap(), v6only }
+        Address::new(text.parse().unwrap(), v6only, 0)
     }
 
     #[test]
@@ -130,18 +150,18 @@ mod tests {
         v4[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
         v4[2..4].copy_from_slice(&3000u16.to_be_bytes());
         v4[4..8].copy_from_slice(&[127, 0, 0, 1]);
-        assert_eq!(Address::from_sockaddr(&v4, true), Some(address("127.0.0.1:3000", false)));
-        assert_eq!(Address::from_sockaddr(&v4[..15], false), None);
+        assert_eq!(Address::from_sockaddr(&v4, true, 0), Some(address("127.0.0.1:3000", false)));
+        assert_eq!(Address::from_sockaddr(&v4[..15], false, 0), None);
 
         let mut v6 = vec![0u8; 28];
         v6[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
         v6[2..4].copy_from_slice(&3000u16.to_be_bytes());
         v6[23] = 1;
         v6[24..28].copy_from_slice(&7u32.to_ne_bytes());
-        assert_eq!(Address::from_sockaddr(&v6, true), Some(address("[::1%7]:3000", true)));
-        assert_eq!(Address::from_sockaddr(&v6[..24], false), Some(address("[::1]:3000", false)));
-        assert_eq!(Address::from_sockaddr(&v6[..23], false), None);
-        assert_eq!(Address::from_sockaddr(&[], false), None);
+        assert_eq!(Address::from_sockaddr(&v6, true, 0), Some(address("[::1%7]:3000", true)));
+        assert_eq!(Address::from_sockaddr(&v6[..24], false, 0), Some(address("[::1]:3000", false)));
+        assert_eq!(Address::from_sockaddr(&v6[..23], false, 0), None);
+        assert_eq!(Address::from_sockaddr(&[], false, 0), None);
     }
 
     #[test]
@@ -185,6 +205,26 @@ mod tests {
         }
     }
 
+    #[test]
+    fn addresses_on_different_interfaces_do_not_overlap() {
+        let on = |device| Address::new("0.0.0.0:1".parse().unwrap(), false, device);
+        assert!(on(1).overlaps(&on(1)) && on(1).overlaps(&on(0)) && on(0).overlaps(&on(2)));
+        assert!(!on(1).overlaps(&on(2)));
+        assert_eq!(
+            [on(0), on(2)].map(|address| address.to_string()),
+            ["0.0.0.0:1", "0.0.0.0:1 on interface 2"]
+        );
+    }
+
+    #[test]
+    fn a_link_local_address_has_its_scope_as_its_device() {
+        let of = |text: &str, device| Address::new(text.parse().unwrap(), false, device);
+        assert_eq!(of("[fe80::1%2]:1", 0), of("[fe80::1]:1", 2));
+        assert_eq!(of("[fe80::1%2]:1", 3).device, 2, "the kernel prefers the scope");
+        assert_eq!(of("[fe80::1%2]:1", 0).to_string(), "[fe80::1%2]:1");
+        assert_eq!(of("[::1%2]:1", 0).device, 0);
+    }
+
     proptest! {
         /// The bytes come from a worker's memory: they may be anything.
         #[test]
@@ -196,7 +236,7 @@ mod tests {
                 libc::AF_INET6 => bytes.len() >= 24,
                 _ => false,
             };
-            prop_assert_eq!(Address::from_sockaddr(&bytes, v6only).is_some(), whole);
+            prop_assert_eq!(Address::from_sockaddr(&bytes, v6only, 0).is_some(), whole);
         }
 
         #[test]
@@ -219,7 +259,7 @@ mod tests {
                     bytes[24..28].copy_from_slice(&v6.scope_id().to_ne_bytes());
                 }
             }
-            let read = Address::from_sockaddr(&bytes, v6only).unwrap();
+            let read = Address::from_sockaddr(&bytes, v6only, 0).unwrap();
             prop_assert_eq!(read.socket, socket);
             prop_assert_eq!(read.v6only, v6only && socket.is_ipv6());
         }

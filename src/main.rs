@@ -51,7 +51,8 @@
 //! | what each role of a worker means for new connections | `steering/mod` |
 //! | which worker is stuck and skipped | `steering/load` |
 //! | the model of the kernel's array of members; the BPF instructions that choose one | `steering/order`; `steering/program` |
-//! | lending a socket and taking it back; the sockets' states | `pool/mod`; `pool/member` |
+//! | lending a socket and taking it back; the sockets' states | `pool/lend`; `pool/member` |
+//! | what epoll reports about the sockets | `pool/mod` |
 //! | carrying out a plan; attaching the BPF program to a group | `pool/steer`; `pool/group` |
 //! | connections of our own to one worker | `pool/reach` |
 //! | sending a request to a worker; what counts as an answer | `probe/mod`; `probe/answer` |
@@ -61,7 +62,7 @@
 //! | Unix sockets: sharing a path, and its hand-over to the next generation | `pool/paths` |
 //! | which system calls are stopped | `intercept/filter` |
 //! | the answer to a bind of a port; to a bind or unlink of a Unix socket's path | `intercept/tcp`; `intercept/unix` |
-//! | socket options that a worker sets before bind | `intercept/options` |
+//! | socket options that a worker sets; what the log says about a worker once | `intercept/options`; `intercept/complaints` |
 //! | what the wrapper may do for a worker | `intercept/caller` |
 //! | starting, signalling and reaping a process; which programs get Node's channel | `worker/mod`; `worker/program` |
 //! | the steps between fork and exec; descriptor numbers | `worker/child`; `worker/fds` |

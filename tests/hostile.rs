@@ -333,7 +333,7 @@ fn without_proc_reuse_run_says_so_and_exits_with_1() {
 #[test]
 fn without_seccomp_reuse_run_says_so_and_goes_on_without_interception() {
     for errno in ["EPERM", "ENOSYS", "EINVAL", "ENOMEM"] {
-        let without = python("without_seccomp.py", &[errno]);
+        let without = python("without.py", &["seccomp", errno]);
         let without: Vec<&str> = without.iter().map(String::as_str).collect();
         let mut service = Service::spawn(behind(&without, "-n 1", &naive(free_address())));
         service.wait_for_line("workers can't be intercepted");

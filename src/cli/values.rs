@@ -57,7 +57,7 @@ impl FromStr for Address {
             false => Ipv4Addr::UNSPECIFIED.into(),
         };
         match port.map(|port| SocketAddr::new(everywhere, port)).or_else(|| text.parse().ok()) {
-            Some(socket) if socket.port() != 0 => Ok(Self { socket, v6only: false }),
+            Some(socket) if socket.port() != 0 => Ok(Self::new(socket, false, 0)),
             _ => Err(format!("{text:?} is not an address such as 3000, 127.0.0.1:3000 or [::1]:3000")),
         }
     }
@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn an_address_may_be_a_port_alone() {
-        let address = |text: &str| Address { socket: text.parse().unwrap(), v6only: false };
+        let address = |text: &str| Address::new(text.parse().unwrap(), false, 0);
         for text in ["3000", ":3000", "[::]:3000"] {
             assert_eq!(text.parse(), Ok(address("[::]:3000")), "{text}");
         }

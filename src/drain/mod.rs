@@ -327,7 +327,7 @@ mod tests {
     fn a_busy_connection_keeps_its_owner_and_one_without_an_owner_keeps_all_workers() {
         const FD: u32 = 500;
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = Address { socket: listener.local_addr().unwrap(), v6only: false };
+        let address = Address::new(listener.local_addr().unwrap(), false, 0);
         let _client = TcpStream::connect(address.socket).unwrap();
         let (server, _) = listener.accept().unwrap();
         let inode = procfs::inode(server.as_fd()).unwrap();

@@ -171,7 +171,7 @@ mod tests {
     const TWO: WorkerId = WorkerId(2);
 
     fn address(port: u16) -> Address {
-        Address { socket: ([127, 0, 0, 1], port).into(), v6only: false }
+        Address::new(([127, 0, 0, 1], port).into(), false, 0)
     }
 
     fn path(name: &str) -> Endpoint {

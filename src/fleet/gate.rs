@@ -111,7 +111,7 @@ mod tests {
     const NEW: WorkerId = WorkerId(1);
 
     fn port(port: u16) -> Endpoint {
-        Endpoint::Tcp(Address { socket: ([127, 0, 0, 1], port).into(), v6only: false })
+        Endpoint::Tcp(Address::new(([127, 0, 0, 1], port).into(), false, 0))
     }
 
     /// Endpoints of an old worker that listened on ports 1 and 2 when its generation became ready, and on 3 later, and of a

@@ -255,7 +255,7 @@ fn endpoint(port: u16) -> Endpoint {
 }
 
 fn address(port: u16) -> Endpoint {
-    Endpoint::Tcp(Address { socket: ([127, 0, 0, 1], port).into(), v6only: false })
+    Endpoint::Tcp(Address::new(([127, 0, 0, 1], port).into(), false, 0))
 }
 
 /// "0 Draining, 1 Ready"

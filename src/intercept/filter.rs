@@ -3,6 +3,7 @@
 use libc::sock_filter;
 
 use crate::kernel::bpf::{Assembler, Label};
+use crate::kernel::sys;
 
 #[cfg(target_arch = "x86_64")]
 const ARCHITECTURE: u32 = 0xC000_003E; // AUDIT_ARCH_X86_64 (linux/audit.h)
@@ -20,10 +21,52 @@ const STOPPED: &[libc::c_long] = &[
     libc::SYS_unlinkat,
 ];
 
-/// The filter. It stops bind and listen, the setsockopt calls that decide which sockets may be bound side by
-/// side (IPV6_V6ONLY, SO_REUSEPORT), the question whether a socket listens (getsockopt with SO_ACCEPTCONN),
-/// and unlink, which could take the path of a Unix socket from other workers. It allows everything else, also
-/// calls of another ABI.
+/// The socket options that the filter stops, by level: those that decide which sockets may be bound side by side,
+/// and those that decide who may connect.
+const OPTIONS: &[(i32, &[(i32, SocketOption)])] = &[
+    (
+        libc::SOL_SOCKET,
+        &[
+            (libc::SO_REUSEPORT, SocketOption::ReusePort),
+            (libc::SO_BINDTODEVICE, SocketOption::DeviceName),
+            (sys::SO_BINDTOIFINDEX, SocketOption::DeviceIndex),
+            (libc::SO_ATTACH_FILTER, SocketOption::Peers),
+            (libc::SO_ATTACH_BPF, SocketOption::Peers),
+        ],
+    ),
+    (
+        libc::IPPROTO_IPV6,
+        &[
+            (libc::IPV6_V6ONLY, SocketOption::V6Only),
+            (libc::IPV6_MINHOPCOUNT, SocketOption::MinHopCount),
+            (libc::IPV6_IPSEC_POLICY, SocketOption::Peers),
+            (libc::IPV6_XFRM_POLICY, SocketOption::Peers),
+        ],
+    ),
+    (
+        libc::IPPROTO_IP,
+        &[
+            (libc::IP_MINTTL, SocketOption::MinTtl),
+            (libc::IP_IPSEC_POLICY, SocketOption::Peers),
+            (libc::IP_XFRM_POLICY, SocketOption::Peers),
+        ],
+    ),
+    (
+        libc::IPPROTO_TCP,
+        &[
+            (libc::TCP_MD5SIG, SocketOption::Peers),
+            (libc::TCP_MD5SIG_EXT, SocketOption::Peers),
+            (TCP_AO_ADD_KEY, SocketOption::Peers),
+        ],
+    ),
+];
+
+/// linux/tcp.h, Linux 6.7.
+const TCP_AO_ADD_KEY: i32 = 38;
+
+/// The filter. It stops bind and listen, setsockopt of [`OPTIONS`], the question whether a socket listens (getsockopt
+/// with SO_ACCEPTCONN), and unlink, which could take the path of a Unix socket from other workers. It allows
+/// everything else, also calls of another ABI.
 ///
 /// A filter can't read memory, only the numbers in `struct seccomp_data` (linux/seccomp.h).
 pub fn filter() -> Vec<sock_filter> {
@@ -36,7 +79,7 @@ pub fn filter() -> Vec<sock_filter> {
     }
     const NEXT: Label = Label::NEXT;
     let mut code = Assembler::default();
-    let [no_question, not_ipv6, allow, stop] = code.labels();
+    let [no_question, allow, stop] = code.labels();
     // The x32 ABI shares AUDIT_ARCH_X86_64 but sets bit 30 of the number, so none of these matches.
     code.load(ARCH);
     code.jump_equal(ARCHITECTURE, NEXT, allow);
@@ -54,13 +97,16 @@ pub fn filter() -> Vec<sock_filter> {
     code.place(no_question);
     code.jump_equal(libc::SYS_setsockopt as u32, NEXT, allow);
     code.load(LEVEL);
-    code.jump_equal(libc::IPPROTO_IPV6 as u32, NEXT, not_ipv6);
-    code.load(OPTION);
-    code.jump_equal(libc::IPV6_V6ONLY as u32, stop, allow);
-    code.place(not_ipv6);
-    code.jump_equal(libc::SOL_SOCKET as u32, NEXT, allow);
-    code.load(OPTION);
-    code.jump_equal(libc::SO_REUSEPORT as u32, stop, allow);
+    for (level, options) in OPTIONS {
+        let [other_level] = code.labels();
+        code.jump_equal(*level as u32, NEXT, other_level);
+        code.load(OPTION);
+        for (option, _) in *options {
+            code.jump_equal(*option as u32, stop, NEXT);
+        }
+        code.ret(libc::SECCOMP_RET_ALLOW);
+        code.place(other_level);
+    }
 
     code.place(allow);
     code.ret(libc::SECCOMP_RET_ALLOW);
@@ -102,11 +148,23 @@ pub enum Call {
     Other,
 }
 
-/// A socket option that decides about a bind.
+/// A socket option that decides about a bind, or about who may connect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SocketOption {
+    /// IPV6_V6ONLY.
     V6Only,
+    /// SO_REUSEPORT.
     ReusePort,
+    /// SO_BINDTODEVICE.
+    DeviceName,
+    /// SO_BINDTOIFINDEX.
+    DeviceIndex,
+    /// IP_MINTTL.
+    MinTtl,
+    /// IPV6_MINHOPCOUNT.
+    MinHopCount,
+    /// A filter, a key or a policy.
+    Peers,
 }
 
 /// Decodes what the kernel says about a stopped call.
@@ -117,11 +175,7 @@ pub fn decode(data: &libc::seccomp_data) -> Call {
         libc::SYS_bind => Call::Bind { fd, address: data.args[1], len: u64::from(data.args[2] as u32) },
         libc::SYS_listen => Call::Listen { fd, backlog: data.args[1] as i32 },
         libc::SYS_setsockopt => {
-            let option = match (data.args[1] as i32, data.args[2] as i32) {
-                (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY) => SocketOption::V6Only,
-                (libc::SOL_SOCKET, libc::SO_REUSEPORT) => SocketOption::ReusePort,
-                _ => return Call::Other,
-            };
+            let Some(option) = option(data.args[1] as i32, data.args[2] as i32) else { return Call::Other };
             Call::SetOption { fd, option, value: data.args[3], len: u64::from(data.args[4] as u32) }
         }
         libc::SYS_getsockopt
@@ -136,6 +190,12 @@ pub fn decode(data: &libc::seccomp_data) -> Call {
         }
         _ => Call::Other,
     }
+}
+
+/// The option with this level and name, if the filter stops it.
+fn option(level: i32, name: i32) -> Option<SocketOption> {
+    let (_, options) = OPTIONS.iter().find(|(stopped, _)| *stopped == level)?;
+    options.iter().find(|(stopped, _)| *stopped == name).map(|(_, option)| *option)
 }
 
 #[cfg(test)]
@@ -169,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn the_filter_stops_bind_listen_unlink_and_three_socket_options_and_nothing_else() {
+    fn the_filter_stops_bind_listen_unlink_and_some_socket_options_and_nothing_else() {
         let option = |level: i32, name: i32| {
             verdict(libc::SYS_setsockopt, ARCHITECTURE, [3, level as u64, name as u64, 0, 4, 0])
         };
@@ -178,8 +238,11 @@ mod tests {
         assert_eq!(verdict(libc::SYS_listen, ARCHITECTURE, [3, 128, 0, 0, 0, 0]), notify);
         assert_eq!(option(libc::IPPROTO_IPV6, libc::IPV6_V6ONLY), notify);
         assert_eq!(option(libc::SOL_SOCKET, libc::SO_REUSEPORT), notify);
+        for (level, options) in OPTIONS {
+            assert!(options.iter().all(|(name, _)| option(*level, *name) == notify), "level {level}");
+        }
         assert_eq!(option(libc::SOL_SOCKET, libc::SO_REUSEADDR), allow);
-        assert_eq!(option(libc::SOL_SOCKET, libc::IPV6_V6ONLY), allow);
+        assert_eq!(option(libc::IPPROTO_TCP, libc::IPV6_V6ONLY), allow);
         assert_eq!(option(libc::IPPROTO_TCP, libc::TCP_NODELAY), allow);
         assert_eq!(option(libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS), allow);
         assert_eq!(verdict(libc::SYS_unlinkat, ARCHITECTURE, [0, 1, 0, 0, 0, 0]), notify);
@@ -218,7 +281,7 @@ mod tests {
             ]),
             level in prop::sample::select(vec![libc::IPPROTO_IPV6, libc::SOL_SOCKET, libc::IPPROTO_TCP]),
             option in prop::sample::select(vec![
-                libc::IPV6_V6ONLY, libc::SO_REUSEPORT, libc::SO_ACCEPTCONN, libc::SO_REUSEADDR,
+                libc::IPV6_V6ONLY, libc::SO_REUSEPORT, libc::SO_ACCEPTCONN, libc::SO_REUSEADDR, libc::TCP_MD5SIG,
             ]),
             upper: u32,
             args: [u64; 6],

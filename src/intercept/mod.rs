@@ -7,6 +7,7 @@
 
 mod bound;
 mod caller;
+mod complaints;
 pub mod filter;
 mod install;
 mod options;
@@ -17,12 +18,13 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
-use log::{debug, warn};
+use log::debug;
 
 use crate::address::Endpoint;
-use crate::ids::{Borrower, SlotId};
+use crate::ids::Borrower;
 use crate::intercept::bound::BoundSockets;
 use crate::intercept::caller::{Caller, OwnSocket};
+use crate::intercept::complaints::{Complaint, Complaints};
 use crate::intercept::filter::{Call, decode};
 use crate::intercept::options::NotedOptions;
 use crate::kernel::procfs;
@@ -47,11 +49,16 @@ pub struct Interception {
     borrower: Borrower,
     /// The listeners that the wrapper was started with and every worker has, by inode number.
     inherited: Rc<[(u64, Endpoint)]>,
+    known: Known,
+    worker_ended: bool,
+}
+
+/// What is known about a worker.
+#[derive(Debug)]
+struct Known {
     options: NotedOptions,
     bound: BoundSockets,
-    worker_ended: bool,
-    /// Whether the warning that the worker can't be read was logged.
-    warned: bool,
+    complaints: Complaints,
 }
 
 impl Interception {
@@ -61,15 +68,9 @@ impl Interception {
         inherited: Rc<[(u64, Endpoint)]>,
         answers: Answers,
     ) -> Self {
-        Self {
-            notify_fd,
-            borrower,
-            inherited,
-            options: NotedOptions::default(),
-            bound: BoundSockets::new(answers),
-            worker_ended: false,
-            warned: false,
-        }
+        let (options, bound) = (NotedOptions::default(), BoundSockets::new(answers));
+        let known = Known { options, bound, complaints: Complaints::default() };
+        Self { notify_fd, borrower, inherited, known, worker_ended: false }
     }
 
     /// The worker has ended. Processes that it started may live on behind the filter. Their calls are
@@ -110,7 +111,7 @@ impl Interception {
     ) -> (NotifResponse, Option<ListenChange>) {
         const CONTINUE: (NotifResponse, Option<ListenChange>) = (NotifResponse::Continue, None);
         let caller = Caller::new(self.notify_fd.as_fd(), notif, self.borrower);
-        let Self { options, bound, .. } = self;
+        let Known { options, bound, complaints } = &mut self.known;
         match decode(&notif.data) {
             Call::Unlink { .. } if unix.is_empty() && !is_starting => CONTINUE,
             Call::Unlink { from, path } => {
@@ -122,13 +123,15 @@ impl Interception {
                 Ok(Some((own, sockaddr))) => {
                     let response = match paths::path_of_sockaddr(&sockaddr) {
                         Some(path) => unix::bind(&caller, own, &path, bound, unix),
-                        None => tcp::bind(&caller, own, &sockaddr, options, bound, pool),
+                        None => tcp::bind(&caller, own, &sockaddr, &mut self.known, pool),
                     };
                     (response, None)
                 }
                 Ok(None) => CONTINUE,
                 Err(error) => {
-                    warn_of_rights(self.borrower.slot, &mut self.warned, &error);
+                    if error.kind() == io::ErrorKind::PermissionDenied {
+                        complaints.make(self.borrower.slot, Complaint::OtherUser);
+                    }
                     CONTINUE
                 }
             },
@@ -137,8 +140,7 @@ impl Interception {
                 (response, endpoint.map(ListenChange::Listens))
             }
             Call::SetOption { fd, option, value, len } => {
-                options.read(&caller, fd, option, value, len);
-                CONTINUE
+                (options::set(&caller, fd, option, (value, len), options, complaints, pool), None)
             }
             Call::AsksWhetherListening { fd, value, len } => match caller.socket_inode(fd) {
                 Some(inode) if bound.contains(inode) => {
@@ -167,18 +169,6 @@ fn read_bind(caller: &Caller, fd: u32, address: u64, len: u64) -> io::Result<Opt
     let sockaddr = procfs::memory(caller.tid, address, len.min(MAX_SOCKADDR_LENGTH) as usize)?;
     let Some(inode) = procfs::socket_inode(caller.tid, fd)? else { return Ok(None) };
     Ok((sockaddr.len() as u64 == len).then_some((OwnSocket { fd, inode }, sockaddr)))
-}
-
-/// A worker that has changed its user can be read only with CAP_SYS_PTRACE. Otherwise it keeps its own
-/// sockets.
-fn warn_of_rights(slot: SlotId, warned: &mut bool, error: &io::Error) {
-    if error.kind() == io::ErrorKind::PermissionDenied && !*warned {
-        *warned = true;
-        warn!(
-            "worker {slot} runs as another user and reuse-run may not read its sockets, so it can't share them \
-             (start reuse-run as that user)"
-        );
-    }
 }
 
 /// Does `listen` on a socket that the wrapper owns. Returns the answer, and where the worker listens now.

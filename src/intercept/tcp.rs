@@ -1,16 +1,18 @@
 //! `bind` to a TCP port: the worker gets a socket of the pool in the place of its own.
 
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use log::debug;
 
 use crate::address::Address;
-use crate::intercept::bound::BoundSockets;
+use crate::intercept::Known;
 use crate::intercept::caller::{Caller, OwnSocket};
-use crate::intercept::options::{self, NotedOptions, Options};
+use crate::intercept::complaints::Complaint;
+use crate::intercept::options::{self, Options};
 use crate::kernel::procfs;
 use crate::kernel::sys::{self, NotifResponse};
-use crate::pool::{BindRequest, Pool};
+use crate::pool::{BindRequest, MinTtl, Pool};
 
 /// Binds the caller's socket to the address in `sockaddr`, a `struct sockaddr`. What isn't a TCP port that
 /// the caller may bind is left to the kernel.
@@ -18,13 +20,18 @@ pub fn bind(
     caller: &Caller,
     own: OwnSocket,
     sockaddr: &[u8],
-    noted: &mut NotedOptions,
-    bound: &mut BoundSockets,
+    known: &mut Known,
     pool: &mut Pool,
 ) -> NotifResponse {
     let Caller { tid, borrower, .. } = *caller;
-    let Some(bind) = understand(caller, own, sockaddr, noted.of(own.inode)) else {
-        return NotifResponse::Continue;
+    let Known { options: noted, bound, complaints } = known;
+    let bind = match understand(caller, own, sockaddr, noted.of(own.inode)) {
+        Ok(bind) => bind,
+        Err(NotOurs::Limited) => {
+            complaints.make(borrower.slot, Complaint::LimitedSocket);
+            return NotifResponse::Continue;
+        }
+        Err(NotOurs::Other) => return NotifResponse::Continue,
     };
     if !caller.still_waits() {
         return NotifResponse::Continue;
@@ -44,8 +51,13 @@ pub fn bind(
         }
     };
     let Some(socket) = pool.lent(borrower.worker, inode) else { return NotifResponse::Continue };
-    if let Some(duplicate) = &bind.duplicate {
-        options::carry_over(duplicate.as_fd(), socket);
+    if let Some(duplicate) = &bind.duplicate
+        && let Err(error) = options::carry_over(duplicate.as_fd(), socket)
+    {
+        debug!("worker {} can't have a socket of the pool: {error}", borrower.slot);
+        complaints.make(borrower.slot, Complaint::LimitedSocket);
+        pool.take_back(inode);
+        return NotifResponse::Continue;
     }
     match caller.replace(own.fd, socket, bind.close_on_exec) {
         Ok(()) => {
@@ -65,29 +77,45 @@ pub fn bind(
 /// A bind that the pool can carry out.
 struct Bind {
     /// A duplicate of the caller's socket. `None` where pidfd_getfd(2) is refused: the socket is then taken
-    /// for a new one without options.
+    /// for one that has no other options than those that were noted.
     duplicate: Option<OwnedFd>,
     close_on_exec: bool,
     request: BindRequest,
 }
 
-/// Reads what the caller asks for; `None` if the kernel has to answer it.
-fn understand(caller: &Caller, own: OwnSocket, sockaddr: &[u8], options: Options) -> Option<Bind> {
-    let v6only = options.v6only.unwrap_or_else(procfs::v6only_by_default);
-    let address = Address::from_sockaddr(sockaddr, v6only)?;
-    let protocol = procfs::socket_protocol(caller.tid, own.fd).ok()?;
+/// Why the kernel has to answer a bind.
+enum NotOurs {
+    /// It is no TCP port that the caller may bind, or the caller can't be read.
+    Other,
+    /// Its socket limits who may connect in a way that no other socket can be given.
+    Limited,
+}
+
+/// Reads what the caller asks for.
+fn understand(caller: &Caller, own: OwnSocket, sockaddr: &[u8], noted: Options) -> Result<Bind, NotOurs> {
+    let v6only = noted.v6only.unwrap_or_else(procfs::v6only_by_default);
+    let address = Address::from_sockaddr(sockaddr, v6only, 0).ok_or(NotOurs::Other)?;
+    let protocol = procfs::socket_protocol(caller.tid, own.fd).map_err(|_| NotOurs::Other)?;
     let port = address.socket.port();
     if !is_tcp_of_family(&protocol, &address) || port == 0 || !caller.may_bind(port) {
-        return None;
+        return Err(NotOurs::Other);
     }
+    let flags = procfs::fd_flags(caller.tid, own.fd).map_err(|_| NotOurs::Other)?;
     let process = procfs::process_of(caller.tid).and_then(|pid| sys::pidfd_open(pid.as_raw(), 0));
     let duplicate = process.and_then(|process| sys::pidfd_getfd(process.as_fd(), own.fd)).ok();
-    let flags = procfs::fd_flags(caller.tid, own.fd).ok()?;
-    Some(Bind {
-        duplicate,
-        close_on_exec: flags & libc::O_CLOEXEC != 0,
-        request: BindRequest { address, nonblocking: flags & libc::O_NONBLOCK != 0, shares: options.shares },
-    })
+    let limits = duplicate.as_ref().map_or(Ok((noted.device, noted.min_ttl)), |duplicate| {
+        let socket = duplicate.as_fd();
+        Ok((sys::bound_device(socket)?, MinTtl::of(socket, address.socket.is_ipv6())?))
+    });
+    let (device, min_ttl) = limits.map_err(|_: io::Error| NotOurs::Other)?;
+    let has_filter = |duplicate: &OwnedFd| sys::has_filter(duplicate.as_fd()).unwrap_or(true);
+    if noted.limits_peers || duplicate.as_ref().is_some_and(has_filter) {
+        return Err(NotOurs::Limited);
+    }
+    let address = Address::new(address.socket, address.v6only, device);
+    let (nonblocking, shares) = (flags & libc::O_NONBLOCK != 0, noted.shares);
+    let request = BindRequest { address, nonblocking, shares, min_ttl };
+    Ok(Bind { duplicate, close_on_exec: flags & libc::O_CLOEXEC != 0, request })
 }
 
 /// Whether a socket with this protocol name is a TCP socket of the address's family.
@@ -115,8 +143,8 @@ mod tests {
 
     #[test]
     fn only_a_tcp_socket_of_the_same_family_as_its_address_is_bound_by_the_pool() {
-        let v4 = Address { socket: "127.0.0.1:3000".parse().unwrap(), v6only: false };
-        let v6 = Address { socket: "[::1]:3000".parse().unwrap(), v6only: false };
+        let v4 = Address::new("127.0.0.1:3000".parse().unwrap(), false, 0);
+        let v6 = Address::new("[::1]:3000".parse().unwrap(), false, 0);
         let fits = |protocol| (is_tcp_of_family(protocol, &v4), is_tcp_of_family(protocol, &v6));
         assert_eq!([fits("TCP"), fits("MPTCP")], [(true, false); 2]);
         assert_eq!([fits("TCPv6"), fits("MPTCPv6")], [(false, true); 2]);

@@ -204,7 +204,7 @@ fn listener(response: &InetResponse) -> Listener {
     let id = &header.socket_id;
     let v6only = response.nlas.iter().any(|nla| matches!(nla, Nla::SkV6Only(true)));
     let socket = SocketAddr::new(id.source_address, id.source_port);
-    Listener { address: Address { socket, v6only }, inode: header.inode, uid: header.uid }
+    Listener { address: Address::new(socket, v6only, id.interface_id), inode: header.inode, uid: header.uid }
 }
 
 fn connection(response: &InetResponse) -> Connection {
@@ -258,8 +258,7 @@ mod tests {
             .map(|listener| listener.address)
             .collect();
         addresses.sort();
-        let address =
-            |text: &str, v6only| Address { socket: format!("{text}:{port}").parse().unwrap(), v6only };
+        let address = |text: &str, v6only| Address::new(format!("{text}:{port}").parse().unwrap(), v6only, 0);
         assert_eq!(addresses, [address("127.0.0.1", false), address("[::]", true)]);
     }
 

@@ -174,10 +174,18 @@ pub fn attach_reuseport_cbpf(socket: BorrowedFd, program: &[sock_filter]) -> io:
 /// setsockopt(2), IP_MINTTL (ip(7)) or for `ipv6` IPV6_MINHOPCOUNT: the socket silently drops packets whose
 /// time to live is less than `ttl`. 0 lets all packets pass.
 pub fn set_min_ttl(socket: BorrowedFd, ipv6: bool, ttl: u8) -> io::Result<()> {
-    const IPV6_MINHOPCOUNT: c_int = 73; // linux/in6.h
-    let (level, option) =
-        if ipv6 { (libc::IPPROTO_IPV6, IPV6_MINHOPCOUNT) } else { (libc::IPPROTO_IP, libc::IP_MINTTL) };
+    let (level, option) = min_ttl_option(ipv6);
     set_socket_option(socket, level, option, ttl.into())
+}
+
+/// getsockopt(2): what [`set_min_ttl`] sets.
+pub fn min_ttl(socket: BorrowedFd, ipv6: bool) -> io::Result<u8> {
+    let (level, option) = min_ttl_option(ipv6);
+    Ok(socket_option(socket, level, option)? as u8)
+}
+
+fn min_ttl_option(ipv6: bool) -> (c_int, c_int) {
+    if ipv6 { (libc::IPPROTO_IPV6, libc::IPV6_MINHOPCOUNT) } else { (libc::IPPROTO_IP, libc::IP_MINTTL) }
 }
 
 /// getsockopt(2) for an option whose value is an int.
@@ -197,6 +205,35 @@ pub fn set_socket_option(socket: BorrowedFd, level: c_int, name: c_int, value: c
     // SAFETY: the kernel reads one int through the pointer.
     check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), len) })?;
     Ok(())
+}
+
+/// asm-generic/socket.h, Linux 5.1.
+pub const SO_BINDTOIFINDEX: c_int = 62;
+
+/// getsockopt(2), SO_BINDTOIFINDEX: the index of the interface that a socket is bound to; 0 for none.
+pub fn bound_device(socket: BorrowedFd) -> io::Result<u32> {
+    Ok(socket_option(socket, libc::SOL_SOCKET, SO_BINDTOIFINDEX)? as u32)
+}
+
+/// getsockopt(2), SO_GET_FILTER: whether a filter was attached to a socket (SO_ATTACH_FILTER, SO_ATTACH_BPF).
+pub fn has_filter(socket: BorrowedFd) -> io::Result<bool> {
+    let mut instructions: libc::socklen_t = 0;
+    // SAFETY: with a length of 0 the kernel writes nothing but the number of instructions, in place of the length.
+    let result = check(unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_GET_FILTER,
+            std::ptr::null_mut(),
+            &raw mut instructions,
+        )
+    });
+    match result {
+        Ok(_) => Ok(instructions > 0),
+        // An eBPF program, whose instructions can't be read (`sk_get_filter`, net/core/filter.c).
+        Err(error) if error.raw_os_error() == Some(libc::EACCES) => Ok(true),
+        Err(error) => Err(error),
+    }
 }
 
 /// getsockopt(2), TCP_INFO: the beginning of a `struct tcp_info` (linux/tcp.h). Fields that the kernel

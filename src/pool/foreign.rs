@@ -86,7 +86,7 @@ mod tests {
     #[test]
     fn a_foreign_member_joins_once_and_leaves_when_it_is_no_longer_found() {
         let socket = "127.0.0.1:3000".parse().unwrap();
-        let listener = |inode| Listener { address: Address { socket, v6only: false }, inode, uid: 0 };
+        let listener = |inode| Listener { address: Address::new(socket, false, 0), inode, uid: 0 };
         let (mut foreign, mut next, start) = (ForeignMembers::default(), 0, Instant::now());
         let mut update = |found: &[u32]| {
             let new_id = || {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Index;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use log::warn;
@@ -24,6 +24,27 @@ pub struct BindRequest {
     pub nonblocking: bool,
     /// Whether SO_REUSEPORT was set, so that the worker may bind the address several times.
     pub shares: bool,
+    pub min_ttl: MinTtl,
+}
+
+/// IP_MINTTL (ip(7)) and IPV6_MINHOPCOUNT: packets that came a longer way are dropped. 0 is any way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MinTtl {
+    /// For clients over IPv4, also on an IPv6 socket.
+    pub v4: u8,
+    pub v6: u8,
+}
+
+impl MinTtl {
+    /// Only a neighbour that sends with 255 reaches the socket.
+    const NOBODY: Self = Self { v4: u8::MAX, v6: u8::MAX };
+
+    /// # Errors
+    /// Those of getsockopt(2).
+    pub fn of(socket: BorrowedFd, is_ipv6: bool) -> io::Result<Self> {
+        let v6 = if is_ipv6 { sys::min_ttl(socket, true)? } else { 0 };
+        Ok(Self { v4: sys::min_ttl(socket, false)?, v6 })
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +71,12 @@ pub struct Member {
     pub listening: bool,
     /// Whether it drops SYNs.
     held: bool,
+    /// What the borrower wants. While the socket is held, the kernel has another value.
+    min_ttl: MinTtl,
+    /// SO_BINDTODEVICE of the new socket. A program of the system may set it too (`ip vrf exec`).
+    device: u32,
+    /// Whether a borrower has set what can't be taken back.
+    is_limited: bool,
     /// Whether the borrower asked for SO_REUSEPORT itself.
     pub shares: bool,
     /// Whether the borrower was given it at its start. If the borrower binds the address, it gets this socket again.
@@ -69,10 +96,26 @@ impl Member {
         if address.socket.is_ipv6() {
             socket.set_only_v6(address.v6only)?;
         }
+        if address.device != 0 {
+            let device = address.device as i32;
+            sys::set_socket_option(socket.as_fd(), libc::SOL_SOCKET, sys::SO_BINDTOIFINDEX, device)?;
+        }
         socket.bind(&address.socket.into())?;
         let inode = procfs::inode(socket.as_fd())?;
-        let (listening, held, shares, given) = (false, false, false, false);
-        Ok(Self { address, socket, inode, holder: Holder::Free, listening, held, shares, given })
+        let device = sys::bound_device(socket.as_fd())?;
+        Ok(Self {
+            address,
+            device,
+            socket,
+            inode,
+            holder: Holder::Free,
+            listening: false,
+            held: false,
+            min_ttl: MinTtl::default(),
+            is_limited: false,
+            shares: false,
+            given: false,
+        })
     }
 
     pub fn borrower(&self) -> Option<Borrower> {
@@ -113,10 +156,11 @@ impl Member {
     /// socket.) Accepted connections inherit the limit, so no handshake may be under way on the socket.
     ///
     /// # Errors
-    /// Those of setsockopt(2).
+    /// Those of getsockopt(2) and setsockopt(2).
     pub fn hold(&mut self) -> io::Result<()> {
         if !self.held {
-            self.set_min_ttl(u8::MAX)?;
+            self.min_ttl = self.current_min_ttl()?;
+            self.apply_min_ttl(MinTtl::NOBODY)?;
             self.held = true;
         }
         Ok(())
@@ -125,23 +169,56 @@ impl Member {
     /// Makes the socket take SYNs again.
     ///
     /// # Errors
-    /// Those of setsockopt(2).
+    /// Those of getsockopt(2) and setsockopt(2).
     pub fn resume(&mut self) -> io::Result<()> {
         if self.held {
-            self.set_min_ttl(0)?;
+            // Without interception the borrower may have set its own meanwhile.
+            let (wanted, current) = (self.min_ttl, self.current_min_ttl()?);
+            let or_current = |wanted, current| if current == u8::MAX { wanted } else { current };
+            let (v4, v6) = (or_current(wanted.v4, current.v4), or_current(wanted.v6, current.v6));
+            self.apply_min_ttl(MinTtl { v4, v6 })?;
             self.held = false;
         }
         Ok(())
     }
 
-    fn set_min_ttl(&self, ttl: u8) -> io::Result<()> {
+    /// Sets what the borrower wants. If the socket is held, it comes into force when it no longer is.
+    ///
+    /// # Errors
+    /// Those of setsockopt(2).
+    pub fn set_min_ttl(&mut self, min_ttl: MinTtl) -> io::Result<()> {
+        self.min_ttl = min_ttl;
+        self.apply_min_ttl(if self.held { MinTtl::NOBODY } else { min_ttl })
+    }
+
+    /// The borrower sets one of both itself. Returns whether the wrapper does that later, since the socket is held.
+    pub fn sets_min_ttl(&mut self, ipv6: bool, ttl: u8) -> bool {
+        *(if ipv6 { &mut self.min_ttl.v6 } else { &mut self.min_ttl.v4 }) = ttl;
+        self.held
+    }
+
+    fn current_min_ttl(&self) -> io::Result<MinTtl> {
+        MinTtl::of(self.socket.as_fd(), self.address.socket.is_ipv6())
+    }
+
+    fn apply_min_ttl(&self, MinTtl { v4, v6 }: MinTtl) -> io::Result<()> {
         if self.address.socket.is_ipv6() {
-            sys::set_min_ttl(self.socket.as_fd(), true, ttl)?;
+            sys::set_min_ttl(self.socket.as_fd(), true, v6)?;
         }
-        if !self.address.v6only {
-            sys::set_min_ttl(self.socket.as_fd(), false, ttl)?; // on an IPv6 socket: for clients over IPv4
-        }
-        Ok(())
+        sys::set_min_ttl(self.socket.as_fd(), false, v4)
+    }
+
+    /// From now on nobody else can have the socket.
+    pub fn limit(&mut self) {
+        self.is_limited = true;
+    }
+
+    /// Whether a borrower has set what the next one must not have.
+    pub fn is_limited(&self) -> bool {
+        let socket = self.socket.as_fd();
+        let is_as_new = sys::bound_device(socket).is_ok_and(|device| device == self.device)
+            && sys::has_filter(socket).is_ok_and(|has| !has);
+        self.is_limited || !is_as_new
     }
 
     /// Accepts the connections that wait and closes them with a reset. Returns how many there were, and the error that

@@ -6,7 +6,7 @@
 //! socket of an address any more and no successor is awaited, the whole group is closed. Then the address refuses
 //! connections, as it would without the wrapper.
 //!
-//! [`Pool`] is the face of this room. [`member`] owns the sockets, [`group`] the model of a group, [`watcher`] the epoll,
+//! [`Pool`] is the face of this room; [`lend`] lends and takes back. [`member`] owns the sockets, [`group`] the model of a group, [`watcher`] the epoll,
 //! [`accept_queues`] the samples, [`closed`] and [`unserved`] what is wrong with some sockets; [`foreign`] finds other
 //! programs' listeners. [`paths`] is the pool's counterpart for Unix sockets, and [`unintercepted`] finds listeners where
 //! workers can't be intercepted.
@@ -15,6 +15,7 @@ pub mod accept_queues;
 mod closed;
 mod foreign;
 mod group;
+mod lend;
 mod member;
 pub mod paths;
 mod reach;
@@ -23,26 +24,25 @@ pub mod unintercepted;
 mod unserved;
 mod watcher;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 use nix::sys::epoll::EpollFlags;
 use nix::time::{ClockId, clock_gettime};
-use nix::unistd::Pid;
 
 use self::closed::ClosedListeners;
 use self::group::Group;
-pub use self::member::BindRequest;
+pub use self::member::{BindRequest, MinTtl};
 use self::member::{Holder, Member, Members};
 pub use self::reach::Reach;
 use self::unserved::Unserved;
 use self::watcher::{Interest, Watcher};
 use crate::address::Address;
-use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
+use crate::ids::{Borrower, MemberId, WorkerId};
 use crate::kernel::procfs;
 use crate::kernel::sockdiag::Listener;
 use crate::steering::load::{Balancing, Change, LONG, Load, LoadTracker};
@@ -55,12 +55,8 @@ pub struct StoppedListening {
     pub address: Address,
 }
 
-/// Each time that a worker has borrowed this many sockets, those that it has closed are taken back.
-const TAKE_BACK_EVERY: usize = 64;
 /// The time between two samples of the accept queues while connections come.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(2);
-/// The backlog of sockets that workers are given, as systemd sets it (systemd.socket(5)).
-const GIVEN_BACKLOG: i32 = 4096;
 /// The backlog of a new socket that nobody borrows. A borrower sets its own.
 const SPARE_BACKLOG: i32 = 1;
 
@@ -125,83 +121,6 @@ impl Pool {
         }))
     }
 
-    /// Lends a socket that listens on `address` already, for a worker that is about to start. It gets no connection
-    /// until [`Pool::steer`] sends it some.
-    ///
-    /// # Errors
-    /// What bind(2) or listen(2) says.
-    pub fn give(&mut self, borrower: Borrower, address: Address) -> io::Result<OwnedFd> {
-        let id = self.spare_or_new(borrower, address)?;
-        let listens = match self.members[id].listening {
-            true => self.members[id].socket.listen(GIVEN_BACKLOG), // its queue may have been short
-            false => self.begin_to_listen(id, GIVEN_BACKLOG),
-        };
-        if let Err(error) = listens {
-            self.vacate(id, None);
-            return Err(error);
-        }
-        let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
-        member.holder = Holder::Lent(borrower);
-        member.given = true;
-        member.socket.set_nonblocking(false)?;
-        let socket = member.socket.as_fd().try_clone_to_owned()?;
-        self.watch(id);
-        Ok(socket)
-    }
-
-    /// The process of a worker that was given sockets before it started.
-    pub fn has_started(&mut self, worker: WorkerId, pid: Pid) {
-        self.members.set_pid(worker, pid);
-    }
-
-    /// Lends a socket that is bound to the address, and listens already if it had a borrower before. Returns its inode
-    /// number.
-    ///
-    /// # Errors
-    /// What bind(2) would have said to the worker.
-    pub fn lend(&mut self, borrower: Borrower, request: BindRequest) -> io::Result<u64> {
-        self.take_back_closed(borrower);
-        let id = match self.members.lent_again(borrower, request)? {
-            Some(id) => id,
-            None => self.spare_or_new(borrower, request.address)?,
-        };
-        let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
-        member.socket.set_nonblocking(request.nonblocking)?;
-        member.given = false;
-        member.holder = Holder::Lent(borrower);
-        member.shares = request.shares;
-        let inode = member.inode;
-        self.watch(id);
-        Ok(inode)
-    }
-
-    /// A worker that borrows very many sockets, to find a free port for example, has closed most of them.
-    fn take_back_closed(&mut self, borrower: Borrower) {
-        let lent = self.members.lent_to(borrower.worker);
-        let inodes: HashSet<u64> = lent.map(|(_, member)| member.inode).collect();
-        if inodes.len() % TAKE_BACK_EVERY == TAKE_BACK_EVERY - 1 {
-            let open = procfs::open_elsewhere(borrower.pid, &inodes);
-            inodes.difference(&open).for_each(|inode| self.take_back(*inode));
-        }
-    }
-
-    /// # Errors
-    /// EADDRINUSE if a foreign listener is in the way, and what bind(2) says.
-    fn spare_or_new(&mut self, borrower: Borrower, address: Address) -> io::Result<MemberId> {
-        let group = self.groups.get(&address);
-        if let Some(id) = group.and_then(|group| group.spare(borrower, &self.members)) {
-            let is_free = self.members[id].holder == Holder::Free;
-            if !self.is_exact || !is_free || !self.members[id].listening || self.locate(address, id) {
-                return Ok(id);
-            }
-        }
-        if let Some(listener) = self.foreign_listener(address) {
-            warn!("{address} is in use: {}", foreign::describe(&listener));
-            return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
-        }
-        self.add(address)
-    }
-
     /// A foreign listener that is in the way of the first bind of an address. The kernel would let a program of the same
     /// user that asks for SO_REUSEPORT share the port without notice. (To bind and see is no check: connections in
     /// TIME_WAIT are in its way too.)
@@ -234,24 +153,6 @@ impl Pool {
         let id = self.members.bind(address)?;
         self.groups.entry(address).or_insert_with(|| Group::new(address, self.is_exact)).add(id);
         Ok(id)
-    }
-
-    /// Takes back a socket that never reached its borrower, or that the borrower has closed.
-    pub fn take_back(&mut self, inode: u64) {
-        let Some(id) = self.members.id(inode) else { return };
-        if self.members[id].borrower().is_none() {
-            return;
-        }
-        if self.members[id].listening {
-            self.note_stopped(id);
-        }
-        self.vacate(id, None);
-    }
-
-    /// The socket with this inode number, if it is lent to `worker`.
-    pub fn lent(&self, worker: WorkerId, inode: u64) -> Option<BorrowedFd<'_>> {
-        let member = self.members.get(self.members.id(inode)?)?;
-        member.is_lent_to(worker).then(|| member.socket.as_fd())
     }
 
     /// Does listen(2) for the worker that borrowed the socket. It gets no connection until [`Pool::steer`] sends it some.
@@ -456,55 +357,6 @@ impl Pool {
         if let Err(error) = self.watcher.watch(id, member.socket.as_fd(), interest) {
             warn!("can't watch a listener of {}: {error}", member.address);
         }
-    }
-
-    /// A worker has died. If it will have a `successor`, the next worker of its slot and generation, its sockets are
-    /// kept for that. Otherwise they become free, and what is queued on them is reset.
-    pub fn release(&mut self, worker: WorkerId, successor: bool) {
-        self.handle_events(None);
-        let lent: Vec<MemberId> = self.members.lent_to(worker).map(|(id, _)| id).collect();
-        for id in lent {
-            let borrower = self.members[id].borrower().filter(|_| successor);
-            let reserved = borrower.map(|Borrower { slot, generation, .. }| {
-                let overdue = false;
-                Holder::Reserved { slot, generation, overdue }
-            });
-            self.vacate(id, reserved);
-        }
-    }
-
-    /// There will be no successor for this slot and generation.
-    pub fn unreserve(&mut self, slot: SlotId, generation: u32) {
-        for id in self.members.reserved_for(slot, generation) {
-            self.vacate(id, None);
-        }
-    }
-
-    /// The successor for this slot and generation takes long to come. The connections that wait for it are reset, and
-    /// so are those that come until then.
-    pub fn reset_reserved(&mut self, slot: SlotId, generation: u32) {
-        for id in self.members.reserved_for(slot, generation) {
-            if let Some(member) = self.members.get_mut(id) {
-                member.holder = Holder::Reserved { slot, generation, overdue: true };
-            }
-            self.unserved.add(id);
-        }
-    }
-
-    /// A socket has no borrower any more. It is `reserved`, or becomes free.
-    fn vacate(&mut self, id: MemberId, reserved: Option<Holder>) {
-        let Some(member) = self.members.get_mut(id) else { return };
-        let address = member.address;
-        if !member.listening {
-            self.remove(id);
-        } else {
-            member.holder = reserved.unwrap_or(Holder::Free);
-            if reserved.is_none() {
-                self.unserved.add(id);
-            }
-            self.watch(id);
-        }
-        self.close_if_free(address);
     }
 
     /// Resets the connections that wait on sockets without a borrower, so that the clients learn at once that they have

@@ -17,6 +17,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use super::{Holder, Pool};
 use crate::address::Address;
 use crate::ids::{MemberId, WorkerId};
+use crate::kernel::sys;
 
 /// A connection that is being opened. Give it back to [`Pool::has_reached`] when it is open, or when its socket is closed.
 #[derive(Debug, Clone, Copy)]
@@ -130,6 +131,10 @@ fn client(address: Address) -> io::Result<(Socket, SocketAddr)> {
         IpAddr::V4(_) => socket.set_ttl_v4(MAX_TTL)?,
         IpAddr::V6(_) => socket.set_unicast_hops_v6(MAX_TTL)?,
     }
+    if address.device != 0 {
+        let device = address.device as i32;
+        sys::set_socket_option(socket.as_fd(), libc::SOL_SOCKET, sys::SO_BINDTOIFINDEX, device)?;
+    }
     socket.bind(&with_port(address, ip, 0).into())?;
     let source = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidData)?;
     Ok((socket, source))
@@ -178,10 +183,10 @@ mod tests {
             ("[::ffff:0.0.0.0]:1", false, "127.0.0.1"),
         ];
         for (listener, v6only, ip) in cases {
-            let address = Address { socket: listener.parse().unwrap(), v6only };
+            let address = Address::new(listener.parse().unwrap(), v6only, 0);
             assert_eq!(own_ip(address), ip.parse::<IpAddr>().unwrap(), "{listener}");
         }
-        let scoped = Address { socket: "[fe80::1%7]:1".parse().unwrap(), v6only: false };
+        let scoped = Address::new("[fe80::1%7]:1".parse().unwrap(), false, 0);
         assert_eq!(with_port(scoped, own_ip(scoped), 2), "[fe80::1%7]:2".parse().unwrap());
     }
 }

@@ -47,7 +47,8 @@ impl Listener {
         let endpoint = match address.as_socket() {
             Some(socket_address) => {
                 let v6only = socket_address.is_ipv6() && socket.only_v6().unwrap_or(false);
-                Endpoint::Tcp(Address { socket: socket_address, v6only })
+                let device = sys::bound_device(self.socket.as_fd()).unwrap_or(0);
+                Endpoint::Tcp(Address::new(socket_address, v6only, device))
             }
             None => Endpoint::Unix(address.as_pathname()?.to_owned()),
         };
@@ -111,7 +112,7 @@ mod tests {
     #[test]
     fn a_listener_knows_where_it_listens() {
         let socket = TcpListener::bind("127.0.0.1:0").unwrap();
-        let expected = Address { socket: socket.local_addr().unwrap(), v6only: false };
+        let expected = Address::new(socket.local_addr().unwrap(), false, 0);
         let listener = Listener { name: "http".to_owned(), socket: socket.into() };
         let (inode, endpoint) = listener.endpoint().unwrap();
         assert_eq!(endpoint, Endpoint::Tcp(expected));

@@ -1,4 +1,4 @@
-"""Runs a command for which seccomp(2) fails with the errno of the first argument."""
+"""Runs a command for which the system call of the first argument fails with the errno of the second one."""
 import ctypes
 import errno
 import os
@@ -6,8 +6,9 @@ import platform
 import struct
 import sys
 
-number = {'x86_64': 317, 'aarch64': 277}[platform.machine()]
-code = getattr(errno, sys.argv[1])
+numbers = {'seccomp': {'x86_64': 317, 'aarch64': 277}, 'pidfd_getfd': {'x86_64': 438, 'aarch64': 438}}
+number = numbers[sys.argv[1]][platform.machine()]
+code = getattr(errno, sys.argv[2])
 instructions = [
     struct.pack('=HBBI', 0x20, 0, 0, 0),  # load the number of the system call
     struct.pack('=HBBI', 0x15, 0, 1, number),
@@ -26,4 +27,4 @@ libc = ctypes.CDLL(None, use_errno=True)
 for arguments in [(38, 1, 0, 0, 0), (22, 2, ctypes.byref(program))]:  # PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP
     if libc.prctl(*arguments) != 0:
         sys.exit(os.strerror(ctypes.get_errno()))
-os.execvp(sys.argv[2], sys.argv[2:])
+os.execvp(sys.argv[3], sys.argv[3:])

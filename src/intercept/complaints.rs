@@ -1,0 +1,41 @@
+//! What the log says about a worker at most once.
+
+use std::collections::BTreeSet;
+
+use log::warn;
+
+use crate::ids::SlotId;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Complaint {
+    /// It has changed its user, and reuse-run has no CAP_SYS_PTRACE.
+    OtherUser,
+    /// It limits who may connect by what can't be set on a socket of the pool.
+    LimitedSocket,
+    /// It sets SO_BINDTODEVICE on a socket of the pool.
+    LateDevice,
+}
+
+#[derive(Debug, Default)]
+pub struct Complaints(BTreeSet<Complaint>);
+
+impl Complaints {
+    pub fn make(&mut self, slot: SlotId, complaint: Complaint) {
+        if !self.0.insert(complaint) {
+            return;
+        }
+        match complaint {
+            Complaint::OtherUser => warn!(
+                "worker {slot} runs as another user and reuse-run may not read its sockets, so it can't share them \
+                 (start reuse-run as that user)"
+            ),
+            Complaint::LimitedSocket => warn!(
+                "worker {slot} limits who may connect to a socket in a way that reuse-run can't repeat, so the socket \
+                 isn't shared (see docs/limits.md)"
+            ),
+            Complaint::LateDevice => {
+                warn!("worker {slot} can't set SO_BINDTODEVICE after bind (set it before)");
+            }
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Lends the pool's sockets to workers, and takes them back.
+
+use std::collections::{BTreeSet, HashSet};
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use log::{debug, warn};
+use nix::unistd::Pid;
+
+use super::{Pool, foreign};
+use crate::address::Address;
+use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
+use crate::kernel::procfs;
+use crate::pool::member::{BindRequest, Holder, MinTtl};
+
+/// Each time that a worker has borrowed this many sockets, those that it has closed are taken back.
+const TAKE_BACK_EVERY: usize = 64;
+/// The backlog of sockets that workers are given, as systemd sets it (systemd.socket(5)).
+const GIVEN_BACKLOG: i32 = 4096;
+
+impl Pool {
+    /// Lends a socket that listens on `address` already, for a worker that is about to start. It gets no connection
+    /// until [`Pool::steer`] sends it some.
+    ///
+    /// # Errors
+    /// What bind(2) or listen(2) says.
+    pub fn give(&mut self, borrower: Borrower, address: Address) -> io::Result<OwnedFd> {
+        let id = self.spare_or_new(borrower, address)?;
+        let listens = match self.members[id].listening {
+            true => self.members[id].socket.listen(GIVEN_BACKLOG), // its queue may have been short
+            false => self.begin_to_listen(id, GIVEN_BACKLOG),
+        };
+        if let Err(error) = listens {
+            self.vacate(id, None);
+            return Err(error);
+        }
+        let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
+        member.holder = Holder::Lent(borrower);
+        member.given = true;
+        member.set_min_ttl(MinTtl::default())?;
+        member.socket.set_nonblocking(false)?;
+        let socket = member.socket.as_fd().try_clone_to_owned()?;
+        self.watch(id);
+        Ok(socket)
+    }
+
+    /// The process of a worker that was given sockets before it started.
+    pub fn has_started(&mut self, worker: WorkerId, pid: Pid) {
+        self.members.set_pid(worker, pid);
+    }
+
+    /// Lends a socket that is bound to the address, and listens already if it had a borrower before. Returns its inode
+    /// number.
+    ///
+    /// # Errors
+    /// What bind(2) would have said to the worker.
+    pub fn lend(&mut self, borrower: Borrower, request: BindRequest) -> io::Result<u64> {
+        self.take_back_closed(borrower);
+        let id = match self.members.lent_again(borrower, request)? {
+            Some(id) => id,
+            None => self.spare_or_new(borrower, request.address)?,
+        };
+        let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
+        member.socket.set_nonblocking(request.nonblocking)?;
+        member.set_min_ttl(request.min_ttl)?;
+        member.given = false;
+        member.holder = Holder::Lent(borrower);
+        member.shares = request.shares;
+        let inode = member.inode;
+        self.watch(id);
+        Ok(inode)
+    }
+
+    /// A worker that borrows very many sockets, to find a free port for example, has closed most of them.
+    fn take_back_closed(&mut self, borrower: Borrower) {
+        let lent = self.members.lent_to(borrower.worker);
+        let inodes: HashSet<u64> = lent.map(|(_, member)| member.inode).collect();
+        if inodes.len() % TAKE_BACK_EVERY == TAKE_BACK_EVERY - 1 {
+            let open = procfs::open_elsewhere(borrower.pid, &inodes);
+            inodes.difference(&open).for_each(|inode| self.take_back(*inode));
+        }
+    }
+
+    /// # Errors
+    /// EADDRINUSE if a foreign listener is in the way, and what bind(2) says.
+    fn spare_or_new(&mut self, borrower: Borrower, address: Address) -> io::Result<MemberId> {
+        while let Some(id) = self.groups.get(&address).and_then(|group| group.spare(borrower, &self.members))
+        {
+            if self.members[id].is_limited() {
+                debug!("a socket of {address} is closed: its last worker limited who may connect to it");
+                self.shut_down(id);
+                continue;
+            }
+            let is_free = self.members[id].holder == Holder::Free;
+            if !self.is_exact || !is_free || !self.members[id].listening || self.locate(address, id) {
+                return Ok(id);
+            }
+            break;
+        }
+        if let Some(listener) = self.foreign_listener(address) {
+            warn!("{address} is in use: {}", foreign::describe(&listener));
+            return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
+        }
+        self.add(address)
+    }
+
+    /// The socket with this inode number, if it is lent to `worker`.
+    pub fn lent(&self, worker: WorkerId, inode: u64) -> Option<BorrowedFd<'_>> {
+        let member = self.members.get(self.members.id(inode)?)?;
+        member.is_lent_to(worker).then(|| member.socket.as_fd())
+    }
+
+    /// Closes a socket that can't be lent any more, although another process may have it open.
+    fn shut_down(&mut self, id: MemberId) {
+        let Some(member) = self.members.get_mut(id) else { return };
+        member.holder = Holder::Free;
+        let address = member.address;
+        let left = member.socket.shutdown(Shutdown::Both).is_ok();
+        self.watch(id);
+        self.handle_events(None); // removes it, if epoll has reported that it has left its group
+        if let Some(group) = self.groups.get_mut(&address).filter(|group| left && group.ids().contains(&id)) {
+            group.left(&BTreeSet::from([id]));
+        }
+        self.remove(id);
+        self.close_if_free(address);
+    }
+
+    /// The borrower sets IP_MINTTL or for `ipv6` IPV6_MINHOPCOUNT. Returns whether the pool does that later.
+    pub fn set_min_ttl(&mut self, inode: u64, ipv6: bool, ttl: u8) -> bool {
+        let member = self.members.id(inode).and_then(|id| self.members.get_mut(id));
+        member.is_some_and(|member| member.sets_min_ttl(ipv6, ttl))
+    }
+
+    /// The borrower sets what limits who may connect, and what can't be taken back.
+    pub fn never_lend_again(&mut self, inode: u64) {
+        if let Some(member) = self.members.id(inode).and_then(|id| self.members.get_mut(id)) {
+            member.limit();
+        }
+    }
+
+    /// Takes back a socket that never reached its borrower, or that the borrower has closed.
+    pub fn take_back(&mut self, inode: u64) {
+        let Some(id) = self.members.id(inode) else { return };
+        if self.members[id].borrower().is_none() {
+            return;
+        }
+        if self.members[id].listening {
+            self.note_stopped(id);
+        }
+        self.vacate(id, None);
+    }
+
+    /// A worker has died. If it will have a `successor`, the next worker of its slot and generation, its sockets are
+    /// kept for that. Otherwise they become free, and what is queued on them is reset.
+    pub fn release(&mut self, worker: WorkerId, successor: bool) {
+        self.handle_events(None);
+        let lent: Vec<MemberId> = self.members.lent_to(worker).map(|(id, _)| id).collect();
+        for id in lent {
+            let borrower = self.members[id].borrower().filter(|_| successor);
+            let reserved = borrower.map(|Borrower { slot, generation, .. }| {
+                let overdue = false;
+                Holder::Reserved { slot, generation, overdue }
+            });
+            self.vacate(id, reserved);
+        }
+    }
+
+    /// There will be no successor for this slot and generation.
+    pub fn unreserve(&mut self, slot: SlotId, generation: u32) {
+        for id in self.members.reserved_for(slot, generation) {
+            self.vacate(id, None);
+        }
+    }
+
+    /// The successor for this slot and generation takes long to come. The connections that wait for it are reset, and
+    /// so are those that come until then.
+    pub fn reset_reserved(&mut self, slot: SlotId, generation: u32) {
+        for id in self.members.reserved_for(slot, generation) {
+            if let Some(member) = self.members.get_mut(id) {
+                member.holder = Holder::Reserved { slot, generation, overdue: true };
+            }
+            self.unserved.add(id);
+        }
+    }
+
+    /// A socket has no borrower any more. It is `reserved`, or becomes free.
+    fn vacate(&mut self, id: MemberId, reserved: Option<Holder>) {
+        let Some(member) = self.members.get_mut(id) else { return };
+        let address = member.address;
+        if !member.listening {
+            self.remove(id);
+        } else {
+            member.holder = reserved.unwrap_or(Holder::Free);
+            if reserved.is_none() {
+                self.unserved.add(id);
+            }
+            self.watch(id);
+        }
+        self.close_if_free(address);
+    }
+}
