@@ -65,7 +65,7 @@ fn an_express_app_that_says_ready_although_its_port_is_taken_gets_no_connection(
     };
     for readiness in ["listen", "notify"] {
         let addr = SocketAddr::from(([127, 0, 0, 1], 3000));
-        let options = format!("-n 2 --ready {readiness} --ready-timeout 3s");
+        let options = format!("-n 2 --ready {readiness} --ready-timeout 8s");
         let mut deployed = Deployed::run(&options, addr, &app("3000, '127.0.0.1'"));
         let _foreign = TcpListener::bind("127.0.0.1:3001").expect("bind");
         deployed.deploy(&app("3001, '127.0.0.1'"));

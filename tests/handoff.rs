@@ -436,7 +436,37 @@ fn answer(stream: &mut TcpStream) -> load::Origin {
     load::Origin::of(&String::from_utf8_lossy(&text))
 }
 
-/// Two clock ticks of the slowest kernels. A request that comes sooner after an answer looks answered.
+/// A client without a pause: its last request follows in the clock tick of the answer before it, and takes long. The kernel's
+/// times can't tell which of the two came last.
+#[test]
+fn a_long_request_right_after_an_answer_is_answered_at_a_reload_and_at_a_stop() {
+    let _turn = turn();
+    for signal in [Signal::SIGUSR2, Signal::SIGTERM] {
+        let addr = free_address();
+        let mut service = Service::run_ready("-n 2", &naive_with(addr, &["--keep-alive"]));
+        let client = move || {
+            let mut stream = TcpStream::connect(addr).expect("connect");
+            stream.set_read_timeout(Some(DEADLINE)).expect("set a timeout");
+            (0..20).for_each(|_| drop(ask(&mut stream)));
+            stream.write_all(b"GET /sleep/2000?id=long HTTP/1.1\r\nHost: test\r\n\r\n").expect("ask");
+            answer(&mut stream)
+        };
+        let clients = [(); 8].map(|()| thread::spawn(client));
+        wait_until("the long requests", DEADLINE, || service.out.count_of("begun long") == 8);
+        service.signal(signal);
+        for client in clients {
+            client.join().expect("the long request was answered");
+        }
+        if signal == Signal::SIGUSR2 {
+            service.wait_for_line("reload done");
+            service.stop();
+        } else {
+            assert_eq!(service.wait_end().code(), Some(0));
+        }
+    }
+}
+
+/// Two clock ticks of the slowest kernels.
 const TICKS: Duration = Duration::from_millis(20);
 
 /// Two workers that get their stop signals one after the other.

@@ -865,7 +865,7 @@ fn a_worker_is_sent_requests_where_clients_come_and_where_it_still_listens() {
 #[test]
 fn what_a_worker_is_given_is_asked_from_its_start_and_once_it_serves_nothing_is() {
     let now = Instant::now();
-    let given = Address { socket: ([127, 0, 0, 1], 1).into(), v6only: false };
+    let given = Address::new(([127, 0, 0, 1], 1).into(), false, 0);
     let policy = Policy { workers: 1, ..policy(Readiness::Answers { port: None }) };
     let (mut fleet, actions) = Fleet::new(policy, Endpoints::new([given].into(), BTreeSet::new()), now);
     let [Action::Start { worker, .. }] = actions[..] else { panic!("{actions:?}") };

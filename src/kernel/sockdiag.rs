@@ -40,6 +40,12 @@ pub struct Traffic {
     /// Bytes that the program has written and the kernel not sent, because the peer or the network takes no
     /// more.
     pub unsent: u32,
+    /// Time since something was last acknowledged, by a segment with or without data.
+    pub acknowledged_ago: Duration,
+    /// Segments with data that were sent and not acknowledged.
+    pub unacknowledged: u32,
+    /// Segments without data that were received.
+    pub bare_segments_received: u32,
     /// Segments with data that were sent and received.
     pub segments_sent: u32,
     pub segments_received: u32,
@@ -54,7 +60,10 @@ impl Traffic {
     pub fn parse(info: &[u8]) -> Self {
         const LAST_DATA_SENT: usize = 44;
         const LAST_DATA_RECV: usize = 52;
+        const UNACKED: usize = 24;
+        const LAST_ACK_RECV: usize = 56;
         const RTT: usize = 68; // in microseconds
+        const SEGS_IN: usize = 140;
         const BYTES_RECEIVED: usize = 128;
         const NOTSENT_BYTES: usize = 144;
         const DATA_SEGS_IN: usize = 152;
@@ -66,6 +75,9 @@ impl Traffic {
             sent_ago: Duration::from_millis(field(LAST_DATA_SENT).into()),
             received_ago: Duration::from_millis(field(LAST_DATA_RECV).into()),
             unsent: field(NOTSENT_BYTES),
+            acknowledged_ago: Duration::from_millis(field(LAST_ACK_RECV).into()),
+            unacknowledged: field(UNACKED),
+            bare_segments_received: field(SEGS_IN).saturating_sub(field(DATA_SEGS_IN)),
             segments_sent: field(DATA_SEGS_OUT),
             segments_received: field(DATA_SEGS_IN),
             round_trip: Duration::from_micros(field(RTT).into()),
