@@ -1,5 +1,6 @@
 //! What `reuse-run status` shows: as a table for users, as JSON for programs.
 
+use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 use std::time::Duration;
 
@@ -47,6 +48,9 @@ pub struct WorkerStatus {
     /// `None` while the slot waits for its next worker.
     pub pid: Option<u32>,
     pub generation: u32,
+    /// What it runs if that isn't [`Status::command`].
+    #[serde(default)]
+    pub command: Option<Vec<String>>,
     pub serves: bool,
     pub state: WorkerState,
     /// Time in that state.
@@ -157,14 +161,22 @@ impl fmt::Display for Status {
             }
             writeln!(f, "{}", line.trim_end())?;
         }
-        let words: Vec<String> = self.command.iter().map(|word| quoted(word)).collect();
-        writeln!(f, "command: {}", words.join(" "))?;
+        writeln!(f, "command: {}", command_line(&self.command))?;
+        let of_worker =
+            |worker: &WorkerStatus| Some((worker.generation, command_line(worker.command.as_ref()?)));
+        for (generation, command) in self.workers.iter().filter_map(of_worker).collect::<BTreeMap<_, _>>() {
+            writeln!(f, "command of generation {generation}: {command}")?;
+        }
         if let Some(LastReload { generation, reason, seconds_ago, .. }) = &self.last_reload {
             let how = reason.as_ref().map_or("done".to_owned(), |reason| format!("failed, {reason}"));
             writeln!(f, "last reload: generation {generation}, {} ago: {how}", span(*seconds_ago))?;
         }
         Ok(())
     }
+}
+
+fn command_line(words: &[String]) -> String {
+    words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
 }
 
 /// A word of a command as a shell would take it; control characters are escaped.
@@ -221,6 +233,7 @@ mod tests {
             slot: 0,
             pid: Some(42),
             generation: 2,
+            command: None,
             serves,
             state,
             seconds: Some(7.0),
@@ -272,6 +285,22 @@ mod tests {
         );
         assert!(table.contains("  draining, stuck  "), "{table}");
         assert!(table.ends_with("\ncommand: node 'my app.js' 'it'\\''s' ''\n"), "{table}");
+    }
+
+    #[test]
+    fn another_command_of_some_workers_is_shown_once_for_each_generation() {
+        let worker = |generation, words: Option<&[&str]>| WorkerStatus {
+            generation,
+            command: words.map(|words| words.iter().map(|word| (*word).to_owned()).collect()),
+            ..worker(WorkerState::Ready, WorkerLoad::Free, true)
+        };
+        let (old, new) = (Some(&["node", "old.js"][..]), Some(&["true"][..]));
+        let workers = vec![worker(1, old), worker(1, old), worker(2, None), worker(3, new)];
+        let table = status(workers, 3, 3).to_string();
+        assert!(
+            table.ends_with(" ''\ncommand of generation 1: node old.js\ncommand of generation 3: true\n"),
+            "{table}"
+        );
     }
 
     #[test]

@@ -147,6 +147,7 @@ impl Supervisor {
         let crew = self.fleet.crew();
         let views = crew.views();
         let connections = if usage { self.connections(&views) } else { BTreeMap::new() };
+        let program = self.environments.program(crew.generation());
         let of_view = |view: &View| {
             let process = view.process;
             let pid = process.and_then(|process| process.pid).map(Pid::from_raw);
@@ -156,6 +157,9 @@ impl Supervisor {
                 slot: view.slot.0,
                 pid: pid.map(|pid| pid.as_raw() as u32),
                 generation: view.generation,
+                command: (self.environments.program(view.generation))
+                    .filter(|other| program != Some(other))
+                    .map(Program::words),
                 serves: view.serves,
                 state: process.map_or(WorkerState::Down, |process| process.state.into()),
                 seconds: process.map(|process| seconds(process.since)),
@@ -184,7 +188,7 @@ impl Supervisor {
             generation: crew.generation(),
             slots: crew.slots() as u32,
             ready: views.iter().filter(is_ready).count() as u32,
-            command: self.environments.program(crew.generation()).map(Program::words).unwrap_or_default(),
+            command: program.map(Program::words).unwrap_or_default(),
             addresses: crew.endpoints().into_iter().map(ToString::to_string).collect(),
             workers: views.iter().map(of_view).collect(),
             last_reload,

@@ -444,7 +444,8 @@ impl Supervisor {
     }
 
     fn start_watched(&mut self, worker: WorkerId, slot: SlotId, generation: u32) -> Result<Pid, StartError> {
-        let oldest = self.fleet.crew().oldest_generation();
+        let living = self.processes.values().map(|process| process.generation);
+        let oldest = living.fold(self.fleet.crew().oldest_generation(), u32::min);
         let environment =
             self.environments.of(generation, oldest).map_err(|why| StartError { why, status: 1 })?;
         let listeners = self.listeners(Borrower { worker, pid: Pid::from_raw(0), slot, generation })?;

@@ -1,16 +1,25 @@
 //! `reload -- COMMAND`: the next generation runs another command.
 
 use std::fs;
+use std::io::ErrorKind;
+use std::net::TcpStream;
 
 use nix::sys::signal::Signal;
 
 use crate::common::load::{Load, LoadOptions};
 use crate::common::{
-    Outcome, Service, answered_more, begin_words, free_address, get, naive, run, run_words, send, status,
+    DEADLINE, Folder, Outcome, Service, answered_more, begin, free_address, get, naive, run, send, status,
+    wait_until,
 };
 
+/// Begins a reload to another command.
+fn begin_to(service: &Service, options: &str, command: &[String]) -> Service {
+    let options = format!("reload {options} {} --", service.pid());
+    Service::start(options.split_whitespace().chain(command.iter().map(String::as_str)))
+}
+
 fn to(service: &Service, options: &str, command: &[String]) -> Outcome {
-    run_words(&format!("reload {options} {} -- {}", service.pid(), command.join(" ")))
+    Outcome::of(begin_to(service, options, command))
 }
 
 fn commands_of_workers(service: &Service) -> Vec<String> {
@@ -48,9 +57,29 @@ fn a_command_that_serves_stays_and_one_that_does_not_leaves_the_old_one() {
     failing(&["/"], &["can't execute /", "of generation 2 serve on"]);
     failing(&["false"], &["exited with status 1 before it was ready"]);
 
-    run(&service, "reload").assert_done("2 workers of generation 6 serve");
+    let folder = Folder::new();
+    let held = folder.server(addr, &[]);
+    folder.raise("hold-6-1");
+    let reload = begin_to(&service, "", &held);
+    reload.wait_for_output("starting generation 6");
+    wait_until("status shows both commands", DEADLINE, || {
+        let status = status(&service);
+        let workers = status["workers"].as_array().expect("workers");
+        let commands = |generation| {
+            let of = workers.iter().filter(move |worker| worker["generation"] == generation);
+            of.map(|worker| worker["command"].clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(status["command"], serde_json::json!(second));
+        assert_eq!(commands(2), vec![serde_json::Value::Null; 2]);
+        commands(6) == vec![serde_json::json!(held); 2]
+    });
+    assert!(run(&service, "status").out.contains("command of generation 6: sh -c '"));
+    run(&service, "reload --abort").assert_done("2 workers of generation 2 serve on");
+    Outcome::of(reload).assert_failed(&["aborted"]);
+
+    run(&service, "reload").assert_done("2 workers of generation 7 serve");
     assert_all_run(&service, &second);
-    to(&service, "", &first).assert_done("2 workers of generation 7 serve");
+    to(&service, "", &first).assert_done("2 workers of generation 8 serve");
     assert_all_run(&service, &first);
     answered_more(&load);
     load.stop().assert_nothing_failed();
@@ -65,8 +94,15 @@ fn a_command_that_listens_elsewhere_needs_ports_may_change() {
     assert_eq!(get(old).generation, Some(1));
     to(&service, "--ports-may-change", &naive(new)).assert_done("2 workers of generation 3 serve");
     assert_eq!(get(new).generation, Some(3));
-    to(&service, "--ports-may-change", &naive(old)).assert_done("2 workers of generation 4 serve");
-    assert_eq!(get(old).generation, Some(4));
+    let refused = TcpStream::connect(old).expect_err("the old port has nobody");
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(status(&service)["addresses"], serde_json::json!([new.to_string()]));
+    send(service.workers()[0], Signal::SIGKILL);
+    service.wait_for_line("is ready, a replacement");
+    run(&service, "reload").assert_done("2 workers of generation 4 serve");
+    assert_eq!(get(new).generation, Some(4));
+    to(&service, "--ports-may-change", &naive(old)).assert_done("2 workers of generation 5 serve");
+    assert_eq!(get(old).generation, Some(5));
     service.stop();
 }
 
@@ -74,12 +110,11 @@ fn a_command_that_listens_elsewhere_needs_ports_may_change() {
 fn while_one_reload_is_queued_one_with_another_command_is_refused_and_an_equal_one_is_the_same() {
     let (addr, folder, mut service) = Service::with_flags("-n 2", &[]);
     folder.raise("hold-2-0");
-    let first = begin_words(&format!("reload {}", service.pid()));
+    let first = begin(&service, "reload");
     first.wait_for_output("starting generation 2");
     let other = naive(addr);
-    let words = format!("reload {} -- {}", service.pid(), other.join(" "));
     let queued = [(); 2].map(|()| {
-        let command = begin_words(&words);
+        let command = begin_to(&service, "", &other);
         service.wait_for_line("reload: queued");
         command
     });
