@@ -5,6 +5,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::thread;
 
 use common::load::{Load, LoadOptions, number};
 use common::{
@@ -94,7 +95,7 @@ impl Healthy {
     #[track_caller]
     fn reload(&self, addr: impl Into<SockAddr>, word: &str) -> Outcome {
         self.tell(2, word);
-        let load = Load::start(LoadOptions::new(addr, 4));
+        let load = Load::start(LoadOptions::new(addr, 4).rate(200.0));
         answered_more(&load);
         let outcome = run(&self.service, "reload");
         answered_more(&load);
@@ -198,9 +199,9 @@ fn with_any_balance_workers_are_asked_before_clients_reach_them() {
 const FAILURES: [(&str, &str); 6] = [
     (
         "503",
-        "answered GET /healthz with 503 Service Unavailable, and was not ready within 3s (see --ready-timeout)",
+        "answered GET /healthz with 503 Service Unavailable, and was not ready within 10s (see --ready-timeout)",
     ),
-    ("hangs", "did not answer GET /healthz within 1s, and was not ready within 3s"),
+    ("hangs", "did not answer GET /healthz within 1s, and was not ready within 10s"),
     ("closes", "closed the connection without an answer to GET /healthz (a TLS port?"),
     ("garbage", "answered GET /healthz with something that is not HTTP/1 (a TLS port?"),
     ("half", "did not end the header of its answer to GET /healthz within 1s"),
@@ -210,18 +211,19 @@ const FAILURES: [(&str, &str); 6] = [
 #[test]
 fn a_replacement_that_does_not_answer_is_named_with_what_it_did_and_gets_no_connection() {
     let _turn = turn();
-    for (word, said) in FAILURES {
+    let assert_named = |word: &str, said: &str| {
         let addr = free_address();
-        let healthy = Healthy::run("-n 2 --ready /healthz --ready-timeout 3s", &[&addr.to_string()]);
+        let healthy = Healthy::run("-n 2 --ready /healthz --ready-timeout 10s", &[&addr.to_string()]);
         let outcome = healthy.reload(addr, word);
-        outcome.assert_failed(&[
-            "the reload failed: worker ",
-            ", generation 2) ",
-            said,
-            "2 workers of generation 1 serve on",
-        ]);
+        let serves = "2 workers of generation 1 serve on";
+        outcome.assert_failed(&["the reload failed: worker ", ", generation 2) ", said, serves]);
         assert_eq!(serving(&healthy.service), [(0, 1), (1, 1)]);
-    }
+    };
+    thread::scope(|scope| {
+        for (word, said) in FAILURES {
+            scope.spawn(move || assert_named(word, said));
+        }
+    });
 }
 
 #[test]
@@ -229,7 +231,7 @@ fn a_replacement_that_accepts_nothing_is_named_and_the_old_workers_serve() {
     let _turn = turn();
     let (addr, folder) = (free_address(), Folder::new());
     let deaf = folder.path("deaf");
-    let options = "-n 2 --ready / --ready-timeout 3s";
+    let options = "-n 2 --ready / --ready-timeout 6s";
     let mut service = Service::run_ready(options, &naive_with(addr, &["--deaf-while", &deaf]));
     folder.raise("deaf");
     let load = Load::start(LoadOptions::new(addr, 4));
@@ -254,9 +256,9 @@ def serve(connection):
 listener = socket.create_server(('127.0.0.1', int(sys.argv[1])))
 while True: threading.Thread(target=serve, args=listener.accept()[:1], daemon=True).start()";
     let port = free_port().to_string();
-    let mut service = Service::run("--ready / --ready-timeout 3s", &inline(program, &[&port]));
+    let mut service = Service::run("--ready / --ready-timeout 8s", &inline(program, &[&port]));
     assert_eq!(service.wait_end().code(), Some(1));
-    service.wait_for_line("(a TLS port? --ready /path speaks plain HTTP), and was not ready within 3s");
+    service.wait_for_line("(a TLS port? --ready /path speaks plain HTTP), and was not ready within 8s");
 }
 
 #[test]
@@ -276,9 +278,9 @@ fn a_first_generation_that_does_not_answer_ends_reuse_run_with_1() {
     let folder = Folder::new();
     folder.write("health-1", "503");
     let command = healthy(&[&folder.path("health"), &addr]);
-    let mut service = Service::run("-n 2 --ready /healthz --ready-timeout 3s", &command);
+    let mut service = Service::run("-n 2 --ready /healthz --ready-timeout 8s", &command);
     assert_eq!(service.wait_end().code(), Some(1));
-    service.wait_for_line("answered GET /healthz with 503 Service Unavailable, and was not ready within 3s");
+    service.wait_for_line("answered GET /healthz with 503 Service Unavailable, and was not ready within 8s");
 }
 
 #[test]

@@ -547,8 +547,8 @@ fn a_ready_worker_may_make_and_remove_its_own_listeners_and_nothing_is_logged_or
     folder.raise("go");
     service.wait_for_output("all are gone");
     assert_eq!(names(&folder), ["go"]);
-    let status = run(&service, "status --json").out;
-    assert!(status.contains(&addr.to_string()) && !status.contains(&folder.path("")), "{status}");
+    let addresses = common::status(&service)["addresses"].to_string();
+    assert!(addresses.contains(&addr.to_string()) && !addresses.contains(&folder.path("")), "{addresses}");
     assert!(service.fds() < before + 20, "{} fds, and {before} before", service.fds());
     service.stop();
     assert_eq!(service.log.count_of("stopped listening"), 0, "{}", service.log.text());
