@@ -74,7 +74,7 @@
 //! | the columns and the JSON of status; its exit status | `operate/status` |
 //! | clients of the control socket; the wire format; the commands' own process | `operate/control`; `operate/protocol`; `operate/client` |
 //! | what systemd is told; the PID file | `operate/systemd`; `operate/pidfile` |
-//! | labels before lines; how stdout and stderr are written; the log's form | `output/labels`; `output/sink`; `output/log` |
+//! | labels before lines; how stdout and stderr are written; the log's form; lines that come once a second | `output/labels`; `output/sink`; `output/log`; `output/seldom` |
 //! | a system call (the only unsafe code); a file of /proc; a query to sock_diag | `kernel/sys`; `kernel/procfs`; `kernel/sockdiag` |
 //!
 //! # The ways through the rooms

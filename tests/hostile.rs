@@ -8,12 +8,12 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::load::{Load, LoadOptions};
 use common::{
     DEADLINE, Folder, Service, User, Waiting, arguments, behind, behind_shell, free_address, free_port, get,
-    holds_for, naive, own_network, python, reload_under_load, reuse_run, send, wait_until,
+    holds_for, naive, own_network, python, reload_under_load, reuse_run, script, send, ticks, wait_until,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -92,6 +92,58 @@ fn a_worker_may_bind_and_close_a_thousand_times() {
     assert!(most < MAX_FDS, "reuse-run had {most} fds open");
     service.wait_for_line("generation 1 is ready");
     assert_eq!(get(addr).generation, Some(1));
+    service.stop();
+}
+
+#[test]
+fn a_worker_that_binds_all_that_it_can_leaves_reuse_run_its_descriptors() {
+    let folder = Folder::new();
+    let (addr, command) = resources("hoard", &[&folder.path("")]);
+    let limit = r#"ulimit -n 1024; exec "$0" "$@""#;
+    let mut service = Service::spawn_ready(behind_shell(limit, "-n 1", &command));
+    service.wait_for_output("has all");
+    assert!(service.fds() < MAX_FDS, "reuse-run has {} fds open", service.fds());
+    assert_eq!(service.log.count_of("worker 0 has more sockets bound than"), 1, "{}", service.log.text());
+    get(addr);
+    service.reload();
+    assert_eq!(get(addr).generation, Some(2));
+    service.stop();
+}
+
+#[test]
+fn binds_of_a_used_port_are_logged_once_a_second() {
+    let (addr, command) = resources("used", &[]);
+    let _listener = foreign_listener((addr.ip(), addr.port() + 1).into(), false, false);
+    let begun = Instant::now();
+    let mut service = Service::run_ready("-n 1", &command);
+    service.wait_for_output("failed 3000 times");
+    let lines = service.log.count_of(":20001 is in use") as u64;
+    assert!((1..=begun.elapsed().as_secs() + 1).contains(&lines), "{}", service.log.text());
+    get(addr);
+    service.stop();
+}
+
+/// Another user of the machine, which can find the socket, writes to it without a pause.
+#[test]
+fn a_flood_of_notifications_from_another_user_costs_little_time() {
+    const MESSAGES: u32 = 20_000;
+    let addr = free_address();
+    let text =
+        r#"echo "socket $NOTIFY_SOCKET"; for i in $(seq 200); do sleep 1000 & done; exec "$0" --listen "$1""#;
+    let mut service = Service::run_ready("-n 1", &script(text, addr));
+    let line = service.wait_for_output("socket ").text;
+    let path = line.strip_prefix("socket ").expect("a path");
+    let flood = format!(
+        "import os, socket, sys\nos.setresuid(54321, 54321, 54321)\n\
+         s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)\n\
+         for _ in range({MESSAGES}): s.sendto(b'READY=1', sys.argv[1])"
+    );
+    let before = ticks(service.pid());
+    let other = Command::new("python3").args(["-c", &flood, path]).status().expect("run python3");
+    assert!(other.success());
+    let hundredths = ticks(service.pid()) - before;
+    assert!(hundredths < 800, "{MESSAGES} messages cost {hundredths} hundredths of a second");
+    get(addr);
     service.stop();
 }
 

@@ -1,6 +1,7 @@
 //! What the log says about a worker at most once.
 
 use std::collections::BTreeSet;
+use std::io;
 
 use log::warn;
 
@@ -14,12 +15,21 @@ pub enum Complaint {
     LimitedSocket,
     /// It sets SO_BINDTODEVICE on a socket of the pool.
     LateDevice,
+    /// It borrows as many sockets as it may.
+    TooMany,
 }
 
 #[derive(Debug, Default)]
 pub struct Complaints(BTreeSet<Complaint>);
 
 impl Complaints {
+    /// Makes the complaint if that is why a socket couldn't be lent.
+    pub fn make_if_too_many(&mut self, slot: SlotId, error: &io::Error) {
+        if error.raw_os_error().is_none() && error.kind() == io::ErrorKind::QuotaExceeded {
+            self.make(slot, Complaint::TooMany);
+        }
+    }
+
     pub fn make(&mut self, slot: SlotId, complaint: Complaint) {
         if !self.0.insert(complaint) {
             return;
@@ -35,6 +45,11 @@ impl Complaints {
             ),
             Complaint::LateDevice => {
                 warn!("worker {slot} can't set SO_BINDTODEVICE after bind (set it before)");
+            }
+            Complaint::TooMany => {
+                warn!(
+                    "worker {slot} has more sockets bound than reuse-run can share: its other ports are its own"
+                );
             }
         }
     }

@@ -122,7 +122,7 @@ impl Interception {
             Call::Bind { fd, address, len } => match read_bind(&caller, fd, address, len) {
                 Ok(Some((own, sockaddr))) => {
                     let response = match paths::path_of_sockaddr(&sockaddr) {
-                        Some(path) => unix::bind(&caller, own, &path, bound, unix),
+                        Some(path) => unix::bind(&caller, own, &path, &mut self.known, unix),
                         None => tcp::bind(&caller, own, &sockaddr, &mut self.known, pool),
                     };
                     (response, None)

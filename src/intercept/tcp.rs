@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use log::debug;
 
-use crate::address::Address;
+use crate::address::{Address, Endpoint};
 use crate::intercept::Known;
 use crate::intercept::caller::{Caller, OwnSocket};
 use crate::intercept::complaints::Complaint;
@@ -47,7 +47,11 @@ pub fn bind(
         Ok(inode) => inode,
         Err(error) => {
             debug!("worker {} can't bind {address}: {error}", borrower.slot);
-            return NotifResponse::Errno(error.raw_os_error().unwrap_or(libc::EADDRINUSE));
+            complaints.make_if_too_many(borrower.slot, &error);
+            // An error without a number means that the pool can't do it. The kernel perhaps can. It also takes an
+            // address that the machine doesn't have from a socket with IP_FREEBIND or IP_TRANSPARENT.
+            let errno = error.raw_os_error().filter(|errno| *errno != libc::EADDRNOTAVAIL);
+            return errno.map_or(NotifResponse::Continue, NotifResponse::Errno);
         }
     };
     let Some(socket) = pool.lent(borrower.worker, inode) else { return NotifResponse::Continue };
@@ -61,7 +65,9 @@ pub fn bind(
     }
     match caller.replace(own.fd, socket, bind.close_on_exec) {
         Ok(()) => {
-            bound.insert(inode, address.into());
+            bound.insert(inode, address.into(), |other, endpoint| {
+                matches!(endpoint, Endpoint::Unix(_)) || pool.lent(borrower.worker, other).is_some()
+            });
             debug!("worker {} (pid {tid}) binds {address}", borrower.slot);
             noted.forget(own.inode);
             NotifResponse::Success

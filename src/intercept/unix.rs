@@ -10,7 +10,7 @@ use log::debug;
 use socket2::SockRef;
 
 use crate::address::Endpoint;
-use crate::intercept::bound::BoundSockets;
+use crate::intercept::Known;
 use crate::intercept::caller::{Caller, OwnSocket};
 use crate::kernel::procfs;
 use crate::kernel::sys::NotifResponse;
@@ -22,7 +22,7 @@ pub fn bind(
     caller: &Caller,
     own: OwnSocket,
     path: &Path,
-    bound: &mut BoundSockets,
+    Known { bound, complaints, .. }: &mut Known,
     unix: &mut UnixSockets,
 ) -> NotifResponse {
     let Caller { tid, borrower, .. } = *caller;
@@ -46,7 +46,10 @@ pub fn bind(
     let inode = match unix.bind(&place, borrower, mask) {
         Ok(inode) => inode,
         // An error without a number means that the wrapper can't do it. The kernel perhaps can.
-        Err(error) => return error.raw_os_error().map_or(NotifResponse::Continue, NotifResponse::Errno),
+        Err(error) => {
+            complaints.make_if_too_many(borrower.slot, &error);
+            return error.raw_os_error().map_or(NotifResponse::Continue, NotifResponse::Errno);
+        }
     };
     let Some(socket) = unix.socket(inode) else { return NotifResponse::Continue };
     // All workers of the generation share this flag, as they share the socket.
@@ -56,7 +59,9 @@ pub fn bind(
     match replaced {
         Ok(()) => {
             debug!("worker {} (pid {tid}) binds {endpoint}", borrower.slot);
-            bound.insert(inode, endpoint);
+            bound.insert(inode, endpoint, |other, endpoint| {
+                matches!(endpoint, Endpoint::Tcp(_)) || unix.socket(other).is_some()
+            });
             NotifResponse::Success
         }
         Err(_) => NotifResponse::Continue,

@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
+use std::iter;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
@@ -193,6 +194,19 @@ pub fn tree(root: Pid) -> Vec<Pid> {
         tree.extend(children(pid).into_iter().filter(|child| !tree.contains(child)).collect::<Vec<_>>());
     }
     tree
+}
+
+/// Whether a process is in the [`tree`] of another. This takes as many steps as there are processes between them.
+pub fn is_of_tree(pid: Pid, root: Pid) -> bool {
+    const MAX_DEPTH: usize = 64;
+    let parents = iter::successors(Some(pid), |pid| parent(*pid));
+    parents.take(MAX_DEPTH).any(|pid| pid == root)
+}
+
+fn parent(pid: Pid) -> Option<Pid> {
+    const PPID: usize = 4;
+    let stat = fs::read_to_string(path(pid, "stat")).ok()?;
+    stat_field(&stat, PPID).map(|parent| Pid::from_raw(parent as i32)).filter(|parent| parent.as_raw() > 0)
 }
 
 /// The children of each shell among a process and its descendants. A shell that gets SIGINT doesn't pass it
@@ -462,6 +476,12 @@ mod tests {
         assert_ne!(fd_flags(me, fd).unwrap() & libc::O_CLOEXEC, 0);
         assert_eq!(credentials(me).unwrap().uids[1], nix::unistd::geteuid().as_raw());
         assert_eq!(tree(me)[0], me);
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let its = Pid::from_raw(child.id() as i32);
+        assert!(is_of_tree(its, me) && is_of_tree(me, me) && tree(me).contains(&its));
+        assert!(!is_of_tree(me, its) && !is_of_tree(Pid::from_raw(i32::MAX), me));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     proptest! {

@@ -2,4 +2,5 @@
 
 pub mod labels;
 pub mod log;
+pub mod seldom;
 pub mod sink;

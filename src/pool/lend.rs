@@ -4,20 +4,29 @@ use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
 
 use log::{debug, warn};
+use nix::sys::resource::{Resource, getrlimit, rlim_t};
 use nix::unistd::Pid;
 
 use super::{Pool, foreign};
 use crate::address::Address;
 use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
 use crate::kernel::procfs;
-use crate::pool::member::{BindRequest, Holder, MinTtl};
+use crate::pool::member::{BindRequest, Holder, MinTtl, Overlap};
 
-/// Each time that a worker has borrowed this many sockets, those that it has closed are taken back.
+/// After so many binds, the sockets that a worker has closed are taken back if it has as many.
 const TAKE_BACK_EVERY: usize = 64;
 /// The backlog of sockets that workers are given, as systemd sets it (systemd.socket(5)).
 const GIVEN_BACKLOG: i32 = 4096;
+
+/// How many sockets one worker may borrow. Each takes a descriptor of the wrapper's, which needs some for every worker.
+pub(super) fn max_for_each_worker() -> usize {
+    const SHARE: rlim_t = 16;
+    let open_files = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+    (open_files / SHARE).clamp(16, 1024) as usize
+}
 
 impl Pool {
     /// Lends a socket that listens on `address` already, for a worker that is about to start. It gets no connection
@@ -54,12 +63,16 @@ impl Pool {
     /// number.
     ///
     /// # Errors
-    /// What bind(2) would have said to the worker.
+    /// What bind(2) would have said to the worker; QuotaExceeded, without a number, if it borrows as many as it may.
     pub fn lend(&mut self, borrower: Borrower, request: BindRequest) -> io::Result<u64> {
-        self.take_back_closed(borrower);
-        let id = match self.members.lent_again(borrower, request)? {
-            Some(id) => id,
-            None => self.spare_or_new(borrower, request.address)?,
+        let id = match self.members.lent_again(borrower, request) {
+            Ok(Some(id)) => id,
+            Ok(None) if self.has_too_many(borrower) => return Err(io::ErrorKind::QuotaExceeded.into()),
+            Ok(None) => self.spare_or_new(borrower, request.address)?,
+            Err(Overlap(id)) => {
+                self.warn_of_given(borrower, id, request.address);
+                return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
+            }
         };
         let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
         member.socket.set_nonblocking(request.nonblocking)?;
@@ -72,13 +85,36 @@ impl Pool {
         Ok(inode)
     }
 
-    /// A worker that borrows very many sockets, to find a free port for example, has closed most of them.
+    /// Whether a worker borrows as many sockets as it may. One that borrows very many, to find a free port for example,
+    /// has closed most of them: these are taken back first.
+    fn has_too_many(&mut self, borrower: Borrower) -> bool {
+        let max = max_for_each_worker();
+        let count = |pool: &Self| pool.members.lent_to(borrower.worker).count();
+        let lent = count(self);
+        self.unchecked += 1;
+        if lent.min(self.unchecked) >= TAKE_BACK_EVERY - 1 {
+            self.unchecked = 0;
+            self.take_back_closed(borrower);
+        }
+        lent >= max && count(self) >= max
+    }
+
     fn take_back_closed(&mut self, borrower: Borrower) {
         let lent = self.members.lent_to(borrower.worker);
         let inodes: HashSet<u64> = lent.map(|(_, member)| member.inode).collect();
-        if inodes.len() % TAKE_BACK_EVERY == TAKE_BACK_EVERY - 1 {
-            let open = procfs::open_elsewhere(borrower.pid, &inodes);
-            inodes.difference(&open).for_each(|inode| self.take_back(*inode));
+        let open = procfs::open_elsewhere(borrower.pid, &inodes);
+        inodes.difference(&open).for_each(|inode| self.take_back(*inode));
+    }
+
+    fn warn_of_given(&mut self, borrower: Borrower, id: MemberId, address: Address) {
+        if self.members[id].given
+            && let Some(more) = self.warnings.take(Instant::now())
+        {
+            warn!(
+                "worker {} can't bind {address}, since it was given {}: use the same address for -l and in the \
+                 program{more}",
+                borrower.slot, self.members[id].address
+            );
         }
     }
 
@@ -99,7 +135,9 @@ impl Pool {
             break;
         }
         if let Some(listener) = self.foreign_listener(address) {
-            warn!("{address} is in use: {}", foreign::describe(&listener));
+            if let Some(more) = self.warnings.take(Instant::now()) {
+                warn!("{address} is in use: {}{more}", foreign::describe(&listener));
+            }
             return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
         }
         self.add(address)

@@ -7,7 +7,6 @@ use std::ops::Index;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use log::warn;
 use nix::unistd::Pid;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -255,6 +254,10 @@ impl Member {
     }
 }
 
+/// A socket that is in the way of a bind.
+#[derive(Debug)]
+pub struct Overlap(pub MemberId);
+
 /// All sockets of the pool.
 #[derive(Debug, Default)]
 pub struct Members {
@@ -308,8 +311,8 @@ impl Members {
     /// The socket of this address that the worker was given, or that it borrowed earlier and has closed since.
     ///
     /// # Errors
-    /// EADDRINUSE if the worker has an overlapping socket open and didn't ask to share both.
-    pub fn lent_again(&self, borrower: Borrower, request: BindRequest) -> io::Result<Option<MemberId>> {
+    /// If the worker has an overlapping socket open and didn't ask to share both.
+    pub fn lent_again(&self, borrower: Borrower, request: BindRequest) -> Result<Option<MemberId>, Overlap> {
         let mut again = None;
         for (id, member) in self.lent_to(borrower.worker) {
             if !member.address.overlaps(&request.address) || member.shares && request.shares {
@@ -319,14 +322,7 @@ impl Members {
                 return Ok(Some(id));
             }
             if procfs::is_open_elsewhere(borrower.pid, member.inode) {
-                if member.given {
-                    warn!(
-                        "worker {} can't bind {}, since it was given {}: use the same address for -l and in the \
-                         program",
-                        borrower.slot, request.address, member.address
-                    );
-                }
-                return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
+                return Err(Overlap(id));
             }
             if member.address == request.address {
                 again = Some(id);

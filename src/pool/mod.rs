@@ -45,6 +45,7 @@ use crate::address::Address;
 use crate::ids::{Borrower, MemberId, WorkerId};
 use crate::kernel::procfs;
 use crate::kernel::sockdiag::Listener;
+use crate::output::seldom::Seldom;
 use crate::steering::load::{Balancing, Change, LONG, Load, LoadTracker};
 use crate::steering::{Plan, Role};
 
@@ -72,6 +73,10 @@ pub struct Pool {
     tracker: LoadTracker,
     closed: ClosedListeners,
     unserved: Unserved,
+    /// What workers can do again and again.
+    warnings: Seldom,
+    /// How many binds there were since it was last found out which sockets a worker has closed.
+    unchecked: usize,
     /// For [`Pool::stopped_listening`].
     stopped: Vec<StoppedListening>,
     plan: Plan,
@@ -96,6 +101,8 @@ impl Pool {
             tracker: LoadTracker::default(),
             closed: ClosedListeners::default(),
             unserved: Unserved::default(),
+            warnings: Seldom::default(),
+            unchecked: 0,
             stopped: Vec::new(),
             plan: Plan::default(),
         })

@@ -23,8 +23,9 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::ids::{Borrower, WorkerId};
 use crate::kernel::procfs;
+use crate::pool::lend::max_for_each_worker;
 
-/// Each time that there are this many paths more, those whose sockets are closed are forgotten.
+/// After so many binds, those whose sockets are closed are forgotten if a worker has as many.
 const FORGET_CLOSED_EVERY: usize = 64;
 
 /// The path of a socket without links, so that it is the same however a worker calls it.
@@ -149,12 +150,6 @@ impl Bound {
         let is_listening = self.socket.is_listener().unwrap_or(false);
         is_listening && poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
-
-    /// Whether only one worker has bound it, and has closed it since.
-    fn is_abandoned(&self) -> bool {
-        let mut pids = self.borrowers.values();
-        matches!((pids.next(), pids.next()), (Some(pid), None) if !procfs::is_open_elsewhere(*pid, self.inode))
-    }
 }
 
 impl Bound {
@@ -197,31 +192,35 @@ pub enum Removal {
 
 /// The sockets of all paths, by generation.
 #[derive(Debug, Default)]
-pub struct UnixSockets(BTreeMap<SocketPath, BTreeMap<u32, Bound>>);
+pub struct UnixSockets {
+    paths: BTreeMap<SocketPath, BTreeMap<u32, Bound>>,
+    /// How many paths were bound since it was last found out which sockets are closed.
+    unchecked: usize,
+}
 
 impl UnixSockets {
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.paths.is_empty()
     }
 
     /// Whether `path`, which isn't resolved yet, may be a path of ours: one of them has the same file name.
     pub fn may_have(&self, path: &Path) -> bool {
-        let bound_paths = self.0.values().flat_map(BTreeMap::values).map(|bound| bound.path.as_path());
-        let mut ours = self.0.keys().map(SocketPath::path).chain(bound_paths);
+        let bound_paths = self.bound().map(|bound| bound.path.as_path());
+        let mut ours = self.paths.keys().map(SocketPath::path).chain(bound_paths);
         ours.any(|ours| ours.file_name() == path.file_name())
     }
 
     /// Removes a path for a worker, and forgets its socket, unless other workers have bound it too.
     pub fn remove(&mut self, path: &SocketPath, worker: WorkerId) -> Removal {
-        let Some(sockets) = self.0.get(path) else {
+        let Some(sockets) = self.paths.get(path) else {
             // A socket that hasn't replaced the older one yet has a temporary name, which the worker may have asked for.
-            let is_ours = self.0.values().flat_map(BTreeMap::values).any(|bound| bound.path == path.path());
+            let is_ours = self.bound().any(|bound| bound.path == path.path());
             return if is_ours { Removal::Kept } else { Removal::NotOurs };
         };
         if sockets.values().any(|bound| bound.borrowers.keys().any(|other| *other != worker)) {
             return Removal::Kept;
         }
-        self.0.remove(path); // and the file, if it is still the socket's
+        self.paths.remove(path); // and the file, if it is still the socket's
         if fs::symlink_metadata(path.path()).is_err() { Removal::Removed } else { Removal::NotOurs }
     }
 
@@ -229,31 +228,50 @@ impl UnixSockets {
     /// another generation has the path, the socket has a temporary name until [`UnixSockets::switch`].
     ///
     /// # Errors
-    /// What bind(2) would have said to the worker, whose umask is `mask`.
+    /// What bind(2) would have said to the worker, whose umask is `mask`; QuotaExceeded, without a number, if it has
+    /// bound as many paths as it may.
     pub fn bind(&mut self, path: &SocketPath, borrower: Borrower, mask: u32) -> io::Result<u64> {
         let Borrower { worker, pid, generation, .. } = borrower;
-        self.forget_abandoned();
-        if let Some(bound) = self.0.get_mut(path).and_then(|sockets| sockets.get_mut(&generation)) {
+        if let Some(bound) = self.paths.get_mut(path).and_then(|sockets| sockets.get_mut(&generation)) {
             bound.borrowers.insert(worker, pid);
             return Ok(bound.inode);
         }
+        if self.has_too_many(borrower) {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
         let mut file = path.path().to_owned();
-        if self.0.contains_key(path) {
+        if self.paths.contains_key(path) {
             file = path.temporary(generation);
             let _ = fs::remove_file(&file); // a killed wrapper may have left it
         }
         let mut bound = Bound::new(file, mask)?;
         bound.borrowers.insert(worker, pid);
         let inode = bound.inode;
-        self.0.entry(path.clone()).or_default().insert(generation, bound);
+        self.paths.entry(path.clone()).or_default().insert(generation, bound);
         Ok(inode)
     }
 
-    /// When there are many paths, forgets those that only one worker has bound and has closed since.
-    fn forget_abandoned(&mut self) {
-        if self.0.len() % FORGET_CLOSED_EVERY == FORGET_CLOSED_EVERY - 1 {
-            self.0.retain(|_, sockets| sockets.len() > 1 || !sockets.values().all(Bound::is_abandoned));
+    /// Whether a worker has bound as many paths as it may. Those that it alone has bound and has closed since are
+    /// forgotten first.
+    fn has_too_many(&mut self, borrower: Borrower) -> bool {
+        let max = max_for_each_worker();
+        let of_worker = |bound: &Bound| bound.borrowers.contains_key(&borrower.worker);
+        let count = |sockets: &Self| sockets.bound().filter(|bound| of_worker(bound)).count();
+        let has = count(self);
+        self.unchecked += 1;
+        if has.min(self.unchecked) >= FORGET_CLOSED_EVERY - 1 {
+            self.unchecked = 0;
+            let own = self.bound().filter(|bound| of_worker(bound) && bound.borrowers.len() == 1);
+            let own: HashSet<u64> = own.map(|bound| bound.inode).collect();
+            let open = procfs::open_elsewhere(borrower.pid, &own);
+            let is_closed = |bound: &Bound| own.contains(&bound.inode) && !open.contains(&bound.inode);
+            self.paths.retain(|_, sockets| sockets.len() > 1 || !sockets.values().all(is_closed));
         }
+        has >= max && count(self) >= max
+    }
+
+    fn bound(&self) -> impl Iterator<Item = &Bound> {
+        self.paths.values().flat_map(BTreeMap::values)
     }
 
     /// The socket with this inode number.
@@ -272,7 +290,7 @@ impl UnixSockets {
     }
 
     fn find(&self, inode: u64) -> Option<(&SocketPath, &Bound)> {
-        self.0.iter().find_map(|(path, sockets)| {
+        self.paths.iter().find_map(|(path, sockets)| {
             sockets.values().find(|bound| bound.inode == inode).map(|bound| (path, bound))
         })
     }
@@ -283,7 +301,7 @@ impl UnixSockets {
     /// # Errors
     /// NotFound if it has none, and those of connect(2).
     pub fn reach(&self, path: &Path, generation: u32) -> io::Result<Socket> {
-        let mut of_path = self.0.iter().filter(|(socket_path, _)| socket_path.path() == path);
+        let mut of_path = self.paths.iter().filter(|(socket_path, _)| socket_path.path() == path);
         let bound =
             of_path.find_map(|(_, sockets)| sockets.get(&generation)).ok_or(io::ErrorKind::NotFound)?;
         let own = bound.open_file()?;
@@ -295,7 +313,7 @@ impl UnixSockets {
     /// Has the sockets of a generation replace older ones, each in one step, with their owner and mode: a worker that
     /// changed those meant the path and not the socket.
     pub fn switch(&mut self, generation: u32) {
-        for (path, sockets) in &mut self.0 {
+        for (path, sockets) in &mut self.paths {
             let path = path.path();
             let Some(bound) = sockets.get_mut(&generation).filter(|bound| bound.path != path) else {
                 continue;
@@ -309,12 +327,12 @@ impl UnixSockets {
 
     /// Removes all paths, so that no new connections come. The sockets serve those that have come.
     pub fn remove_paths(&self) {
-        self.0.values().flat_map(BTreeMap::values).for_each(Bound::remove_file);
+        self.bound().for_each(Bound::remove_file);
     }
 
     /// Closes the sockets of all other generations, and removes the paths that no generation has any more.
     pub fn keep(&mut self, keep: impl Fn(u32) -> bool) {
-        self.0.retain(|_, sockets| {
+        self.paths.retain(|_, sockets| {
             sockets.retain(|generation, _| keep(*generation));
             !sockets.is_empty()
         });
@@ -335,7 +353,7 @@ impl UnixSockets {
 
     /// The generations of all sockets, by the names that these were bound to.
     fn generations(&self) -> HashMap<String, u32> {
-        let all = self.0.values().flatten();
+        let all = self.paths.values().flatten();
         all.map(|(generation, bound)| (bound.name.clone(), *generation)).collect()
     }
 
@@ -345,7 +363,7 @@ impl UnixSockets {
         if self.is_empty() || workers.is_empty() {
             return BTreeSet::new();
         }
-        let waiting = self.0.values().flatten().filter(|(_, bound)| bound.has_waiting());
+        let waiting = self.paths.values().flatten().filter(|(_, bound)| bound.has_waiting());
         let mut busy_generations: BTreeSet<u32> = waiting.map(|(generation, _)| *generation).collect();
         let (busy_processes, unheld) = self.connections_of_processes();
         busy_generations.extend(unheld);
@@ -474,7 +492,7 @@ mod tests {
             sockets.listen(inode, backlog).unwrap();
         }
         let has_waiting = |sockets: &UnixSockets| {
-            [1, 2].map(|generation| sockets.0[&socket_path][&generation].has_waiting())
+            [1, 2].map(|generation| sockets.paths[&socket_path][&generation].has_waiting())
         };
         let _client = sockets.reach(&path, 2).unwrap();
         assert_eq!(has_waiting(&sockets), [false, true]);
@@ -563,7 +581,7 @@ mod tests {
             let dead = Pid::from_raw(i32::MAX);
             sockets.bind(&socket_path, Borrower { pid: dead, ..borrower(1, 1) }, 0).unwrap();
         }
-        assert!(sockets.0.len() <= FORGET_CLOSED_EVERY, "{}", sockets.0.len());
+        assert!(sockets.paths.len() <= FORGET_CLOSED_EVERY, "{}", sockets.paths.len());
     }
 
     #[test]

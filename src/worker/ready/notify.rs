@@ -109,7 +109,7 @@ impl AsFd for NotifySocket {
 fn is_accepted(sender: &UnixCredentials, worker: Pid) -> bool {
     sender.uid() == unistd::geteuid().as_raw()
         || sender.uid() == 0
-        || procfs::tree(worker).contains(&Pid::from_raw(sender.pid()))
+        || procfs::is_of_tree(Pid::from_raw(sender.pid()), worker)
 }
 
 /// Gives a socket a path that nothing else has, if that is possible.

@@ -96,6 +96,31 @@ elif what == 'again':
         listeners.clear()
     say('listened on one port 1000 times')
     listen(port)
+elif what == 'hoard':  # as many ports as there are descriptors, and as many paths in a folder
+    listen(port)
+    for number in range(port + 1, port + 2000):
+        try:
+            if number % 2:
+                listen(number)
+            else:
+                listeners.append(socket.socket(socket.AF_UNIX))
+                listeners[-1].bind('{}/{}'.format(sys.argv[3], number))
+                listeners[-1].listen(8)
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                break
+    for _ in range(10):
+        listeners.pop().close()  # what it needs to serve
+    say('has all')
+elif what == 'used':
+    listen(port)
+    failed = 0
+    for _ in range(3000):
+        try:
+            listen(port + 1)
+        except OSError as error:
+            failed += error.errno == errno.EADDRINUSE
+    say('failed {} times'.format(failed))
 elif what == 'twice':
     for share in (False, True):
         first = listen(port, share)
