@@ -72,7 +72,8 @@
 //! | closing idle connections; what the stop signal does to a worker | `drain/idle`; `drain/signal_effect` |
 //! | the meaning of a signal to the wrapper | `operate/signals` |
 //! | the columns and the JSON of status; its exit status | `operate/status` |
-//! | clients of the control socket; the wire format; the commands' own process | `operate/control`; `operate/protocol`; `operate/client` |
+//! | clients of the control socket; who they are; the wire format | `operate/control`; `operate/peer`; `operate/protocol` |
+//! | the commands' own process; which reuse-run it speaks to; what comes back | `operate/client`; `operate/find`; `operate/replies` |
 //! | what systemd is told; the PID file | `operate/systemd`; `operate/pidfile` |
 //! | labels before lines; how stdout and stderr are written; the log's form; lines that come once a second | `output/labels`; `output/sink`; `output/log`; `output/seldom` |
 //! | a system call (the only unsafe code); a file of /proc; a query to sock_diag | `kernel/sys`; `kernel/procfs`; `kernel/sockdiag` |

@@ -20,13 +20,30 @@ pub fn millis(duration: Duration) -> String {
     }
 }
 
-/// A text that came from outside, on one line: control characters are escaped and a zero byte becomes a space, so
-/// that nobody can make it look like other lines of a log. At most 200 characters of it.
+/// A text that came from outside, on one line: so that nobody can make it look like other lines, or command the terminal
+/// that shows it. Control characters are escaped, and what changes the direction of text.
+pub fn escaped(text: &str) -> String {
+    let escape = |c: char| if is_unsafe(c) { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escape).collect()
+}
+
+/// Whether a character controls how others are shown, instead of being shown itself.
+pub fn is_unsafe(c: char) -> bool {
+    const INVISIBLE: [std::ops::RangeInclusive<char>; 4] = [
+        '\u{200b}'..='\u{200f}', // zero width, direction
+        '\u{2028}'..='\u{202e}', // line and paragraph separators, direction
+        '\u{2060}'..='\u{206f}', // invisible operators, direction
+        '\u{feff}'..='\u{feff}',
+    ];
+    c.is_control() || INVISIBLE.iter().any(|range| range.contains(&c))
+}
+
+/// As [`escaped`], for any bytes: a zero byte becomes a space. At most 200 characters of it.
 pub fn printable(text: &[u8]) -> String {
     const MAX_CHARS: usize = 200;
     let text = String::from_utf8_lossy(text).replace('\0', " ");
-    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
-    text.trim_end().chars().take(MAX_CHARS).map(escape).collect()
+    let text: String = text.trim_end().chars().take(MAX_CHARS).collect();
+    escaped(&text)
 }
 
 #[cfg(test)]
@@ -38,6 +55,7 @@ mod tests {
         assert_eq!(printable(b"python3\0-m\0http.server\0"), "python3 -m http.server");
         assert_eq!(printable(b"x\nreuse-run[1]: error\x1b[2J"), "x\\nreuse-run[1]: error\\u{1b}[2J");
         assert_eq!(printable(&[b'x'; 5000]).len(), 200);
+        assert_eq!(escaped("straße \u{202e}x\u{9b}2J\u{2028}"), "straße \\u{202e}x\\u{9b}2J\\u{2028}");
     }
 
     #[test]

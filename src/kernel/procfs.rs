@@ -178,6 +178,38 @@ pub fn inode(fd: BorrowedFd) -> io::Result<u64> {
     Ok(nix::sys::stat::fstat(fd)?.st_ino)
 }
 
+/// Whether a process is in the PID namespace and in the user namespace of this process (pid_namespaces(7),
+/// user_namespaces(7)). `pid` is its number in the PID namespace of this process.
+///
+/// The links in /proc/PID/ns tell, but only to a reader with ptrace access. Everybody may read the other two signs. A
+/// process that has a number here is in this PID namespace or below it, and has one number for each namespace down to its
+/// own (NSpid). Its uid_map is shown as seen from here: another user namespace has another map, unless root gave it all
+/// users.
+///
+/// # Errors
+/// When /proc doesn't show the process, or belongs to another PID namespace.
+pub fn shares_namespaces(pid: Pid) -> io::Result<bool> {
+    if fs::read_link("/proc/self")?.as_os_str() != Pid::this().to_string().as_str() {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let depth = |pid: Pid| Ok::<_, io::Error>(parse_depth(&fs::read_to_string(path(pid, "status"))?));
+    let map = |pid: Pid| fs::read_to_string(path(pid, "uid_map"));
+    let namespace = |pid: Pid, name: &str| fs::metadata(path(pid, name)).map(|it| (it.dev(), it.ino()));
+    // An empty map says nothing: any process may make a user namespace without one.
+    let (its, ours) = (map(pid)?, map(Pid::this())?);
+    let by_signs = depth(pid)? == depth(Pid::this())? && its == ours && !ours.is_empty();
+    let by_link = |name| match (namespace(pid, name), namespace(Pid::this(), name)) {
+        (Ok(its), Ok(ours)) => its == ours,
+        _ => true,
+    };
+    Ok(by_signs && by_link("ns/pid") && by_link("ns/user"))
+}
+
+/// In how many PID namespaces a process has a number.
+fn parse_depth(status: &str) -> Option<usize> {
+    Some(field(status, "NSpid:")?.split_whitespace().count())
+}
+
 /// Identifies a thread's network namespace: device and inode number of its file (namespaces(7)).
 pub fn network_namespace(tid: Pid) -> io::Result<(u64, u64)> {
     let metadata = fs::metadata(path(tid, "ns/net"))?;
@@ -213,9 +245,7 @@ fn parent(pid: Pid) -> Option<Pid> {
 /// on, and acts on it only when its child has ended.
 pub fn children_of_shells(root: Pid) -> Vec<Pid> {
     const SHELLS: [&str; 6] = ["sh", "dash", "bash", "ash", "ksh", "zsh"];
-    let is_shell = |pid: &Pid| {
-        fs::read_to_string(path(*pid, "comm")).is_ok_and(|name| SHELLS.contains(&name.trim_end()))
-    };
+    let is_shell = |pid: &Pid| name(*pid).is_some_and(|name| SHELLS.contains(&name.trim_end()));
     tree(root).into_iter().filter(is_shell).flat_map(children).collect()
 }
 
@@ -334,6 +364,11 @@ pub fn socket_owner(inode: u64) -> Option<(Pid, String)> {
     let pid = others().find(|pid| socket_inodes(*pid).is_ok_and(|open| open.contains(&inode)))?;
     let command = fs::read(path(pid, "cmdline")).unwrap_or_default();
     Some((pid, printable(&command)))
+}
+
+/// The name of a process, which it can change (proc_pid_comm(5)).
+pub fn name(pid: Pid) -> Option<String> {
+    fs::read_to_string(path(pid, "comm")).ok()
 }
 
 /// The command line of a process as one printable line.
@@ -460,6 +495,8 @@ mod tests {
         assert_eq!([life('R', 0x400404, 0x82), life('Z', 0x400404, 2)], [Life::Killed(2); 2]);
         assert_eq!(life('R', 0x400404, 0), Life::Lives, "its code may come later");
         assert_eq!([life('Z', 0x400404, 2 << 8), life('R', 0x400004, 0)], [Life::Ended; 2]);
+        assert_eq!(parse_depth("Tgid:\t7\nNSpid:\t7\t1\n"), Some(2));
+        assert_eq!(parse_depth("Tgid:\t7\n"), None);
         assert_eq!(parse_children("12 34 "), [Pid::from_raw(12), Pid::from_raw(34)]);
     }
 
@@ -482,6 +519,7 @@ mod tests {
         assert!(!is_of_tree(me, its) && !is_of_tree(Pid::from_raw(i32::MAX), me));
         child.kill().unwrap();
         child.wait().unwrap();
+        assert!(shares_namespaces(me).unwrap());
     }
 
     proptest! {

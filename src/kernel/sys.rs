@@ -236,6 +236,15 @@ pub fn has_filter(socket: BorrowedFd) -> io::Result<bool> {
     }
 }
 
+/// getsockopt(2), SO_PEERPIDFD (Linux 6.5): an fd for the process whose credentials SO_PEERCRED shows.
+///
+/// # Errors
+/// ENOPROTOOPT on older kernels; another one if the process is gone.
+pub fn peer_pidfd(socket: BorrowedFd) -> io::Result<OwnedFd> {
+    const SO_PEERPIDFD: c_int = 77; // asm-generic/socket.h
+    Ok(owned_fd(socket_option(socket, libc::SOL_SOCKET, SO_PEERPIDFD)?))
+}
+
 /// getsockopt(2), TCP_INFO: the beginning of a `struct tcp_info` (linux/tcp.h). Fields that the kernel
 /// doesn't know are zero.
 pub fn tcp_info(socket: BorrowedFd) -> io::Result<[u8; TCP_INFO_LEN]> {
@@ -314,7 +323,7 @@ pub fn set_close_on_exec(fd: c_int) {
     unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
 }
 
-/// Takes ownership of an fd that the kernel has just given to this process (SCM_RIGHTS, F_DUPFD), or that
+/// Takes ownership of an fd that the kernel has just given to this process (SCM_RIGHTS, SO_PEERPIDFD), or that
 /// this process was started with (LISTEN_FDS).
 pub fn owned_fd(fd: c_int) -> OwnedFd {
     // SAFETY: the callers pass each number once, right after the kernel returned it or, for LISTEN_FDS, at

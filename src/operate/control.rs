@@ -3,16 +3,18 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use log::debug;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use crate::fleet::Ticket;
+use crate::operate::peer::Peer;
 use crate::operate::protocol::{self, MAX_REQUEST, Reply, Request};
 
 /// More clients at a time are refused.
@@ -60,12 +62,20 @@ pub struct Control {
 }
 
 impl Control {
-    /// Listens under the name that belongs to the PID of this process.
+    /// Listens under the name that belongs to the PID of this process. Any user may take that name before; then under a
+    /// longer one, which nobody can know before.
     ///
     /// # Errors
-    /// EADDRINUSE if another process has taken the name.
+    /// Without /proc, or when sockets can't be made.
     pub fn new() -> io::Result<Self> {
-        let listener = UnixListener::bind_addr(&protocol::address(std::process::id())?)?;
+        let name = protocol::name(std::process::id())?;
+        let listen = |name: &str| UnixListener::bind_addr(&SocketAddr::from_abstract_name(name)?);
+        let listener = match listen(&name) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                listen(&format!("{name}/{:016x}", RandomState::new().hash_one(())))
+            }
+            result => result,
+        }?;
         listener.set_nonblocking(true)?;
         Ok(Self { listener, spare: File::open("/dev/null").ok(), clients: BTreeMap::new(), next: 0 })
     }
@@ -85,13 +95,16 @@ impl Control {
                 }
             };
             let id = ClientId(self.next);
-            let is_welcome = self.clients.len() < MAX_CLIENTS && is_allowed(&stream);
+            if stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            if let Err(why) = self.admit(&stream) {
+                let _ = (&stream).write(&protocol::line(&Reply::Failed(why.to_owned(), Vec::new())));
+                continue;
+            }
             // Edge-triggered: each client is read, and written to, until the call would block.
             let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
-            let is_watched = is_welcome
-                && stream.set_nonblocking(true).is_ok()
-                && epoll.add(&stream, EpollEvent::new(flags, token(id))).is_ok();
-            if is_watched {
+            if epoll.add(&stream, EpollEvent::new(flags, token(id))).is_ok() {
                 self.next = self.next.wrapping_add(1);
                 let (input, output, last_step) = (Vec::new(), Vec::new(), String::new());
                 let client =
@@ -99,6 +112,23 @@ impl Control {
                 self.clients.insert(id, client);
             }
         }
+    }
+
+    /// Whether a client may be here, and if not, what to tell it.
+    fn admit(&self, stream: &UnixStream) -> Result<(), &'static str> {
+        let peer = Peer::of(stream).map_err(|_| "this command has ended")?;
+        if peer.uid != 0 && peer.uid != nix::unistd::geteuid().as_raw() {
+            return Err("this reuse-run is another user's");
+        }
+        if !peer.shares_namespaces() {
+            return Err(
+                "this reuse-run is in another PID or user namespace, or can't see the command in /proc",
+            );
+        }
+        if self.clients.len() >= MAX_CLIENTS {
+            return Err("too many commands wait for this reuse-run");
+        }
+        Ok(())
     }
 
     /// Reads from a client, and writes what it hasn't taken yet. Returns the request when all of it has arrived.
@@ -223,10 +253,4 @@ impl Client {
             State::Requesting | State::Closing => Some(self.since + CLIENT_TIMEOUT),
         }
     }
-}
-
-/// Whether a client is a process of this user or of root (SO_PEERCRED, unix(7)).
-fn is_allowed(stream: &UnixStream) -> bool {
-    let uid = nix::unistd::geteuid().as_raw();
-    getsockopt(stream, PeerCredentials).is_ok_and(|peer| peer.uid() == uid || peer.uid() == 0)
 }

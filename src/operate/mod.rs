@@ -2,8 +2,11 @@
 
 pub mod client;
 pub mod control;
+mod find;
+mod peer;
 pub mod pidfile;
 pub mod protocol;
+mod replies;
 pub mod signals;
 pub mod status;
 pub mod systemd;

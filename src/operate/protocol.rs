@@ -4,9 +4,7 @@
 
 use std::fs;
 use std::io;
-use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
@@ -97,17 +95,19 @@ fn prefix() -> io::Result<String> {
     Ok(format!("reuse-run/{}/", fs::metadata("/proc/self/ns/pid")?.ino()))
 }
 
-/// The address of the reuse-run with this PID in this PID namespace.
+/// The name of the socket of the reuse-run with this PID in this PID namespace. If another process has taken it, `/` and a
+/// random word follow.
 ///
 /// # Errors
 /// Without /proc.
-pub fn address(pid: u32) -> io::Result<SocketAddr> {
-    SocketAddr::from_abstract_name(format!("{}{pid}", prefix()?))
+pub fn name(pid: u32) -> io::Result<String> {
+    Ok(format!("{}{pid}", prefix()?))
 }
 
-/// The PID in a socket name of /proc/net/unix, if the name is that of a reuse-run in this PID namespace.
+/// The PID in a name, if it is that of a reuse-run in this PID namespace. Any process may have taken the name.
 pub fn pid_of(name: &str) -> Option<u32> {
-    name.strip_prefix('@')?.strip_prefix(&prefix().ok()?)?.parse().ok()
+    let rest = name.strip_prefix(&prefix().ok()?)?;
+    rest.split_once('/').map_or(rest, |(pid, _)| pid).parse().ok()
 }
 
 #[derive(Deserialize)]
@@ -178,11 +178,12 @@ mod tests {
 
     #[test]
     fn only_names_of_this_pid_namespace_have_a_pid() {
-        let ours = format!("@{}42", prefix().unwrap());
+        let ours = name(42).unwrap();
         assert_eq!(pid_of(&ours), Some(42));
-        assert_eq!(pid_of("@reuse-run/1/42"), None);
-        assert_eq!(pid_of(&ours[1..]), None);
-        assert_eq!(pid_of("@reuse-run"), None);
+        assert_eq!(pid_of(&format!("{ours}/0123456789abcdef")), Some(42));
+        for name in ["reuse-run/1/42", &format!("@{ours}"), &format!("{ours}x"), "reuse-run", ""] {
+            assert_eq!(pid_of(name), None, "{name}");
+        }
     }
 
     proptest! {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::words::printable;
+use crate::words::{escaped, is_unsafe, printable};
 
 /// What `status --json` prints; tests/status.schema.json describes it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -39,6 +39,9 @@ pub enum State {
     Abandoning,
     Scaling,
     Stopping,
+    /// A word that this version doesn't know; only a command can get it.
+    #[serde(other)]
+    Unknown,
 }
 
 /// A slot with its worker; or a worker that doesn't serve in its slot yet, or no longer.
@@ -81,6 +84,9 @@ pub enum WorkerState {
     Killed,
     /// The slot has no process.
     Down,
+    /// A word that this version doesn't know; only a command can get it.
+    #[serde(other)]
+    Unknown,
 }
 
 /// Whether a worker is skipped for new connections: see [`crate::steering::load::Load`].
@@ -90,6 +96,9 @@ pub enum WorkerLoad {
     Free,
     Busy,
     Stuck,
+    /// A word that this version doesn't know; only a command can get it.
+    #[serde(other)]
+    Unknown,
 }
 
 /// In the table stands the same word as in the JSON.
@@ -125,14 +134,27 @@ impl Status {
     }
 }
 
+impl Status {
+    /// What `status --json` prints, on one line. serde_json escapes control characters below U+0020 only; others can stand
+    /// in strings alone.
+    ///
+    /// # Errors
+    /// Those of serde_json.
+    pub fn to_json(&self) -> serde_json::Result<String> {
+        let escape = |c: char| if is_unsafe(c) { format!("\\u{:04x}", u32::from(c)) } else { c.to_string() };
+        Ok(serde_json::to_string(self)?.chars().map(escape).collect())
+    }
+}
+
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let Self { version, pid, state, ready, slots, .. } = self;
         let on = if self.addresses.is_empty() {
             String::new()
         } else {
-            format!(" on {}", self.addresses.join(" "))
+            format!(" on {}", escaped(&self.addresses.join(" ")))
         };
+        let version = escaped(version);
         writeln!(f, "reuse-run {version}, pid {pid}: {state}, {ready} of {slots} slots ready{on}")?;
         const HEAD: [&str; 11] = [
             "SLOT",
@@ -168,7 +190,8 @@ impl fmt::Display for Status {
             writeln!(f, "command of generation {generation}: {command}")?;
         }
         if let Some(LastReload { generation, reason, seconds_ago, .. }) = &self.last_reload {
-            let how = reason.as_ref().map_or("done".to_owned(), |reason| format!("failed, {reason}"));
+            let how =
+                reason.as_ref().map_or("done".to_owned(), |reason| format!("failed, {}", escaped(reason)));
             writeln!(f, "last reload: generation {generation}, {} ago: {how}", span(*seconds_ago))?;
         }
         Ok(())
@@ -208,7 +231,7 @@ impl WorkerStatus {
             of_process(self.connections.to_string()),
             of_process(format!("{:.1} MiB", self.rss_kib as f64 / 1024.0)),
             of_process(format!("{:.1}%", cpu.unwrap_or(0.0))),
-            self.status.clone().unwrap_or_default(),
+            self.status.as_deref().map(escaped).unwrap_or_default(),
         ]
     }
 }
@@ -311,6 +334,40 @@ mod tests {
             [worker(WorkerState::Ready, WorkerLoad::Busy, false), down].map(|worker| worker.row().join(" "));
         assert_eq!(rows[0], "0 42 2 (ready) 7s 1 3 4 2.0 MiB 10.0% ");
         assert_eq!(rows[1], "0 - 2 down - 1 - - - - ");
+    }
+
+    #[test]
+    fn a_word_that_a_newer_version_has_is_shown_as_unknown() {
+        let status = status(vec![worker(WorkerState::Ready, WorkerLoad::Free, true)], 1, 1);
+        let json = serde_json::to_string(&status).unwrap();
+        let newer = json.replace("abandoning a reload", "sleeping").replace("ready\",", "late\",");
+        let newer = newer.replace("\"free\"", "\"odd\",\"more\":1");
+        let read: Status = serde_json::from_str(&newer).unwrap();
+        assert_eq!(read.state, State::Unknown);
+        assert_eq!(
+            (read.workers[0].state, read.workers[0].load),
+            (WorkerState::Unknown, WorkerLoad::Unknown)
+        );
+        assert!(read.to_string().contains("pid 1: unknown"), "{read}");
+    }
+
+    #[test]
+    fn no_text_of_a_status_controls_the_terminal() {
+        let text = "a\n\x1b[2J\u{9b}2J\u{202e}\x7fä";
+        let mut hostile = worker(WorkerState::Ready, WorkerLoad::Free, true);
+        hostile.status = Some(text.to_owned());
+        let mut status = status(vec![hostile], 1, 1);
+        (status.version, status.addresses) = (text.to_owned(), vec![text.to_owned()]);
+        status.command = vec![text.to_owned()];
+        let reason = Some(text.to_owned());
+        status.last_reload = Some(LastReload { generation: 1, ok: false, reason, seconds_ago: 1.0 });
+        let table = status.to_string();
+        assert_eq!(table.lines().count(), 5);
+        assert!(!table.contains(|c| is_unsafe(c) && c != '\n'), "{table:?}");
+        let json = status.to_json().unwrap();
+        assert!(!json.contains(is_unsafe), "{json:?}");
+        let read: Status = serde_json::from_str(&json).unwrap();
+        assert_eq!(read.addresses, [text]);
     }
 
     #[test]

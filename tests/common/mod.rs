@@ -16,6 +16,7 @@ mod netns;
 mod process;
 mod program;
 mod service;
+mod stranger;
 mod user;
 mod wait;
 
@@ -27,5 +28,6 @@ pub use lines::*;
 pub use process::*;
 pub use program::*;
 pub use service::*;
+pub use stranger::*;
 pub use user::*;
 pub use wait::*;

@@ -54,7 +54,7 @@ fn a_socket_with_the_name_of_pid_1s_is_not_mistaken_for_it() {
     let namespace = fs::metadata("/proc/self/ns/pid").expect("a PID namespace").ino();
     let name = SocketAddr::from_abstract_name(format!("reuse-run/{namespace}/1")).expect("a name");
     let _other = std::os::unix::net::UnixListener::bind_addr(&name).expect("take the name");
-    run_words("status 1").assert_failed(&["process 1 is not a reuse-run"]);
+    run_words("status 1").assert_failed(&["process 1 is not a reuse-run of this user"]);
     let mut service = Service::run_ready("-n 1", &naive(free_address()));
     run_words("reload").assert_done("1 worker of generation 2 serve");
     service.stop();
@@ -83,7 +83,7 @@ fn pid_1_of_a_pid_namespace_is_found_first() {
 }
 
 #[test]
-fn a_user_and_root_find_the_users_reuse_run_even_when_it_has_secrets() {
+fn a_user_finds_their_reuse_run_and_root_commands_it_even_when_it_has_secrets() {
     own_network();
     let user = User::new();
     let secret = user.folder.path("secret");
@@ -96,7 +96,7 @@ fn a_user_and_root_find_the_users_reuse_run_even_when_it_has_secrets() {
     let service = Service::spawn_ready(user.command(&[], &arguments(&options, &worker)));
     run_as(&user, "reload").assert_done("1 worker of generation 2 serve");
     assert_eq!(run_as(&user, &format!("status {}", service.pid())).code, Some(0));
-    run_words("reload").assert_done("1 worker of generation 3 serve");
+    run(&service, "reload").assert_done("1 worker of generation 3 serve");
     run(&service, "stop").assert_done("stopped");
 }
 

@@ -1,0 +1,193 @@
+//! Which reuse-run a command speaks to, and the connection to it. Any process may take a name in the abstract namespace, so
+//! no name is believed: the kernel tells who listens under it.
+
+use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::unistd::{Pid, geteuid};
+
+use crate::kernel::procfs;
+use crate::operate::peer::Peer;
+use crate::operate::protocol;
+
+/// How long to wait for room in the queue of a control socket.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// The pause between two attempts while there is no room.
+const RETRY_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Why a command failed, and its exit status.
+#[derive(Debug)]
+pub struct CommandError {
+    pub why: String,
+    pub exit_status: u8,
+}
+
+impl<E: Display> From<E> for CommandError {
+    fn from(error: E) -> Self {
+        Self { why: error.to_string(), exit_status: 1 }
+    }
+}
+
+/// The process that a command is for.
+#[derive(Debug, Clone, Copy)]
+pub struct Target {
+    pub pid: u32,
+    /// `None`: of any user.
+    uid: Option<u32>,
+}
+
+/// Why there is no connection.
+enum Failure {
+    Nothing,
+    /// Something listens, but it is another process, another user's, or in another namespace.
+    NotOurs,
+    /// The queue stayed full.
+    Full,
+    Io(io::Error),
+}
+
+impl Target {
+    /// The process with this PID. Root may command those of all users.
+    fn named(pid: u32) -> Self {
+        let user = geteuid();
+        Self { pid, uid: (!user.is_root()).then_some(user.as_raw()) }
+    }
+
+    /// The process with this PID, of this user.
+    fn own(pid: u32) -> Self {
+        Self { pid, uid: Some(geteuid().as_raw()) }
+    }
+
+    /// Connects to it.
+    ///
+    /// # Errors
+    /// When it isn't what was asked for, or takes no connection in time.
+    pub fn connect(self) -> Result<UnixStream, CommandError> {
+        let pid = self.pid;
+        let why = match self.try_connect(Instant::now() + CONNECT_TIMEOUT) {
+            Ok(stream) => return Ok(stream),
+            Err(Failure::Nothing) => format!(
+                "process {pid} is not a reuse-run that can be reached (not from another PID or network namespace)"
+            ),
+            Err(Failure::NotOurs) => format!("process {pid} is not a reuse-run of this user"),
+            Err(Failure::Full) => format!("process {pid} does not answer"),
+            Err(Failure::Io(error)) => format!("can't connect to process {pid}: {error}"),
+        };
+        Err(why.into())
+    }
+
+    /// Tries all names that this process may have, and waits for those whose queue is full.
+    fn try_connect(self, deadline: Instant) -> Result<UnixStream, Failure> {
+        let mut names = names_of(self.pid).map_err(Failure::Io)?;
+        let mut failure = Failure::Nothing;
+        loop {
+            let mut full = BTreeSet::new();
+            for name in names {
+                match connect_now(&name) {
+                    Ok(stream) if self.is(&stream) => return Ok(stream),
+                    Ok(_) => failure = Failure::NotOurs,
+                    Err(Errno::EAGAIN) => drop(full.insert(name)),
+                    Err(Errno::ECONNREFUSED) => {}
+                    Err(errno) => failure = Failure::Io(errno.into()),
+                }
+            }
+            if full.is_empty() {
+                return Err(failure);
+            }
+            if Instant::now() >= deadline {
+                return Err(Failure::Full);
+            }
+            names = full;
+            thread::sleep(RETRY_INTERVAL);
+        }
+    }
+
+    /// Whether this process is the one that listens.
+    fn is(self, stream: &UnixStream) -> bool {
+        Peer::of(stream).is_ok_and(|peer| {
+            peer.pid == self.pid && self.uid.is_none_or(|uid| uid == peer.uid) && peer.shares_namespaces()
+        })
+    }
+}
+
+/// The names under which the process with this PID may listen.
+fn names_of(pid: u32) -> io::Result<BTreeSet<String>> {
+    let listed = listed_names().filter(|name| protocol::pid_of(name) == Some(pid));
+    Ok(listed.chain([protocol::name(pid)?]).collect())
+}
+
+/// All abstract names in this network namespace.
+fn listed_names() -> impl Iterator<Item = String> {
+    procfs::unix_sockets().into_iter().filter_map(|socket| Some(socket.name.strip_prefix('@')?.to_owned()))
+}
+
+/// Connects without waiting: EAGAIN if the queue is full.
+fn connect_now(name: &str) -> nix::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new_abstract(name.as_bytes())?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false).map_err(|_| Errno::last())?;
+    Ok(stream)
+}
+
+/// The given PID, or 1 if that is a reuse-run, or else the only reuse-run of this user.
+///
+/// # Errors
+/// When there is none, or several.
+pub fn find(pid: Option<u32>) -> Result<Target, CommandError> {
+    if let Some(pid) = pid {
+        return Ok(Target::named(pid));
+    }
+    let deadline = Instant::now() + CONNECT_TIMEOUT;
+    let all: BTreeSet<u32> = listed_names().filter_map(|name| protocol::pid_of(&name)).collect();
+    // No user can choose to be PID 1, so root may trust it: in a container it may have given up root.
+    if all.contains(&1) && Target::named(1).try_connect(deadline).is_ok() {
+        return Ok(Target::named(1));
+    }
+    let user = geteuid();
+    // Others' sockets aren't even connected to: they could make this command wait.
+    let (own, others): (Vec<u32>, Vec<u32>) = all.into_iter().partition(|pid| {
+        let credentials = procfs::credentials(Pid::from_raw(*pid as i32));
+        credentials.is_ok_and(|credentials| credentials.uids[1] == user.as_raw())
+    });
+    let found = |pid: &u32| match Target::own(*pid).try_connect(deadline) {
+        Ok(_) => true,
+        // It may be a reuse-run all the same. Otherwise others could choose which one is commanded, by their connections.
+        Err(Failure::Full) => procfs::name(Pid::from_raw(*pid as i32))
+            .is_some_and(|name| procfs::name(Pid::this()) == Some(name)),
+        Err(_) => false,
+    };
+    match own.into_iter().filter(found).collect::<Vec<_>>()[..] {
+        [pid] => Ok(Target::own(pid)),
+        [] if others.is_empty() => Err("no reuse-run is running here".into()),
+        [] if !user.is_root() => Err("no reuse-run of this user is running here, only another user's".into()),
+        [] => {
+            let listens = |pid: &u32| Target::named(*pid).try_connect(Instant::now()).is_ok();
+            let others: Vec<u32> = others.into_iter().filter(listens).collect();
+            if others.is_empty() {
+                return Err("no reuse-run is running here".into());
+            }
+            let list = list(&others);
+            let why = format!("no reuse-run of root is running here; add the PID of another user's:{list}");
+            Err(CommandError { why, exit_status: 2 })
+        }
+        ref several => {
+            let list = list(several);
+            let why = format!("several reuse-run are running; add the PID of one of them:{list}");
+            Err(CommandError { why, exit_status: 2 })
+        }
+    }
+}
+
+/// A line for each process.
+fn list(pids: &[u32]) -> String {
+    pids.iter().map(|pid| format!("\n  {pid}  {}", procfs::command_line(*pid))).collect()
+}
