@@ -275,6 +275,39 @@ fn a_worker_killed_again_and_again_while_it_binds_is_replaced_each_time() {
     service.stop();
 }
 
+// What a worker leaves behind.
+
+#[test]
+fn a_listener_that_a_daemon_of_an_ended_worker_has_open_is_set_aside_until_the_daemon_ends() {
+    let (addr, command) = resources("daemon", &[]);
+    let mut service = Service::run_ready("-n 2", &command);
+    wait_until("two daemons", DEADLINE, || service.out.count_of("daemon") == 2);
+    for generation in 2..=5 {
+        service.reload();
+        for _ in 0..40 {
+            assert_eq!(get(addr).generation, Some(generation));
+        }
+    }
+    let aside = "left behind has a listener of 127.0.0.1:20000 open, which is set aside: ";
+    assert_eq!(service.log.count_of(aside), 2, "{}", service.log.text());
+    let fds = service.fds();
+    for line in service.out.all().iter().filter(|line| line.text.contains("daemon")) {
+        let pid: u32 = line.text.trim_start_matches("daemon ").parse().expect("a pid");
+        assert!(service.log.text().contains(&format!("(pid {pid})")));
+        send(pid, Signal::SIGKILL);
+        wait_until("its end", DEADLINE, || !service.descendants().contains(&pid));
+    }
+    for generation in 6..=8 {
+        service.reload();
+        for _ in 0..10 {
+            assert_eq!(get(addr).generation, Some(generation));
+        }
+    }
+    assert!(service.fds() <= fds, "{} fds, {fds} before", service.fds());
+    assert_eq!(service.log.count_of("set aside"), 2, "{}", service.log.text());
+    service.stop();
+}
+
 // Foreign listeners.
 
 /// A listener of this test, on the port of a worker.

@@ -3,7 +3,7 @@
 //! If a thread is gone, permission is lacking or a text isn't as proc(5) describes it, a function returns an
 //! error or nothing. A worker can change much of this at any time, so callers must not trust it further.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
@@ -108,11 +108,12 @@ fn parse_credentials(status: &str) -> Option<Credentials> {
 
 /// Whether this process ignores a signal.
 pub fn ignores(signal: Signal) -> bool {
-    fs::read_to_string("/proc/self/status").is_ok_and(|text| parse_ignored(&text, signal as u32))
+    fs::read_to_string("/proc/self/status").is_ok_and(|text| has_signal(&text, "SigIgn:", signal as u32))
 }
 
-fn parse_ignored(status: &str, signal: u32) -> bool {
-    let set = field(status, "SigIgn:").and_then(|set| u64::from_str_radix(set, 16).ok());
+/// Whether a line of /proc/PID/status such as "SigIgn:" has a signal.
+fn has_signal(status: &str, line: &str, signal: u32) -> bool {
+    let set = field(status, line).and_then(|set| u64::from_str_radix(set, 16).ok());
     set.is_some_and(|set| set & 1 << (signal - 1) != 0)
 }
 
@@ -358,12 +359,32 @@ pub fn is_open_elsewhere(suspect: Pid, inode: u64) -> bool {
     tree(suspect).into_iter().any(may_have) || others().any(has)
 }
 
+/// Which of these sockets, given by inode number, living processes have open, and one process for each of them. Processes
+/// that this one may not read are left out.
+pub fn holders(inodes: &HashSet<u64>) -> HashMap<u64, Pid> {
+    let mut holders = HashMap::new();
+    for pid in others() {
+        let mut open = socket_inodes(pid).unwrap_or_default();
+        open.retain(|inode| inodes.contains(inode));
+        if !open.is_empty() && !is_ending(pid) {
+            holders.extend(open.into_iter().map(|inode| (inode, pid)));
+        }
+    }
+    holders
+}
+
+/// Whether a process has ended or was sent SIGKILL. It may have files open for a moment.
+fn is_ending(pid: Pid) -> bool {
+    let status = fs::read_to_string(path(pid, "status")).unwrap_or_default();
+    let is_killed = |name| has_signal(&status, name, Signal::SIGKILL as u32);
+    life(pid) != Life::Lives || is_killed("SigPnd:") || is_killed("ShdPnd:")
+}
+
 /// A process that has the socket open, and its command line. `None` if none of those that this process may
 /// read has it.
 pub fn socket_owner(inode: u64) -> Option<(Pid, String)> {
     let pid = others().find(|pid| socket_inodes(*pid).is_ok_and(|open| open.contains(&inode)))?;
-    let command = fs::read(path(pid, "cmdline")).unwrap_or_default();
-    Some((pid, printable(&command)))
+    Some((pid, command_line(pid.as_raw() as u32)))
 }
 
 /// The name of a process, which it can change (proc_pid_comm(5)).
@@ -483,8 +504,8 @@ mod tests {
         let rows =
             [row(41, true, true, "/run/a  b"), row(42, false, false, "@c"), row(1234567, false, false, "")];
         assert_eq!(parse_unix_sockets(table), rows);
-        assert!(parse_ignored("SigIgn:\t0000000000000003\n", 1));
-        assert!(!parse_ignored("SigIgn:\t0000000000000002\n", 1));
+        assert!(has_signal("SigIgn:\t0000000000000003\n", "SigIgn:", 1));
+        assert!(!has_signal("SigIgn:\t0000000000000002\n", "SigIgn:", 1));
         let stat = "7 (a) b) S 1 7 7 0 -1 4194560 90 0 0 0 120 3 9 9 20 0 1 0";
         assert_eq!(parse_cpu(stat), Some(Duration::from_millis(1230)));
         assert_eq!(parse_cpu("7 (a) S 1"), None);
@@ -530,14 +551,14 @@ mod tests {
                 "Name:\t{name}\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\nGid:\t{uid}\nSigIgn:\t{:016x}\nCapEff:\t{effective:016x}\n", 1 << 9
             );
             prop_assert_eq!(parse_credentials(&status), Some(Credentials { uids: [uid; 4], gids: vec![uid], effective }));
-            prop_assert!(parse_ignored(&status, 10));
+            prop_assert!(has_signal(&status, "SigIgn:", 10));
         }
 
         #[test]
         fn no_text_makes_a_parser_panic(text: String, signal in 1u32..=64) {
             let _ = parse_credentials(&text);
             let _ = parse_credentials(&format!("Uid:{text}\nCapEff:{text}"));
-            let _ = parse_ignored(&format!("SigIgn:{text}"), signal);
+            let _ = has_signal(&format!("SigIgn:{text}"), "SigIgn:", signal);
             let _ = parse_fd_flags(&format!("flags:{text}"));
             prop_assert!(parse_children(&text).iter().all(|pid| text.contains(&pid.to_string()) || pid.as_raw() >= 0));
             let link = parse_socket_link(OsStr::new(&text));

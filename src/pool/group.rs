@@ -76,13 +76,13 @@ impl Group {
         self.ids.iter().all(|id| members[*id].holder == Holder::Free)
     }
 
-    /// A member for the borrower: the one with which its predecessor in slot and generation died, or a free one.
-    pub fn spare(&self, borrower: Borrower, members: &Members) -> Option<MemberId> {
-        let find = |is_wanted: &dyn Fn(&Member) -> bool| {
-            self.ids.iter().copied().find(|id| is_wanted(&members[*id]))
-        };
-        find(&|member| member.is_reserved_for(borrower.slot, borrower.generation))
-            .or_else(|| find(&|member| member.holder == Holder::Free))
+    /// Members for the borrower, the best first: those with which its predecessor in slot and generation died, and free
+    /// ones.
+    pub fn spares(&self, borrower: Borrower, members: &Members) -> Vec<MemberId> {
+        let is_reserved = |id: &MemberId| members[*id].is_reserved_for(borrower.slot, borrower.generation);
+        let is_free = |id: &MemberId| members[*id].holder == Holder::Free;
+        let ids = || self.ids.iter().copied();
+        ids().filter(is_reserved).chain(ids().filter(is_free)).collect()
     }
 
     /// `members` have left the kernel's array, in an unknown order.

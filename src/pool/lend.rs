@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::io;
+use std::mem;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
@@ -20,6 +21,9 @@ use crate::pool::member::{BindRequest, Holder, MinTtl, Overlap};
 const TAKE_BACK_EVERY: usize = 64;
 /// The backlog of sockets that workers are given, as systemd sets it (systemd.socket(5)).
 const GIVEN_BACKLOG: i32 = 4096;
+
+/// At most one part in so many of the time goes into finding out what ended workers have left open.
+const LEFT_OPEN_SHARE: u32 = 20;
 
 /// How many sockets one worker may borrow. Each takes a descriptor of the wrapper's, which needs some for every worker.
 pub(super) fn max_for_each_worker() -> usize {
@@ -121,8 +125,11 @@ impl Pool {
     /// # Errors
     /// EADDRINUSE if a foreign listener is in the way, and what bind(2) says.
     fn spare_or_new(&mut self, borrower: Borrower, address: Address) -> io::Result<MemberId> {
-        while let Some(id) = self.groups.get(&address).and_then(|group| group.spare(borrower, &self.members))
-        {
+        let spares = self.groups.get(&address).map(|group| group.spares(borrower, &self.members));
+        for id in spares.unwrap_or_default() {
+            if self.is_left_open(id) {
+                continue;
+            }
             if self.members[id].is_limited() {
                 debug!("a socket of {address} is closed: its last worker limited who may connect to it");
                 self.shut_down(id);
@@ -141,6 +148,39 @@ impl Pool {
             return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
         }
         self.add(address)
+    }
+
+    /// Whether a process that an ended worker left behind has the socket open, and may accept connections from it. Such a
+    /// socket is lent to nobody, so it gets none.
+    fn is_left_open(&mut self, id: MemberId) -> bool {
+        if self.members.get(id).is_none_or(|member| member.left_by.is_none()) {
+            return false;
+        }
+        let now = Instant::now();
+        if self.left_open.as_ref().is_none_or(|(until, _)| *until < now) {
+            let open = procfs::holders(&self.members.left_behind());
+            self.left_open = Some((Instant::now() + LEFT_OPEN_SHARE * now.elapsed(), open));
+        }
+        let holder = self.left_open.as_ref().and_then(|(_, open)| open.get(&self.members[id].inode).copied());
+        let Some(member) = self.members.get_mut(id) else { return false };
+        let Some(pid) = holder else {
+            member.left_by = None;
+            return false;
+        };
+        member.holder = Holder::Free; // also if it was reserved
+        if !mem::replace(&mut member.is_aside, true) {
+            warn!(
+                "a process that an ended worker left behind has a listener of {} open, which is set aside: {} (pid {pid})",
+                member.address,
+                procfs::command_line(pid.as_raw() as u32)
+            );
+        }
+        true
+    }
+
+    /// The last process of a worker that has ended is gone.
+    pub fn nobody_is_left(&mut self, worker: WorkerId) {
+        self.members.nobody_is_left(worker);
     }
 
     /// The socket with this inode number, if it is lent to `worker`.
@@ -193,8 +233,12 @@ impl Pool {
     /// kept for that. Otherwise they become free, and what is queued on them is reset.
     pub fn release(&mut self, worker: WorkerId, successor: bool) {
         self.handle_events(None);
+        self.left_open = None;
         let lent: Vec<MemberId> = self.members.lent_to(worker).map(|(id, _)| id).collect();
         for id in lent {
+            if let Some(member) = self.members.get_mut(id) {
+                member.left_by = Some(worker);
+            }
             let borrower = self.members[id].borrower().filter(|_| successor);
             let reserved = borrower.map(|Borrower { slot, generation, .. }| {
                 let overdue = false;

@@ -1,6 +1,6 @@
 //! The pool's sockets, and who borrows each of them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Index;
@@ -78,6 +78,10 @@ pub struct Member {
     is_limited: bool,
     /// Whether the borrower asked for SO_REUSEPORT itself.
     pub shares: bool,
+    /// The last borrower, if that has ended and may have left processes behind that have the socket open.
+    pub left_by: Option<WorkerId>,
+    /// Whether it was logged that somebody has it open.
+    pub is_aside: bool,
     /// Whether the borrower was given it at its start. If the borrower binds the address, it gets this socket again.
     pub given: bool,
 }
@@ -114,6 +118,8 @@ impl Member {
             is_limited: false,
             shares: false,
             given: false,
+            left_by: None,
+            is_aside: false,
         })
     }
 
@@ -338,6 +344,18 @@ impl Members {
 
     fn iter(&self) -> impl Iterator<Item = (MemberId, &Member)> {
         self.by_id.iter().map(|(id, member)| (*id, member))
+    }
+
+    /// The inode numbers of the sockets that processes may have open which ended workers have left behind.
+    pub fn left_behind(&self) -> HashSet<u64> {
+        self.by_id.values().filter(|member| member.left_by.is_some()).map(|member| member.inode).collect()
+    }
+
+    /// No process of an ended worker lives any more.
+    pub fn nobody_is_left(&mut self, worker: WorkerId) {
+        for member in self.by_id.values_mut().filter(|member| member.left_by == Some(worker)) {
+            member.left_by = None;
+        }
     }
 
     /// Notes the process of a worker that was lent sockets before it was started.

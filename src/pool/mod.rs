@@ -24,7 +24,7 @@ pub mod unintercepted;
 mod unserved;
 mod watcher;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -33,6 +33,7 @@ use std::time::{Duration, Instant};
 use log::{debug, info, warn};
 use nix::sys::epoll::EpollFlags;
 use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
 
 use self::closed::ClosedListeners;
 use self::group::Group;
@@ -77,6 +78,8 @@ pub struct Pool {
     warnings: Seldom,
     /// How many binds there were since it was last found out which sockets a worker has closed.
     unchecked: usize,
+    /// Which sockets processes have open that ended workers have left behind, and until when that is good enough.
+    left_open: Option<(Instant, HashMap<u64, Pid>)>,
     /// For [`Pool::stopped_listening`].
     stopped: Vec<StoppedListening>,
     plan: Plan,
@@ -103,6 +106,7 @@ impl Pool {
             unserved: Unserved::default(),
             warnings: Seldom::default(),
             unchecked: 0,
+            left_open: None,
             stopped: Vec::new(),
             plan: Plan::default(),
         })

@@ -545,6 +545,7 @@ impl Supervisor {
     fn answer(&mut self, worker: WorkerId, flags: EpollFlags) {
         if !flags.contains(EpollFlags::EPOLLIN) {
             self.interceptions.remove(&worker); // the last process behind the filter has ended
+            self.pool.nobody_is_left(worker);
             return;
         }
         let Some(interception) = self.interceptions.get_mut(&worker) else { return };

@@ -112,6 +112,16 @@ elif what == 'hoard':  # as many ports as there are descriptors, and as many pat
     for _ in range(10):
         listeners.pop().close()  # what it needs to serve
     say('has all')
+elif what == 'daemon':  # a process of the first generation accepts from the listener for ever
+    listen(port)
+    if os.environ['REUSE_RUN_GENERATION'] == '1':
+        def daemon():
+            os.setsid()
+            while True:
+                serve_one(listeners[0])
+
+        pid = child(daemon)
+        say('daemon {}'.format(pid))
 elif what == 'used':
     listen(port)
     failed = 0
