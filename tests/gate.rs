@@ -199,8 +199,27 @@ fn hints_name_what_several_workers_share_and_what_npm_keeps() {
     assert_eq!(service.wait_end().code(), Some(3));
     service.wait_for_line("use --inspect=0");
     let folder = Folder::new();
-    let npm = folder.write_with("npm", "#!/bin/sh\nexec sleep 1000\n", 0o755);
-    let mut service = Service::run("--ready notify --ready-timeout 300ms", &[npm]);
-    assert_eq!(service.wait_end().code(), Some(1));
-    service.wait_for_line("keep Node's IPC channel to themselves");
+    let npm = folder.write_with("npm", "#!/bin/sh\n[ -e ${0%npm}fail ] && exit 1; exec sleep 1000\n", 0o755);
+    for _ in 0..2 {
+        let mut service = Service::run("--ready notify --ready-timeout 300ms", &[&npm]);
+        assert_eq!(service.wait_end().code(), Some(1));
+        service.wait_for_line("keep Node's IPC channel and READY_FD to themselves");
+        folder.raise("fail");
+    }
+}
+
+#[test]
+fn a_hint_is_also_for_the_user_who_waits_for_the_reload() {
+    let (_, folder, mut service) = Service::with_flags("--ready listen", &[]);
+    folder.raise("broken-2-0");
+    assert!(!run(&service, "reload").out.contains("node-config"));
+    service.stop();
+    let folder = Folder::new();
+    folder.raise("broken-2-0");
+    let env = folder.write("env", "NODE_CONFIG_STRICT_MODE=1\n");
+    let mut service = Service::run_ready(&format!("--env-file {env}"), &folder.server(free_address(), &[]));
+    let outcome = run(&service, "reload");
+    outcome.assert_failed(&["exited with status 3 before it was ready"]);
+    assert!(outcome.out.contains("node-config then wants a file for each NODE_APP_INSTANCE"), "{outcome:?}");
+    service.stop();
 }

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::load::LoadOptions;
-use common::{Service, behind, get, get_path, own_network, python, reload_under_load};
+use common::{Service, User, arguments, behind, get, get_path, own_network, python, reload_under_load};
 
 /// A server on port 20000 of a new network namespace whose socket has these options.
 fn limited(options: &str) -> (SocketAddr, Vec<String>) {
@@ -147,5 +147,26 @@ fn a_mark_is_carried_over() {
     let mut service = Service::run_ready("-n 2", &command);
     service.wait_for_output(" mark 5");
     get(addr);
+    service.stop();
+}
+
+#[test]
+fn a_file_capability_that_the_filter_takes_away_is_named_and_an_ambient_one_is_enough() {
+    own_network();
+    let user = User::new();
+    // VFS_CAP_REVISION_2 with the effective bit, CAP_NET_BIND_SERVICE permitted: capabilities(7), linux/capability.h.
+    let set = "import os, struct, sys\n\
+        os.setxattr(sys.argv[1], 'security.capability', struct.pack('<5I', 0x02000001, 1 << 10, 0, 0, 0))";
+    let status = Command::new("python3").args(["-c", set, &user.server()]).status().expect("run python3");
+    assert!(status.success(), "the capability can't be set");
+    let options = arguments("-n 1", &[&user.server(), "--listen", "127.0.0.1:80"].map(str::to_owned));
+    let mut service = Service::spawn(user.command(&[], &options));
+    assert_ne!(service.wait_end().code(), Some(0));
+    service.wait_for_line("worker 0 may not bind its port: the capability of its program file doesn't count");
+
+    let ambient = ["--inh-caps=+net_bind_service", "--ambient-caps=+net_bind_service"];
+    let mut service = Service::spawn_ready(user.command(&ambient, &options));
+    let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 80));
+    reload_under_load(&service, LoadOptions::new(addr, 4), 2);
     service.stop();
 }

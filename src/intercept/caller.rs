@@ -12,6 +12,9 @@ use crate::ids::Borrower;
 use crate::kernel::procfs;
 use crate::kernel::sys;
 
+/// The capability that ports below 1024 need (capabilities(7)).
+const NET_BIND_SERVICE: u64 = 1 << 10;
+
 /// A thread of a worker, or of a process that the worker started.
 #[derive(Debug, Clone, Copy)]
 pub struct Caller<'a> {
@@ -54,7 +57,6 @@ impl<'a> Caller<'a> {
     /// Whether the caller itself could bind a TCP port of the wrapper's network: it is in the same network
     /// namespace and hasn't given up a right that the port needs.
     pub fn may_bind(&self, port: u16) -> bool {
-        const NET_BIND_SERVICE: u64 = 1 << 10; // capabilities(7)
         let wrapper = Pid::this();
         let namespaces = (procfs::network_namespace(self.tid), procfs::network_namespace(wrapper));
         if !matches!(namespaces, (Ok(its), Ok(ours)) if its == ours) {
@@ -66,6 +68,14 @@ impl<'a> Caller<'a> {
                 (Ok(its), Ok(ours)) if its.uids == ours.uids
                     && its.effective & NET_BIND_SERVICE == ours.effective & NET_BIND_SERVICE
             )
+    }
+
+    /// Whether the caller's program file has the capability for ports below 1024, but not the caller: with no_new_privs
+    /// execve(2) grants nothing.
+    pub fn lost_capability(&self) -> bool {
+        let credentials = procfs::credentials(self.tid);
+        let has = credentials.is_ok_and(|its| its.effective & NET_BIND_SERVICE != 0);
+        !has && procfs::program_capabilities(self.tid).is_ok_and(|of_file| of_file & NET_BIND_SERVICE != 0)
     }
 
     /// Whether the caller may do exactly what the wrapper may do.

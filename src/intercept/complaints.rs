@@ -17,6 +17,8 @@ pub enum Complaint {
     LateDevice,
     /// It borrows as many sockets as it may.
     TooMany,
+    /// It may not bind its port, and could without no_new_privs.
+    LostCapability,
 }
 
 #[derive(Debug, Default)]
@@ -51,6 +53,10 @@ impl Complaints {
                     "worker {slot} has more sockets bound than reuse-run can share: its other ports are its own"
                 );
             }
+            Complaint::LostCapability => warn!(
+                "worker {slot} may not bind its port: the capability of its program file doesn't count behind the filter \
+                 (give reuse-run CAP_NET_BIND_SERVICE as an ambient capability)"
+            ),
         }
     }
 }

@@ -48,6 +48,9 @@ pub fn bind(
         Err(error) => {
             debug!("worker {} can't bind {address}: {error}", borrower.slot);
             complaints.make_if_too_many(borrower.slot, &error);
+            if error.kind() == io::ErrorKind::PermissionDenied && caller.lost_capability() {
+                complaints.make(borrower.slot, Complaint::LostCapability);
+            }
             // An error without a number means that the pool can't do it. The kernel perhaps can. It also takes an
             // address that the machine doesn't have from a socket with IP_FREEBIND or IP_TRANSPARENT.
             let errno = error.raw_os_error().filter(|errno| *errno != libc::EADDRNOTAVAIL);

@@ -106,6 +106,22 @@ fn parse_credentials(status: &str) -> Option<Credentials> {
     Some(Credentials { uids, gids, effective })
 }
 
+/// The capabilities that the file of a thread's program is permitted (capabilities(7), "File capabilities").
+///
+/// # Errors
+/// ENODATA if it has none; or why it can't be read.
+pub fn program_capabilities(tid: Pid) -> io::Result<u64> {
+    const MAX_LENGTH: usize = 24; // struct vfs_ns_cap_data, linux/capability.h
+    let value = sys::getxattr(&path(tid, "exe"), OsStr::new("security.capability"), MAX_LENGTH)?;
+    parse_capabilities(&value).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// From a `struct vfs_cap_data`: a word of flags, then for each half the permitted and the inheritable ones.
+fn parse_capabilities(value: &[u8]) -> Option<u64> {
+    let half = |at| Some(u64::from(u32::from_le_bytes(value.get(at..at + 4)?.try_into().ok()?)));
+    Some(half(4)? | half(12).unwrap_or(0) << 32)
+}
+
 /// Whether this process ignores a signal.
 pub fn ignores(signal: Signal) -> bool {
     fs::read_to_string("/proc/self/status").is_ok_and(|text| has_signal(&text, "SigIgn:", signal as u32))
@@ -491,6 +507,10 @@ mod tests {
         let (uids, gids) = ([1, 2, 3, 4], vec![5, 5, 5, 5, 7, 8]);
         assert_eq!(parse_credentials(status), Some(Credentials { uids, gids, effective: 0x400 }));
         assert_eq!(parse_credentials("Uid:\t1\t2\t3\nCapEff:\t0\n"), None);
+        let of_file = [1, 0, 0, 2, 0, 4, 0, 0, 9, 9, 9, 9, 1, 0, 0, 0, 9, 9, 9, 9];
+        assert_eq!(parse_capabilities(&of_file), Some(0x1_0000_0400));
+        assert_eq!(parse_capabilities(&of_file[..12]), Some(0x400), "version 1 has one half");
+        assert_eq!(parse_capabilities(&of_file[..4]), None);
         let table = "Num RefCount Protocol Flags Type St Inode Path\n\
                      0: 00000003 00000000 00000000 0001 03    41 /run/a  b\n\
                      0: 00000002 00000000 00010000 0005 01 42 @c\n\

@@ -158,14 +158,19 @@ impl SockDiag {
         Ok(connections)
     }
 
-    /// The inode numbers of the sockets that wait for a connection to this port, of any address and family.
+    /// The inode numbers of the sockets that wait for a connection to this port of their own address, of both families.
     pub fn connecting(&mut self, port: u16) -> io::Result<Vec<u64>> {
         let mut inodes = Vec::new();
         for (family, mut socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
             socket_id.destination_port = port;
             let (extensions, states) = (ExtensionFlags::empty(), StateFlags::SYN_SENT);
             let request = InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id };
-            self.dump(request, |response| inodes.push(response.header.inode.into()))?;
+            self.dump(request, |response| {
+                let SocketId { source_address, destination_address, .. } = response.header.socket_id;
+                if source_address == destination_address {
+                    inodes.push(response.header.inode.into());
+                }
+            })?;
         }
         Ok(inodes)
     }
@@ -272,6 +277,26 @@ mod tests {
         addresses.sort();
         let address = |text: &str, v6only| Address::new(format!("{text}:{port}").parse().unwrap(), v6only, 0);
         assert_eq!(addresses, [address("127.0.0.1", false), address("[::]", true)]);
+    }
+
+    #[test]
+    fn a_socket_that_waits_for_a_connection_to_its_own_address_is_found() {
+        let full = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        full.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+        full.listen(0).unwrap();
+        let address = full.local_addr().unwrap();
+        let port = address.as_socket().unwrap().port();
+        let _queued = TcpStream::connect(address.as_socket().unwrap()).unwrap();
+        let client = |source: &str| {
+            let client = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+            client.bind(&format!("{source}:0").parse::<SocketAddr>().unwrap().into()).unwrap();
+            client.set_nonblocking(true).unwrap();
+            client.connect(&address).unwrap_err(); // EINPROGRESS
+            client
+        };
+        let (own, _other) = (client("127.0.0.1"), client("127.0.0.2"));
+        let inode = crate::kernel::procfs::inode(std::os::fd::AsFd::as_fd(&own)).unwrap();
+        assert_eq!(SockDiag::new().unwrap().connecting(port).unwrap(), [inode]);
     }
 
     #[test]

@@ -3,16 +3,68 @@
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 
+use log::info;
 use nix::unistd::Pid;
 
+use super::{Process, Supervisor};
 use crate::address::Address;
-use crate::fleet::Readiness;
+use crate::fleet::{End, Readiness};
+use crate::ids::WorkerId;
 use crate::kernel::procfs;
 use crate::kernel::sockdiag::SockDiag;
 use crate::worker::Program;
+use crate::worker::environment::Environment;
+
+impl Supervisor {
+    /// Before a generation begins.
+    pub(super) fn hint_at_program(&mut self, generation: u32) {
+        let workers = self.fleet.crew().slots();
+        let program = self.environments.program(generation);
+        if let Some(hint) = program.and_then(|program| of_program(program, workers)) {
+            self.hint(hint);
+        }
+    }
+
+    /// A worker was not ready in time.
+    pub(super) fn explain_delay(&mut self, worker: WorkerId) {
+        let Some(Process { pid, generation, .. }) = self.processes.get(&worker) else { return };
+        let Some(program) = self.environments.program(*generation) else { return };
+        let addresses = self.fleet.crew().addresses(worker);
+        if let Some(hint) = of_delay(program, self.fleet.policy().readiness, *pid, &addresses) {
+            self.hint(&format!("worker (pid {pid}): {hint}"));
+        }
+    }
+
+    /// A worker has ended, perhaps before it was ready.
+    pub(super) fn explain_end(&mut self, worker: WorkerId, end: End) {
+        let has_failed = self.fleet.crew().is_starting(worker) && matches!(end, End::Exited(1..));
+        let Some(Process { pid, generation, .. }) = self.processes.get(&worker).filter(|_| has_failed) else {
+            return;
+        };
+        let Some(environment) = self.environments.known(*generation) else { return };
+        if let Some(hint) = of_early_end(environment, self.fleet.policy().readiness) {
+            self.hint(&format!("worker (pid {pid}): {hint}"));
+        }
+    }
+
+    /// For the log, and for the user who waits for a command.
+    fn hint(&mut self, line: &str) {
+        info!("{line}");
+        if let Some(control) = &mut self.control {
+            control.broadcast_step(line);
+        }
+    }
+}
+
+const WAITS_FOR_ITSELF: &str = "it waits for a connection to its own port, and none reaches it before it is ready: say \
+                                ready before such a request, or use --ready listen";
+const HAS_NO_CHANNEL: &str = "npm, yarn and pnpm keep Node's IPC channel and READY_FD to themselves, so the program can't \
+                              say that it is ready: run node itself, or use --ready listen";
+const WANTS_A_FILE: &str = "NODE_CONFIG_STRICT_MODE is set, and node-config then wants a file for each NODE_APP_INSTANCE: \
+                            a line NODE_APP_INSTANCE= in an --env-file leaves that empty";
 
 /// What can be seen of a program before so many workers run it.
-pub fn of_program(program: &Program, workers: usize) -> Option<&'static str> {
+fn of_program(program: &Program, workers: usize) -> Option<&'static str> {
     let has_debugger = |word: &String| {
         let port = word.strip_prefix("--inspect").map(|rest| rest.strip_prefix("-brk").unwrap_or(rest));
         port.is_some_and(|port| {
@@ -24,31 +76,40 @@ pub fn of_program(program: &Program, workers: usize) -> Option<&'static str> {
     )
 }
 
-/// Why a worker that listens at these addresses may not have said in time that it is ready.
-pub fn of_late_worker(
+/// Why a worker that listens at these addresses may not have been ready in time.
+fn of_delay(
     program: &Program,
     readiness: Readiness,
     pid: Pid,
     addresses: &BTreeSet<Address>,
 ) -> Option<&'static str> {
-    const MANAGERS: [&str; 3] = ["npm", "yarn", "pnpm"];
-    if readiness != Readiness::Notify {
-        return None;
-    }
     if addresses.iter().any(|address| is_connecting(pid, address.socket.port())) {
-        return Some(
-            "it waits for a connection to its own port, and none reaches it before it is ready: say ready before such a \
-             request, or use --ready listen",
-        );
+        return Some(WAITS_FOR_ITSELF);
     }
-    let name = Path::new(&program.command).file_name()?.to_str()?;
-    MANAGERS.contains(&name).then_some(
-        "npm, yarn and pnpm keep Node's IPC channel to themselves, so process.send says nothing: run node itself, or use \
-         READY_FD",
-    )
+    hides_channel(program, readiness).then_some(HAS_NO_CHANNEL)
 }
 
-/// Whether a process or one that it has started waits for a connection to this port.
+/// Why a worker may have failed before it was ready.
+fn of_early_end(environment: &Environment, readiness: Readiness) -> Option<&'static str> {
+    let is_strict = environment.variable("NODE_CONFIG_STRICT_MODE").is_some_and(|mode| !mode.is_empty());
+    if is_strict && !environment.sets("NODE_APP_INSTANCE") {
+        return Some(WANTS_A_FILE);
+    }
+    hides_channel(&environment.program, readiness).then_some(HAS_NO_CHANNEL)
+}
+
+/// Whether a package manager stands between reuse-run and a program that has to say that it is ready. These run in Node,
+/// which lets its children inherit no other fd than the first three.
+fn hides_channel(program: &Program, readiness: Readiness) -> bool {
+    const MANAGERS: [&str; 4] = ["npm", "npx", "yarn", "pnpm"];
+    let is_manager = |word: &str| {
+        Path::new(word).file_name().is_some_and(|name| MANAGERS.iter().any(|manager| name == *manager))
+    };
+    readiness == Readiness::Notify
+        && program.words().iter().flat_map(|word| word.split_whitespace()).any(is_manager)
+}
+
+/// Whether a process or one that it has started waits for a connection to this port of the same address.
 fn is_connecting(pid: Pid, port: u16) -> bool {
     let Ok(waiting) = SockDiag::new().and_then(|mut diag| diag.connecting(port)) else { return false };
     let waiting: HashSet<u64> = waiting.into_iter().collect();
@@ -62,14 +123,14 @@ mod tests {
     use super::*;
 
     fn program(line: &str) -> Program {
-        let mut words = line.split(' ').map(Into::into);
+        let mut words = line.split('|').map(Into::into);
         Program { command: words.next().unwrap(), args: words.collect() }
     }
 
     #[test]
     fn a_debugger_that_several_workers_share_is_noticed() {
         for line in
-            ["node --inspect app.js", "node --inspect-brk=9229 app.js", "node --inspect=0.0.0.0:9229 app.js"]
+            ["node|--inspect|app.js", "node|--inspect-brk=9229|app.js", "node|--inspect=0.0.0.0:9229|app.js"]
         {
             assert!(
                 of_program(&program(line), 2).is_some() && of_program(&program(line), 1).is_none(),
@@ -77,19 +138,34 @@ mod tests {
             );
         }
         for line in
-            ["node --inspect=0 app.js", "node --inspect=127.0.0.1:0 app.js", "node app.js --inspector"]
+            ["node|--inspect=0|app.js", "node|--inspect=127.0.0.1:0|app.js", "node|app.js|--inspector"]
         {
             assert!(of_program(&program(line), 2).is_none(), "{line}");
         }
     }
 
     #[test]
-    fn npm_keeps_the_channel() {
-        let hint = |line, readiness| of_late_worker(&program(line), readiness, Pid::this(), &BTreeSet::new());
-        assert!(hint("/usr/bin/npm start", Readiness::Notify).is_some_and(|hint| hint.contains("READY_FD")));
-        assert!(
-            hint("npm start", Readiness::Listen).is_none()
-                && hint("node app.js", Readiness::Notify).is_none()
-        );
+    fn a_package_manager_hides_the_channel_from_a_program_that_has_to_say_ready() {
+        let hint = |line, readiness| of_delay(&program(line), readiness, Pid::this(), &BTreeSet::new());
+        for line in ["/usr/bin/npm|start", "yarn|start", "sh|-c|exec pnpm start"] {
+            assert_eq!(hint(line, Readiness::Notify), Some(HAS_NO_CHANNEL), "{line}");
+            assert_eq!(hint(line, Readiness::Listen), None, "{line}");
+        }
+        assert_eq!(hint("node|app.js", Readiness::Notify), None);
+    }
+
+    #[test]
+    fn strict_mode_of_node_config_is_named_unless_an_env_file_sets_the_instance() {
+        let environment = |pairs: &[(&str, &str)]| Environment {
+            variables: pairs.iter().map(|(name, value)| (name.into(), value.into())).collect(),
+            program: program("npm|start"),
+            ..Environment::default()
+        };
+        let strict = ("NODE_CONFIG_STRICT_MODE", "1");
+        let hint = |pairs: &[_]| of_early_end(&environment(pairs), Readiness::Listen);
+        assert_eq!(hint(&[strict]), Some(WANTS_A_FILE));
+        assert_eq!(hint(&[strict, ("NODE_APP_INSTANCE", "")]), None);
+        assert_eq!(hint(&[("NODE_CONFIG_STRICT_MODE", "")]), None);
+        assert_eq!(of_early_end(&environment(&[]), Readiness::Notify), Some(HAS_NO_CHANNEL));
     }
 }

@@ -372,7 +372,7 @@ impl Supervisor {
                 Action::Kill { worker } => self.pid(worker).into_iter().for_each(worker::kill_group),
                 Action::Release { worker, successor } => self.pool.release(worker, successor),
                 Action::ResetQueue { slot, generation } => self.pool.reset_reserved(slot, generation),
-                Action::Explain { worker } => self.explain(worker),
+                Action::Explain { worker } => self.explain_delay(worker),
                 Action::FindForeignListeners => self.pool.find_foreign_listeners(),
                 Action::Unreserve { slot, generation } => self.pool.unreserve(slot, generation),
                 Action::Log { level, line } => {
@@ -390,24 +390,6 @@ impl Supervisor {
                 Action::Ended { ticket, outcome, culprit } => self.operation_ended(ticket, outcome, culprit),
                 Action::Exit { status } => self.exit = Some(status),
             }
-        }
-    }
-
-    fn hint_at_program(&self, generation: u32) {
-        let workers = self.fleet.crew().slots();
-        let hint =
-            self.environments.program(generation).and_then(|program| hints::of_program(program, workers));
-        hint.into_iter().for_each(|hint| info!("{hint}"));
-    }
-
-    /// Logs what may keep a worker from being ready.
-    fn explain(&self, worker: WorkerId) {
-        let Some(Process { pid, generation, .. }) = self.processes.get(&worker) else { return };
-        let Some(program) = self.environments.program(*generation) else { return };
-        let addresses = self.fleet.crew().addresses(worker);
-        let readiness = self.fleet.policy().readiness;
-        if let Some(hint) = hints::of_late_worker(program, readiness, *pid, &addresses) {
-            info!("worker (pid {pid}): {hint}");
         }
     }
 
@@ -530,6 +512,7 @@ impl Supervisor {
                 continue;
             };
             self.labels.iter_mut().for_each(|labels| labels.worker_ended(worker));
+            self.explain_end(worker, reaped.end);
             self.processes.remove(&worker); // its fds are closed, which takes them out of epoll
             if let Some(interception) = self.interceptions.get_mut(&worker) {
                 interception.worker_has_ended();

@@ -102,6 +102,17 @@ pub struct Given<'a> {
 }
 
 impl Environment {
+    /// A variable that all workers have from reuse-run.
+    pub fn variable(&self, name: &str) -> Option<OsString> {
+        let set = self.variables.iter().rev().find(|(set, _)| set == name);
+        set.map_or_else(|| std::env::var_os(name), |(_, value)| Some(value.clone()))
+    }
+
+    /// Whether a file or secret sets the variable.
+    pub fn sets(&self, name: &str) -> bool {
+        self.variables.iter().any(|(set, _)| set == name)
+    }
+
     /// The variables that a worker gets besides those of reuse-run itself; a later one has precedence.
     pub fn of_worker(&self, given: &Given) -> Vec<(OsString, OsString)> {
         let mut variables = self.variables.clone();
@@ -122,7 +133,7 @@ impl Environment {
         }
         set("REUSE_RUN_SLOT", given.slot.to_string());
         set("REUSE_RUN_GENERATION", given.generation.to_string());
-        if !self.variables.iter().any(|(name, _)| name == "NODE_APP_INSTANCE") {
+        if !self.sets("NODE_APP_INSTANCE") {
             set("NODE_APP_INSTANCE", given.slot.to_string());
         }
         variables
@@ -140,21 +151,21 @@ pub struct Environments {
     by_generation: BTreeMap<u32, Environment>,
     /// What each generation runs.
     programs: BTreeMap<u32, CommandId>,
-    known: Vec<Program>,
+    commands: Vec<Program>,
 }
 
 impl Environments {
     /// `program` is that of the first generation.
     pub fn new(sources: Sources, program: Program) -> Self {
         let programs = [(FIRST_GENERATION, CommandId(0))].into();
-        Self { sources, by_generation: BTreeMap::new(), programs, known: vec![program] }
+        Self { sources, by_generation: BTreeMap::new(), programs, commands: vec![program] }
     }
 
     /// The name of a program for the fleet; equal ones have the same.
     pub fn command_id(&mut self, program: Program) -> CommandId {
-        let at = self.known.iter().position(|known| *known == program).unwrap_or(self.known.len());
-        if at == self.known.len() {
-            self.known.push(program);
+        let at = self.commands.iter().position(|known| *known == program).unwrap_or(self.commands.len());
+        if at == self.commands.len() {
+            self.commands.push(program);
         }
         CommandId(at as u32)
     }
@@ -168,7 +179,12 @@ impl Environments {
 
     /// What a generation runs.
     pub fn program(&self, generation: u32) -> Option<&Program> {
-        self.known.get(self.programs.get(&generation)?.0 as usize)
+        self.commands.get(self.programs.get(&generation)?.0 as usize)
+    }
+
+    /// That of a generation which has started workers.
+    pub fn known(&self, generation: u32) -> Option<&Environment> {
+        self.by_generation.get(&generation)
     }
 
     /// That of a generation; those older than `oldest` are forgotten.

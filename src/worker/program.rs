@@ -52,9 +52,7 @@ impl Program {
             let directory = environment.directory.as_ref();
             return Some(directory.map_or(Path::new(""), |directory| &directory.physical).join(command));
         }
-        let set = environment.variables.iter().rev().find(|(name, _)| name == "PATH");
-        let path = set.map_or_else(|| std::env::var_os("PATH"), |(_, path)| Some(path.clone()));
-        std::env::split_paths(&path.unwrap_or_default())
+        std::env::split_paths(&environment.variable("PATH").unwrap_or_default())
             .map(|folder| folder.join(command))
             .find(|file| file.is_file())
     }
