@@ -61,6 +61,7 @@
 //! | other programs on our addresses; workers that can't be intercepted | `pool/foreign`; `pool/unintercepted` |
 //! | Unix sockets: sharing a path, and its hand-over to the next generation | `pool/paths` |
 //! | which system calls are stopped | `intercept/filter` |
+//! | what answers for processes that outlive the wrapper | `intercept/keeper` |
 //! | the answer to a bind of a port; to a bind or unlink of a Unix socket's path | `intercept/tcp`; `intercept/unix` |
 //! | socket options that a worker sets; what the log says about a worker once | `intercept/options`; `intercept/complaints` |
 //! | what the wrapper may do for a worker | `intercept/caller` |

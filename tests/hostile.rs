@@ -308,6 +308,29 @@ fn a_listener_that_a_daemon_of_an_ended_worker_has_open_is_set_aside_until_the_d
     service.stop();
 }
 
+#[test]
+fn what_outlives_reuse_run_can_bind_and_unlink() {
+    let folder = Folder::new();
+    folder.raise("wait");
+    folder.raise("begun");
+    let (_, command) = resources("outlives", &[&folder.path("")]);
+    let mut service = Service::run_ready("-n 1", &command);
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.wait_exit().code(), Some(0), "{}", service.log.text());
+    // A process that has nothing open but the filter.
+    let is_keeper = |pid: &u32| {
+        let named = fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|it| it == "reuse-run-keep\n");
+        named && fs::read_dir(format!("/proc/{pid}/fd")).is_ok_and(|fds| fds.count() == 1)
+    };
+    wait_until("one process beside the keeper", DEADLINE, || {
+        let left = service.descendants();
+        left.len() == 2 && left.iter().any(is_keeper)
+    });
+    folder.lower("wait");
+    wait_until("it has bound and unlinked", DEADLINE, || fs::exists(folder.path("done")).expect("a folder"));
+    wait_until("the keeper has ended with it", DEADLINE, || service.descendants().is_empty());
+}
+
 // Foreign listeners.
 
 /// A listener of this test, on the port of a worker.

@@ -10,6 +10,7 @@ mod caller;
 mod complaints;
 pub mod filter;
 mod install;
+pub mod keeper;
 mod options;
 mod tcp;
 mod unix;

@@ -390,7 +390,7 @@ pub fn holders(inodes: &HashSet<u64>) -> HashMap<u64, Pid> {
 }
 
 /// Whether a process has ended or was sent SIGKILL. It may have files open for a moment.
-fn is_ending(pid: Pid) -> bool {
+pub fn is_ending(pid: Pid) -> bool {
     let status = fs::read_to_string(path(pid, "status")).unwrap_or_default();
     let is_killed = |name| has_signal(&status, name, Signal::SIGKILL as u32);
     life(pid) != Life::Lives || is_killed("SigPnd:") || is_killed("ShdPnd:")

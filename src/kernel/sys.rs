@@ -3,7 +3,7 @@
 //! Each wrapper returns the `io::Error` of its call and decides nothing.
 #![allow(unsafe_code)]
 
-use std::ffi::{CString, OsStr};
+use std::ffi::{CStr, CString, OsStr};
 use std::io;
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -329,6 +329,34 @@ pub fn owned_fd(fd: c_int) -> OwnedFd {
     // SAFETY: the callers pass each number once, right after the kernel returned it or, for LISTEN_FDS, at
     // the start. Nothing else owns it.
     unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// fork(2). Returns `None` in the child, which may use any safe code, since the wrapper has one thread.
+pub fn fork() -> io::Result<Option<Pid>> {
+    // SAFETY: this process has one thread, so its child isn't limited to async-signal-safe functions.
+    let pid = check(unsafe { libc::fork() })?;
+    Ok((pid != 0).then(|| Pid::from_raw(pid)))
+}
+
+/// close_range(2): closes every fd except these, in a child that uses nothing else of what the wrapper has open.
+pub fn close_all_but(fds: &[OwnedFd]) {
+    let mut kept: Vec<libc::c_uint> = fds.iter().map(|fd| fd.as_raw_fd() as libc::c_uint).collect();
+    kept.sort_unstable();
+    let mut first: libc::c_uint = 0;
+    for fd in kept.into_iter().map(Some).chain([None]) {
+        let last = fd.map_or(Some(libc::c_uint::MAX), |fd| fd.checked_sub(1));
+        if let Some(last) = last.filter(|last| *last >= first) {
+            // SAFETY: the owners of these numbers are never used or dropped again: the child exits without that.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+        }
+        first = fd.map_or(first, |fd| fd + 1);
+    }
+}
+
+/// prctl(2), PR_SET_NAME: the name of this process in lists of processes, of at most 15 characters.
+pub fn set_name(name: &CStr) {
+    // SAFETY: the kernel reads a string that ends with a zero byte.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
 }
 
 /// setenv(3), in a child that is about to exec. std's set_var can't be used there: std holds its lock of the

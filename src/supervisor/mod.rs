@@ -23,7 +23,7 @@ use crate::drain::signal_effect::{self, SignalEffect, Treatment};
 use crate::drain::{Drain, Drained};
 use crate::fleet::{Action, Announcement, Command, Endpoints, Event, Fleet, ReloadOptions, Target};
 use crate::ids::{Borrower, SlotId, WorkerId};
-use crate::intercept::{self, Answers, Interception, ListenChange};
+use crate::intercept::{self, Answers, Interception, ListenChange, keeper};
 use crate::kernel::procfs;
 use crate::operate::control::Control;
 use crate::operate::pidfile::PidFile;
@@ -206,6 +206,8 @@ impl Supervisor {
         self.labels.into_iter().for_each(Labels::finish);
         // Clients wait for the end of file. It comes when the process has ended, and with it every port is free.
         mem::forget(self.control);
+        drop(self.pool);
+        keeper::leave(self.interceptions.into_values());
     }
 
     fn wait_and_handle(&mut self) {

@@ -122,6 +122,22 @@ elif what == 'daemon':  # a process of the first generation accepts from the lis
 
         pid = child(daemon)
         say('daemon {}'.format(pid))
+elif what == 'outlives':  # a process that binds, unlinks and says so when the flag is lowered
+    def outlives():
+        os.setsid()
+        while os.path.exists(sys.argv[3] + '/wait'):
+            time.sleep(0.01)
+        path = sys.argv[3] + '/socket'
+        for _ in range(100):
+            with socket.socket() as s, socket.socket(socket.AF_UNIX) as u:
+                s.bind(('127.0.0.1', port + 1))
+                s.listen(8)
+                u.bind(path)
+                os.unlink(path)
+        os.rename(sys.argv[3] + '/begun', sys.argv[3] + '/done')
+
+    listen(port)
+    child(outlives)
 elif what == 'used':
     listen(port)
     failed = 0
