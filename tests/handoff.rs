@@ -447,7 +447,9 @@ fn a_long_request_right_after_an_answer_is_answered_at_a_reload_and_at_a_stop() 
         let client = move || {
             let mut stream = TcpStream::connect(addr).expect("connect");
             stream.set_read_timeout(Some(DEADLINE)).expect("set a timeout");
-            (0..20).for_each(|_| drop(ask(&mut stream)));
+            for _ in 0..20 {
+                ask(&mut stream);
+            }
             stream.write_all(b"GET /sleep/2000?id=long HTTP/1.1\r\nHost: test\r\n\r\n").expect("ask");
             answer(&mut stream)
         };

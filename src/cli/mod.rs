@@ -132,7 +132,7 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
         probe_path: args.ready.path,
         sources: Sources { env_files: args.env_file, secrets: args.secret, directory: args.chdir },
         listen: args.listen,
-        idle_rule: IdleRule { idle_after: args.idle_after.map(|after| after.0) },
+        idle_rule: IdleRule { idle_after: args.idle_after.map(|after| after.0), is_stopping: false },
         balance: args.balance,
         pidfile: args.pidfile,
         label: args.label,

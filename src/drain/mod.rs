@@ -73,6 +73,11 @@ impl Drain {
         Self { rule, seen: HashMap::new(), retired: BTreeMap::new(), diag: None, next_poll: None }
     }
 
+    /// Everything is being stopped.
+    pub fn hurry(&mut self) {
+        self.rule.is_stopping = true;
+    }
+
     /// Begins to watch a worker's connections to these addresses; call it after the switch.
     pub fn watch(
         &mut self,

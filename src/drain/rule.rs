@@ -7,42 +7,54 @@ use crate::kernel::sockdiag::{Connection, Traffic};
 /// A connection on which nothing has come yet is given so long to send its request.
 const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 /// A connection in doubt is idle when no data has moved for so long. Requests that take longer need
-/// [`IdleRule::idle_after`].
+/// [`IdleRule::idle_after`]. At a stop there is less time, and a service without requests should end soon.
 const DOUBT: Duration = Duration::from_secs(10);
+const DOUBT_AT_STOP: Duration = Duration::from_secs(3);
 /// With at most so many data segments from its client, a connection may be at its beginning: TLS (a ClientHello of one or
 /// two segments, a Finished) and the settings of HTTP/2 (a preface, an acknowledgement, windows) come before the first
 /// request or with it. What the server sends for these (session tickets, settings) goes out when the request is in already,
 /// or, of a busy server, long after. Measured: 3 for HTTP/1 over TLS 1.3, 4 to 6 for HTTP/2.
 const FIRST_SEGMENTS: u32 = 8;
-/// With at most so many, a first request may be an upload by HTTP/2: while it is under way, the server has sent fewer
-/// segments than its client. Later, fewer segments mean nothing: a client may use several for each request.
+/// With at most so many, or with segments of so many bytes on average, a first request may be an upload by HTTP/2: the server
+/// has sent fewer segments than its client, and opens windows. Otherwise fewer segments mean nothing: a client may use several
+/// small ones for each request.
 const UPLOAD_SEGMENTS: u32 = 16;
+const UPLOAD_SEGMENT_SIZE: u64 = 1000;
 
 /// The kernel counts times in ticks of 1 to 10 ms (CONFIG_HZ).
 const TICK: Duration = Duration::from_millis(10);
 
-/// What comes in so long after a connection was first seen is no part of its beginning. Some round trips are added to it.
-const BEGINNING: Duration = Duration::from_millis(500);
-const BEGINNING_ROUND_TRIPS: u32 = 4;
+/// A client that waits for an answer is silent for so long, and some round trips, only if it has had the answer.
+const PAUSE: Duration = Duration::from_millis(500);
+const PAUSE_ROUND_TRIPS: u32 = 4;
 
-/// What an earlier poll has shown of a connection.
+/// What earlier polls have shown of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seen {
-    first: Instant,
     segments_received: u32,
+    /// Since when all that came looks answered.
+    answered_since: Option<Instant>,
     /// Whether its beginning is over.
     has_begun: bool,
 }
 
 impl Seen {
-    /// Adds what this poll shows. A request that comes some time after the connection was first seen is one after the
-    /// first, or the first one long after the handshake. From then on what the server sends answers requests.
+    /// Adds what this poll shows. What comes after a pause is a new request. From then on what the server sends answers
+    /// requests: what it sends by itself at the beginning has gone out in the pause at the latest.
     pub fn update(seen: Option<Self>, connection: &Connection, now: Instant) -> Self {
-        let Traffic { segments_received, round_trip, .. } = connection.traffic;
-        let seen = seen.unwrap_or(Self { first: now, segments_received, has_begun: false });
-        let is_late = now - seen.first >= BEGINNING + round_trip * BEGINNING_ROUND_TRIPS;
-        let has_begun = seen.has_begun || is_late && segments_received > seen.segments_received;
-        Self { segments_received, has_begun, ..seen }
+        let Traffic { segments_received, segments_sent, sent_ago, received_ago, round_trip, .. } =
+            connection.traffic;
+        let seen = seen.unwrap_or(Self { segments_received, answered_since: None, has_begun: false });
+        let is_new = segments_received > seen.segments_received;
+        let pause = PAUSE + round_trip * PAUSE_ROUND_TRIPS;
+        let had_pause = seen.answered_since.is_some_and(|since| now - since >= pause);
+        let looks_answered = segments_sent > 0 && sent_ago <= received_ago && connection.unread == 0;
+        let since = seen.answered_since.filter(|_| !is_new).unwrap_or(now);
+        Self {
+            segments_received,
+            answered_since: looks_answered.then_some(since),
+            has_begun: seen.has_begun || is_new && had_pause,
+        }
     }
 }
 
@@ -52,6 +64,7 @@ impl Seen {
 pub struct IdleRule {
     /// How long no data must have moved on a connection, in either direction, if this was asked for.
     pub idle_after: Option<Duration>,
+    pub is_stopping: bool,
 }
 
 impl IdleRule {
@@ -76,18 +89,23 @@ impl IdleRule {
         if has_received && (traffic.segments_sent == 0 || traffic.received_ago < traffic.sent_ago) {
             return false;
         }
-        let is_young = traffic.segments_received <= FIRST_SEGMENTS
-            || traffic.segments_received <= UPLOAD_SEGMENTS
-                && traffic.segments_sent < traffic.segments_received;
+        let is_young = traffic.segments_received <= FIRST_SEGMENTS || may_be_upload(&traffic);
+        let doubt = if self.is_stopping { DOUBT_AT_STOP } else { DOUBT };
         let least = match has_received {
             false => FIRST_REQUEST_TIMEOUT,
             true if self.idle_after.is_some() => Duration::ZERO,
-            true if is_young && !seen.has_begun || request_may_have_followed(&traffic) => DOUBT,
+            true if is_young && !seen.has_begun || request_may_have_followed(&traffic) => doubt,
             true => Duration::ZERO,
         };
         let quiet_for = if has_received { traffic.sent_ago } else { traffic.received_ago };
         quiet_for >= least.max(self.idle_after.unwrap_or_default())
     }
+}
+
+fn may_be_upload(traffic: &Traffic) -> bool {
+    let segments = traffic.segments_received;
+    let is_large = traffic.received >= u64::from(segments) * UPLOAD_SEGMENT_SIZE;
+    traffic.segments_sent < segments && (segments <= UPLOAD_SEGMENTS || is_large)
 }
 
 /// Whether a request may have come after the last data was sent, in the same tick.
@@ -120,7 +138,7 @@ mod tests {
             unacknowledged: 0,
             bare_segments_received: 4,
             round_trip: Duration::ZERO,
-            received: segments.0.into(),
+            received: u64::from(segments.0) * 100,
         };
         let (local, peer) = ("127.0.0.1:80".parse().unwrap(), "127.0.0.1:1".parse().unwrap());
         Connection { local, peer, opening: false, inode: 1, unread: 0, traffic }
@@ -128,7 +146,7 @@ mod tests {
 
     /// By one poll.
     fn is_idle(idle_after: Option<u64>, connection: &Connection) -> bool {
-        let rule = IdleRule { idle_after: idle_after.map(Duration::from_millis) };
+        let rule = IdleRule { idle_after: idle_after.map(Duration::from_millis), is_stopping: false };
         rule.is_idle(connection, &Seen::update(None, connection, Instant::now()))
     }
 
@@ -193,6 +211,16 @@ mod tests {
     }
 
     #[test]
+    fn at_a_stop_doubt_ends_after_three_seconds() {
+        let is_idle = |sent_ago| {
+            let connection = connection((2, 2), sent_ago, sent_ago);
+            let rule = IdleRule { is_stopping: true, ..IdleRule::default() };
+            rule.is_idle(&connection, &Seen::update(None, &connection, Instant::now()))
+        };
+        assert!(!is_idle(2999) && is_idle(3000));
+    }
+
+    #[test]
     fn a_time_that_was_asked_for_holds_for_every_connection_instead_of_doubt() {
         let old = |quiet| connection((40, 40), quiet + 20, quiet);
         let young = |quiet| connection((2, 2), quiet, quiet);
@@ -205,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_is_not_in_doubt_any_more_when_a_request_comes_some_time_after_it_was_first_seen() {
+    fn a_connection_is_not_in_doubt_any_more_when_a_request_comes_after_a_pause() {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let answered = |requests| connection((requests, requests), 20, 20);
@@ -213,15 +241,28 @@ mod tests {
         let first = Seen::update(None, &answered(2), at(0));
         let soon = Seen::update(Some(first), &answered(3), at(499));
         assert!(!is_idle(&answered(3), &soon), "this may be the first request, after the handshake");
-        let quiet = Seen::update(Some(soon), &answered(3), at(900));
+        let quiet = Seen::update(Some(soon), &answered(3), at(998));
         assert!(!is_idle(&answered(3), &quiet), "nothing has come");
-        let later = Seen::update(Some(quiet), &answered(4), at(901));
+        let later = Seen::update(Some(quiet), &answered(4), at(999));
         assert!(is_idle(&answered(4), &later));
-        assert!(is_idle(&answered(4), &Seen::update(Some(later), &answered(4), at(902))));
+        assert!(is_idle(&answered(4), &Seen::update(Some(later), &answered(4), at(1000))));
         let mut slow = answered(4);
         slow.traffic.round_trip = Duration::from_millis(200);
-        let later = Seen::update(Some(quiet), &slow, at(1299));
-        assert!(!is_idle(&slow, &later), "its handshake takes longer");
+        assert!(!is_idle(&slow, &Seen::update(Some(quiet), &slow, at(1797))), "its handshake takes longer");
+
+        let hello = Seen::update(None, &connection((1, 0), 20, 40), at(0));
+        let tickets = Seen::update(Some(hello), &connection((3, 3), 20, 20), at(700));
+        assert!(!is_idle(&connection((3, 3), 20, 20), &tickets), "the server was slow, not the client");
+    }
+
+    #[test]
+    fn an_upload_is_in_doubt_however_long_it_is_and_small_requests_of_several_segments_are_not() {
+        let of_size = |bytes: u64| {
+            let mut connection = connection((100, 50), 1000, 900);
+            connection.traffic.received = 100 * bytes;
+            is_idle(None, &connection)
+        };
+        assert!(!of_size(1448) && of_size(400));
     }
 
     proptest! {

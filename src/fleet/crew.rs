@@ -193,6 +193,9 @@ impl Crew {
         if !self.is_starting(id) {
             return Vec::new();
         }
+        if let Some(worker) = self.roster.get_mut(id) {
+            worker.shown.listens_since.get_or_insert(now);
+        }
         self.timers.set_if_unset(Timer::Worker(id, WorkerTimer::Settled), now + SETTLED_AFTER);
         let concerned = if became_public { self.starting() } else { vec![id] };
         concerned.iter().for_each(|id| self.begin_probes(*id));
@@ -245,7 +248,7 @@ impl Crew {
                 self.timers.set(Timer::Worker(id, WorkerTimer::Probe), now + PROBE_PAUSE);
             }
         }
-        if has_answered && self.lack(id) == Some(Lack::Answer) {
+        if has_answered && self.lack(id, now) == Some(Lack::Answer) {
             self.probe(id); // the next one of the warm-up
         }
         has_answered
@@ -277,16 +280,16 @@ impl Crew {
     }
 
     /// What keeps a worker that starts from being ready.
-    pub(super) fn lack(&self, id: WorkerId) -> Option<Lack> {
+    pub(super) fn lack(&self, id: WorkerId, now: Instant) -> Option<Lack> {
         let worker = self.roster.get(id)?;
-        gate::lack(id, worker, &self.policy, &self.endpoints, self.slots())
+        gate::lack(id, worker, &self.policy, &self.endpoints, self.slots(), now)
     }
 
     /// Whether a worker that starts is ready by now. If it may only be about to listen elsewhere, that has an end.
     pub(super) fn passes(&mut self, id: WorkerId, now: Instant) -> bool {
-        let lack = self.lack(id);
-        if lack == Some(Lack::Moment) {
-            self.timers.set_if_unset(Timer::Worker(id, WorkerTimer::Settled), now + SETTLED_AFTER);
+        let lack = self.lack(id, now);
+        if let Some(Lack::Moment { until }) = lack {
+            self.timers.set(Timer::Worker(id, WorkerTimer::Moment), until);
         }
         self.is_starting(id) && lack.is_none()
     }
@@ -320,6 +323,21 @@ impl Crew {
             if let Some(slot) = self.slot_served_by(id) {
                 self.endpoints.require(id, slot);
             }
+        }
+    }
+
+    /// A restarted worker is ready: where it listens now, its replacement has to as well.
+    pub(super) fn require_too(&mut self, id: WorkerId) {
+        if let Some(slot) = self.slot_served_by(id) {
+            self.endpoints.require_too(id, slot);
+        }
+    }
+
+    /// A ready worker that serves has called listen(2).
+    pub(super) fn add_later(&mut self, id: WorkerId, endpoint: Endpoint, now: Instant) {
+        let since = self.roster.get(id).and_then(|worker| worker.shown.listens_since.or(worker.ready_at));
+        if let (Some(slot), Some(since)) = (self.slot_served_by(id), since) {
+            self.endpoints.add_later(slot, endpoint, now - since);
         }
     }
 

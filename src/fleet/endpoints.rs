@@ -1,9 +1,21 @@
 //! Where workers listen, and where their replacements have to. Nobody else keeps that.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use crate::address::{Address, Endpoint};
 use crate::ids::{SlotId, WorkerId};
+
+/// What the worker of a slot has shown of an endpoint, for its replacement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    /// It listened there when its generation became ready: the replacement has to.
+    Required,
+    /// It did, and has stopped since: the replacement need not.
+    Closed,
+    /// It began later, so long after it first listened anywhere: the replacement may.
+    Later(Duration),
+}
 
 #[derive(Debug, Default)]
 pub struct Endpoints {
@@ -14,9 +26,8 @@ pub struct Endpoints {
     inherited: BTreeSet<Endpoint>,
     /// Where each worker listens, and whether it has called listen(2) itself.
     of_workers: BTreeMap<WorkerId, BTreeMap<Endpoint, bool>>,
-    /// Where the worker of a slot listens, or listened when it ended, and whether it did when its generation became ready:
-    /// its replacement has to as well.
-    of_slots: BTreeMap<SlotId, BTreeMap<Endpoint, bool>>,
+    /// Where the worker of a slot listens, or listened when it ended.
+    of_slots: BTreeMap<SlotId, BTreeMap<Endpoint, Need>>,
     /// Unix sockets that several workers have listened on. Another one may be a worker's own, for processes that it
     /// starts.
     shared: BTreeSet<Endpoint>,
@@ -106,49 +117,69 @@ impl Endpoints {
 
     /// Where a worker of this slot has to listen and doesn't yet.
     pub fn missing(&self, id: WorkerId, slot: SlotId) -> Vec<Endpoint> {
-        self.lacking(id, slot, true)
+        let lacking = self.lacking(id, slot).filter(|(_, need)| *need == Need::Required);
+        lacking.map(|(endpoint, _)| endpoint.clone()).collect()
     }
 
-    /// Whether a worker of this slot doesn't listen where the last one has begun to listen later.
-    pub fn lacks_later(&self, id: WorkerId, slot: SlotId) -> bool {
-        !self.lacking(id, slot, false).is_empty()
+    /// How long after its first listener the last worker of this slot began to listen where this one doesn't, of those
+    /// endpoints where it need not.
+    pub fn lacks_later(&self, id: WorkerId, slot: SlotId) -> Option<Duration> {
+        let after = |need| match need {
+            Need::Later(after) => Some(after),
+            Need::Required | Need::Closed => None,
+        };
+        self.lacking(id, slot).filter_map(|(_, need)| after(need)).max()
     }
 
-    fn lacking(&self, id: WorkerId, slot: SlotId, required: bool) -> Vec<Endpoint> {
+    fn lacking(&self, id: WorkerId, slot: SlotId) -> impl Iterator<Item = (&Endpoint, Need)> {
         let its: BTreeSet<&Endpoint> = self.of(id).collect();
+        let is_lacking = move |endpoint: &Endpoint| self.is_public(endpoint) && !its.contains(endpoint);
         let of_slot = self.of_slots.get(&slot).into_iter().flatten();
-        let of_slot =
-            of_slot.filter(|(_, is_required)| **is_required == required).map(|(endpoint, _)| endpoint);
-        of_slot.filter(|endpoint| self.is_public(endpoint) && !its.contains(endpoint)).cloned().collect()
+        of_slot.filter(move |(endpoint, _)| is_lacking(endpoint)).map(|(endpoint, need)| (endpoint, *need))
     }
 
     /// Whether the last worker of this slot listens for clients, where there are so many slots.
     pub fn are_expected(&self, slot: SlotId, slots: usize) -> bool {
-        let mut of_slot = self.of_slots.get(&slot).into_iter().flatten().map(|(endpoint, _)| endpoint);
-        of_slot.any(|endpoint| slots == 1 || self.is_public(endpoint))
+        let mut open =
+            self.of_slots.get(&slot).into_iter().flatten().filter(|(_, need)| **need != Need::Closed);
+        open.any(|(endpoint, _)| slots == 1 || self.is_public(endpoint))
     }
 
     /// The generation of a worker that serves in this slot is ready: where it listens now its replacement has to.
     pub fn require(&mut self, id: WorkerId, slot: SlotId) {
-        self.of_slots.insert(slot, self.of(id).map(|endpoint| (endpoint.clone(), true)).collect());
+        self.of_slots.remove(&slot);
+        self.require_too(id, slot);
     }
 
-    /// The worker that serves in this slot has begun to listen, after its generation was ready.
-    pub fn add_later(&mut self, slot: SlotId, endpoint: Endpoint) {
-        self.of_slots.entry(slot).or_default().entry(endpoint).or_insert(false);
+    /// A worker that serves in this slot has been restarted: where it listens now its replacement has to as well.
+    pub fn require_too(&mut self, id: WorkerId, slot: SlotId) {
+        let its: Vec<Endpoint> = self.of(id).cloned().collect();
+        let of_slot = self.of_slots.entry(slot).or_default();
+        of_slot.extend(its.into_iter().map(|endpoint| (endpoint, Need::Required)));
+    }
+
+    /// The worker that serves in this slot has begun to listen, so long after its first listener.
+    pub fn add_later(&mut self, slot: SlotId, endpoint: Endpoint, after: Duration) {
+        let need = self.of_slots.entry(slot).or_default().entry(endpoint).or_insert(Need::Later(after));
+        if *need == Need::Closed {
+            *need = Need::Required;
+        }
     }
 
     /// The worker of this slot has ended: what it opened later is gone with it.
     pub fn forget_later(&mut self, slot: SlotId) {
         if let Some(of_slot) = self.of_slots.get_mut(&slot) {
-            of_slot.retain(|_, is_required| *is_required);
+            of_slot.retain(|_, need| !matches!(need, Need::Later(_)));
         }
     }
 
     /// The worker that serves in this slot has stopped listening: its replacement need not begin.
     pub fn waive(&mut self, slot: SlotId, endpoint: &Endpoint) {
-        if let Some(of_slot) = self.of_slots.get_mut(&slot) {
-            of_slot.remove(endpoint);
+        let Some(of_slot) = self.of_slots.get_mut(&slot) else { return };
+        match of_slot.get_mut(endpoint) {
+            Some(Need::Later(_)) => drop(of_slot.remove(endpoint)),
+            Some(need) => *need = Need::Closed,
+            None => {}
         }
     }
 
@@ -158,7 +189,8 @@ impl Endpoints {
 
     /// Where the workers of so many slots listen, or have listened, for clients: of a single one, anywhere.
     pub fn public(&self, slots: usize) -> BTreeSet<&Endpoint> {
-        let endpoints = self.of_slots.values().flatten().map(|(endpoint, _)| endpoint);
+        let open = self.of_slots.values().flatten().filter(|(_, need)| **need != Need::Closed);
+        let endpoints = open.map(|(endpoint, _)| endpoint);
         endpoints.filter(|endpoint| slots == 1 || self.is_public(endpoint)).collect()
     }
 }

@@ -2,7 +2,10 @@
 //!
 //! It has said or shown that it is ready, as `--ready` has it. And if it replaces another worker it listens on every
 //! address that the other one had when its generation became ready and still has, and on one at least if the other one
-//! listens anywhere. What the other one has opened later, a debugger's port for example, is waited for only a moment.
+//! listens anywhere. What the other one has opened later, a debugger's port for example, need not be opened: it is waited for
+//! about as long as the other one took.
+
+use std::time::{Duration, Instant};
 
 use humantime::format_duration;
 
@@ -12,6 +15,10 @@ use super::worker::Worker;
 use crate::address::Endpoint;
 use crate::ids::WorkerId;
 use crate::words::list;
+
+/// What the replaced worker has opened later is waited for twice as long as that took, within these limits.
+const LEAST_MOMENT: Duration = Duration::from_secs(1);
+const LONGEST_MOMENT: Duration = Duration::from_secs(10);
 
 /// What keeps a worker from being ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,8 +35,8 @@ pub enum Lack {
     Endpoints(Vec<Endpoint>),
     /// It hasn't answered as many requests as it has to.
     Answer,
-    /// It may be about to listen where the worker that it replaces has begun to listen later.
-    Moment,
+    /// It may be about to listen where the worker that it replaces has begun to listen later, until then.
+    Moment { until: Instant },
 }
 
 /// What a worker lacks; `None`: it is ready.
@@ -39,6 +46,7 @@ pub fn lack(
     policy: &Policy,
     endpoints: &Endpoints,
     slots: usize,
+    now: Instant,
 ) -> Option<Lack> {
     let Worker { shown, ports_may_change, .. } = worker;
     let has_listener =
@@ -64,8 +72,10 @@ pub fn lack(
     if endpoints.are_expected(worker.slot, slots) && !has_listener {
         return Some(no_listener());
     }
-    let may_listen_later = !ports_may_change && !shown.has_settled && endpoints.lacks_later(id, worker.slot);
-    may_listen_later.then_some(Lack::Moment)
+    let after = endpoints.lacks_later(id, worker.slot).filter(|_| !ports_may_change)?;
+    let until =
+        shown.listens_since.unwrap_or(worker.started) + (after * 2 + LEAST_MOMENT).min(LONGEST_MOMENT);
+    (now < until).then_some(Lack::Moment { until })
 }
 
 /// Why a worker wasn't ready in time.
@@ -93,15 +103,13 @@ pub fn describe(lack: Option<Lack>, worker: &Worker, policy: &Policy) -> String 
             list(missing)
         ),
         Some(Lack::Answer) => "it answered no request".to_owned(),
-        Some(Lack::Age | Lack::Moment) | None => "there was no time".to_owned(),
+        Some(Lack::Age | Lack::Moment { .. }) | None => "there was no time".to_owned(),
     };
     format!("{worker} was not ready within {timeout}: {lacks} (see --ready-timeout)")
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
-
     use super::*;
     use crate::address::Address;
     use crate::fleet::policy::example;
@@ -126,7 +134,7 @@ mod tests {
         }
         endpoints.require(OLD, SlotId(0));
         endpoints.add(OLD, port(3));
-        endpoints.add_later(SlotId(0), port(3));
+        endpoints.add_later(SlotId(0), port(3), Duration::from_secs(2));
         endpoints
     }
 
@@ -144,17 +152,20 @@ mod tests {
             worker.shown.is_old_enough = true;
             worker.shown.probed_at = Some(port(1));
             worker.shown.answers = 1;
-            let lack = |endpoints: &Endpoints, worker: &Worker| lack(NEW, worker, &policy, endpoints, 2);
+            let start = worker.started;
+            let lack = |endpoints: &Endpoints, worker: &Worker, after| {
+                lack(NEW, worker, &policy, endpoints, 2, start + Duration::from_secs(after))
+            };
             assert_eq!(
-                lack(&endpoints, &worker),
+                lack(&endpoints, &worker, 0),
                 Some(Lack::Endpoints(vec![port(1), port(2)])),
                 "{readiness:?}"
             );
             endpoints.add(NEW, port(1));
             endpoints.add(NEW, port(2));
-            assert_eq!(lack(&endpoints, &worker), Some(Lack::Moment));
-            worker.shown.has_settled = true;
-            assert_eq!(lack(&endpoints, &worker), None, "what was opened later doesn't count");
+            let until = start + Duration::from_secs(5);
+            assert_eq!(lack(&endpoints, &worker, 4), Some(Lack::Moment { until }));
+            assert_eq!(lack(&endpoints, &worker, 5), None, "what was opened later doesn't count");
         }
     }
 
@@ -164,12 +175,12 @@ mod tests {
         endpoints.add_worker(NEW);
         let (mut worker, policy) = (worker(), example(Readiness::Notify));
         worker.shown.says_ready = true;
-        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2), None, "it replaces nobody");
-        endpoints.add_later(SlotId(0), port(1));
-        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2), Some(Lack::Listener));
+        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2, worker.started), None, "it replaces nobody");
+        endpoints.add_later(SlotId(0), port(1), Duration::ZERO);
+        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2, worker.started), Some(Lack::Listener));
         endpoints.add(NEW, port(2));
-        worker.shown.has_settled = true;
-        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2), None);
+        let later = worker.started + LEAST_MOMENT;
+        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2, later), None);
     }
 
     #[test]
@@ -178,15 +189,15 @@ mod tests {
         endpoints.add_worker(NEW);
         let policy = Policy { warm_up: 2, ..example(Readiness::Answers { port: None }) };
         let mut worker = worker();
-        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2), Some(Lack::Listener));
+        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2, worker.started), Some(Lack::Listener));
         endpoints.add(NEW, port(1));
         worker.shown.probed_at = Some(port(1));
         for answers in 0..3 {
             worker.shown.answers = answers;
-            assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2), Some(Lack::Answer));
+            assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2, worker.started), Some(Lack::Answer));
         }
         worker.shown.answers = 3;
-        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2), None);
+        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2, worker.started), None);
     }
 
     #[test]

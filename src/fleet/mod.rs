@@ -174,9 +174,7 @@ impl Fleet {
 
     fn listens(&mut self, id: WorkerId, endpoint: Endpoint, now: Instant) {
         let may_be_ready = self.crew.listens(id, endpoint.clone(), now);
-        if let Some(slot) = self.crew.slot_served_by(id) {
-            self.crew.endpoints.add_later(slot, endpoint);
-        }
+        self.crew.add_later(id, endpoint, now);
         if self.crew.roster.state(id) == Some(State::Ready) {
             self.steer();
         }
@@ -241,6 +239,7 @@ impl Fleet {
             self.steer();
             if !is_first_start {
                 self.crew.unreserve(id);
+                self.crew.require_too(id);
             }
         }
         let slots = self.crew.slots();
@@ -260,7 +259,11 @@ impl Fleet {
         }
     }
 
+    /// While the kernel is asked to switch, that holds: [`Event::Switched`] steers.
     fn steer(&mut self) {
+        if matches!(self.phase, Phase::Switching { .. }) {
+            return;
+        }
         let plan = self.crew.plan(self.phase);
         self.crew.actions.push(Action::Steer(plan));
     }
@@ -460,6 +463,7 @@ impl Fleet {
         match timer {
             WorkerTimer::AliveLongEnough => self.shows(id, now, |shown| shown.is_old_enough = true),
             WorkerTimer::Settled => self.settled(id, now),
+            WorkerTimer::Moment => self.check(&[id], now),
             WorkerTimer::Probe => self.crew.probe(id),
             WorkerTimer::ReadyTimeout => self.late(id, now),
             WorkerTimer::DrainTimeout => {
@@ -482,7 +486,8 @@ impl Fleet {
     fn settled(&mut self, id: WorkerId, now: Instant) {
         self.shows(id, now, |shown| shown.has_settled = true);
         self.crew.begin_probes(id);
-        if let (Some(Lack::Endpoints(missing)), Some(worker)) = (self.crew.lack(id), self.crew.roster.get(id))
+        if let (Some(Lack::Endpoints(missing)), Some(worker)) =
+            (self.crew.lack(id, now), self.crew.roster.get(id))
         {
             let line = story::waits(worker, missing);
             self.crew.info(line);
@@ -492,7 +497,7 @@ impl Fleet {
     /// A worker was not ready in time.
     fn late(&mut self, id: WorkerId, now: Instant) {
         let Some(worker) = self.crew.roster.get(id) else { return };
-        let why = gate::describe(self.crew.lack(id), worker, &self.crew.policy);
+        let why = gate::describe(self.crew.lack(id, now), worker, &self.crew.policy);
         self.crew.actions.push(Action::Explain { worker: id });
         if self.phase == Phase::Starting {
             self.give_up(&why, 1, now);

@@ -128,11 +128,7 @@ impl Phase {
 
     /// Whether workers that would be abandoned may have got connections.
     pub fn has_tried(self) -> bool {
-        let is_canary = |reload: Reload| matches!(reload.rollout, Rollout::Canary { .. });
-        match self {
-            Self::Canary { reload } | Self::Switching { reload, .. } => is_canary(reload),
-            _ => false,
-        }
+        matches!(self, Self::Canary { .. } | Self::Switching { .. })
     }
 
     /// What a queued operation waits for.

@@ -21,7 +21,8 @@ impl Fleet {
             self.begin_stop(signal, Some(now), now);
             return;
         };
-        if signalled.is_some_and(|at| now - at < SAME_STOP_WITHIN) {
+        // The first signal after a stop that no signal has begun is like the first one.
+        if now - *signalled.get_or_insert(now) < SAME_STOP_WITHIN {
             return;
         }
         self.crew.warn(format!("{signal} again: killing {}", count(self.crew.roster.len(), "worker")));

@@ -18,7 +18,7 @@ pub enum Timer {
     StopEnd,
 }
 
-/// [`super::policy::Policy::timers`] sets all but `Settled` and `Probe`. `AliveLongEnough` has to be the first and `KillGrace` the
+/// [`super::policy::Policy::timers`] sets all but `Settled`, `Moment` and `Probe`. `AliveLongEnough` has to be the first and `KillGrace` the
 /// last one: see [`Timers::cancel_worker`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum WorkerTimer {
@@ -26,6 +26,8 @@ pub enum WorkerTimer {
     AliveLongEnough,
     /// It has listened somewhere for a while and isn't ready: see what it lacks.
     Settled,
+    /// It need no longer be waited for where it may be about to listen.
+    Moment,
     /// Send it the next request.
     Probe,
     ReadyTimeout,

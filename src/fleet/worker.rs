@@ -41,7 +41,9 @@ pub struct Shown {
     pub says_ready: bool,
     /// Whether it has lived long enough.
     pub is_old_enough: bool,
-    /// Whether it has listened somewhere for a while.
+    /// Since when it has listened somewhere.
+    pub listens_since: Option<Instant>,
+    /// Whether that is a while.
     pub has_settled: bool,
     /// Where it is sent requests.
     pub probed_at: Option<Endpoint>,

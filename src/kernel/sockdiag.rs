@@ -49,7 +49,7 @@ pub struct Traffic {
     /// Segments with data that were sent and received.
     pub segments_sent: u32,
     pub segments_received: u32,
-    /// Smoothed.
+    /// The shortest, without the client's delay.
     pub round_trip: Duration,
     /// Received bytes. The end of the stream counts as one (`tcp_rcv_nxt_update`, net/ipv4/tcp_input.c).
     pub received: u64,
@@ -62,7 +62,7 @@ impl Traffic {
         const LAST_DATA_RECV: usize = 52;
         const UNACKED: usize = 24;
         const LAST_ACK_RECV: usize = 56;
-        const RTT: usize = 68; // in microseconds
+        const MIN_RTT: usize = 148; // in microseconds
         const SEGS_IN: usize = 140;
         const BYTES_RECEIVED: usize = 128;
         const NOTSENT_BYTES: usize = 144;
@@ -80,7 +80,7 @@ impl Traffic {
             bare_segments_received: field(SEGS_IN).saturating_sub(field(DATA_SEGS_IN)),
             segments_sent: field(DATA_SEGS_OUT),
             segments_received: field(DATA_SEGS_IN),
-            round_trip: Duration::from_micros(field(RTT).into()),
+            round_trip: Duration::from_micros(field(MIN_RTT).into()),
             received,
         }
     }

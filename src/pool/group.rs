@@ -145,15 +145,17 @@ impl Group {
             members.get_mut(*id).map_or(Ok(()), Member::resume)?;
         }
         let sinks = all(Decision::Sink);
-        for id in &sinks {
-            members.get_mut(*id).map_or(Ok(()), Member::hold)?;
-        }
-        primary.extend(sinks); // there are no targets then
+        sinks.iter().try_for_each(|id| members.get_mut(*id).map_or(Ok(()), Member::hold))?;
+        // There are no targets then. The other sinks are its spares.
+        let known = sinks.into_iter().filter(|id| self.order.index(*id).is_some());
+        primary.extend(known.min_by_key(|id| self.order.index(*id)));
         let (primary_indices, canary_indices) = (self.order.indices(&primary), self.order.indices(&canary));
-        let last = match self.is_exact {
-            true => self.order.indices(&kept(&decisions)).last().copied(),
-            false => primary_indices.last().max(canary_indices.last()).copied(),
-        };
+        let kept = if self.is_exact { self.order.indices(&kept(&decisions)) } else { Vec::new() };
+        let last = [&primary_indices, &canary_indices, &kept]
+            .into_iter()
+            .filter_map(|all| all.last())
+            .max()
+            .copied();
         let all_indices = Targets {
             primary: primary_indices,
             canary: canary_indices,

@@ -3,9 +3,12 @@
 use std::io;
 use std::mem;
 
+use log::warn;
+
 use super::{Group, Pool, SPARE_BACKLOG};
 use crate::address::Address;
-use crate::steering::Plan;
+use crate::ids::WorkerId;
+use crate::steering::{Plan, Role};
 
 impl Pool {
     /// Has the kernel send new connections where [`crate::steering::decide`] wants them by this plan, from now on until
@@ -23,10 +26,16 @@ impl Pool {
     /// # Errors
     /// Why the kernel has refused it for some address. The last plan holds.
     pub fn switch(&mut self, plan: Plan) -> Result<(), String> {
+        let refused = |role: &Role| if *role == Role::Ready { Role::Draining } else { *role };
+        let tried: Vec<(WorkerId, Role)> = plan.roles.iter().map(|(id, role)| (*id, refused(role))).collect();
         let last = mem::replace(&mut self.plan, plan);
         let switched = self.steer_all();
         if switched.is_err() {
             self.plan = last;
+            for (worker, role) in tried {
+                // It may have got connections at an address where the kernel has switched.
+                self.plan.roles.entry(worker).or_insert(role);
+            }
             let _ = self.steer_all(); // where it is refused as well, the old program is still there
         }
         switched
@@ -46,15 +55,19 @@ impl Pool {
     pub(super) fn steer_address(&mut self, address: Address) -> io::Result<()> {
         let lacks_sink = |group: &Group| group.lacks_sink(&self.plan, &self.members);
         if self.groups.get(&address).is_some_and(lacks_sink) {
-            self.add_spare(address)?;
+            self.add_spare(address);
         }
         let Some(group) = self.groups.get_mut(&address) else { return Ok(()) };
         let spares_lacking = group.steer(&self.plan, |id| self.tracker.load(id), &mut self.members)?;
-        (0..spares_lacking).try_for_each(|_| self.add_spare(address))
+        (0..spares_lacking).for_each(|_| self.add_spare(address));
+        Ok(())
     }
 
-    fn add_spare(&mut self, address: Address) -> io::Result<()> {
-        let spare = self.add(address)?;
-        self.begin_to_listen(spare, SPARE_BACKLOG)
+    /// Without it, connections may go astray for a moment when a worker leaves.
+    fn add_spare(&mut self, address: Address) {
+        let added = self.add(address).and_then(|spare| self.begin_to_listen(spare, SPARE_BACKLOG));
+        if let Err(error) = added {
+            warn!("can't make a spare socket for {address}: {error}");
+        }
     }
 }

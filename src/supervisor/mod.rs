@@ -403,7 +403,10 @@ impl Supervisor {
     fn steer_paths(&mut self, plan: &Plan) {
         match plan.generation {
             Some(generation) => self.unix.switch(generation),
-            None => self.unix.remove_paths(),
+            None => {
+                self.drain.hurry();
+                self.unix.remove_paths();
+            }
         }
     }
 

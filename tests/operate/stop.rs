@@ -3,14 +3,15 @@
 use std::fs::{self, OpenOptions};
 use std::net::TcpListener;
 use std::os::fd::AsFd;
+use std::thread;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 
 use crate::common::{
-    DEADLINE, Folder, Process, Service, User, begin, free_address, get, naive, naive_with, redirected, run,
-    send, wait_until,
+    DEADLINE, Folder, Process, Service, User, begin, free_address, get, get_path, naive, naive_with,
+    own_network, redirected, run, send, wait_until,
 };
 use crate::find::run_as;
 
@@ -48,6 +49,23 @@ fn when_stop_returns_the_port_is_free() {
         assert_eq!(service.wait_end().code(), Some(0));
         assert_eq!(service.descendants(), [0u32; 0]);
     }
+}
+
+#[test]
+fn a_stop_of_many_workers_makes_a_spare_socket_or_two_and_not_one_for_each() {
+    own_network();
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 16", &naive_with(addr, &["--keep-alive"]));
+    let busy = thread::spawn(move || get_path(addr, "/sleep/1500?id=x"));
+    service.wait_for_output("begun x");
+    service.signal(Signal::SIGTERM);
+    wait_until("the end of the others", DEADLINE, || service.workers().len() == 1);
+    let sockets = fs::read_to_string("/proc/thread-self/net/tcp").expect("the sockets");
+    let is_listening = |line: &&str| line.split_whitespace().nth(3) == Some("0A");
+    let listeners = sockets.lines().filter(is_listening).count();
+    assert!(listeners <= 18, "{listeners} listeners");
+    busy.join().expect("the request was answered");
+    assert_eq!(service.wait_end().code(), Some(0));
 }
 
 #[test]
