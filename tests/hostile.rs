@@ -6,7 +6,7 @@ mod common;
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -436,6 +436,21 @@ fn assert_ends(command: Command, part: &str) {
 fn without_proc_reuse_run_says_so_and_exits_with_1() {
     let hide = ["unshare", "--mount", "sh", "-c", r#"mount -t tmpfs none /proc && exec "$0" "$@""#];
     assert_ends(behind(&hide, "-n 2", &naive(free_address())), "/proc");
+}
+
+#[test]
+fn with_the_proc_of_another_pid_namespace_reuse_run_says_so_and_exits_with_1() {
+    let foreign = ["unshare", "--pid", "--fork", "--kill-child"];
+    assert_ends(behind(&foreign, "-n 2", &naive(free_address())), "/proc is that of another PID namespace");
+}
+
+#[test]
+fn a_program_that_its_own_user_may_not_read_is_named_as_such() {
+    let (addr, user) = (free_address(), User::new());
+    fs::set_permissions(user.server(), fs::Permissions::from_mode(0o711)).expect("chmod");
+    let service = Service::spawn(as_user(&user, &[], "-n 2", addr));
+    service.wait_for_line("worker 1 can't be read by processes of its own user");
+    assert_eq!(service.log.count_of("start reuse-run as that user"), 0, "{}", service.log.text());
 }
 
 #[test]

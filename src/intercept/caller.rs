@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use nix::unistd::Pid;
+use nix::unistd::{self, Pid};
 
 use crate::ids::Borrower;
 use crate::kernel::procfs;
@@ -76,6 +76,11 @@ impl<'a> Caller<'a> {
         let credentials = procfs::credentials(self.tid);
         let has = credentials.is_ok_and(|its| its.effective & NET_BIND_SERVICE != 0);
         !has && procfs::program_capabilities(self.tid).is_ok_and(|of_file| of_file & NET_BIND_SERVICE != 0)
+    }
+
+    /// Whether the caller has the wrapper's user.
+    pub fn has_same_user(&self) -> bool {
+        procfs::credentials(self.tid).is_ok_and(|its| its.uids == [unistd::geteuid().as_raw(); 4])
     }
 
     /// Whether the caller may do exactly what the wrapper may do.

@@ -11,6 +11,8 @@ use crate::ids::SlotId;
 pub enum Complaint {
     /// It has changed its user, and reuse-run has no CAP_SYS_PTRACE.
     OtherUser,
+    /// The kernel keeps its memory from other processes of the same user.
+    Unreadable,
     /// It limits who may connect by what can't be set on a socket of the pool.
     LimitedSocket,
     /// It sets SO_BINDTODEVICE on a socket of the pool.
@@ -40,6 +42,10 @@ impl Complaints {
             Complaint::OtherUser => warn!(
                 "worker {slot} runs as another user and reuse-run may not read its sockets, so it can't share them \
                  (start reuse-run as that user)"
+            ),
+            Complaint::Unreadable => warn!(
+                "worker {slot} can't be read by processes of its own user, so reuse-run can't share its sockets (make its \
+                 program file readable, or start reuse-run as root)"
             ),
             Complaint::LimitedSocket => warn!(
                 "worker {slot} limits who may connect to a socket in a way that reuse-run can't repeat, so the socket \

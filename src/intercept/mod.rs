@@ -131,7 +131,9 @@ impl Interception {
                 Ok(None) => CONTINUE,
                 Err(error) => {
                     if error.kind() == io::ErrorKind::PermissionDenied {
-                        complaints.make(self.borrower.slot, Complaint::OtherUser);
+                        let why =
+                            if caller.has_same_user() { Complaint::Unreadable } else { Complaint::OtherUser };
+                        complaints.make(self.borrower.slot, why);
                     }
                     CONTINUE
                 }

@@ -81,6 +81,14 @@ pub struct Credentials {
     pub effective: u64,
 }
 
+/// Whether /proc has the numbers of this process's PID namespace (pid_namespaces(7)). Otherwise they are those of strangers.
+///
+/// # Errors
+/// If /proc isn't mounted.
+pub fn has_own_numbers() -> io::Result<bool> {
+    Ok(fs::read_link("/proc/self")?.as_os_str() == Pid::this().to_string().as_str())
+}
+
 /// The process that a thread belongs to.
 pub fn process_of(tid: Pid) -> io::Result<Pid> {
     let text = fs::read_to_string(path(tid, "status"))?;

@@ -59,6 +59,11 @@ impl Listener {
 /// Keeps every fd that this process was started with from its workers, apart from stdin, stdout and stderr.
 pub fn close_inherited_on_exec() -> io::Result<()> {
     let missing = |error: io::Error| io::Error::new(error.kind(), format!("/proc is needed: {error}"));
+    if !procfs::has_own_numbers().map_err(missing)? {
+        return Err(io::Error::other(
+            "/proc is that of another PID namespace: mount its own (unshare --mount-proc)",
+        ));
+    }
     let open = fs::read_dir("/proc/self/fd").map_err(missing)?;
     let numbers: Vec<RawFd> = open.flatten().filter_map(|fd| fd.file_name().to_str()?.parse().ok()).collect();
     numbers.into_iter().filter(|fd| *fd > 2).for_each(sys::set_close_on_exec);
