@@ -312,6 +312,15 @@ mod tests {
     }
 
     #[test]
+    fn a_word_that_json_cannot_hold_is_refused() {
+        use std::os::unix::ffi::OsStringExt;
+        let word = OsString::from_vec(b"caf\xe9.js".to_vec());
+        let words = ["reload", "--", "node"].map(OsString::from).into_iter().chain([word]);
+        let error = parse(words).unwrap_err();
+        assert!(error.contains("is not UTF-8"), "{error}");
+    }
+
+    #[test]
     fn a_command_becomes_its_request() {
         let second = Some(Duration::from_secs(1));
         let canary = How::Canary { percent: 5.0, seconds: 60.0 };

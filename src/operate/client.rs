@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::operate::find::{CommandError, Target, find};
-use crate::operate::protocol::{self, Envelope, Reply, Request};
+use crate::operate::protocol::{self, Envelope, MAX_REQUEST, Reply, Request};
 use crate::operate::replies::{NoReply, Replies};
 use crate::operate::status::{Status, WorkerStatus, span};
 use crate::output::log;
@@ -53,9 +53,14 @@ pub fn run(command: Command) -> u8 {
 
 /// Sends a request and returns what the replies are read from.
 fn send(target: Target, request: Request) -> Result<Replies, CommandError> {
+    let line = protocol::line(&Envelope { version: request.version(), request });
+    if line.len() > MAX_REQUEST {
+        let limit = MAX_REQUEST / 1024;
+        return Err(format!("the command is longer than {limit} KiB: put it into a script").into());
+    }
     let stream = target.connect()?;
     stream.set_write_timeout(Some(REPLY_TIMEOUT))?;
-    match (&stream).write_all(&protocol::line(&Envelope { version: request.version(), request })) {
+    match (&stream).write_all(&line) {
         // It is closed already. The reason may have been sent before.
         Err(error) if !matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
             Err(error.into())

@@ -35,10 +35,7 @@ impl Supervisor {
             Request::Brief => return self.reply(id, &Reply::Status(Box::new(self.status(false)))),
             Request::Stop { wait } => (Ok(Command::Stop), wait),
             Request::Reload { how, ports_may_change, command, wait } => {
-                let rollout = how.map(rollout).transpose();
-                let command = command.and_then(program).map(|program| self.environments.command_id(program));
-                let options = rollout.map(|rollout| ReloadOptions { rollout, ports_may_change, command });
-                (options.map(Command::Reload), wait)
+                (self.reload_options(how, ports_may_change, command).map(Command::Reload), wait)
             }
             Request::Abort => (Ok(Command::Abort), false),
             Request::Scale { to, wait } => (Ok(Command::Scale(target(to))), wait),
@@ -47,6 +44,18 @@ impl Supervisor {
             Ok(command) => self.command(id, command, wait),
             Err(why) => self.reply(id, &failed(why)),
         }
+    }
+
+    fn reload_options(
+        &mut self,
+        how: Option<How>,
+        ports_may_change: bool,
+        command: Option<Vec<String>>,
+    ) -> Result<ReloadOptions, String> {
+        let rollout = how.map(rollout).transpose()?;
+        let program = command.map(program).transpose()?;
+        let command = program.map(|program| self.environments.command_id(program));
+        Ok(ReloadOptions { rollout, ports_may_change, command })
     }
 
     fn command(&mut self, id: ClientId, command: Command, wait: bool) {
@@ -227,9 +236,10 @@ impl Supervisor {
     }
 }
 
-fn program(words: Vec<String>) -> Option<Program> {
+fn program(words: Vec<String>) -> Result<Program, String> {
     let mut words = words.into_iter().map(OsString::from);
-    Some(Program { command: words.next()?, args: words.collect() })
+    let command = words.next().ok_or("the command to run has no words")?;
+    Ok(Program { command, args: words.collect() })
 }
 
 fn rollout(how: How) -> Result<Rollout, String> {

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use crate::common::load::{self, LoadOptions};
 use crate::common::{
     DEADLINE, Folder, Service, app, free_address, get_path, naive, node_app, own_network, reload_under_load,
-    reuse_run_with, turn,
+    reuse_run_with, run_words, turn,
 };
 use crate::{value_in, variable};
 
@@ -145,6 +145,22 @@ fn a_node_behind_a_script_that_is_found_by_path_of_the_env_file_has_its_channel(
     let options = format!("-n 1 --ready notify --ready-timeout 20s --env-file {file}");
     let mut service = Service::run_ready(&options, &["serve-it"]);
     assert!(variable(service.workers()[0], "NODE_CHANNEL_FD").is_some());
+    service.stop();
+}
+
+#[test]
+fn a_node_that_a_reload_brings_has_its_channel_and_what_comes_after_it_has_none() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let ready = folder.write_with("serve", "#!/bin/sh\necho >&$READY_FD; exec \"$@\"\n", 0o755);
+    let other = [vec![ready], naive(addr)].concat();
+    let mut service = Service::run_ready("-n 2 --ready notify", &other);
+    let has_channel = |generation| value_in(&service, generation, "NODE_CHANNEL_FD").is_some();
+    assert!(!has_channel(1));
+    for (generation, command) in [(2, node(addr, &[])), (3, other)] {
+        let words = format!("reload {} -- {}", service.pid(), command.join(" "));
+        run_words(&words).assert_done(&format!("2 workers of generation {generation} serve"));
+        assert_eq!(has_channel(generation), generation == 2);
+    }
     service.stop();
 }
 

@@ -6,6 +6,7 @@ use std::net::TcpStream;
 
 use nix::sys::signal::Signal;
 
+use super::protocol::{rest, say};
 use crate::common::load::{Load, LoadOptions};
 use crate::common::{
     DEADLINE, Folder, Outcome, Service, answered_more, begin, free_address, get, naive, run, send, status,
@@ -83,6 +84,19 @@ fn a_command_that_serves_stays_and_one_that_does_not_leaves_the_old_one() {
     assert_all_run(&service, &first);
     answered_more(&load);
     load.stop().assert_nothing_failed();
+    service.stop();
+}
+
+#[test]
+fn a_command_that_is_too_long_to_be_sent_or_that_has_no_words_changes_nothing() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 2", &naive(addr));
+    let long = ["echo".to_owned(), "x".repeat(100_000)];
+    to(&service, "", &long).assert_failed(&["the command is longer than 64 KiB"]);
+    let request = br#"{"version": 2, "request": {"reload": {"how": null, "command": [], "wait": true}}}"#;
+    let answer = rest(say(&service, &[request, &b"\n"[..]].concat()));
+    assert!(answer.contains("the command to run has no words"), "{answer}");
+    assert_all_run(&service, &naive(addr));
     service.stop();
 }
 

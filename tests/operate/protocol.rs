@@ -23,7 +23,7 @@ fn control(service: &Service) -> UnixStream {
 }
 
 /// All that comes until the connection ends, with or without an error.
-fn rest(mut stream: UnixStream) -> String {
+pub fn rest(mut stream: UnixStream) -> String {
     let mut bytes = Vec::new();
     match stream.read_to_end(&mut bytes) {
         Err(error) if error.kind() == ErrorKind::WouldBlock => panic!("the connection is not closed"),
@@ -32,7 +32,7 @@ fn rest(mut stream: UnixStream) -> String {
 }
 
 /// A client that has sent this.
-fn say(service: &Service, bytes: &[u8]) -> UnixStream {
+pub fn say(service: &Service, bytes: &[u8]) -> UnixStream {
     let mut stream = control(service);
     // reuse-run closes the connection in the middle of what is too long.
     let _ = stream.write_all(bytes);
