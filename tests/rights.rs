@@ -3,13 +3,19 @@
 
 mod common;
 
+use std::fs;
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::net::UnixListener;
 use std::process::Command;
 use std::time::Duration;
 
 use common::load::LoadOptions;
-use common::{Service, User, arguments, behind, get, get_path, own_network, python, reload_under_load};
+use common::{
+    Folder, Service, User, arguments, behind, get, get_path, own_network, python, reload_under_load,
+    reuse_run_with,
+};
 
 /// A server on port 20000 of a new network namespace whose socket has these options.
 fn limited(options: &str) -> (SocketAddr, Vec<String>) {
@@ -139,6 +145,75 @@ fn the_largest_time_to_live_that_is_asked_for_while_a_socket_is_held_stays() {
     let error = TcpStream::connect_timeout(&addr, Duration::from_millis(500)).expect_err("no answer");
     assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
     service.stop();
+}
+
+// Users and namespaces.
+
+#[test]
+fn in_a_user_namespace_of_its_own_a_worker_gets_no_privileged_port_and_removes_no_file() {
+    own_network();
+    let folder = Folder::new();
+    let [listener, new] = ["listener", "new"].map(|name| folder.path(name));
+    let _listener = UnixListener::bind(&listener).expect("bind a path");
+    chown(&folder.0, Some(54321), Some(54321)).expect("chown");
+    fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o755)).expect("chmod");
+    let words = ["namespace", "unlink", &listener, "path", &new, "then", "81"];
+    let mut service = Service::run("-n 1", &python("limits.py", &words));
+    assert_eq!(service.wait_end().code(), Some(1), "{}", service.log.text());
+    let lines: Vec<String> = service.out.all().into_iter().map(|line| line.text).collect();
+    assert_eq!(lines, ["unlink EACCES", "path EACCES", "then EACCES"], "{}", service.log.text());
+    assert!(fs::exists(&listener).expect("a folder"));
+}
+
+/// The users of the sockets that listen on a port (proc_net(5)).
+fn owners(service: &Service, port: u16) -> Vec<String> {
+    const LISTEN: &str = "0A";
+    let table = fs::read_to_string(format!("/proc/{}/net/tcp", service.pid())).expect("a table");
+    let rows = table.lines().map(|row| row.split_whitespace().collect::<Vec<_>>());
+    let of_port = rows.filter(|row| row[1].ends_with(&format!(":{port:04X}")) && row[3] == LISTEN);
+    of_port.map(|row| row[7].to_owned()).collect()
+}
+
+#[test]
+fn the_sockets_of_a_worker_that_became_another_user_belong_to_that_user() {
+    let (addr, command) = limited("user 54321");
+    let mut service = Service::spawn_ready(reuse_run_with("-n 2", &command));
+    assert_eq!(owners(&service, addr.port()), ["54321", "54321"]);
+    reload_under_load(&service, LoadOptions::new(addr, 4), 3);
+    let owners = owners(&service, addr.port());
+    assert!(owners.len() >= 4 && owners.iter().all(|owner| owner == "54321"), "{owners:?}");
+    let status = fs::read_to_string(format!("/proc/{}/status", service.pid())).expect("its status");
+    assert!(status.contains("Uid:\t0\t0\t0\t0\n"), "{status}");
+    service.stop();
+}
+
+#[test]
+fn a_worker_without_root_binds_a_privileged_port_if_it_has_the_capability() {
+    for (caps, expected) in [("+net_bind_service", true), ("-all", false)] {
+        own_network();
+        let ambient = if expected { "--ambient-caps=+net_bind_service" } else { "--ambient-caps=-all" };
+        let user = User::new();
+        let inh = format!("--inh-caps={caps}");
+        let server = user.server();
+        let command = [
+            "setpriv",
+            "--reuid=54321",
+            "--clear-groups",
+            &inh,
+            ambient,
+            &server,
+            "--listen",
+            "127.0.0.1:81",
+        ];
+        let mut service = Service::run("-n 2", &command);
+        if expected {
+            service.wait_until_ready();
+            assert_eq!(owners(&service, 81), ["54321", "54321"]);
+            service.stop();
+        } else {
+            assert_eq!(service.wait_end().code(), Some(libc::EACCES));
+        }
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The thread that waits for the answer to its system call: what it may do, and how the wrapper reaches it.
 //!
 //! The wrapper acts for a thread only where the kernel would have let the thread do the same, by its user, groups,
-//! capabilities, namespaces and mounts. It can't see the rules of Landlock and of other security modules.
+//! capabilities, namespaces, mounts and the profile of its security module. It can't see the rules of Landlock.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -11,6 +11,7 @@ use nix::unistd::{self, Pid};
 use crate::ids::Borrower;
 use crate::kernel::procfs;
 use crate::kernel::sys;
+use crate::pool::Owner;
 
 /// The capability that ports below 1024 need (capabilities(7)).
 const NET_BIND_SERVICE: u64 = 1 << 10;
@@ -54,20 +55,24 @@ impl<'a> Caller<'a> {
         sys::seccomp_notif_addfd(self.notify_fd, self.id, socket, fd, close_on_exec)
     }
 
-    /// Whether the caller itself could bind a TCP port of the wrapper's network: it is in the same network
-    /// namespace and hasn't given up a right that the port needs.
+    /// Whether the caller itself could bind a TCP port of the wrapper's network: it is in the same network namespace, under
+    /// the same security profile, and hasn't given up a right that the port needs. In a user namespace of its own it has no
+    /// right to the ports of this one, whatever capabilities it shows.
     pub fn may_bind(&self, port: u16) -> bool {
-        let wrapper = Pid::this();
-        let namespaces = (procfs::network_namespace(self.tid), procfs::network_namespace(wrapper));
-        if !matches!(namespaces, (Ok(its), Ok(ours)) if its == ours) {
-            return false;
-        }
-        port >= procfs::first_unprivileged_port()
-            || matches!(
-                (procfs::credentials(self.tid), procfs::credentials(wrapper)),
-                (Ok(its), Ok(ours)) if its.uids == ours.uids
-                    && its.effective & NET_BIND_SERVICE == ours.effective & NET_BIND_SERVICE
-            )
+        let has_right = || {
+            let has = |pid| procfs::credentials(pid).is_ok_and(|it| it.effective & NET_BIND_SERVICE != 0);
+            procfs::same_namespace(self.tid, "user") && (has(self.tid) || !has(Pid::this()))
+        };
+        procfs::same_namespace(self.tid, "net")
+            && procfs::same_profile(self.tid)
+            && (port >= procfs::first_unprivileged_port() || has_right())
+    }
+
+    /// Who owns what the caller makes.
+    pub fn owner(&self) -> Option<Owner> {
+        const FILE_SYSTEM: usize = 3;
+        let its = procfs::credentials(self.tid).ok()?;
+        Some(Owner { uid: its.uids[FILE_SYSTEM], gid: *its.gids.get(FILE_SYSTEM)? })
     }
 
     /// Whether the caller's program file has the capability for ports below 1024, but not the caller: with no_new_privs
@@ -87,5 +92,7 @@ impl<'a> Caller<'a> {
     pub fn has_same_rights(&self) -> bool {
         let credentials = (procfs::credentials(self.tid), procfs::credentials(Pid::this()));
         matches!(credentials, (Ok(its), Ok(ours)) if its == ours)
+            && procfs::same_namespace(self.tid, "user")
+            && procfs::same_profile(self.tid)
     }
 }

@@ -122,8 +122,9 @@ fn understand(caller: &Caller, own: OwnSocket, sockaddr: &[u8], noted: Options) 
         return Err(NotOurs::Limited);
     }
     let address = Address::new(address.socket, address.v6only, device);
+    let owner = caller.owner().ok_or(NotOurs::Other)?;
     let (nonblocking, shares) = (flags & libc::O_NONBLOCK != 0, noted.shares);
-    let request = BindRequest { address, nonblocking, shares, min_ttl };
+    let request = BindRequest { address, nonblocking, shares, min_ttl, owner };
     Ok(Bind { duplicate, close_on_exec: flags & libc::O_CLOEXEC != 0, request })
 }
 

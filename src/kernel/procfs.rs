@@ -214,7 +214,7 @@ pub fn inode(fd: BorrowedFd) -> io::Result<u64> {
 /// # Errors
 /// When /proc doesn't show the process, or belongs to another PID namespace.
 pub fn shares_namespaces(pid: Pid) -> io::Result<bool> {
-    if fs::read_link("/proc/self")?.as_os_str() != Pid::this().to_string().as_str() {
+    if !has_own_numbers()? {
         return Err(io::ErrorKind::InvalidData.into());
     }
     let depth = |pid: Pid| Ok::<_, io::Error>(parse_depth(&fs::read_to_string(path(pid, "status"))?));
@@ -235,10 +235,22 @@ fn parse_depth(status: &str) -> Option<usize> {
     Some(field(status, "NSpid:")?.split_whitespace().count())
 }
 
-/// Identifies a thread's network namespace: device and inode number of its file (namespaces(7)).
-pub fn network_namespace(tid: Pid) -> io::Result<(u64, u64)> {
-    let metadata = fs::metadata(path(tid, "ns/net"))?;
-    Ok((metadata.dev(), metadata.ino()))
+/// Whether a thread is in this process's namespace of a kind: "net", "user" and so on (namespaces(7)). Not if it can't be
+/// read.
+pub fn same_namespace(tid: Pid, kind: &str) -> bool {
+    let namespace = |pid| {
+        let metadata = fs::metadata(path(pid, &format!("ns/{kind}")));
+        metadata.map(|metadata| (metadata.dev(), metadata.ino())).ok()
+    };
+    let its = namespace(tid);
+    its.is_some() && its == namespace(Pid::this())
+}
+
+/// Whether a thread runs under the same profile of AppArmor, or context of SELinux or Smack, as this process, as far as the
+/// system has any (proc_pid_attr(5)).
+pub fn same_profile(tid: Pid) -> bool {
+    let profile = |pid| fs::read_to_string(path(pid, "attr/current")).unwrap_or_default();
+    profile(tid) == profile(Pid::this())
 }
 
 /// A process and its descendants, except those behind a process that has ended: these have another parent

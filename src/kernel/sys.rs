@@ -331,6 +331,22 @@ pub fn owned_fd(fd: c_int) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
+/// setfsuid(2) and setfsgid(2): makes something that belongs to another user and group, if this process may do that.
+/// What a change of these ids resets, it puts back: whether the process can be dumped (PR_SET_DUMPABLE(2const)), and the
+/// signal that it gets when its parent dies (PR_SET_PDEATHSIG(2const)).
+pub fn with_fsids<T>(uid: u32, gid: u32, make: impl FnOnce() -> T) -> T {
+    let death_signal = nix::sys::prctl::get_pdeathsig();
+    let is_dumpable = nix::sys::prctl::get_dumpable();
+    // SAFETY: both take a number and return the old one. They concern this thread, the only one.
+    let (old_gid, old_uid) = unsafe { (libc::setfsgid(gid), libc::setfsuid(uid)) };
+    let made = make();
+    // SAFETY: as above.
+    unsafe { (libc::setfsuid(old_uid as libc::uid_t), libc::setfsgid(old_gid as libc::gid_t)) };
+    let _ = is_dumpable.and_then(nix::sys::prctl::set_dumpable);
+    let _ = death_signal.and_then(nix::sys::prctl::set_pdeathsig);
+    made
+}
+
 /// fork(2). Returns `None` in the child, which may use any safe code, since the wrapper has one thread.
 pub fn fork() -> io::Result<Option<Pid>> {
     // SAFETY: this process has one thread, so its child isn't limited to async-signal-safe functions.
@@ -390,4 +406,30 @@ pub fn sender(info: &libc::siginfo_t) -> Option<Pid> {
     const SI_KERNEL: c_int = 0x80; // asm-generic/siginfo.h
     // SAFETY: si_pid reads a field that the kernel has set, or zero, for any signal that kill(2) can send.
     (info.si_code != SI_KERNEL).then(|| Pid::from_raw(unsafe { info.si_pid() }))
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::prctl;
+    use nix::sys::stat::fstat;
+    use socket2::{Domain, Socket, Type};
+
+    use super::*;
+
+    /// As root; for others nothing changes.
+    #[test]
+    fn what_is_made_with_other_fsids_belongs_to_them_and_nothing_else_changes() {
+        prctl::set_pdeathsig(Signal::SIGUSR1).unwrap();
+        let owner_of_new = || {
+            let file = fstat(Socket::new(Domain::IPV4, Type::STREAM, None).unwrap()).unwrap();
+            (file.st_uid, file.st_gid)
+        };
+        let its = with_fsids(54321, 54322, owner_of_new);
+        let ours = owner_of_new();
+        assert_eq!(its, if nix::unistd::geteuid().is_root() { (54321, 54322) } else { ours });
+        assert_eq!(ours.0, nix::unistd::geteuid().as_raw());
+        assert_eq!(prctl::get_pdeathsig(), Ok(Some(Signal::SIGUSR1)));
+        assert_eq!(prctl::get_dumpable(), Ok(true));
+        prctl::set_pdeathsig(None).unwrap();
+    }
 }

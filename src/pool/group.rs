@@ -13,7 +13,7 @@ use crate::ids::{Borrower, MemberId};
 use crate::kernel::sockdiag::Listener;
 use crate::kernel::sys;
 use crate::pool::foreign::{self, ForeignMembers};
-use crate::pool::member::{Holder, Member, Members};
+use crate::pool::member::{Holder, Member, Members, Owner};
 use crate::steering::load::{Load, least_loaded};
 use crate::steering::order::Order;
 use crate::steering::program::{Aim, MAX_AIMS, Targets, program};
@@ -22,6 +22,8 @@ use crate::steering::{self, Decision, Plan, Role};
 #[derive(Debug)]
 pub struct Group {
     address: Address,
+    /// Of the first worker that has bound it.
+    pub owner: Owner,
     /// Our members, also those that don't listen yet.
     ids: BTreeSet<MemberId>,
     foreign: ForeignMembers,
@@ -45,9 +47,10 @@ enum AimedAt {
 }
 
 impl Group {
-    pub fn new(address: Address, is_exact: bool) -> Self {
+    pub fn new(address: Address, owner: Owner, is_exact: bool) -> Self {
         Self {
             address,
+            owner,
             ids: BTreeSet::new(),
             foreign: ForeignMembers::default(),
             order: Order::default(),
@@ -113,8 +116,8 @@ impl Group {
     /// Takes the foreign listeners that overlap with the address. Those that are in the group are never
     /// targets; each of them is reported once.
     pub fn update_foreign(&mut self, found: Vec<Listener>, new_id: impl FnMut() -> MemberId) {
-        let uid = nix::unistd::geteuid().as_raw();
-        let in_group = |listener: &Listener| listener.address == self.address && listener.uid == uid;
+        let in_group =
+            |listener: &Listener| listener.address == self.address && listener.uid == self.owner.uid;
         let changes = self.foreign.update(found.into_iter().filter(in_group), new_id, Instant::now());
         self.order.leave(&changes.left);
         for (id, listener) in changes.joined {

@@ -15,7 +15,7 @@ use super::{Pool, foreign};
 use crate::address::Address;
 use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
 use crate::kernel::procfs;
-use crate::pool::member::{BindRequest, Holder, MinTtl, Overlap};
+use crate::pool::member::{BindRequest, Holder, MinTtl, Overlap, Owner};
 
 /// After so many binds, the sockets that a worker has closed are taken back if it has as many.
 const TAKE_BACK_EVERY: usize = 64;
@@ -39,7 +39,7 @@ impl Pool {
     /// # Errors
     /// What bind(2) or listen(2) says.
     pub fn give(&mut self, borrower: Borrower, address: Address) -> io::Result<OwnedFd> {
-        let id = self.spare_or_new(borrower, address)?;
+        let id = self.spare_or_new(borrower, address, Owner::this_process())?;
         let listens = match self.members[id].listening {
             true => self.members[id].socket.listen(GIVEN_BACKLOG), // its queue may have been short
             false => self.begin_to_listen(id, GIVEN_BACKLOG),
@@ -72,7 +72,7 @@ impl Pool {
         let id = match self.members.lent_again(borrower, request) {
             Ok(Some(id)) => id,
             Ok(None) if self.has_too_many(borrower) => return Err(io::ErrorKind::QuotaExceeded.into()),
-            Ok(None) => self.spare_or_new(borrower, request.address)?,
+            Ok(None) => self.spare_or_new(borrower, request.address, request.owner)?,
             Err(Overlap(id)) => {
                 self.warn_of_given(borrower, id, request.address);
                 return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
@@ -124,7 +124,7 @@ impl Pool {
 
     /// # Errors
     /// EADDRINUSE if a foreign listener is in the way, and what bind(2) says.
-    fn spare_or_new(&mut self, borrower: Borrower, address: Address) -> io::Result<MemberId> {
+    fn spare_or_new(&mut self, borrower: Borrower, address: Address, owner: Owner) -> io::Result<MemberId> {
         let spares = self.groups.get(&address).map(|group| group.spares(borrower, &self.members));
         for id in spares.unwrap_or_default() {
             if self.is_left_open(id) {
@@ -147,7 +147,7 @@ impl Pool {
             }
             return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
         }
-        self.add(address)
+        self.add(address, owner)
     }
 
     /// Whether a process that an ended worker left behind has the socket open, and may accept connections from it. Such a

@@ -7,7 +7,7 @@ use std::ops::Index;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getegid, geteuid};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::address::Address;
@@ -24,6 +24,21 @@ pub struct BindRequest {
     /// Whether SO_REUSEPORT was set, so that the worker may bind the address several times.
     pub shares: bool,
     pub min_ttl: MinTtl,
+    pub owner: Owner,
+}
+
+/// The user and group that a socket is made for: its packets belong to them (`meta skuid` of nft(8)), and all sockets of a
+/// reuseport group have one user.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner {
+    pub uid: u32,
+    pub gid: u32,
+}
+
+impl Owner {
+    pub fn this_process() -> Self {
+        Self { uid: geteuid().as_raw(), gid: getegid().as_raw() }
+    }
 }
 
 /// IP_MINTTL (ip(7)) and IPV6_MINHOPCOUNT: packets that came a longer way are dropped. 0 is any way.
@@ -87,13 +102,15 @@ pub struct Member {
 }
 
 impl Member {
-    /// A new socket that is bound to `address`.
+    /// A new socket that is bound to `address`, and belongs to `owner` if this process may give it away.
     ///
     /// # Errors
     /// Those of socket(2), setsockopt(2) and bind(2).
-    fn bind(address: Address) -> io::Result<Self> {
+    fn bind(address: Address, owner: Owner) -> io::Result<Self> {
         let domain = if address.socket.is_ipv6() { Domain::IPV6 } else { Domain::IPV4 };
-        let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+        let new = || Socket::new(domain, Type::STREAM, Some(Protocol::TCP));
+        let socket =
+            if owner == Owner::this_process() { new() } else { sys::with_fsids(owner.uid, owner.gid, new) }?;
         socket.set_reuse_address(true)?;
         socket.set_reuse_port(true)?;
         if address.socket.is_ipv6() {
@@ -283,8 +300,8 @@ impl Members {
     ///
     /// # Errors
     /// Those of socket(2), setsockopt(2) and bind(2).
-    pub fn bind(&mut self, address: Address) -> io::Result<MemberId> {
-        let member = Member::bind(address)?;
+    pub fn bind(&mut self, address: Address, owner: Owner) -> io::Result<MemberId> {
+        let member = Member::bind(address, owner)?;
         let id = self.new_id();
         self.ids.insert(member.inode, id);
         self.by_id.insert(id, member);

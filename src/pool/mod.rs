@@ -37,7 +37,7 @@ use nix::unistd::Pid;
 
 use self::closed::ClosedListeners;
 use self::group::Group;
-pub use self::member::{BindRequest, MinTtl};
+pub use self::member::{BindRequest, MinTtl, Owner};
 use self::member::{Holder, Member, Members};
 pub use self::reach::Reach;
 use self::unserved::Unserved;
@@ -121,7 +121,7 @@ impl Pool {
         if let Some(listener) = self.foreign_listener(address) {
             return Err(error(format!("it is in use, {}", foreign::describe(&listener))));
         }
-        let Err(cause) = self.add(address) else { return Ok(()) };
+        let Err(cause) = self.add(address, Owner::this_process()) else { return Ok(()) };
         let first_port = procfs::first_unprivileged_port();
         Err(error(match cause.kind() {
             io::ErrorKind::PermissionDenied if address.socket.port() < first_port => {
@@ -159,10 +159,11 @@ impl Pool {
         }
     }
 
-    /// Makes a new socket and binds it.
-    fn add(&mut self, address: Address) -> io::Result<MemberId> {
-        let id = self.members.bind(address)?;
-        self.groups.entry(address).or_insert_with(|| Group::new(address, self.is_exact)).add(id);
+    /// Makes a new socket and binds it. If it is not the first one of its address, it belongs to the owner of the others.
+    fn add(&mut self, address: Address, owner: Owner) -> io::Result<MemberId> {
+        let owner = self.groups.get(&address).map_or(owner, |group| group.owner);
+        let id = self.members.bind(address, owner)?;
+        self.groups.entry(address).or_insert_with(|| Group::new(address, owner, self.is_exact)).add(id);
         Ok(id)
     }
 

@@ -8,6 +8,7 @@ use log::warn;
 use super::{Group, Pool, SPARE_BACKLOG};
 use crate::address::Address;
 use crate::ids::WorkerId;
+use crate::pool::Owner;
 use crate::steering::{Plan, Role};
 
 impl Pool {
@@ -65,7 +66,9 @@ impl Pool {
 
     /// Without it, connections may go astray for a moment when a worker leaves.
     fn add_spare(&mut self, address: Address) {
-        let added = self.add(address).and_then(|spare| self.begin_to_listen(spare, SPARE_BACKLOG));
+        let added = self
+            .add(address, Owner::this_process())
+            .and_then(|spare| self.begin_to_listen(spare, SPARE_BACKLOG));
         if let Err(error) = added {
             warn!("can't make a spare socket for {address}: {error}");
         }

@@ -1,5 +1,7 @@
 """Serves the port of the last argument, on a socket with the options of the arguments before it: `device NAME`, `index N`,
-`filter`, `key`, `min-ttl N`, `mark N`, before bind; `then` stands for bind, `after` for listen. `user N` becomes that user."""
+`filter`, `key`, `min-ttl N`, `mark N`, before bind; `then` stands for bind, `after` for listen. `user N` becomes that user,
+`namespace` enters a user namespace, `unlink PATH` and `path PATH` remove and bind a Unix socket."""
+import ctypes
 import errno
 import os
 import socket
@@ -30,7 +32,6 @@ def listen():
 
 def drop_everything():
     """A filter that lets no packet in."""
-    import ctypes
     code = ctypes.create_string_buffer(struct.pack('=HBBI', 6, 0, 0, 0))
     program = struct.pack('=HxxxxxxQ', 1, ctypes.addressof(code))
     s.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
@@ -56,6 +57,15 @@ for word in words:
             os.setgroups([])
             os.setresgid(user, user, user)
             os.setresuid(user, user, user)
+        elif word == 'namespace':  # a user namespace of its own, in which it has all capabilities
+            if ctypes.CDLL(None, use_errno=True).unshare(0x10000000) != 0:
+                raise OSError(ctypes.get_errno(), 'unshare')
+        elif word == 'unlink':
+            os.unlink(next(words))
+            print('unlinked', flush=True)
+        elif word == 'path':
+            socket.socket(socket.AF_UNIX).bind(next(words))
+            print('bound', flush=True)
         elif word == 'then':
             bind()
         elif word == 'after':
