@@ -486,7 +486,7 @@ impl Pair {
             r#"[ "$REUSE_RUN_SLOT" = 0 ] && set -- "$@" {option} || set -- "$@" --ignore-int; exec "$0" "$@""#
         );
         let command = ["sh", "-c", &text, &server(), "--listen", &addr.to_string(), "--keep-alive"];
-        let service = Service::run_ready("-n 2 --drain 1h --stop-timeout 1h", &command);
+        let service = Service::run_ready("-n 2 --idle-after 0s --drain 1h --stop-timeout 1h", &command);
         Self { service, addr, reloads: 0 }
     }
 
@@ -533,7 +533,7 @@ fn a_worker_that_handles_the_signal_keeps_its_idle_connections() {
     let _turn = turn();
     let addr = free_address();
     let command = naive_with(addr, &["--keep-alive", "--ignore-int"]);
-    let service = Service::run_ready("-n 2 --drain 1h --stop-timeout 1h", &command);
+    let service = Service::run_ready("-n 2 --idle-after 0s --drain 1h --stop-timeout 1h", &command);
     let mut kept = [0, 1].map(|slot| Kept::of_slot(slot, addr));
     service.signal(Signal::SIGUSR2);
     wait_until("both signals", DEADLINE, || service.out.count_of("ignored SIGINT") == 2);

@@ -114,10 +114,14 @@ fn may_be_upload(traffic: &Traffic) -> bool {
 /// has followed if the last data isn't acknowledged yet, or if an acknowledgement came later: where nothing follows, it comes
 /// after 40 ms (tcp(7), delayed acknowledgements). A client that acknowledges each answer at once shows neither; it is known
 /// by having sent many segments without data.
+///
+/// For two ticks it isn't asked: with clients that never pause there is always such a connection, and the worker would never
+/// be drained.
 fn request_may_have_followed(traffic: &Traffic) -> bool {
     let is_same_tick = traffic.received_ago < traffic.sent_ago + TICK;
     let is_acknowledged = traffic.unacknowledged == 0 && traffic.acknowledged_ago + TICK > traffic.sent_ago;
-    is_same_tick && is_acknowledged && traffic.bare_segments_received * 2 < traffic.segments_sent
+    let is_silent = traffic.sent_ago >= TICK * 2;
+    is_silent && is_same_tick && is_acknowledged && traffic.bare_segments_received * 2 < traffic.segments_sent
 }
 
 #[cfg(test)]
@@ -187,6 +191,9 @@ mod tests {
         assert!(after(1012, 1, 4), "the answer isn't acknowledged, as it is sent");
         assert!(after(1012, 0, 20), "this client acknowledges each answer at once");
         assert!(!is_idle(None, &connection((3, 3), 20, 20)), "a young one is in doubt all the same");
+        let mut recent = connection((22, 21), 16, 16);
+        recent.traffic.acknowledged_ago = Duration::from_millis(16);
+        assert!(is_idle(None, &recent), "clients without a pause are always in this state");
     }
 
     /// Measured on Linux 6.18 with Node, Python and curl.
