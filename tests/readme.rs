@@ -26,11 +26,16 @@ const CONTAINERS: &str = "docs/containers.md";
 const KUBERNETES: &str = "docs/kubernetes.md";
 const SYSTEMD: &str = "docs/systemd.md";
 const SIGNAL_HANDLER: &str = "docs/signal-handler.md";
-/// The default of --stop-timeout, in seconds.
-const STOP_TIMEOUT: u64 = 30;
 
 fn page(path: &str) -> String {
     fs::read_to_string(here(path)).expect("a page")
+}
+
+/// What a page's command says by --stop-within, in seconds.
+fn stop_within(command: &Value) -> u64 {
+    let words = words(command);
+    let at = words.iter().position(|word| *word == "--stop-within").expect("--stop-within");
+    words[at + 1].trim_end_matches('s').parse().expect("seconds")
 }
 
 fn here(path: &str) -> PathBuf {
@@ -169,7 +174,7 @@ fn docker_compose_accepts_the_service_and_it_reloads_its_configuration_in_place(
     assert_eq!(service["cap_drop"], json!(["ALL"]));
     assert_eq!(service["security_opt"], json!(["no-new-privileges:true"]));
     let grace = service["stop_grace_period"].as_str().expect("a duration").trim_end_matches('s');
-    assert!(grace.parse::<u64>().expect("seconds") > STOP_TIMEOUT);
+    assert!(grace.parse::<u64>().expect("seconds") > stop_within(&service["entrypoint"]));
 
     let config = ConfigMap::new("GREETING=hello\n", 0o640);
     let bundle = with_app(Identity::Bare, "docker.json").bind(&config.folder.path(""), "/config");
@@ -190,7 +195,7 @@ fn kubernetes_accepts_the_deployment_whose_probes_pass_and_whose_config_map_is_r
     let container = &pod["containers"][0];
     let number = |value: &Value| value.as_u64().expect("a number");
     let before_stop = number(&container["lifecycle"]["preStop"]["sleep"]["seconds"]);
-    assert!(number(&pod["terminationGracePeriodSeconds"]) > before_stop + STOP_TIMEOUT);
+    assert!(number(&pod["terminationGracePeriodSeconds"]) > before_stop + stop_within(&container["command"]));
     assert_eq!(pod["securityContext"]["seccompProfile"], json!({"type": "RuntimeDefault"}));
     let rights = json!({
         "allowPrivilegeEscalation": false,
@@ -338,7 +343,7 @@ fn reload_and_status_print_what_the_readme_shows() {
     let (app, file) =
         (fs::read_to_string(here("tests/readme/app.js")).expect("the app"), folder.path("app.js"));
     fs::write(&file, &app).expect("write the app");
-    let mut service = Service::run_ready("-n 2", &["node", &file]);
+    let mut service = Service::run_ready(&format!("-n 2 -C {}", folder.path("")), &["node", "app.js"]);
     let pid = service.pid().to_string();
     let lines = |command: &str| {
         let output = reuse_run().args([command, &pid]).output().expect("run reuse-run");
