@@ -241,9 +241,9 @@ impl Crew {
         let Some(Worker { shown, .. }) = self.roster.get_mut(id) else { return false };
         let has_answered = outcome.is_ok();
         match outcome {
-            Ok(()) => (shown.answers, shown.failures) = (shown.answers + 1, 0),
+            Ok(()) => shown.answers += 1,
             Err(why) => {
-                (shown.answers, shown.failures) = (0, shown.failures + 1);
+                shown.answers = 0;
                 shown.last_failure = Some(why);
                 self.timers.set(Timer::Worker(id, WorkerTimer::Probe), now + PROBE_PAUSE);
             }

@@ -70,7 +70,7 @@ pub enum Event {
     Tick,
 }
 
-/// Names a command line that workers can run; whoever gives it knows which.
+/// Stands for a command that workers can run. The fleet doesn't need to know which.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CommandId(pub u32);
 

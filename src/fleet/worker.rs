@@ -49,9 +49,10 @@ pub struct Shown {
     pub probed_at: Option<Endpoint>,
     /// How many of these it has answered since the last failure.
     pub answers: u32,
-    /// How many it has failed to answer since the last answer, and the last failure.
-    pub failures: u32,
+    /// The last failure before it was ready.
     pub last_failure: Option<String>,
+    /// How many it has failed to answer in a row since it was ready.
+    pub failures: u32,
 }
 
 impl Worker {

@@ -161,30 +161,41 @@ impl SockDiag {
     /// The inode numbers of the sockets that wait for a connection to this port of their own address, of both families.
     pub fn connecting(&mut self, port: u16) -> io::Result<Vec<u64>> {
         let mut inodes = Vec::new();
-        for (family, mut socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
-            socket_id.destination_port = port;
-            let (extensions, states) = (ExtensionFlags::empty(), StateFlags::SYN_SENT);
-            let request = InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id };
-            self.dump(request, |response| {
+        self.dump_both(
+            StateFlags::SYN_SENT,
+            |id| id.destination_port = port,
+            |response| {
                 let SocketId { source_address, destination_address, .. } = response.header.socket_id;
                 if source_address == destination_address {
                     inodes.push(response.header.inode.into());
                 }
-            })?;
-        }
+            },
+        )?;
         Ok(inodes)
     }
 
     /// All sockets that listen on `port`, or on any port if it is 0, of both families.
     pub fn listeners(&mut self, port: u16) -> io::Result<Vec<Listener>> {
         let mut listeners = Vec::new();
-        for (family, mut socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
-            socket_id.source_port = port;
-            let (extensions, states) = (ExtensionFlags::empty(), StateFlags::LISTEN);
-            let request = InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id };
-            self.dump(request, |response| listeners.push(listener(response)))?;
-        }
+        let each = |response: &InetResponse| listeners.push(listener(response));
+        self.dump_both(StateFlags::LISTEN, |id| id.source_port = port, each)?;
         Ok(listeners)
+    }
+
+    /// The sockets of both families in these states, of the port that `choose` sets.
+    fn dump_both(
+        &mut self,
+        states: StateFlags,
+        choose: impl Fn(&mut SocketId),
+        mut each: impl FnMut(&InetResponse),
+    ) -> io::Result<()> {
+        for (family, mut socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
+            choose(&mut socket_id);
+            let (extensions, states) = (ExtensionFlags::empty(), states.clone());
+            let request = InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id };
+            self.dump(request, &mut each)?;
+        }
+        Ok(())
     }
 
     fn dump(&mut self, request: InetRequest, mut each: impl FnMut(&InetResponse)) -> io::Result<()> {

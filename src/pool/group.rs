@@ -188,7 +188,7 @@ impl Group {
         for id in all(Decision::Hold) {
             members.get_mut(id).map_or(Ok(()), Member::hold)?;
         }
-        let leaving = decisions.iter().filter(|(_, role, _)| is_leaving(*role)).count();
+        let leaving = decisions.iter().filter(|(_, role, _)| role.is_leaving()).count();
         Ok(self.order.spares_lacking(last, leaving))
     }
 
@@ -243,8 +243,11 @@ impl Group {
 
     /// Whether the group needs a member that nobody borrows, to send new connections to.
     pub fn lacks_sink(&self, plan: &Plan, members: &Members) -> bool {
+        if !plan.roles.values().any(|role| role.is_leaving()) {
+            return false; // as nearly always
+        }
         let decisions = self.decisions(plan, members);
-        decisions.iter().any(|(_, role, _)| is_leaving(*role))
+        decisions.iter().any(|(_, role, _)| role.is_leaving())
             && !decisions.iter().any(|(_, _, decision)| matches!(decision, Decision::Target | Decision::Sink))
     }
 
@@ -279,10 +282,6 @@ impl Group {
 
 /// The members that somebody borrows, or will, and that don't leave.
 fn kept(decisions: &[(MemberId, Role, Decision)]) -> BTreeSet<MemberId> {
-    let kept = decisions.iter().filter(|(_, role, _)| *role != Role::Free && !is_leaving(*role));
+    let kept = decisions.iter().filter(|(_, role, _)| *role != Role::Free && !role.is_leaving());
     kept.map(|(id, ..)| *id).collect()
-}
-
-fn is_leaving(role: Role) -> bool {
-    matches!(role, Role::Draining | Role::Leaving)
 }

@@ -141,7 +141,7 @@ impl Probes {
         let request = self.request();
         let attempt = self.tries.get_mut(&worker)?;
         let advanced = match attempt.stage {
-            // If the kernel may have repeated the SYN by now, it is unknown to whom it went.
+            // By now the kernel may have repeated the SYN, and another worker may have got it.
             Stage::Opening(_) if attempt.deadline() <= now => Ok(Some(End::TimedOut)),
             Stage::Opening(reach) => attempt.is_open().and_then(|is_open| {
                 if !is_open {

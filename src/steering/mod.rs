@@ -32,6 +32,13 @@ pub enum Role {
     Free,
 }
 
+impl Role {
+    /// Whether its worker gets no more connections.
+    pub fn is_leaving(self) -> bool {
+        matches!(self, Self::Draining | Self::Leaving)
+    }
+}
+
 /// Which workers get new connections: the fleet makes the plan, the pool carries it out.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Plan {
@@ -75,7 +82,7 @@ pub fn decide(roles: &[Role]) -> Vec<Decision> {
     let any = |role| roles.contains(&role);
     let is_served = any(Role::Ready) || any(Role::Canary);
     let is_awaited = any(Role::Reserved);
-    let is_left = any(Role::Draining) || any(Role::Leaving);
+    let is_left = roles.iter().any(|role| role.is_leaving());
     let decide = |role: &Role| match role {
         Role::Canary if any(Role::Ready) => Decision::Canary,
         Role::Ready | Role::Canary => Decision::Target,

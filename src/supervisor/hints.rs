@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 
-use log::info;
+use log::Level;
 use nix::unistd::Pid;
 
 use super::{Process, Supervisor};
@@ -21,7 +21,7 @@ impl Supervisor {
         let workers = self.fleet.crew().slots();
         let program = self.environments.program(generation);
         if let Some(hint) = program.and_then(|program| of_program(program, workers)) {
-            self.hint(hint);
+            self.say(Level::Info, hint);
         }
     }
 
@@ -31,7 +31,7 @@ impl Supervisor {
         let Some(program) = self.environments.program(*generation) else { return };
         let addresses = self.fleet.crew().addresses(worker);
         if let Some(hint) = of_delay(program, self.fleet.policy().readiness, *pid, &addresses) {
-            self.hint(&format!("worker (pid {pid}): {hint}"));
+            self.say(Level::Info, &format!("worker (pid {pid}): {hint}"));
         }
     }
 
@@ -43,15 +43,7 @@ impl Supervisor {
         };
         let Some(environment) = self.environments.known(*generation) else { return };
         if let Some(hint) = of_early_end(environment, self.fleet.policy().readiness) {
-            self.hint(&format!("worker (pid {pid}): {hint}"));
-        }
-    }
-
-    /// For the log, and for the user who waits for a command.
-    fn hint(&mut self, line: &str) {
-        info!("{line}");
-        if let Some(control) = &mut self.control {
-            control.broadcast_step(line);
+            self.say(Level::Info, &format!("worker (pid {pid}): {hint}"));
         }
     }
 }

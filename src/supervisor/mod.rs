@@ -377,13 +377,11 @@ impl Supervisor {
                 Action::Explain { worker } => self.explain_delay(worker),
                 Action::FindForeignListeners => self.pool.find_foreign_listeners(),
                 Action::Unreserve { slot, generation } => self.pool.unreserve(slot, generation),
-                Action::Log { level, line } => {
-                    log!(level, "{line}");
-                    if let Some(control) = self.control.as_mut().filter(|_| level <= log::Level::Info) {
-                        control.broadcast_step(&line);
-                    }
-                }
+                Action::Log { level, line } => self.say(level, &line),
                 Action::Announce(announcement) => {
+                    if let Announcement::Stopping { .. } = announcement {
+                        self.drain.hurry();
+                    }
                     if let (Announcement::Ready { .. }, Some(pidfile)) = (&announcement, &mut self.pidfile) {
                         pidfile.write();
                     }
@@ -400,13 +398,18 @@ impl Supervisor {
         self.actions.extend(self.fleet.handle(event, Instant::now()));
     }
 
+    /// Logs a line, and shows it to the users who wait for a command.
+    fn say(&mut self, level: log::Level, line: &str) {
+        log!(level, "{line}");
+        if let Some(control) = self.control.as_mut().filter(|_| level <= log::Level::Info) {
+            control.broadcast_step(line);
+        }
+    }
+
     fn steer_paths(&mut self, plan: &Plan) {
         match plan.generation {
             Some(generation) => self.unix.switch(generation),
-            None => {
-                self.drain.hurry();
-                self.unix.remove_paths();
-            }
+            None => self.unix.remove_paths(),
         }
     }
 

@@ -7,7 +7,7 @@ use std::process::Command;
 use super::program::python;
 use super::service::Service;
 
-/// A user of whom no other process is.
+/// A user that has no other process.
 pub const STRANGER: &str = "54322";
 
 /// The name of a control socket.
