@@ -10,7 +10,7 @@ use std::path::Path;
 use common::load::{Load, LoadOptions};
 use common::{
     DEADLINE, Folder, Outcome, Service, answered_more, children, free_address, inline, node_app, own_network,
-    python, run, send, server, turn, wait_until,
+    python, run, send, server, turn, wait_until, workers_where,
 };
 use nix::sys::signal::Signal;
 
@@ -48,6 +48,14 @@ impl Deployed {
 
 fn filled(version: &str, addr: SocketAddr) -> String {
     version.replace("SERVER", &server()).replace("ADDR", &addr.to_string())
+}
+
+/// What workers open from now on follows their first listeners by more than a second.
+fn wait_until_settled(service: &Service) {
+    wait_until("a second", DEADLINE, || {
+        workers_where(service, |worker| worker["seconds"].as_f64().is_some_and(|seconds| seconds > 1.0)).len()
+            == 2
+    });
 }
 
 const SERVES: &str = "exec SERVER --listen ADDR";
@@ -109,6 +117,7 @@ fn a_port_that_a_worker_opened_later_or_has_closed_since_is_not_asked_of_its_rep
     let port = addr.port().to_string();
     let mut service = Service::run_ready("-n 2 --ready-timeout 5s", &python("opens_later.py", &[&port]));
     for signal in [Signal::SIGUSR1, Signal::SIGALRM] {
+        wait_until_settled(&service);
         service.signal(signal);
         let text = if signal == Signal::SIGUSR1 { "opened" } else { "closed" };
         wait_until(text, DEADLINE, || service.out.count_of(text) >= 2);
@@ -118,6 +127,7 @@ fn a_port_that_a_worker_opened_later_or_has_closed_since_is_not_asked_of_its_rep
             service.wait_for_line("is ready, a replacement");
         }
         run(&service, "reload").assert_done("2 workers of generation");
+        wait_until_settled(&service);
         service.signal(Signal::SIGUSR1);
         wait_until("opened again", DEADLINE, || service.out.count_of("opened") >= 4);
     }
@@ -129,6 +139,7 @@ fn the_debugger_of_node_is_not_asked_of_a_replacement() {
     let _turn = turn();
     own_network();
     let mut service = Service::run_ready("-n 2 --ready-timeout 5s", &["node", &node_app("express/app.js")]);
+    wait_until_settled(&service);
     service.signal(Signal::SIGUSR1);
     wait_until("the debugger", DEADLINE, || TcpStream::connect("127.0.0.1:9229").is_ok());
     run(&service, "reload").assert_done("2 workers of generation 2");

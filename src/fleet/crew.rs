@@ -333,11 +333,16 @@ impl Crew {
         }
     }
 
-    /// A ready worker that serves has called listen(2).
+    /// A ready worker that serves has called listen(2). What follows its first listener closely belongs to that: which of
+    /// several workers is ready last doesn't decide what is required.
     pub(super) fn add_later(&mut self, id: WorkerId, endpoint: Endpoint, now: Instant) {
         let since = self.roster.get(id).and_then(|worker| worker.shown.listens_since.or(worker.ready_at));
         if let (Some(slot), Some(since)) = (self.slot_served_by(id), since) {
-            self.endpoints.add_later(slot, endpoint, now - since);
+            if now - since < SETTLED_AFTER {
+                self.endpoints.require_too(id, slot);
+            } else {
+                self.endpoints.add_later(slot, endpoint, now - since);
+            }
         }
     }
 

@@ -497,7 +497,12 @@ impl Fleet {
     /// A worker was not ready in time.
     fn late(&mut self, id: WorkerId, now: Instant) {
         let Some(worker) = self.crew.roster.get(id) else { return };
-        let why = gate::describe(self.crew.lack(id, now), worker, &self.crew.policy);
+        let lack = self.crew.lack(id, now);
+        if let Some(Lack::Moment { .. }) = lack {
+            self.ready(id, now); // it need not do what is waited for
+            return;
+        }
+        let why = gate::describe(lack, worker, &self.crew.policy);
         self.crew.actions.push(Action::Explain { worker: id });
         if self.phase == Phase::Starting {
             self.give_up(&why, 1, now);

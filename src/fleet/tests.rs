@@ -779,16 +779,34 @@ fn a_replacement_that_says_ready_or_lives_long_enough_gets_no_connection_before_
 }
 
 #[test]
-fn what_a_worker_opens_after_its_generation_is_ready_is_waited_for_only_a_second() {
+fn what_a_worker_opens_within_a_second_of_its_first_listener_is_required() {
+    let mut world = World::new(policy(Readiness::Listen));
+    for port in [1, 2] {
+        for worker in world.ids() {
+            world.event(Event::Listens { worker, endpoint: address(port) });
+        }
+        world.pass(Duration::from_millis(999));
+    }
+    world.command(reload());
+    for worker in world.ids().split_off(3) {
+        world.event(Event::Listens { worker, endpoint: address(1) });
+    }
+    world.pass(Duration::from_secs(60));
+    assert_eq!((world.steered_to(), &world.reloads[..]), (vec![(0, 1), (1, 1), (2, 1)], &[false][..]));
+    assert!(world.said("does not listen on 127.0.0.1:2"), "{:?}", world.log);
+}
+
+#[test]
+fn what_a_worker_opens_a_second_after_its_first_listener_or_later_is_waited_for_and_not_required() {
     let mut world = World::new(Policy { workers: 1, ..policy(Readiness::Listen) });
     let old = world.ids()[0];
-    for port in [1, 2] {
-        world.event(Event::Listens { worker: old, endpoint: address(port) });
-    }
+    world.event(Event::Listens { worker: old, endpoint: address(1) });
+    world.pass(Duration::from_secs(1));
+    world.event(Event::Listens { worker: old, endpoint: address(2) });
     world.command(reload());
     let new = world.ids()[1];
     world.event(Event::Listens { worker: new, endpoint: address(1) });
-    world.pass(Duration::from_millis(999));
+    world.pass(Duration::from_millis(2999));
     assert_eq!(world.steered_to(), [(0, 1)], "it may be about to listen on port 2");
     world.pass(Duration::from_millis(1));
     assert_eq!(world.steered_to(), [(0, 2)]);
@@ -797,6 +815,21 @@ fn what_a_worker_opens_after_its_generation_is_ready_is_waited_for_only_a_second
     let restarted = *world.ids().last().unwrap();
     world.event(Event::Listens { worker: restarted, endpoint: address(1) });
     assert_eq!(world.steered_to(), [(0, 2)], "its predecessor's debugger is gone");
+}
+
+#[test]
+fn a_port_that_need_not_be_opened_makes_no_worker_late() {
+    let ready_timeout = Duration::from_secs(2);
+    let mut world = World::new(Policy { workers: 1, ready_timeout, ..policy(Readiness::Listen) });
+    let old = world.ids()[0];
+    world.event(Event::Listens { worker: old, endpoint: address(1) });
+    world.pass(Duration::from_secs(5));
+    world.event(Event::Listens { worker: old, endpoint: address(2) });
+    world.command(reload());
+    let new = world.ids()[1];
+    world.event(Event::Listens { worker: new, endpoint: address(1) });
+    world.pass(ready_timeout);
+    assert_eq!(world.steered_to(), [(0, 2)], "{:?}", world.log);
 }
 
 #[test]
