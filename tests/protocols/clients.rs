@@ -96,6 +96,16 @@ impl Clients {
         assert!(answered.is_some(), "no {count} answers within {DEADLINE:?}");
     }
 
+    /// Waits for an answer that says `word`.
+    #[track_caller]
+    pub fn wait_for_answer(&self, word: &str) {
+        let says = |line: &str| line.starts_with("ok") && line.contains(word);
+        assert!(
+            self.lines.wait_for(0, DEADLINE, says).is_some(),
+            "no answer says {word:?} within {DEADLINE:?}"
+        );
+    }
+
     /// Lets each client finish its last request. Returns what all have printed.
     #[track_caller]
     pub fn end(&mut self) -> Vec<Line> {
