@@ -78,6 +78,7 @@
 //! | what systemd is told; the PID file | `operate/systemd`; `operate/pidfile` |
 //! | labels before lines; how stdout and stderr are written; the log's form; lines that come once a second | `output/labels`; `output/sink`; `output/log`; `output/seldom` |
 //! | a system call (the only unsafe code); a file of /proc; a query to sock_diag | `kernel/sys`; `kernel/procfs`; `kernel/sockdiag` |
+//! | duplicates of workers' sockets | `kernel/duplicate` |
 //!
 //! # The ways through the rooms
 //!

@@ -309,6 +309,19 @@ fn a_listener_that_a_daemon_of_an_ended_worker_has_open_is_set_aside_until_the_d
 }
 
 #[test]
+fn what_left_the_process_group_of_a_worker_is_killed_with_it() {
+    let (_, command) = resources("leaves", &[]);
+    let mut service = Service::run_ready("-n 1 --stop-timeout 100ms", &command);
+    wait_until("both have left", DEADLINE, || service.out.count_of("left") == 2);
+    service.reload();
+    wait_until("both have left", DEADLINE, || service.out.count_of("left") == 4);
+    wait_until("the first three are gone", DEADLINE, || service.descendants().len() == 3);
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.wait_end().code(), Some(1), "{}", service.log.text());
+    wait_until("all are gone", DEADLINE, || service.descendants().is_empty());
+}
+
+#[test]
 fn what_outlives_reuse_run_can_bind_and_unlink() {
     let folder = Folder::new();
     folder.raise("wait");

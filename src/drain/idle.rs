@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use socket2::SockRef;
 
+use crate::kernel::duplicate::Duplicate;
 use crate::kernel::procfs::{self, Life};
 use crate::kernel::sockdiag::Traffic;
 use crate::kernel::sys;
@@ -30,21 +31,20 @@ pub type Idle = (Pid, Vec<OpenConnection>);
 
 impl OpenConnection {
     /// A duplicate, if this process may have it and the connection is open still.
-    fn duplicate(&self, pidfd: &OwnedFd) -> Option<OwnedFd> {
-        let duplicate = sys::pidfd_getfd(pidfd.as_fd(), self.fd).ok()?;
-        procfs::inode(duplicate.as_fd()).is_ok_and(|inode| inode == self.inode).then_some(duplicate)
+    fn duplicate(&self, pidfd: &OwnedFd, tid: Pid) -> Option<Duplicate> {
+        Duplicate::of(pidfd.as_fd(), tid, self.fd, self.inode)
     }
 
     /// Whether something has come since it was found idle, if this process can know.
-    fn has_new_data(&self, duplicate: &OwnedFd) -> bool {
+    fn has_new_data(&self, duplicate: &Duplicate) -> bool {
         sys::tcp_info(duplicate.as_fd()).is_ok_and(|info| Traffic::parse(&info).received != self.received)
     }
 
     /// Closes it, unless something has come. Returns whether nothing has.
-    fn close(&self, duplicate: &OwnedFd) -> bool {
+    fn close(&self, duplicate: &Duplicate) -> bool {
         let is_idle = !self.has_new_data(duplicate);
         if is_idle {
-            let _ = SockRef::from(duplicate).shutdown(Shutdown::Both); // an error means that the client has closed it
+            let _ = SockRef::from(&duplicate.as_fd()).shutdown(Shutdown::Both); // an error means that the client has closed it
         }
         is_idle
     }
@@ -54,7 +54,8 @@ impl OpenConnection {
 pub fn have_new_data(idle: &[Idle]) -> bool {
     let has_new_data = |(pid, connections): &Idle| {
         let Ok(pidfd) = sys::pidfd_open(pid.as_raw(), 0) else { return false };
-        let has_new_data = |it: &OpenConnection| it.duplicate(&pidfd).is_some_and(|fd| it.has_new_data(&fd));
+        let has_new_data =
+            |it: &OpenConnection| it.duplicate(&pidfd, *pid).is_some_and(|fd| it.has_new_data(&fd));
         connections.iter().any(has_new_data)
     };
     idle.iter().any(has_new_data)
@@ -66,7 +67,7 @@ pub fn close(idle: &[Idle]) -> bool {
     for (pid, connections) in idle {
         let Ok(pidfd) = sys::pidfd_open(pid.as_raw(), 0) else { continue };
         for connection in connections {
-            all &= connection.duplicate(&pidfd).is_none_or(|duplicate| connection.close(&duplicate));
+            all &= connection.duplicate(&pidfd, *pid).is_none_or(|duplicate| connection.close(&duplicate));
         }
     }
     all
@@ -104,7 +105,7 @@ fn close_of_killed(pid: Pid, connections: &[OpenConnection], deadline: Instant) 
             if Instant::now() > deadline {
                 return;
             }
-            if let Some(duplicate) = connection.duplicate(&pidfd) {
+            if let Some(duplicate) = connection.duplicate(&pidfd, tid) {
                 has_files = true;
                 connection.close(&duplicate);
             }

@@ -1,7 +1,7 @@
 //! `bind` to a TCP port: the worker gets a socket of the pool in the place of its own.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use log::debug;
 
@@ -10,6 +10,7 @@ use crate::intercept::Known;
 use crate::intercept::caller::{Caller, OwnSocket};
 use crate::intercept::complaints::Complaint;
 use crate::intercept::options::{self, Options};
+use crate::kernel::duplicate::Duplicate;
 use crate::kernel::procfs;
 use crate::kernel::sys::{self, NotifResponse};
 use crate::pool::{BindRequest, MinTtl, Pool};
@@ -87,7 +88,7 @@ pub fn bind(
 struct Bind {
     /// A duplicate of the caller's socket. `None` where pidfd_getfd(2) is refused: the socket is then taken
     /// for one that has no other options than those that were noted.
-    duplicate: Option<OwnedFd>,
+    duplicate: Option<Duplicate>,
     close_on_exec: bool,
     request: BindRequest,
 }
@@ -110,14 +111,14 @@ fn understand(caller: &Caller, own: OwnSocket, sockaddr: &[u8], noted: Options) 
         return Err(NotOurs::Other);
     }
     let flags = procfs::fd_flags(caller.tid, own.fd).map_err(|_| NotOurs::Other)?;
-    let process = procfs::process_of(caller.tid).and_then(|pid| sys::pidfd_open(pid.as_raw(), 0));
-    let duplicate = process.and_then(|process| sys::pidfd_getfd(process.as_fd(), own.fd)).ok();
+    let process = procfs::process_of(caller.tid).and_then(|pid| sys::pidfd_open(pid.as_raw(), 0)).ok();
+    let duplicate = process.and_then(|it| Duplicate::of(it.as_fd(), caller.tid, own.fd, own.inode));
     let limits = duplicate.as_ref().map_or(Ok((noted.device, noted.min_ttl)), |duplicate| {
         let socket = duplicate.as_fd();
         Ok((sys::bound_device(socket)?, MinTtl::of(socket, address.socket.is_ipv6())?))
     });
     let (device, min_ttl) = limits.map_err(|_: io::Error| NotOurs::Other)?;
-    let has_filter = |duplicate: &OwnedFd| sys::has_filter(duplicate.as_fd()).unwrap_or(true);
+    let has_filter = |duplicate: &Duplicate| sys::has_filter(duplicate.as_fd()).unwrap_or(true);
     if noted.limits_peers || duplicate.as_ref().is_some_and(has_filter) {
         return Err(NotOurs::Limited);
     }
@@ -138,8 +139,8 @@ fn is_tcp_of_family(protocol: &str, address: &Address) -> bool {
 }
 
 /// Whether a socket has a port already, because it is connected or was bound without the wrapper.
-fn has_port(socket: &OwnedFd) -> bool {
-    let address = socket2::SockRef::from(socket).local_addr();
+fn has_port(socket: &impl AsFd) -> bool {
+    let address = socket2::SockRef::from(&socket.as_fd()).local_addr();
     address.is_ok_and(|address| address.as_socket().is_some_and(|address| address.port() != 0))
 }
 
@@ -163,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_socket_has_a_port_once_it_is_bound() {
-        assert!(!has_port(&Socket::new(Domain::IPV4, Type::STREAM, None).unwrap().into()));
-        assert!(has_port(&TcpListener::bind("127.0.0.1:0").unwrap().into()));
+        assert!(!has_port(&Socket::new(Domain::IPV4, Type::STREAM, None).unwrap()));
+        assert!(has_port(&TcpListener::bind("127.0.0.1:0").unwrap()));
     }
 }

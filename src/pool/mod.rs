@@ -44,6 +44,7 @@ use self::unserved::Unserved;
 use self::watcher::{Interest, Watcher};
 use crate::address::Address;
 use crate::ids::{Borrower, MemberId, WorkerId};
+use crate::kernel::duplicate::close_without_waiting;
 use crate::kernel::procfs;
 use crate::kernel::sockdiag::Listener;
 use crate::output::seldom::Seldom;
@@ -274,6 +275,7 @@ impl Pool {
         if let Some(member) = self.members.remove(id) {
             self.watcher.forget(id, member.socket.as_fd());
             self.tracker.forget(id);
+            close_without_waiting(member.socket.as_fd()); // a worker may have made a connection of it
             if let Some(group) = self.groups.get_mut(&member.address) {
                 group.remove(id);
             }

@@ -371,7 +371,7 @@ impl Supervisor {
                 Action::SignalBehindShells { worker } => {
                     self.send_stop_signal(self.pid(worker).into_iter().flat_map(procfs::children_of_shells));
                 }
-                Action::Kill { worker } => self.pid(worker).into_iter().for_each(worker::kill_group),
+                Action::Kill { worker } => self.pid(worker).into_iter().for_each(worker::kill_tree),
                 Action::Release { worker, successor } => self.pool.release(worker, successor),
                 Action::ResetQueue { slot, generation } => self.pool.reset_reserved(slot, generation),
                 Action::Explain { worker } => self.explain_delay(worker),
@@ -465,7 +465,7 @@ impl Supervisor {
                 None => Ok(()),
             });
         if let Err(error) = watched {
-            worker::kill_group(pid);
+            worker::kill_tree(pid);
             return Err(StartError { why: format!("can't watch it: {error}"), status: 1 });
         }
         debug!("worker {slot} (pid {pid}, generation {generation}) started");

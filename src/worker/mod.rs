@@ -6,6 +6,7 @@ mod fds;
 mod program;
 pub mod ready;
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
@@ -21,7 +22,7 @@ use nix::unistd::Pid;
 use crate::address::Endpoint;
 use crate::fleet::End;
 use crate::ids::SlotId;
-use crate::kernel::sys;
+use crate::kernel::{procfs, sys};
 use crate::worker::child::{NotPrepared, Preparation, ReportSocket};
 use crate::worker::environment::{Environment, Given};
 use crate::worker::ready::{NodeChannel, NotifySocket, ReadyPipe};
@@ -222,6 +223,23 @@ pub fn reap(leads_group: impl Fn(Pid) -> bool) -> Option<Reaped> {
 pub fn signal(pid: Pid, signal: c_int) {
     // It may be dead and not yet reaped, which is no error.
     let _ = sys::kill(pid.as_raw(), signal);
+}
+
+/// Sends SIGKILL to the worker, to its descendants also if they left its process group, and to everything that it started
+/// and that stayed in its group. A daemon, which has left the group and whose parent has ended, is left alone.
+pub fn kill_tree(pid: Pid) {
+    const MAX_PASSES: usize = 16;
+    let mut found = BTreeSet::new();
+    for _ in 0..MAX_PASSES {
+        let new: Vec<Pid> = procfs::tree(pid).into_iter().filter(|pid| found.insert(*pid)).collect();
+        // A stopped process starts no other one meanwhile.
+        new.iter().for_each(|pid| signal(*pid, libc::SIGSTOP));
+        if new.is_empty() {
+            break;
+        }
+    }
+    found.into_iter().for_each(|pid| signal(pid, libc::SIGKILL));
+    kill_group(pid);
 }
 
 /// Sends SIGKILL to the worker and to everything that it started and that stayed in its process group.

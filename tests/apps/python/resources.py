@@ -138,6 +138,18 @@ elif what == 'outlives':  # a process that binds, unlinks and says so when the f
 
     listen(port)
     child(outlives)
+elif what == 'leaves':  # a child and a grandchild leave the process group; all ignore the stop signal
+    def leave(more):
+        os.setsid()
+        say('left')
+        if more:
+            child(lambda: leave(False))
+        while True:
+            time.sleep(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    child(lambda: leave(True))
+    listen(port)
 elif what == 'used':
     listen(port)
     failed = 0
