@@ -54,7 +54,7 @@ install_node_packages() {
 
 # Installs the Python packages that $2 lists into the folder $1, unless they are there.
 install_python_packages() {
-  if [[ ! $1/requirements.txt -nt $2 ]]; then
+  if ! cmp -s "$2" "$1/requirements.txt"; then
     python3 -m pip install -q --disable-pip-version-check --root-user-action ignore --no-deps \
       --upgrade --target "$1" --requirement "$2"
     cp "$2" "$1/requirements.txt"
