@@ -351,19 +351,6 @@ fn servers_that_shut_their_listeners_down_at_once_are_replaced_again_and_again()
 }
 
 #[test]
-fn a_warm_up_is_that_many_more_requests_to_each_worker() {
-    let addr = free_address();
-    let mut healthy = Healthy::run("-n 3 --ready /healthz --warm-up 20", &[&addr.to_string()]);
-    for generation in 1..=2 {
-        assert_eq!(healthy.asked(0, generation, "200").into_values().collect::<Vec<_>>(), [21, 21, 21]);
-        if generation == 1 {
-            run(&healthy.service, "reload").assert_done("3 workers of generation 2");
-        }
-    }
-    healthy.service.stop();
-}
-
-#[test]
 fn workers_that_start_beside_others_are_asked_as_well() {
     let addr = free_address();
     let mut healthy = Healthy::run("-n 1 --ready /healthz", &[&addr.to_string()]);

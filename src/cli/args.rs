@@ -45,10 +45,6 @@ pub struct RunArgs {
     #[argh(option, default = "READY", arg_name = "listen|notify|duration|path")]
     pub ready: Ready,
 
-    /// how many more such requests a worker answers before it is ready, with --ready /path (default 0)
-    #[argh(option, default = "0", arg_name = "count")]
-    pub warm_up: u32,
-
     /// time that a worker has to become ready; after that its start has failed (default 60s)
     #[argh(option, default = "Period(Duration::from_secs(60))", arg_name = "duration")]
     pub ready_timeout: Period,

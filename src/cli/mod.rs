@@ -78,9 +78,6 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
     if let Some(name) = command_name(&program).filter(|_| !is_marked) {
         return Err(format!("put {name} first; to run a program of that name write -- {name}"));
     }
-    if args.warm_up > 0 && args.ready.path.is_none() {
-        return Err("--warm-up needs --ready with a path, as in --ready /healthz --warm-up 100".to_owned());
-    }
     Ok(Invocation::Run(Box::new(options_of(args, program, command.collect()))))
 }
 
@@ -121,7 +118,6 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
             workers: args.workers.0,
             readiness: args.ready.readiness,
             ready_timeout: args.ready_timeout.0,
-            warm_up: args.warm_up,
             drain: args.drain.0,
             stop_timeout: args.stop_timeout.0,
             stop_within: args.stop_within.0,
@@ -232,7 +228,7 @@ mod tests {
 
     #[test]
     fn every_option_is_understood() {
-        let line = "-n 2 --ready :9000/healthz --warm-up 3 --ready-timeout 5s --drain 250ms --stop-timeout 1m --stop-within 25s --idle-after 2s \
+        let line = "-n 2 --ready :9000/healthz --ready-timeout 5s --drain 250ms --stop-timeout 1m --stop-within 25s --idle-after 2s \
                     --stop-signal sigterm --max-failures 3 --balance random -l 3000 --env-file a --env-file b -C /srv --no-node-ipc \
                     --no-intercept --batch 2 --pidfile p --label x y";
         let options = run(line).unwrap();
@@ -254,7 +250,7 @@ mod tests {
             (Signal::SIGTERM, false, false)
         );
         let answers = Readiness::Answers { port: Some(9000) };
-        assert_eq!((policy.workers, policy.readiness, policy.warm_up), (2, answers, 3));
+        assert_eq!((policy.workers, policy.readiness), (2, answers));
         assert_eq!(probe_path.as_deref(), Some("/healthz"));
         assert_eq!(policy.ready_timeout, Duration::from_secs(5));
         assert_eq!(policy.drain, Duration::from_millis(250));
@@ -281,8 +277,6 @@ mod tests {
             ("--drain 10 x", "--drain: \"10\" is not a duration"),
             ("--max-failures x y", "--max-failures: "),
             ("--ready soon x", "--ready: \"soon\" is neither listen nor notify"),
-            ("--warm-up 3 x", "--warm-up needs --ready with a path"),
-            ("--ready notify --warm-up 3 x", "--warm-up needs --ready with a path"),
             ("--frobnicate 1 x", "unrecognized argument: --frobnicate"),
             ("--frobnicate", "unrecognized argument: --frobnicate"),
             ("--drain 1s --drain 2s x", "--drain: duplicate values"),

@@ -219,7 +219,7 @@ impl Crew {
         }
         let found = found.cloned();
         if let Some(worker) = self.roster.get_mut(id) {
-            (worker.shown.probed_at, worker.shown.answers) = (found, 0);
+            (worker.shown.probed_at, worker.shown.has_answered) = (found, false);
         }
         self.probe(id);
     }
@@ -241,15 +241,11 @@ impl Crew {
         let Some(Worker { shown, .. }) = self.roster.get_mut(id) else { return false };
         let has_answered = outcome.is_ok();
         match outcome {
-            Ok(()) => shown.answers += 1,
+            Ok(()) => shown.has_answered = true,
             Err(why) => {
-                shown.answers = 0;
                 shown.last_failure = Some(why);
                 self.timers.set(Timer::Worker(id, WorkerTimer::Probe), now + PROBE_PAUSE);
             }
-        }
-        if has_answered && self.lack(id, now) == Some(Lack::Answer) {
-            self.probe(id); // the next one of the warm-up
         }
         has_answered
     }

@@ -60,7 +60,7 @@ pub fn lack(
         Readiness::Notify => (!shown.says_ready).then_some(Lack::Word),
         Readiness::Alive(_) => (!shown.is_old_enough).then_some(Lack::Age),
         Readiness::Answers { .. } if shown.probed_at.is_none() => Some(no_listener()),
-        Readiness::Answers { .. } => (shown.answers <= policy.warm_up).then_some(Lack::Answer),
+        Readiness::Answers { .. } => (!shown.has_answered).then_some(Lack::Answer),
     };
     if lack.is_some() {
         return lack;
@@ -151,7 +151,7 @@ mod tests {
             worker.shown.says_ready = true;
             worker.shown.is_old_enough = true;
             worker.shown.probed_at = Some(port(1));
-            worker.shown.answers = 1;
+            worker.shown.has_answered = true;
             let start = worker.started;
             let lack = |endpoints: &Endpoints, worker: &Worker, after| {
                 lack(NEW, worker, &policy, endpoints, 2, start + Duration::from_secs(after))
@@ -184,19 +184,16 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_answers_one_request_and_those_of_the_warm_up() {
+    fn a_worker_answers_a_request() {
         let mut endpoints = Endpoints::default();
         endpoints.add_worker(NEW);
-        let policy = Policy { warm_up: 2, ..example(Readiness::Answers { port: None }) };
+        let policy = example(Readiness::Answers { port: None });
         let mut worker = worker();
         assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2, worker.started), Some(Lack::Listener));
         endpoints.add(NEW, port(1));
         worker.shown.probed_at = Some(port(1));
-        for answers in 0..3 {
-            worker.shown.answers = answers;
-            assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2, worker.started), Some(Lack::Answer));
-        }
-        worker.shown.answers = 3;
+        assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2, worker.started), Some(Lack::Answer));
+        worker.shown.has_answered = true;
         assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2, worker.started), None);
     }
 

@@ -40,8 +40,6 @@ pub struct Policy {
     pub workers: u32,
     pub readiness: Readiness,
     pub ready_timeout: Duration,
-    /// How many more requests a worker has to answer before it is ready, under [`Readiness::Answers`].
-    pub warm_up: u32,
     /// How long a retired worker may take to finish its work.
     pub drain: Duration,
     /// How long a worker may take to end after the stop signal.
@@ -148,7 +146,6 @@ pub fn example(readiness: Readiness) -> Policy {
         workers: 3,
         readiness,
         ready_timeout: Duration::from_secs(60),
-        warm_up: 0,
         drain: Duration::from_secs(10),
         stop_timeout: Duration::from_secs(30),
         stop_within: Duration::from_secs(9),

@@ -47,8 +47,8 @@ pub struct Shown {
     pub has_settled: bool,
     /// Where it is sent requests.
     pub probed_at: Option<Endpoint>,
-    /// How many of these it has answered since the last failure.
-    pub answers: u32,
+    /// Whether it has answered one of these.
+    pub has_answered: bool,
     /// The last failure before it was ready.
     pub last_failure: Option<String>,
     /// How many it has failed to answer in a row since it was ready.

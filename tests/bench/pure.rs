@@ -125,7 +125,6 @@ impl World {
             workers,
             readiness: Readiness::Listen,
             ready_timeout: Duration::from_secs(60),
-            warm_up: 0,
             drain: Duration::from_secs(10),
             stop_timeout: Duration::from_secs(30),
             stop_within: Duration::from_secs(9),
