@@ -22,7 +22,7 @@ const STOPPED: &[libc::c_long] = &[
 ];
 
 /// The socket options that the filter stops, by level: those that decide which sockets may be bound side by side,
-/// and those that decide who may connect.
+/// who may connect, and which socket of a group gets a connection.
 const OPTIONS: &[(i32, &[(i32, SocketOption)])] = &[
     (
         libc::SOL_SOCKET,
@@ -32,6 +32,9 @@ const OPTIONS: &[(i32, &[(i32, SocketOption)])] = &[
             (sys::SO_BINDTOIFINDEX, SocketOption::DeviceIndex),
             (libc::SO_ATTACH_FILTER, SocketOption::Peers),
             (libc::SO_ATTACH_BPF, SocketOption::Peers),
+            (libc::SO_ATTACH_REUSEPORT_CBPF, SocketOption::GroupProgram),
+            (libc::SO_ATTACH_REUSEPORT_EBPF, SocketOption::GroupProgram),
+            (SO_DETACH_REUSEPORT_BPF, SocketOption::GroupProgram),
         ],
     ),
     (
@@ -61,6 +64,8 @@ const OPTIONS: &[(i32, &[(i32, SocketOption)])] = &[
     ),
 ];
 
+/// asm-generic/socket.h, Linux 5.3.
+const SO_DETACH_REUSEPORT_BPF: i32 = 68;
 /// linux/tcp.h, Linux 6.7.
 const TCP_AO_ADD_KEY: i32 = 38;
 
@@ -148,7 +153,7 @@ pub enum Call {
     Other,
 }
 
-/// A socket option that decides about a bind, or about who may connect.
+/// A socket option that decides about a bind, about who may connect, or which socket of a group gets a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SocketOption {
     /// IPV6_V6ONLY.
@@ -165,6 +170,8 @@ pub enum SocketOption {
     MinHopCount,
     /// A filter, a key or a policy.
     Peers,
+    /// The program that chooses a member of a reuseport group.
+    GroupProgram,
 }
 
 /// Decodes what the kernel says about a stopped call.

@@ -48,6 +48,7 @@ enum Setting {
     Device(u32),
     MinTtl { ipv6: bool, ttl: u8 },
     LimitsPeers,
+    GroupProgram,
 }
 
 impl Setting {
@@ -74,6 +75,7 @@ impl Setting {
             SocketOption::MinTtl => Self::MinTtl { ipv6: false, ttl: int()?.try_into().ok()? },
             SocketOption::MinHopCount => Self::MinTtl { ipv6: true, ttl: int()?.try_into().ok()? },
             SocketOption::Peers => Self::LimitsPeers,
+            SocketOption::GroupProgram => Self::GroupProgram,
         })
     }
 }
@@ -114,6 +116,7 @@ impl NotedOptions {
             Setting::MinTtl { ipv6: true, ttl } => options.min_ttl.v6 = ttl,
             Setting::MinTtl { ipv6: false, ttl } => options.min_ttl.v4 = ttl,
             Setting::LimitsPeers => options.limits_peers = true,
+            Setting::GroupProgram => {} // of a group that the socket leaves when it is bound
         }
     }
 
@@ -150,6 +153,14 @@ pub fn set(
             return NotifResponse::Success;
         }
         Setting::LimitsPeers => pool.never_lend_again(inode),
+        // The group belongs to all workers, and has the wrapper's program.
+        Setting::GroupProgram => {
+            debug!(
+                "worker {} chooses among its listeners by a program, which is left out",
+                caller.borrower.slot
+            );
+            return NotifResponse::Success;
+        }
         _ => {}
     }
     NotifResponse::Continue

@@ -51,6 +51,7 @@ impl Pool {
         let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
         member.holder = Holder::Lent(borrower);
         member.given = true;
+        member.is_listened_on = true;
         member.set_min_ttl(MinTtl::default())?;
         member.socket.set_nonblocking(false)?;
         let socket = member.socket.as_fd().try_clone_to_owned()?;
@@ -81,6 +82,7 @@ impl Pool {
         let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
         member.socket.set_nonblocking(request.nonblocking)?;
         member.set_min_ttl(request.min_ttl)?;
+        member.is_listened_on = member.given;
         member.given = false;
         member.holder = Holder::Lent(borrower);
         member.shares = request.shares;

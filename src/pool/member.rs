@@ -99,6 +99,9 @@ pub struct Member {
     pub is_aside: bool,
     /// Whether the borrower was given it at its start. If the borrower binds the address, it gets this socket again.
     pub given: bool,
+    /// Whether the borrower has called listen(2), or was given the socket. A program may bind a socket only to keep its
+    /// port, and accept from another one.
+    pub is_listened_on: bool,
 }
 
 impl Member {
@@ -135,6 +138,7 @@ impl Member {
             is_limited: false,
             shares: false,
             given: false,
+            is_listened_on: false,
             left_by: None,
             is_aside: false,
         })
@@ -159,6 +163,7 @@ impl Member {
         match self.holder {
             Holder::Free => Role::Free,
             Holder::Reserved { .. } => Role::Reserved,
+            Holder::Lent(_) if !self.is_listened_on => Role::Starting,
             Holder::Lent(borrower) => plan.role(borrower.worker),
         }
     }

@@ -178,8 +178,9 @@ impl Pool {
         if self.members.get(id).is_some_and(|member| !member.listening) {
             self.begin_to_listen(id, backlog)?;
         }
-        let member = self.members.get(id).ok_or(io::ErrorKind::NotFound)?;
+        let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
         member.socket.listen(backlog)?; // sets the backlog of a socket that listens already
+        member.is_listened_on = true;
         Ok(member.address)
     }
 
@@ -259,10 +260,11 @@ impl Pool {
 
     /// A worker has closed a listener, or shut it down. It still listens on the address if it has another one there.
     fn note_stopped(&mut self, id: MemberId) {
-        let address = self.members[id].address;
-        let Some(Borrower { worker, .. }) = self.members[id].borrower() else { return };
+        let member = &self.members[id];
+        let (address, listened) = (member.address, member.is_listened_on);
+        let Some(Borrower { worker, .. }) = member.borrower().filter(|_| listened) else { return };
         let is_another = |(other, member): (MemberId, &Member)| {
-            other != id && member.listening && member.address == address
+            other != id && member.listening && member.is_listened_on && member.address == address
         };
         if !self.members.lent_to(worker).any(is_another) {
             self.stopped.push(StoppedListening { worker, address });
