@@ -44,7 +44,7 @@ impl OpenConnection {
     fn close(&self, duplicate: &Duplicate) -> bool {
         let is_idle = !self.has_new_data(duplicate);
         if is_idle {
-            let _ = SockRef::from(&duplicate.as_fd()).shutdown(Shutdown::Both); // an error means that the client has closed it
+            let _ = SockRef::from(duplicate).shutdown(Shutdown::Both); // an error means that the client has closed it
         }
         is_idle
     }

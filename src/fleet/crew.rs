@@ -239,15 +239,13 @@ impl Crew {
     /// A worker that starts was sent a request. Returns whether it has answered.
     pub(super) fn probed(&mut self, id: WorkerId, outcome: Result<(), String>, now: Instant) -> bool {
         let Some(Worker { shown, .. }) = self.roster.get_mut(id) else { return false };
-        let has_answered = outcome.is_ok();
-        match outcome {
-            Ok(()) => shown.has_answered = true,
-            Err(why) => {
-                shown.last_failure = Some(why);
-                self.timers.set(Timer::Worker(id, WorkerTimer::Probe), now + PROBE_PAUSE);
-            }
-        }
-        has_answered
+        let Err(why) = outcome else {
+            shown.has_answered = true;
+            return true;
+        };
+        shown.last_failure = Some(why);
+        self.timers.set(Timer::Worker(id, WorkerTimer::Probe), now + PROBE_PAUSE);
+        false
     }
 
     /// Has requests sent to the workers of a generation that is tried.

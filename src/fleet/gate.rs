@@ -33,7 +33,7 @@ pub enum Lack {
     SharedListener,
     /// It doesn't listen where the worker that it replaces does.
     Endpoints(Vec<Endpoint>),
-    /// It hasn't answered as many requests as it has to.
+    /// It hasn't answered a request.
     Answer,
     /// It may be about to listen where the worker that it replaces has begun to listen later, until then.
     Moment { until: Instant },

@@ -140,7 +140,7 @@ fn is_tcp_of_family(protocol: &str, address: &Address) -> bool {
 
 /// Whether a socket has a port already, because it is connected or was bound without the wrapper.
 fn has_port(socket: &impl AsFd) -> bool {
-    let address = socket2::SockRef::from(&socket.as_fd()).local_addr();
+    let address = socket2::SockRef::from(socket).local_addr();
     address.is_ok_and(|address| address.as_socket().is_some_and(|address| address.port() != 0))
 }
 

@@ -155,6 +155,11 @@ impl Member {
         self.borrower().is_some_and(|borrower| borrower.worker == worker)
     }
 
+    /// Whether its borrower listens on this address by it.
+    pub fn is_listener_on(&self, address: Address) -> bool {
+        self.listening && self.is_listened_on && self.address == address
+    }
+
     pub fn is_reserved_for(&self, slot: SlotId, generation: u32) -> bool {
         matches!(self.holder, Holder::Reserved { slot: s, generation: g, .. } if (s, g) == (slot, generation))
     }

@@ -263,9 +263,7 @@ impl Pool {
         let member = &self.members[id];
         let (address, listened) = (member.address, member.is_listened_on);
         let Some(Borrower { worker, .. }) = member.borrower().filter(|_| listened) else { return };
-        let is_another = |(other, member): (MemberId, &Member)| {
-            other != id && member.listening && member.is_listened_on && member.address == address
-        };
+        let is_another = |(other, member): (MemberId, &Member)| other != id && member.is_listener_on(address);
         if !self.members.lent_to(worker).any(is_another) {
             self.stopped.push(StoppedListening { worker, address });
         }

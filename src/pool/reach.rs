@@ -14,7 +14,7 @@ use log::{debug, warn};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Holder, Member, Pool};
+use super::{Holder, Pool};
 use crate::address::Address;
 use crate::ids::{MemberId, WorkerId};
 use crate::kernel::sys;
@@ -38,8 +38,7 @@ impl Pool {
     /// NotFound if it borrows none there, WouldBlock if too many connections are being opened, and what the kernel says.
     pub fn reach(&mut self, worker: WorkerId, address: Address) -> io::Result<(Socket, Reach)> {
         self.handle_events(None);
-        let is_its = |member: &Member| member.listening && member.is_listened_on && member.address == address;
-        let mut lent = self.members.lent_to(worker).filter(|(_, member)| is_its(member));
+        let mut lent = self.members.lent_to(worker).filter(|(_, member)| member.is_listener_on(address));
         let member = lent.next().map(|(id, _)| id).ok_or(io::ErrorKind::NotFound)?;
         drop(lent);
         let (socket, source) = client(address)?;

@@ -243,6 +243,6 @@ pub fn kill_tree(pid: Pid) {
 }
 
 /// Sends SIGKILL to the worker and to everything that it started and that stayed in its process group.
-pub fn kill_group(pid: Pid) {
+fn kill_group(pid: Pid) {
     let _ = killpg(pid, Signal::SIGKILL);
 }
