@@ -38,14 +38,14 @@
 //! | an option and its help; how its value is written | `cli/args`; `cli/values` |
 //! | which system calls an action or event means | `supervisor/mod` |
 //! | a request of a command, the reply to it, where status' values come from | `supervisor/commands` |
-//! | hints where users get stuck | `supervisor/hints` |
+//! | hints where users get stuck; what follows from a message of a worker | `supervisor/hints`; `supervisor/messages` |
 //! | the steps of a reload; of a stop; of a scaling, and what happens when a worker ends | `fleet/reload`; `fleet/stop`; `fleet/mod` |
 //! | what is the same for every worker, in whichever operation | `fleet/crew` |
 //! | what the fleet can be told and can decide; tickets and refusals | `fleet/events` |
 //! | time-outs, also after the stop signal and SIGKILL; limits of numbers | `fleet/policy` |
 //! | the back-off of restarts; when to give up | `fleet/slot` |
 //! | which timers there are | `fleet/timers` |
-//! | what a worker has to do to be ready; where it and its replacement have to listen | `fleet/gate`; `fleet/endpoints` |
+//! | what a worker has to do to be ready; where it and its replacement have to listen | `fleet/gate`; `fleet/endpoints`, `fleet/udp` |
 //! | which operation may run or be aborted; which commands are queued | `fleet/phase`; `fleet/queue` |
 //! | a log line of the fleet; the facts about workers for status | `fleet/story`; `fleet/views` |
 //! | what each role of a worker means for new connections | `steering/mod` |
@@ -63,6 +63,7 @@
 //! | which system calls are stopped | `intercept/filter` |
 //! | what answers for processes that outlive the wrapper | `intercept/keeper` |
 //! | the answer to a bind of a port; to a bind or unlink of a Unix socket's path | `intercept/tcp`; `intercept/unix` |
+//! | which UDP ports workers hold | `intercept/udp` |
 //! | socket options that a worker sets; what the log says about a worker once | `intercept/options`; `intercept/complaints` |
 //! | what the wrapper may do for a worker | `intercept/caller` |
 //! | starting, signalling and reaping a process; which programs get Node's channel | `worker/mod`; `worker/program` |

@@ -115,7 +115,7 @@ fn a_replacement_that_listens_later_than_it_is_ready_is_waited_for() {
 fn a_port_that_a_worker_opened_later_or_has_closed_since_is_not_asked_of_its_replacement() {
     let addr = free_address();
     let port = addr.port().to_string();
-    let mut service = Service::run_ready("-n 2 --ready-timeout 5s", &python("opens_later.py", &[&port]));
+    let mut service = Service::run_ready("-n 2", &python("opens_later.py", &[&port]));
     for signal in [Signal::SIGUSR1, Signal::SIGALRM] {
         wait_until_settled(&service);
         service.signal(signal);
@@ -158,6 +158,72 @@ fn a_version_with_another_port_is_deployed_with_ports_may_change_only() {
     deployed.deploy("exec sleep 1000");
     run(&deployed.service, "reload --ports-may-change").assert_failed(&["listens on no TCP port"]);
     deployed.service.stop();
+}
+
+#[test]
+fn a_replacement_that_cannot_bind_its_udp_port_gets_no_connection() {
+    const BINDS: &str = "udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); SHARES\n";
+    let program = |before: &str, after: &str| {
+        format!(
+            "import http.server, os, signal, socket, sys, time\naddress = ('127.0.0.1', int(sys.argv[1]))\n\
+             {before}server = http.server.HTTPServer(address, http.server.SimpleHTTPRequestHandler)\n\
+             {after}server.serve_forever()"
+        )
+    };
+    let late = format!("time.sleep(.3); {BINDS}udp.bind(address)\n");
+    let early = format!("{BINDS}udp.bind(address)\n");
+    let on = format!("{BINDS}try: udp.bind(address)\nexcept OSError: pass\n");
+    for (before, after, reason) in [
+        ("", late.as_str(), "exited with status 1 before it was ready"),
+        (&early, "", "exited with status 1 before it was ready"),
+        ("", &on, "it could not bind UDP 127.0.0.1:"),
+    ] {
+        let program = program(before, after);
+        let alone = program.replace("SHARES", "pass");
+        let addr = free_address();
+        let mut service =
+            Service::run_ready("-n 1 --ready-timeout 8s", &inline(&alone, &[&addr.port().to_string()]));
+        let is_held = || std::net::UdpSocket::bind(addr).is_err();
+        wait_until("the UDP port is held", DEADLINE, is_held);
+        let load = Load::start(LoadOptions::new(addr, 4));
+        answered_more(&load);
+        run(&service, "reload").assert_failed(&[reason, "serves on"]);
+        assert!(is_held(), "the old worker has it");
+        run(&service, "reload --ports-may-change -- true").assert_failed(&["serves on"]);
+        load.stop().assert_nothing_failed();
+        service.stop();
+
+        let shared = program.replace("SHARES", "udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)");
+        let mut service = Service::run_ready("-n 2", &inline(&shared, &[&free_address().port().to_string()]));
+        run(&service, "reload").assert_done("2 workers of generation 2");
+        service.stop();
+    }
+}
+
+#[test]
+fn a_udp_port_that_was_closed_or_is_dropped_is_not_asked_of_a_replacement() {
+    let program = "import http.server, os, socket, sys, threading, time\n\
+        address = ('127.0.0.1', int(sys.argv[1]))\n\
+        server = http.server.HTTPServer(address, http.server.SimpleHTTPRequestHandler)\n\
+        def opens(after, closes):\n\
+        \x20   time.sleep(after)\n\
+        \x20   udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+        \x20   try: udp.bind(address)\n\
+        \x20   except OSError: print('refused', flush=True); return\n\
+        \x20   print('opened', flush=True)\n\
+        \x20   if closes: udp.close()\n\
+        \x20   else: held.append(udp)\n\
+        held = []\n\
+        if os.environ['REUSE_RUN_GENERATION'] == '1': opens(WHAT)\n\
+        server.serve_forever()";
+    for what in ["0, True", "0, False"] {
+        let addr = free_address();
+        let program = program.replace("WHAT", what);
+        let mut service = Service::run_ready("-n 1", &inline(&program, &[&addr.port().to_string()]));
+        wait_until("opened", DEADLINE, || service.out.count_of("opened") == 1);
+        run(&service, "reload").assert_done("1 worker of generation 2");
+        service.stop();
+    }
 }
 
 #[test]

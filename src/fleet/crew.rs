@@ -15,6 +15,7 @@ use super::roster::Roster;
 use super::slot::Slot;
 use super::story;
 use super::timers::{SlotTimer, Timer, Timers, WorkerTimer};
+use super::udp::{UdpChange, UdpPorts};
 use super::views::{self, View};
 use super::worker::{State, Worker};
 use crate::address::{Address, Endpoint};
@@ -39,6 +40,7 @@ pub struct Crew {
     pub(super) policy: Policy,
     pub(super) roster: Roster,
     pub(super) endpoints: Endpoints,
+    udp: UdpPorts,
     pub(super) timers: Timers,
     /// What follows from the event that is being handled.
     pub(super) actions: Vec<Action>,
@@ -47,7 +49,14 @@ pub struct Crew {
 impl Crew {
     pub(super) fn new(policy: Policy, endpoints: Endpoints) -> Self {
         let roster = Roster::new(policy.workers);
-        Self { policy, roster, endpoints, timers: Timers::default(), actions: Vec::new() }
+        Self {
+            policy,
+            roster,
+            endpoints,
+            udp: UdpPorts::default(),
+            timers: Timers::default(),
+            actions: Vec::new(),
+        }
     }
 
     /// Whether [`Action::Start`] of this worker still stands.
@@ -163,6 +172,7 @@ impl Crew {
     pub(super) fn remove(&mut self, id: WorkerId) -> Option<Worker> {
         self.timers.cancel_worker(id);
         self.endpoints.remove_worker(id);
+        self.udp.remove_worker(id);
         self.roster.remove(id)
     }
 
@@ -276,7 +286,33 @@ impl Crew {
     /// What keeps a worker that starts from being ready.
     pub(super) fn lack(&self, id: WorkerId, now: Instant) -> Option<Lack> {
         let worker = self.roster.get(id)?;
-        gate::lack(id, worker, &self.policy, &self.endpoints, self.slots(), now)
+        let lack = gate::lack(id, worker, &self.policy, &self.endpoints, self.slots(), now);
+        lack.or_else(|| self.lacks_udp(id, worker, now))
+    }
+
+    /// Which UDP ports of the worker that it replaces keep a worker from being ready.
+    fn lacks_udp(&self, id: WorkerId, worker: &Worker, now: Instant) -> Option<Lack> {
+        if worker.ports_may_change || self.udp.is_empty() {
+            return None;
+        }
+        let slot = worker.slot.index();
+        let replaced = self.serving_in(slot..slot + 1).into_iter().find(|other| *other != id)?;
+        let refused = self.udp.refused(id, replaced);
+        if !refused.is_empty() {
+            return Some(Lack::UdpPorts(refused));
+        }
+        let asked = self.udp.last_unasked(id, replaced)?;
+        let since = self.roster.get(replaced)?.begun_to_listen();
+        gate::moment(worker, asked.saturating_duration_since(since), now)
+    }
+
+    /// What a worker opens long after its first listener is not asked of its replacement.
+    pub(super) fn udp_changed(&mut self, id: WorkerId, address: Address, change: UdpChange, now: Instant) {
+        let Some(worker) = self.roster.get(id) else { return };
+        let is_late = worker.state != State::Starting && now - worker.begun_to_listen() >= SETTLED_AFTER;
+        if change == UdpChange::Closed || !is_late {
+            self.udp.change(id, address, change, now);
+        }
     }
 
     /// Whether a worker that starts is ready by now. If it may only be about to listen elsewhere, that has an end.

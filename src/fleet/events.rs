@@ -7,6 +7,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 
 use super::policy::{Rollout, Target};
+use super::udp::UdpChange;
 use crate::address::{Address, Endpoint};
 use crate::ids::{SlotId, WorkerId};
 use crate::steering::Plan;
@@ -52,6 +53,8 @@ pub enum Event {
     Listens { worker: WorkerId, endpoint: Endpoint },
     /// A worker has closed a listener, or shut it down.
     StoppedListening { worker: WorkerId, endpoint: Endpoint },
+    /// Something has become of a UDP port.
+    Udp { worker: WorkerId, address: Address, change: UdpChange },
     /// A worker has said that it is ready.
     SaysReady { worker: WorkerId },
     /// [`Action::Probe`] was carried out: the worker has answered, or what it has done instead.

@@ -12,7 +12,7 @@ use humantime::format_duration;
 use super::endpoints::Endpoints;
 use super::policy::{Policy, Readiness};
 use super::worker::Worker;
-use crate::address::Endpoint;
+use crate::address::{Address, Endpoint};
 use crate::ids::WorkerId;
 use crate::words::list;
 
@@ -33,6 +33,8 @@ pub enum Lack {
     SharedListener,
     /// It doesn't listen where the worker that it replaces does.
     Endpoints(Vec<Endpoint>),
+    /// It doesn't hold these UDP ports of the worker that it replaces, though it asked for them.
+    UdpPorts(Vec<Address>),
     /// It hasn't answered a request.
     Answer,
     /// It may be about to listen where the worker that it replaces has begun to listen later, until then.
@@ -73,8 +75,12 @@ pub fn lack(
         return Some(no_listener());
     }
     let after = endpoints.lacks_later(id, worker.slot).filter(|_| !ports_may_change)?;
-    let until =
-        shown.listens_since.unwrap_or(worker.started) + (after * 2 + LEAST_MOMENT).min(LONGEST_MOMENT);
+    moment(worker, after, now)
+}
+
+/// What keeps a worker from being ready if it may yet open what the replaced one opened so long after its first listener.
+pub fn moment(worker: &Worker, after: Duration, now: Instant) -> Option<Lack> {
+    let until = worker.begun_to_listen() + (after * 2 + LEAST_MOMENT).min(LONGEST_MOMENT);
     (now < until).then_some(Lack::Moment { until })
 }
 
@@ -102,6 +108,10 @@ pub fn describe(lack: Option<Lack>, worker: &Worker, policy: &Policy) -> String 
             "it does not listen on {}, as the worker that it replaces does (see reload --ports-may-change)",
             list(missing)
         ),
+        Some(Lack::UdpPorts(refused)) => format!(
+            "it could not bind UDP {}, which the worker that it replaces holds (see reload --ports-may-change)",
+            list(refused)
+        ),
         Some(Lack::Answer) => "it answered no request".to_owned(),
         Some(Lack::Age | Lack::Moment { .. }) | None => "there was no time".to_owned(),
     };
@@ -111,7 +121,6 @@ pub fn describe(lack: Option<Lack>, worker: &Worker, policy: &Policy) -> String 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::address::Address;
     use crate::fleet::policy::example;
     use crate::ids::SlotId;
 

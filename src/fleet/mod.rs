@@ -19,6 +19,7 @@ mod slot;
 mod stop;
 mod story;
 mod timers;
+mod udp;
 mod views;
 mod worker;
 
@@ -36,6 +37,7 @@ pub use self::policy::{Policy, Readiness, Rollout, Target};
 use self::queue::Queue;
 use self::slot::{Failures, Slot};
 use self::timers::{Timer, WorkerTimer};
+pub use self::udp::UdpChange;
 pub use self::views::{Activity, LastReload, View};
 pub use self::worker::State;
 use self::worker::{Shown, Worker};
@@ -85,6 +87,10 @@ impl Fleet {
             Event::StartFailed { worker, why, status } => self.start_failed(worker, &why, status, now),
             Event::Listens { worker, endpoint } => self.listens(worker, endpoint, now),
             Event::StoppedListening { worker, endpoint } => self.stopped_listening(worker, &endpoint, now),
+            Event::Udp { worker, address, change } => {
+                self.crew.udp_changed(worker, address, change, now);
+                self.check(&self.crew.starting(), now);
+            }
             Event::SaysReady { worker } => self.shows(worker, now, |shown| shown.says_ready = true),
             Event::Probed { worker, outcome } => self.probed(worker, outcome, now),
             Event::Switched { outcome } => self.switched(outcome, now),

@@ -70,6 +70,11 @@ impl Worker {
         }
     }
 
+    /// When it first listened, or else when it started.
+    pub fn begun_to_listen(&self) -> Instant {
+        self.shown.listens_since.unwrap_or(self.started)
+    }
+
     pub fn enter(&mut self, state: State, now: Instant) {
         (self.state, self.since) = (state, now);
         match state {

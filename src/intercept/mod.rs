@@ -13,6 +13,7 @@ mod install;
 pub mod keeper;
 mod options;
 mod tcp;
+pub mod udp;
 mod unix;
 
 use std::io;
@@ -21,7 +22,7 @@ use std::rc::Rc;
 
 use log::debug;
 
-use crate::address::Endpoint;
+use crate::address::{Address, Endpoint};
 use crate::ids::Borrower;
 use crate::intercept::bound::BoundSockets;
 use crate::intercept::caller::{Caller, OwnSocket};
@@ -41,6 +42,11 @@ pub enum ListenChange {
     Listens(Endpoint),
     /// The worker removed the path of its own socket.
     StoppedListening(Endpoint),
+    /// The worker asks the kernel for a UDP port, for the socket with this inode number.
+    BindsUdp {
+        inode: u64,
+        address: Address,
+    },
 }
 
 /// The wrapper's end of one worker's filter, and what it knows about the worker's sockets.
@@ -60,6 +66,8 @@ struct Known {
     options: NotedOptions,
     bound: BoundSockets,
     complaints: Complaints,
+    /// What the bind that is being answered asks for if that is a UDP port.
+    udp_bind: Option<(u64, Address)>,
 }
 
 impl Interception {
@@ -70,7 +78,7 @@ impl Interception {
         answers: Answers,
     ) -> Self {
         let (options, bound) = (NotedOptions::default(), BoundSockets::new(answers));
-        let known = Known { options, bound, complaints: Complaints::default() };
+        let known = Known { options, bound, complaints: Complaints::default(), udp_bind: None };
         Self { notify_fd, borrower, inherited, known, worker_ended: false }
     }
 
@@ -112,7 +120,7 @@ impl Interception {
     ) -> (NotifResponse, Option<ListenChange>) {
         const CONTINUE: (NotifResponse, Option<ListenChange>) = (NotifResponse::Continue, None);
         let caller = Caller::new(self.notify_fd.as_fd(), notif, self.borrower);
-        let Known { options, bound, complaints } = &mut self.known;
+        let Known { options, bound, complaints, .. } = &mut self.known;
         match decode(&notif.data) {
             Call::Unlink { .. } if unix.is_empty() && !is_starting => CONTINUE,
             Call::Unlink { from, path } => {
@@ -126,7 +134,8 @@ impl Interception {
                         Some(path) => unix::bind(&caller, own, &path, &mut self.known, unix),
                         None => tcp::bind(&caller, own, &sockaddr, &mut self.known, pool),
                     };
-                    (response, None)
+                    let udp_bind = self.known.udp_bind.take();
+                    (response, udp_bind.map(|(inode, address)| ListenChange::BindsUdp { inode, address }))
                 }
                 Ok(None) => CONTINUE,
                 Err(error) => {

@@ -25,11 +25,15 @@ pub fn bind(
     pool: &mut Pool,
 ) -> NotifResponse {
     let Caller { tid, borrower, .. } = *caller;
-    let Known { options: noted, bound, complaints } = known;
+    let Known { options: noted, bound, complaints, .. } = known;
     let bind = match understand(caller, own, sockaddr, noted.of(own.inode)) {
         Ok(bind) => bind,
         Err(NotOurs::Limited) => {
             complaints.make(borrower.slot, Complaint::LimitedSocket);
+            return NotifResponse::Continue;
+        }
+        Err(NotOurs::Udp(address)) => {
+            known.udp_bind = Some((own.inode, address)).filter(|_| caller.still_waits());
             return NotifResponse::Continue;
         }
         Err(NotOurs::Other) => return NotifResponse::Continue,
@@ -97,6 +101,8 @@ struct Bind {
 enum NotOurs {
     /// It is no TCP port that the caller may bind, or the caller can't be read.
     Other,
+    /// It is a UDP port of the wrapper's network.
+    Udp(Address),
     /// Its socket limits who may connect in a way that no other socket can be given.
     Limited,
 }
@@ -107,6 +113,11 @@ fn understand(caller: &Caller, own: OwnSocket, sockaddr: &[u8], noted: Options) 
     let address = Address::from_sockaddr(sockaddr, v6only, 0).ok_or(NotOurs::Other)?;
     let protocol = procfs::socket_protocol(caller.tid, own.fd).map_err(|_| NotOurs::Other)?;
     let port = address.socket.port();
+    let is_udp = matches!(protocol.as_str(), "UDP" | "UDPv6");
+    if is_udp && port != 0 && !address.socket.ip().is_multicast() && procfs::same_namespace(caller.tid, "net")
+    {
+        return Err(NotOurs::Udp(address));
+    }
     if !is_tcp_of_family(&protocol, &address) || port == 0 || !caller.may_bind(port) {
         return Err(NotOurs::Other);
     }

@@ -183,6 +183,17 @@ pub fn unix_sockets() -> Vec<UnixSocket> {
     parse_unix_sockets(&String::from_utf8_lossy(&table))
 }
 
+/// The inode numbers of the UDP sockets of this network namespace that have a port (proc_net(5)).
+pub fn udp_sockets() -> HashSet<u64> {
+    let table = |name: &str| fs::read_to_string(format!("/proc/net/{name}")).unwrap_or_default();
+    ["udp", "udp6"].into_iter().flat_map(|name| parse_udp_sockets(&table(name))).collect()
+}
+
+fn parse_udp_sockets(table: &str) -> Vec<u64> {
+    const INODE: usize = 9;
+    table.lines().filter_map(|line| line.split_whitespace().nth(INODE)?.parse().ok()).collect()
+}
+
 fn parse_unix_sockets(table: &str) -> Vec<UnixSocket> {
     const STREAM: &str = "0001";
     const CONNECTED: &str = "03";
@@ -514,6 +525,15 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn bound_udp_sockets_are_listed_by_inode() {
+        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode ref pointer drops\n\
+                     2096: 0100007F:0035 00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 4711 2 0 0\n";
+        assert_eq!(parse_udp_sockets(table), [4711]);
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert!(udp_sockets().contains(&inode(std::os::fd::AsFd::as_fd(&socket)).unwrap()));
+    }
 
     #[test]
     fn links_and_tables_are_read_as_proc_writes_them() {

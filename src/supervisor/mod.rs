@@ -21,8 +21,11 @@ use crate::cli::Options;
 use crate::drain::idle;
 use crate::drain::signal_effect::{self, SignalEffect, Treatment};
 use crate::drain::{Drain, Drained};
-use crate::fleet::{Action, Announcement, Command, Endpoints, Event, Fleet, ReloadOptions, Target};
+use crate::fleet::{
+    Action, Announcement, Command, Endpoints, Event, Fleet, ReloadOptions, Target, UdpChange,
+};
 use crate::ids::{Borrower, SlotId, WorkerId};
+use crate::intercept::udp::{Seen, UdpBinds};
 use crate::intercept::{self, Answers, Interception, ListenChange, keeper};
 use crate::kernel::procfs;
 use crate::operate::control::Control;
@@ -35,13 +38,14 @@ use crate::pool::unintercepted::{self, Unintercepted};
 use crate::pool::{Pool, StoppedListening};
 use crate::probe::{Outcome, Probes};
 use crate::steering::Plan;
-use crate::words::{count, printable};
+use crate::words::count;
 use crate::worker::environment::Environments;
-use crate::worker::ready::{Message, NodeChannel, NotifySocket, ReadyPipe};
+use crate::worker::ready::{NodeChannel, NotifySocket, ReadyPipe};
 use crate::worker::{self, Listener, StartError, Starter};
 
 mod commands;
 mod hints;
+mod messages;
 mod source;
 
 /// The process of a worker, and the ways by which it can say something.
@@ -86,6 +90,7 @@ pub struct Supervisor {
     processes: BTreeMap<WorkerId, Process>,
     /// One for each worker; also for one that has ended, as long as a process that it started lives on.
     interceptions: BTreeMap<WorkerId, Interception>,
+    udp_binds: UdpBinds,
     pids: HashMap<Pid, WorkerId>,
     epoll: Epoll,
     actions: VecDeque<Action>,
@@ -126,6 +131,12 @@ fn listener_watch(options: &Options) -> io::Result<ListenerWatch> {
     Ok(ListenerWatch::Scan(Unintercepted::default()))
 }
 
+/// The control socket, if there can be one.
+fn control() -> Option<Control> {
+    let warning = |error| warn!("no control socket, so reload, status, scale and stop can't work: {error}");
+    Control::new().map_err(warning).ok()
+}
+
 /// Rounded up to milliseconds: a time-out that is too short would come again and again.
 fn epoll_timeout(deadline: Option<Instant>) -> EpollTimeout {
     let Some(deadline) = deadline else { return EpollTimeout::NONE };
@@ -156,11 +167,7 @@ impl Supervisor {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         watch(&epoll, &signals, Source::Signals)?;
         watch(&epoll, &pool, Source::Pool)?;
-        let control = Control::new();
-        if let Err(error) = &control {
-            warn!("no control socket, so reload, status, scale and stop can't work: {error}");
-        }
-        let control = control.ok();
+        let control = control();
         control.as_ref().map_or(Ok(()), |control| watch(&epoll, control, Source::Control))?;
         let labels = options.label.then(Labels::new).transpose()?;
         labels.iter().try_for_each(|labels| watch(&epoll, labels, Source::Labels))?;
@@ -192,6 +199,7 @@ impl Supervisor {
             stop_signal,
             processes: BTreeMap::new(),
             interceptions: BTreeMap::new(),
+            udp_binds: UdpBinds::default(),
             pids: HashMap::new(),
             epoll,
             actions: actions.into(),
@@ -246,6 +254,9 @@ impl Supervisor {
         }
         self.stop_drained();
         self.scan_listeners();
+        if self.udp_binds.deadline().is_some_and(|at| at <= Instant::now()) {
+            self.look_at_udp_ports();
+        }
         self.probe(probed);
         self.systemd.ping_watchdog(Instant::now());
         if let Some(control) = &mut self.control {
@@ -310,6 +321,13 @@ impl Supervisor {
         }
     }
 
+    fn look_at_udp_ports(&mut self) {
+        for Seen { worker, address, is_held } in self.udp_binds.look(&procfs::udp_sockets(), Instant::now()) {
+            let change = if is_held { UdpChange::Holds } else { UdpChange::Closed };
+            self.react(Event::Udp { worker, address, change });
+        }
+    }
+
     /// When the loop has to go round at the latest, samples of the accept queues aside.
     fn deadline(&self) -> Option<Instant> {
         let scan = match &self.listener_watch {
@@ -321,6 +339,7 @@ impl Supervisor {
             self.fleet.deadline(),
             self.drain.deadline(),
             self.probes.deadline(),
+            self.udp_binds.deadline(),
             self.systemd.deadline(),
             self.control.as_ref().and_then(Control::deadline),
             self.pool.has_news().then(Instant::now),
@@ -426,6 +445,9 @@ impl Supervisor {
         if !self.fleet.crew().wants(worker) {
             return;
         }
+        if !self.udp_binds.is_empty() {
+            self.look_at_udp_ports(); // what is closed by now is not asked of this one
+        }
         let event = match self.start_watched(worker, slot, generation) {
             Ok(pid) => Event::Started { worker, pid: pid.as_raw() },
             Err(StartError { why, status }) => Event::StartFailed { worker, why, status },
@@ -527,6 +549,7 @@ impl Supervisor {
             }
             self.probes.forget(worker, &mut self.pool);
             self.drain.forget(worker);
+            self.udp_binds.remove_worker(worker);
             self.handle(Event::Ended { worker, end: reaped.end });
             let alive = |generation| self.processes.values().any(|process| process.generation == generation);
             self.unix.keep(|generation| self.fleet.crew().has_slot_of(generation) || alive(generation));
@@ -546,39 +569,12 @@ impl Supervisor {
             Some(ListenChange::StoppedListening(endpoint)) => {
                 self.handle(Event::StoppedListening { worker, endpoint });
             }
-            None => {}
-        }
-    }
-
-    /// A worker has written to one of its ways to say something.
-    fn read_messages(&mut self, id: WorkerId, source: Source) {
-        let Some(process) = self.processes.get_mut(&id) else { return };
-        let messages = match source {
-            Source::Pipe(_) => process.pipe.as_ref().map(ReadyPipe::read),
-            Source::Node(_) => process.node.as_mut().map(NodeChannel::read),
-            _ => Some(process.notify.read(process.pid)),
-        };
-        let pid = process.pid;
-        for message in messages.unwrap_or_default() {
-            match message {
-                // The pipe stays open: a worker that says it twice must not get SIGPIPE.
-                Message::Ready => self.handle(Event::SaysReady { worker: id }),
-                Message::Status(text) => {
-                    let text = printable(text.as_bytes());
-                    debug!("worker (pid {pid}) says: {text}");
-                    if let Some(process) = self.processes.get_mut(&id) {
-                        process.status = Some(text);
-                    }
-                }
-                Message::Stopping => debug!("worker (pid {pid}) says that it stops"),
-                Message::Closed => {
-                    let Some(process) = self.processes.get_mut(&id) else { return };
-                    match source {
-                        Source::Pipe(_) => process.pipe = None,
-                        _ => process.node = None,
-                    }
-                }
+            Some(ListenChange::BindsUdp { inode, address })
+                if self.udp_binds.add(worker, inode, address, Instant::now()) =>
+            {
+                self.handle(Event::Udp { worker, address, change: UdpChange::Binds });
             }
+            Some(ListenChange::BindsUdp { .. }) | None => {}
         }
     }
 }
