@@ -72,6 +72,11 @@ impl Healthy {
     #[track_caller]
     fn reload_to(&self, generation: u32, load: &Load, options: &str, shares: bool) {
         let workers = if shares { 1 } else { 4 };
+        let have_answered = |from, generation| {
+            let what = format!("the output of workers of generation {generation}");
+            wait_until(&what, DEADLINE, || self.asked(from, generation, "200").len() >= workers);
+        };
+        have_answered(0, generation - 1);
         self.tell(generation, "503");
         let from = self.service.out.count();
         let reload = begin(&self.service, &format!("reload {options}"));
@@ -83,7 +88,7 @@ impl Healthy {
         assert!(!load.snapshot().generations.contains_key(&generation), "{:?}", load.snapshot().generations);
         self.tell(generation, "200");
         Outcome::of(reload).assert_done(&format!("4 workers of generation {generation}"));
-        assert!(self.asked(from, generation, "200").len() >= workers);
+        have_answered(from, generation);
         let all = self.service.out.all_from(from).into_iter().filter(|line| line.text.starts_with("asked "));
         let others = all.filter(|line| number(&line.text, "generation=") != Some(generation));
         assert_eq!(others.count(), 0, "no old worker is asked");
@@ -293,7 +298,8 @@ fn each_batch_is_asked_before_it_serves() {
     for generation in 2..=4 {
         let from = healthy.service.out.count();
         run(&healthy.service, "reload").assert_done(&format!("4 workers of generation {generation}"));
-        assert_eq!(healthy.asked(from, generation, "200").into_values().collect::<Vec<_>>(), [1, 1, 1, 1]);
+        wait_until("all have answered", DEADLINE, || healthy.asked(from, generation, "200").len() == 4);
+        assert!(healthy.asked(from, generation, "200").values().all(|count| *count == 1), "each once");
     }
     healthy.tell(5, "503");
     let reload = begin(&healthy.service, "reload");
@@ -325,7 +331,10 @@ fn a_canary_that_stops_answering_is_taken_back_and_one_that_answers_is_kept() {
         assert!(healthy.asked(0, 2, "503").values().all(|count| *count <= 2), "each fails twice at most");
         let from = healthy.service.out.count();
         run(&healthy.service, "reload --canary 30 --for 2500ms").assert_done("4 workers of generation 3");
-        assert!(healthy.asked(from, 3, "200").values().all(|count| *count >= 2));
+        wait_until("each has answered twice", DEADLINE, || {
+            let asked = healthy.asked(from, 3, "200");
+            asked.len() == 4 && asked.values().all(|count| *count >= 2)
+        });
         answered_more(&load);
         load.stop().assert_nothing_failed();
         healthy.service.stop();
@@ -355,7 +364,7 @@ fn workers_that_start_beside_others_are_asked_as_well() {
     let addr = free_address();
     let mut healthy = Healthy::run("-n 1 --ready /healthz", &[&addr.to_string()]);
     run(&healthy.service, "scale 3").assert_done("3 workers of generation 1");
-    assert_eq!(healthy.asked(0, 1, "200").len(), 3);
+    wait_until("all have answered", DEADLINE, || healthy.asked(0, 1, "200").len() == 3);
     healthy.tell(1, "503");
     let worker = healthy.service.workers()[0];
     send(worker, Signal::SIGKILL);
