@@ -79,7 +79,7 @@
 //! | what systemd is told; the PID file | `operate/systemd`; `operate/pidfile` |
 //! | labels before lines; how stdout and stderr are written; the log's form; lines that come once a second | `output/labels`; `output/sink`; `output/log`; `output/seldom` |
 //! | a system call (the only unsafe code); a file of /proc; a query to sock_diag | `kernel/sys`; `kernel/procfs`; `kernel/sockdiag` |
-//! | duplicates of workers' sockets | `kernel/duplicate` |
+//! | duplicates of workers' sockets; processes that do what may wait | `kernel/duplicate`; `kernel/helper` |
 //!
 //! # The ways through the rooms
 //!
@@ -145,6 +145,9 @@ use std::process::ExitCode;
 use cli::Invocation;
 use log::error;
 
+/// The exit status when reuse-run can't start.
+const FAILURE: u8 = 1;
+
 /// The exit status when the command line is wrong.
 const MISUSE: u8 = 2;
 
@@ -156,13 +159,14 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Ok(Invocation::Control(command)) => operate::client::run(command).into(),
-        Ok(Invocation::Run(options)) => match supervisor::run(*options) {
-            Ok(status) => status.into(),
-            Err(error) => {
+        Ok(Invocation::Run(options)) => {
+            let status = supervisor::run(*options).unwrap_or_else(|error| {
                 error!("can't start: {error}");
-                ExitCode::FAILURE
-            }
-        },
+                FAILURE
+            });
+            output::log::finish();
+            status.into()
+        }
         Err(wrong) => {
             error!("{wrong}");
             MISUSE.into()

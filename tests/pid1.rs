@@ -5,11 +5,9 @@
 
 mod common;
 
-use std::ffi::CStr;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -18,7 +16,7 @@ use std::time::Duration;
 use common::load::{self, Load, LoadOptions};
 use common::{
     DEADLINE, Folder, Process, Service, behind, behind_shell, children, free_address, get, naive, python,
-    redirected, reuse_run_with, script, send, server, signals_in, wait_until,
+    redirected, reuse_run_with, script, send, server, signals_in, terminal, wait_until,
 };
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 
@@ -492,28 +490,6 @@ fn with_a_pipe_on_stderr_whose_reader_has_closed_reuse_run_works() {
     wait_until("the second generation serves", DEADLINE, || get(addr).generation == Some(2));
     send(wrapper, Signal::SIGTERM);
     wait_until("no process is left", DEADLINE, || service.descendants().is_empty());
-}
-
-/// A pseudo-terminal: its master, which no child inherits, and the path of its other end.
-fn terminal() -> (File, String) {
-    let flags = libc::O_NOCTTY;
-    let master = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(flags)
-        .open("/dev/ptmx")
-        .expect("open /dev/ptmx");
-    let mut name = [0 as libc::c_char; 64];
-    // SAFETY: the fd is a terminal's master for as long as the calls take, and the name has room for 64.
-    let result = unsafe {
-        libc::grantpt(master.as_raw_fd())
-            | libc::unlockpt(master.as_raw_fd())
-            | libc::ptsname_r(master.as_raw_fd(), name.as_mut_ptr(), name.len())
-    };
-    assert_eq!(result, 0, "a pseudo-terminal");
-    // SAFETY: ptsname_r(3) has ended the name with a zero.
-    let name = unsafe { CStr::from_ptr(name.as_ptr()) };
-    (master, name.to_str().expect("a path in UTF-8").to_owned())
 }
 
 #[test]

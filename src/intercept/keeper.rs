@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::{Pid, chdir, setsid};
 
 use super::Interception;
+use crate::kernel::helper;
 use crate::kernel::procfs;
 use crate::kernel::sys::{self, NotifResponse};
 use crate::words::count;
@@ -18,7 +19,8 @@ use crate::words::count;
 /// it has closed that.
 pub fn leave(interceptions: impl IntoIterator<Item = Interception>) {
     let fds: Vec<OwnedFd> = interceptions.into_iter().map(|interception| interception.notify_fd).collect();
-    let living = procfs::tree(Pid::this()).into_iter().skip(1).filter(|pid| !procfs::is_ending(*pid)).count();
+    let others = procfs::tree(Pid::this()).into_iter().skip(1).filter(|pid| !helper::is_helper(*pid));
+    let living = others.filter(|pid| !procfs::is_ending(*pid)).count();
     // With process 1 of its PID namespace all others end.
     if fds.is_empty() || living == 0 || Pid::this().as_raw() == 1 {
         return;

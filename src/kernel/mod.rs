@@ -2,6 +2,7 @@
 
 pub mod bpf;
 pub mod duplicate;
+pub mod helper;
 pub mod procfs;
 pub mod sockdiag;
 pub mod sys;

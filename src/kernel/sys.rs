@@ -375,6 +375,35 @@ pub fn set_name(name: &CStr) {
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
 }
 
+/// pidfd_send_signal(2).
+pub fn pidfd_send_signal(pidfd: BorrowedFd, signal: Signal) -> io::Result<()> {
+    // SAFETY: without a siginfo the call takes numbers only.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal as c_int,
+            std::ptr::null::<()>(),
+            0,
+        )
+    };
+    check(result as c_int)?;
+    Ok(())
+}
+
+/// _exit(2): ends a forked process without the wrapper's clean-up.
+pub fn exit_now() -> ! {
+    // SAFETY: it takes a number and doesn't return.
+    unsafe { libc::_exit(0) }
+}
+
+/// ioctl_tty(2), TIOCNOTTY: gives up the controlling terminal if this is it. That concerns this process alone, unless it leads
+/// its session. On any other file it fails and does nothing.
+pub fn give_up_terminal(fd: c_int) {
+    // SAFETY: the request takes no argument.
+    unsafe { libc::ioctl(fd, libc::TIOCNOTTY) };
+}
+
 /// setenv(3), in a child that is about to exec. std's set_var can't be used there: std holds its lock of the
 /// environment across the fork.
 ///

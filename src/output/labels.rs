@@ -164,11 +164,19 @@ fn lock(output: &Mutex<Output>) -> MutexGuard<'_, Output> {
 }
 
 impl Labels {
+    /// From now on no line of the log waits for its reader, with labels or without.
+    ///
+    /// # Errors
+    /// When there is no process or file descriptor left.
+    pub fn if_wanted(wanted: bool) -> io::Result<Option<Self>> {
+        if wanted { Self::new().map(Some) } else { log::never_wait().map(|()| None) }
+    }
+
     /// From now on the log is written through the same output as the workers' stderr.
     ///
     /// # Errors
     /// When there is no file descriptor left.
-    pub fn new() -> io::Result<Self> {
+    fn new() -> io::Result<Self> {
         let stderr = Arc::new(Mutex::new(Output::new(Stream::Stderr)?));
         let stdout = if sink::is_one_file() {
             Arc::clone(&stderr)
@@ -286,6 +294,9 @@ impl Labels {
             let left = until.saturating_duration_since(Instant::now());
             let written = self.outputs.iter().all(|output| lock(output).is_empty());
             if left.is_zero() || (written && self.workers.is_empty()) {
+                if self.output_of(Stream::Stderr) != 0 {
+                    lock(&self.outputs[0]).finish(until); // that of stderr is the log's too
+                }
                 return;
             }
             if !written {

@@ -1,18 +1,50 @@
 //! The log, on stderr. A write never makes reuse-run wait, even if the reader of stderr is slow, stopped or gone.
 
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use env_logger::{Builder, Env, Target};
 
 use crate::output::sink::{Output, Sink, Stream};
 
-/// With --label: the output of the workers' stderr. The log uses it too, so that it never cuts a line of theirs.
-static SHARED: OnceLock<Arc<Mutex<Output>>> = OnceLock::new();
+/// How the log is written when it must not wait.
+#[derive(Debug)]
+enum Way {
+    /// A line that can't be written at once is lost, and counted.
+    Alone(Mutex<Sink>),
+    /// With --label: the output of the workers' stderr. The log uses it too, so that it never cuts a line of theirs.
+    Shared(Arc<Mutex<Output>>),
+}
+
+/// Unset as long as the log may wait.
+static WAY: OnceLock<Way> = OnceLock::new();
+
+/// How long reuse-run waits in the end for a slow reader.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// From now on the log is written through this output.
 pub fn write_through(output: Arc<Mutex<Output>>) {
-    let _ = SHARED.set(output);
+    let _ = WAY.set(Way::Shared(output));
+}
+
+/// From now on no line of the log waits for its reader.
+///
+/// # Errors
+/// When there is no process or file descriptor left.
+pub fn never_wait() -> io::Result<()> {
+    let _ = WAY.set(Way::Alone(Mutex::new(Sink::new(Stream::Stderr)?)));
+    Ok(())
+}
+
+/// Waits for what another process has yet to write. After this nothing is logged.
+pub fn finish() {
+    let until = Instant::now() + FINISH_TIMEOUT;
+    match WAY.get() {
+        Some(Way::Alone(sink)) => sink.lock().unwrap_or_else(PoisonError::into_inner).finish(until),
+        Some(Way::Shared(output)) => output.lock().unwrap_or_else(PoisonError::into_inner).finish(until),
+        None => {}
+    }
 }
 
 /// Starts the log. RUST_LOG sets the level, `info` by default.
@@ -23,7 +55,7 @@ pub fn start() {
             log::Level::Info => writeln!(out, "reuse-run[{pid}]: {}", record.args()),
             level => writeln!(out, "reuse-run[{pid}]: {}: {}", level.as_str().to_lowercase(), record.args()),
         })
-        .target(Target::Pipe(Box::new(Log { stderr: Sink::new(Stream::Stderr).ok(), lost: 0 })))
+        .target(Target::Pipe(Box::new(Log { lost: 0 })))
         .init();
 }
 
@@ -32,21 +64,22 @@ pub fn print_error(why: &str) {
     let _ = writeln!(io::stderr(), "reuse-run: {why}");
 }
 
-/// stderr. A line that can't be written at once is lost, and counted.
+/// stderr.
 struct Log {
-    stderr: Option<Sink>,
     lost: usize,
 }
 
 impl Log {
     fn write_line(&self, line: &[u8]) -> io::Result<()> {
-        if let Some(output) = SHARED.get() {
-            // There is one thread, so it is never locked here; but never wait for it either.
-            return output.try_lock().map_err(|_| io::ErrorKind::WouldBlock)?.log(line);
-        }
-        let stderr = self.stderr.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        let locked = io::Error::from(io::ErrorKind::WouldBlock);
+        // There is one thread, so nothing is ever locked here; but never wait for it either.
+        let written = match WAY.get() {
+            Some(Way::Shared(output)) => return output.try_lock().map_err(|_| locked)?.log(line),
+            Some(Way::Alone(sink)) => sink.try_lock().map_err(|_| locked)?.write(line)?,
+            None => return io::stderr().write_all(line),
+        };
         // A line that was written in part counts as lost: its rest must not come before the next line.
-        if stderr.write(line)? == line.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+        if written == line.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 }
 

@@ -3,12 +3,19 @@
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
-use nix::sys::socket::{MsgFlags, send};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
+use nix::unistd::{read, write};
+
+use crate::kernel::helper::Helper;
 
 /// One of the two streams that a program writes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +46,8 @@ pub fn is_one_file() -> bool {
 pub struct Sink {
     file: File,
     mode: WriteMode,
+    /// Writes what is sent to the socket `file`.
+    writer: Option<Helper>,
 }
 
 /// How a write to a file is kept from waiting.
@@ -47,23 +56,19 @@ enum WriteMode {
     /// A pipe or a terminal, opened again with O_NONBLOCK. The inherited file description is shared with other processes:
     /// setting O_NONBLOCK there would change it for them too.
     NonBlocking,
-    /// A socket: MSG_DONTWAIT holds for a single call.
+    /// A socket: MSG_DONTWAIT holds for a single call. If a pipe or a terminal can't be opened again, because it belongs to
+    /// another user, another process writes to it, and this is the way to that. (When poll(2) reports a terminal as
+    /// writable, there may be room for one byte. A pipe has room for PIPE_BUF bytes, until a worker writes to it.)
     Socket,
     /// A regular file never makes a writer wait. (Opened again it would have its own offset.)
     Plain,
-    /// A pipe or a terminal that can't be opened again, because it belongs to another user. When poll(2) reports it as
-    /// writable, there is room for PIPE_BUF bytes (pipe(7)).
-    Polled,
 }
 
 impl Sink {
     pub fn new(stream: Stream) -> io::Result<Self> {
-        let inherited = || {
-            let copy = match stream {
-                Stream::Stdout => io::stdout().as_fd().try_clone_to_owned(),
-                Stream::Stderr => io::stderr().as_fd().try_clone_to_owned(),
-            };
-            copy.map(File::from)
+        let inherited = || match stream {
+            Stream::Stdout => io::stdout().as_fd().try_clone_to_owned(),
+            Stream::Stderr => io::stderr().as_fd().try_clone_to_owned(),
         };
         let mode = match std::fs::metadata(stream.path()).map(|metadata| metadata.file_type()) {
             Ok(kind) if kind.is_socket() => WriteMode::Socket,
@@ -71,13 +76,21 @@ impl Sink {
             Ok(_) => {
                 let flags = libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
                 match OpenOptions::new().write(true).custom_flags(flags).open(stream.path()) {
-                    Ok(file) => return Ok(Self { file, mode: WriteMode::NonBlocking }),
-                    Err(_) => WriteMode::Polled,
+                    Ok(file) => return Ok(Self { file, mode: WriteMode::NonBlocking, writer: None }),
+                    Err(_) => return Self::through_process(inherited()?),
                 }
             }
-            Err(_) => WriteMode::Polled, // /proc is not readable
+            Err(_) => return Self::through_process(inherited()?), // /proc is not readable
         };
-        Ok(Self { file: inherited()?, mode })
+        Ok(Self { file: inherited()?.into(), mode, writer: None })
+    }
+
+    fn through_process(file: OwnedFd) -> io::Result<Self> {
+        let (ours, its) = UnixStream::pair()?;
+        let writer = Helper::start(c"reuse-run-write", vec![its.into(), file], |fds| {
+            let _ = write_all_that_comes(&fds[0], &fds[1]);
+        })?;
+        Ok(Self { file: OwnedFd::from(ours).into(), mode: WriteMode::Socket, writer: Some(writer) })
     }
 
     /// Writes as much as there is room for, and returns the number of bytes.
@@ -86,22 +99,51 @@ impl Sink {
     /// `WouldBlock` if there is no room now; after any other error nothing can be written any more.
     pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         match self.mode {
-            WriteMode::NonBlocking | WriteMode::Plain => (&self.file).write(bytes),
+            // After `stty tostop` a terminal sends SIGTTOU to a background process that writes, unless it blocks the signal
+            // (`__tty_check_change`, drivers/tty/tty_jobctrl.c).
+            WriteMode::NonBlocking => {
+                let before = SigSet::from(Signal::SIGTTOU).thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+                let written = (&self.file).write(bytes);
+                before.thread_set_mask()?;
+                written
+            }
+            WriteMode::Plain => (&self.file).write(bytes),
             WriteMode::Socket => {
                 let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
                 Ok(send(self.file.as_raw_fd(), bytes, flags)?)
             }
-            WriteMode::Polled if is_writable(self.file.as_fd()) => {
-                (&self.file).write(&bytes[..bytes.len().min(libc::PIPE_BUF)])
-            }
-            WriteMode::Polled => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+
+    /// Waits until all is written that was sent to another process, at most until `until`. Nothing can be written then.
+    pub fn finish(&mut self, until: Instant) {
+        if let Some(writer) = self.writer.take() {
+            let _ = shutdown(self.file.as_raw_fd(), Shutdown::Write);
+            writer.wait_end(until);
         }
     }
 }
 
-fn is_writable(fd: BorrowedFd) -> bool {
-    let mut fds = [PollFd::new(fd, PollFlags::POLLOUT)];
-    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+/// The life of the process that may wait. No signal reaches it, so that none makes a write start over.
+fn write_all_that_comes(socket: &OwnedFd, file: &OwnedFd) -> nix::Result<()> {
+    let mut bytes = [0; 4096];
+    loop {
+        let count = read(socket, &mut bytes)?;
+        let mut rest = &bytes[..count];
+        if rest.is_empty() {
+            return Ok(());
+        }
+        while !rest.is_empty() {
+            match write(file, rest) {
+                Ok(written) => rest = &rest[written..],
+                // Another process has made its file description non-blocking.
+                Err(Errno::EAGAIN) => {
+                    poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLOUT)], PollTimeout::NONE)?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
 }
 
 /// A sink with a queue for lines that the reader isn't ready for, so that no line is lost or cut.
@@ -134,7 +176,7 @@ impl Output {
     /// An output to a pipe whose writing end is non-blocking.
     #[cfg(test)]
     pub fn to_pipe(end: std::os::fd::OwnedFd) -> Self {
-        Self::to(Sink { file: end.into(), mode: WriteMode::NonBlocking })
+        Self::to(Sink { file: end.into(), mode: WriteMode::NonBlocking, writer: None })
     }
 
     pub fn is_full(&self) -> bool {
@@ -185,6 +227,11 @@ impl Output {
             }
         }
         self.queue.shrink_to(MAX_QUEUE);
+    }
+
+    /// See [`Sink::finish`].
+    pub fn finish(&mut self, until: Instant) {
+        self.sink.finish(until);
     }
 
     /// Adds the sink to `epoll` while something waits for room, and removes it afterwards: epoll(7) reports a pipe without

@@ -27,7 +27,7 @@ use crate::fleet::{
 use crate::ids::{Borrower, SlotId, WorkerId};
 use crate::intercept::udp::{Seen, UdpBinds};
 use crate::intercept::{self, Answers, Interception, ListenChange, keeper};
-use crate::kernel::procfs;
+use crate::kernel::{helper, procfs};
 use crate::operate::control::Control;
 use crate::operate::pidfile::PidFile;
 use crate::operate::signals::{Meaning, Signals};
@@ -152,6 +152,7 @@ impl Supervisor {
     fn new(options: Options) -> io::Result<Self> {
         // First: while SIGCHLD is ignored, a child that ends can't be waited for.
         let signals = Signals::new()?;
+        let labels = Labels::if_wanted(options.label)?;
         let listener_watch = listener_watch(&options)?;
         let Options { program, mut settings, policy, sources, listen, balance, .. } = options;
         settings.intercept = matches!(listener_watch, ListenerWatch::Interception(_));
@@ -169,7 +170,6 @@ impl Supervisor {
         watch(&epoll, &pool, Source::Pool)?;
         let control = control();
         control.as_ref().map_or(Ok(()), |control| watch(&epoll, control, Source::Control))?;
-        let labels = options.label.then(Labels::new).transpose()?;
         labels.iter().try_for_each(|labels| watch(&epoll, labels, Source::Labels))?;
         let shared = match listener_watch {
             ListenerWatch::Interception(_) => {
@@ -538,7 +538,8 @@ impl Supervisor {
     fn reap(&mut self) {
         while let Some(reaped) = worker::reap(|pid| self.pids.contains_key(&pid)) {
             let Some(worker) = self.pids.remove(&reaped.pid) else {
-                debug!("reaped orphan {}", reaped.pid);
+                debug!("reaped {}, which is no worker", reaped.pid);
+                helper::reaped(reaped.pid);
                 continue;
             };
             self.labels.iter_mut().for_each(|labels| labels.worker_ended(worker));

@@ -96,6 +96,9 @@ impl Preparation {
                 sys::signal_default(signal)?;
             }
         }
+        // Workers are in background process groups: after `stty tostop` their terminal would stop them at their first line.
+        // An ignored SIGTTOU wouldn't help, because Node resets it. What has no controlling terminal may always write.
+        [libc::STDOUT_FILENO, libc::STDERR_FILENO].into_iter().for_each(sys::give_up_terminal);
 
         // The kernel sends this signal when the parent dies, but not if it died before the call
         // (PR_SET_PDEATHSIG(2const)).

@@ -1,0 +1,115 @@
+//! Processes of reuse-run's own, which do what could make it wait. What waits for a terminal that nobody reads, or for a file
+//! system that doesn't answer, may wait for ever, and SIGKILL doesn't always end it: so this is a process and not a thread,
+//! and has nothing open but what it was given.
+
+use std::collections::BTreeSet;
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::{Pid, getppid};
+
+use crate::kernel::sys;
+
+/// Those that haven't been reaped.
+static PIDS: Mutex<BTreeSet<Pid>> = Mutex::new(BTreeSet::new());
+
+fn pids() -> MutexGuard<'static, BTreeSet<Pid>> {
+    PIDS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether a process is one of reuse-run's own.
+pub fn is_helper(pid: Pid) -> bool {
+    pids().contains(&pid)
+}
+
+/// A child was reaped, so its number may soon be another process's.
+pub fn reaped(pid: Pid) {
+    pids().remove(&pid);
+}
+
+/// A process that is killed when this is dropped, or when reuse-run ends.
+#[derive(Debug)]
+pub struct Helper {
+    pidfd: OwnedFd,
+}
+
+impl Helper {
+    /// Starts a process with this name, which does `life` with these fds and ends. No signal but SIGKILL reaches it.
+    ///
+    /// # Errors
+    /// Those of fork(2).
+    pub fn start(name: &CStr, fds: Vec<OwnedFd>, life: impl FnOnce(&[OwnedFd])) -> io::Result<Self> {
+        let wrapper = Pid::this();
+        let Some(pid) = sys::fork()? else {
+            let _ = SigSet::all().thread_set_mask();
+            sys::close_all_but(&fds);
+            sys::set_name(name);
+            let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
+            if getppid() == wrapper {
+                life(&fds);
+            }
+            sys::exit_now();
+        };
+        pids().insert(pid);
+        Ok(Self { pidfd: sys::pidfd_open(pid.as_raw(), 0)? })
+    }
+
+    /// Waits until it has ended, at most until `until`.
+    pub fn wait_end(&self, until: Instant) {
+        let left = until.saturating_duration_since(Instant::now());
+        let _ = poll(
+            &mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)],
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO),
+        );
+    }
+}
+
+/// Readable when it has ended.
+impl AsFd for Helper {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        let _ = sys::pidfd_send_signal(self.as_fd(), Signal::SIGKILL);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::time::Duration;
+
+    use nix::unistd::pipe;
+
+    use super::*;
+
+    #[test]
+    fn a_helper_has_what_it_is_given_and_ends_when_it_is_dropped() {
+        let (reader, writer) = pipe().unwrap();
+        let (silent, held) = pipe().unwrap();
+        let helper = Helper::start(c"reuse-run-test", vec![writer], |fds| {
+            let pid = std::process::id().to_ne_bytes();
+            let _ = File::from(fds[0].try_clone().unwrap()).write_all(&pid);
+            std::thread::sleep(Duration::from_secs(600));
+        });
+        let (helper, mut reader, mut pid) = (helper.unwrap(), File::from(reader), [0; 4]);
+        reader.read_exact(&mut pid).unwrap();
+        let pid = Pid::from_raw(i32::from_ne_bytes(pid));
+        assert!(is_helper(pid));
+        drop(held);
+        assert_eq!(File::from(silent).read(&mut [0]).unwrap(), 0, "it has not kept the other pipe open");
+        drop(helper);
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0, "it has ended");
+        reaped(pid);
+        assert!(!is_helper(pid));
+    }
+}
