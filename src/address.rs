@@ -225,43 +225,47 @@ mod tests {
         assert_eq!(of("[::1%2]:1", 0).device, 0);
     }
 
-    proptest! {
-        /// The bytes come from a worker's memory: they may be anything.
-        #[test]
-        fn of_any_bytes_only_a_whole_sockaddr_is_read(bytes in vec(any::<u8>(), 0..=128), v6only: bool) {
-            let family = bytes.get(..2).map_or(0, |family| u16::from_ne_bytes([family[0], family[1]]));
-            let whole = match i32::from(family) {
-                libc::AF_INET => bytes.len() >= 16,
-                libc::AF_UNSPEC => bytes.len() >= 16 && bytes[4..8] == [0; 4],
-                libc::AF_INET6 => bytes.len() >= 24,
-                _ => false,
-            };
-            prop_assert_eq!(Address::from_sockaddr(&bytes, v6only, 0).is_some(), whole);
-        }
+    /// A worker chooses the bytes.
+    mod fuzz {
+        use super::*;
 
-        #[test]
-        fn a_sockaddr_as_libraries_write_it_is_read_back(ip: IpAddr, port: u16, scope: u32, v6only: bool) {
-            let mut socket = SocketAddr::new(ip, port);
-            if let SocketAddr::V6(v6) = &mut socket {
-                v6.set_scope_id(scope);
+        proptest! {
+                #[test]
+            fn of_any_bytes_only_a_whole_sockaddr_is_read(bytes in vec(any::<u8>(), 0..=128), v6only: bool) {
+                let family = bytes.get(..2).map_or(0, |family| u16::from_ne_bytes([family[0], family[1]]));
+                let whole = match i32::from(family) {
+                    libc::AF_INET => bytes.len() >= 16,
+                    libc::AF_UNSPEC => bytes.len() >= 16 && bytes[4..8] == [0; 4],
+                    libc::AF_INET6 => bytes.len() >= 24,
+                    _ => false,
+                };
+                prop_assert_eq!(Address::from_sockaddr(&bytes, v6only, 0).is_some(), whole);
             }
-            let mut bytes = vec![0; if ip.is_ipv4() { 16 } else { 28 }];
-            match socket {
-                SocketAddr::V4(v4) => {
-                    bytes[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
-                    bytes[2..4].copy_from_slice(&v4.port().to_be_bytes());
-                    bytes[4..8].copy_from_slice(&v4.ip().octets());
+
+            #[test]
+            fn a_sockaddr_as_libraries_write_it_is_read_back(ip: IpAddr, port: u16, scope: u32, v6only: bool) {
+                let mut socket = SocketAddr::new(ip, port);
+                if let SocketAddr::V6(v6) = &mut socket {
+                    v6.set_scope_id(scope);
                 }
-                SocketAddr::V6(v6) => {
-                    bytes[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
-                    bytes[2..4].copy_from_slice(&v6.port().to_be_bytes());
-                    bytes[8..24].copy_from_slice(&v6.ip().octets());
-                    bytes[24..28].copy_from_slice(&v6.scope_id().to_ne_bytes());
+                let mut bytes = vec![0; if ip.is_ipv4() { 16 } else { 28 }];
+                match socket {
+                    SocketAddr::V4(v4) => {
+                        bytes[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
+                        bytes[2..4].copy_from_slice(&v4.port().to_be_bytes());
+                        bytes[4..8].copy_from_slice(&v4.ip().octets());
+                    }
+                    SocketAddr::V6(v6) => {
+                        bytes[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
+                        bytes[2..4].copy_from_slice(&v6.port().to_be_bytes());
+                        bytes[8..24].copy_from_slice(&v6.ip().octets());
+                        bytes[24..28].copy_from_slice(&v6.scope_id().to_ne_bytes());
+                    }
                 }
+                let read = Address::from_sockaddr(&bytes, v6only, 0).unwrap();
+                prop_assert_eq!(read.socket, socket);
+                prop_assert_eq!(read.v6only, v6only && socket.is_ipv6());
             }
-            let read = Address::from_sockaddr(&bytes, v6only, 0).unwrap();
-            prop_assert_eq!(read.socket, socket);
-            prop_assert_eq!(read.v6only, v6only && socket.is_ipv6());
         }
     }
 }

@@ -101,34 +101,38 @@ mod tests {
         proptest::collection::vec(prop_oneof![1..5usize, 1..100usize], 0..40)
     }
 
-    proptest! {
-        #[test]
-        fn lines_are_the_same_however_the_stream_is_cut(
-            texts in proptest::collection::vec(text(), 0..8), ended: bool, cuts in cuts(),
-        ) {
-            let mut stream = texts.join("\n");
-            if ended && !texts.is_empty() {
-                stream.push('\n');
-            }
-            let mut expected = Vec::new();
-            for line in stream.split_inclusive('\n') {
-                let text = line.strip_suffix('\n').unwrap_or(line);
-                expected.extend(text.as_bytes().chunks(MAX_LENGTH).map(<[u8]>::to_vec));
-                if text.is_empty() {
-                    expected.push(Vec::new());
-                }
-            }
-            prop_assert_eq!(split(stream.as_bytes(), cuts, TooLong::Split), expected);
-        }
+    mod fuzz {
+        use super::*;
 
-        #[test]
-        fn a_line_that_is_too_long_is_dropped_alone(
-            texts in proptest::collection::vec(text(), 0..8), cuts in cuts(),
-        ) {
-            let stream: String = texts.iter().map(|text| format!("{text}\n")).collect();
-            let short = texts.into_iter().filter(|text| text.len() <= MAX_LENGTH);
-            let expected: Vec<Vec<u8>> = short.map(String::into_bytes).collect();
-            prop_assert_eq!(split(stream.as_bytes(), cuts, TooLong::Drop), expected);
+        proptest! {
+            #[test]
+            fn lines_are_the_same_however_the_stream_is_cut(
+                texts in proptest::collection::vec(text(), 0..8), ended: bool, cuts in cuts(),
+            ) {
+                let mut stream = texts.join("\n");
+                if ended && !texts.is_empty() {
+                    stream.push('\n');
+                }
+                let mut expected = Vec::new();
+                for line in stream.split_inclusive('\n') {
+                    let text = line.strip_suffix('\n').unwrap_or(line);
+                    expected.extend(text.as_bytes().chunks(MAX_LENGTH).map(<[u8]>::to_vec));
+                    if text.is_empty() {
+                        expected.push(Vec::new());
+                    }
+                }
+                prop_assert_eq!(split(stream.as_bytes(), cuts, TooLong::Split), expected);
+            }
+
+            #[test]
+            fn a_line_that_is_too_long_is_dropped_alone(
+                texts in proptest::collection::vec(text(), 0..8), cuts in cuts(),
+            ) {
+                let stream: String = texts.iter().map(|text| format!("{text}\n")).collect();
+                let short = texts.into_iter().filter(|text| text.len() <= MAX_LENGTH);
+                let expected: Vec<Vec<u8>> = short.map(String::into_bytes).collect();
+                prop_assert_eq!(split(stream.as_bytes(), cuts, TooLong::Drop), expected);
+            }
         }
     }
 }

@@ -65,4 +65,26 @@ mod tests {
         assert_eq!(millis(Duration::from_millis(9_999)), "9999 ms");
         assert_eq!(millis(Duration::from_millis(12_345)), "12.3 s");
     }
+
+    mod fuzz {
+        use proptest::prelude::*;
+
+        use super::*;
+
+        proptest! {
+            #[test]
+            fn of_any_bytes_one_line_is_shown_that_controls_nothing(bytes: Vec<u8>) {
+                let text = printable(&bytes);
+                prop_assert!(!text.contains(is_unsafe));
+                prop_assert!(text.len() <= 200 * 10); // the longest escape has 10 characters
+            }
+
+            #[test]
+            fn a_text_that_controls_nothing_is_shown_as_it_is(text: String) {
+                let shown = escaped(&text);
+                prop_assert!(!shown.contains(is_unsafe));
+                prop_assert_eq!(shown == text, !text.contains(is_unsafe));
+            }
+        }
+    }
 }

@@ -107,4 +107,36 @@ mod tests {
             }
         }
     }
+
+    mod fuzz {
+        use std::os::unix::ffi::OsStringExt;
+
+        use proptest::collection::vec;
+        use proptest::prelude::*;
+
+        use super::*;
+
+        fn word() -> impl Strategy<Value = OsString> {
+            prop_oneof![
+                "-{0,2}[a-zC]{0,3}=?[a-z0-9]{0,2}".prop_map(OsString::from),
+                prop::sample::select(vec!["--", "-", "-n", "-n4", "--drain", "--label", "-l"])
+                    .prop_map(OsString::from),
+                vec(any::<u8>(), 0..4).prop_map(OsString::from_vec),
+            ]
+        }
+
+        proptest! {
+            #[test]
+            fn the_command_is_the_end_of_the_line_as_it_was_written(words in vec(word(), 0..8)) {
+                let Ok(split) = split(words.clone(), RunArgs::get_args_info().flags) else { return Ok(()) };
+                let (options, command) = words.split_at(words.len() - split.command.len());
+                prop_assert_eq!(command, &split.command);
+                let mark = options.iter().position(|word| word == "--");
+                prop_assert_eq!(mark, split.is_marked.then(|| options.len() - 1));
+                let is_command = |word: &OsString| word == "-" || !word.to_string_lossy().starts_with('-');
+                prop_assert!(split.is_marked || command.first().is_none_or(is_command));
+                prop_assert!(split.options.len() <= 2 * options.len());
+            }
+        }
+    }
 }

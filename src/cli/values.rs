@@ -80,8 +80,8 @@ impl FromStr for Target {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let text = text.trim_start();
-        let (sign, number) = text.split_at(text.find(|c: char| c.is_ascii_digit()).unwrap_or(0));
+        let word = text.trim_start();
+        let (sign, number) = word.split_at(word.find(|c: char| c.is_ascii_digit()).unwrap_or(0));
         match (sign, number.parse().ok().filter(|number| (1..=MAX_WORKERS).contains(number))) {
             ("", Some(number)) => Ok(Self::Exactly(number)),
             ("+", Some(number)) => Ok(Self::More(number)),
@@ -248,5 +248,58 @@ mod tests {
     fn a_stop_signal_is_a_name_or_a_number_of_a_signal_that_can_stop() {
         let right = ["TERM", "sigterm", "15"].map(|text| (text, StopSignal(Signal::SIGTERM)));
         assert_all(&right, &["STOP", "SIGCONT", "17", "99", "", "stop now"]);
+    }
+
+    mod fuzz {
+        use proptest::prelude::*;
+
+        use super::*;
+
+        /// What is wrong is named on one line, and what is right is within its limits.
+        fn check<T: FromStr<Err = String>>(
+            text: &str,
+            is_right: impl Fn(T) -> bool,
+        ) -> Result<(), TestCaseError> {
+            match text.parse::<T>() {
+                Ok(value) => prop_assert!(is_right(value), "{text:?}"),
+                Err(why) => {
+                    prop_assert!(why.starts_with(&format!("{text:?} is ")), "{why}");
+                    prop_assert!(!why.contains(char::is_control), "{why:?}");
+                }
+            }
+            Ok(())
+        }
+
+        proptest! {
+            #[test]
+            fn every_text_is_a_value_within_its_limits_or_is_refused_by_name(
+                text in prop_oneof!["[-+]?[0-9]{1,12}[a-z%]{0,3}", "[:/a-zA-Z0-9 .%]{0,12}", any::<String>()]
+            ) {
+                let is_count = |count| (1..=MAX_WORKERS).contains(&count);
+                check(&text, |Workers(count)| is_count(count) || text == "max")?;
+                check(&text, |target: Target| match target {
+                    Target::Exactly(count) | Target::More(count) | Target::Fewer(count) => is_count(count),
+                })?;
+                check(&text, |address: Address| address.socket.port() != 0)?;
+                check(&text, |Period(duration)| duration <= MAX_DURATION)?;
+                check(&text, |_: Percent| true)?;
+                check(&text, |_: Balancing| ["load", "random"].contains(&text.as_str()))?;
+                check(&text, |StopSignal(signal)| ![Signal::SIGSTOP, Signal::SIGCONT, Signal::SIGCHLD].contains(&signal))?;
+                check(&text, |ready: Ready| ready.path.is_none_or(|path| {
+                    path.starts_with('/') && path.len() <= 1000 && path.bytes().all(|byte| byte.is_ascii_graphic())
+                }))?;
+            }
+
+            #[test]
+            fn numbers_are_read_as_they_were_written(count in 1..=MAX_WORKERS, port in 1u16.., percent: f32, ms: u32) {
+                prop_assert_eq!(count.to_string().parse(), Ok(Workers(count)));
+                prop_assert_eq!(format!("+{count}").parse(), Ok(Target::More(count)));
+                prop_assert_eq!(format!("-{count}").parse(), Ok(Target::Fewer(count)));
+                prop_assert_eq!(port.to_string().parse::<Address>().map(|address| address.socket.port()), Ok(port));
+                let share = percent.to_string().parse::<f64>().unwrap();
+                prop_assert_eq!(format!("{percent}%").parse(), Ok(Percent(share)));
+                prop_assert_eq!(format!("{ms}ms").parse(), Ok(Period(Duration::from_millis(ms.into()))));
+            }
+        }
     }
 }

@@ -206,7 +206,7 @@ fn parse_unix_sockets(table: &str) -> Vec<UnixSocket> {
         let (is_stream, is_connected) = (kind == STREAM, state == CONNECTED);
         Some(UnixSocket { inode: inode.parse().ok()?, is_stream, is_connected, name })
     };
-    table.lines().filter_map(row).collect()
+    table.split('\n').filter_map(row).collect() // a name may end with a carriage return
 }
 
 /// The inode number of a socket of this process, the same that /proc/PID/fd shows.
@@ -494,7 +494,8 @@ pub fn usage(pid: Pid) -> Usage {
 fn parse_cpu(stat: &str) -> Option<Duration> {
     const UTIME: usize = 14;
     const STIME: usize = 15;
-    Some(Duration::from_millis((stat_field(stat, UTIME)? + stat_field(stat, STIME)?) * 10))
+    let ticks = stat_field(stat, UTIME)?.saturating_add(stat_field(stat, STIME)?);
+    Some(Duration::from_millis(ticks.saturating_mul(10)))
 }
 
 /// The lowest port that can be bound without CAP_NET_BIND_SERVICE (net.ipv4.ip_unprivileged_port_start,
@@ -603,36 +604,86 @@ mod tests {
         assert!(shares_namespaces(me).unwrap());
     }
 
-    proptest! {
-        /// A process chooses its name, which is part of its status.
-        #[test]
-        fn a_process_name_cannot_pass_for_a_line_of_the_kernel(name in "[^\n\\\\]{0,15}", uid: u32, effective: u64) {
-            let status = format!(
-                "Name:\t{name}\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\nGid:\t{uid}\nSigIgn:\t{:016x}\nCapEff:\t{effective:016x}\n", 1 << 9
-            );
-            prop_assert_eq!(parse_credentials(&status), Some(Credentials { uids: [uid; 4], gids: vec![uid], effective }));
-            prop_assert!(has_signal(&status, "SigIgn:", 10));
-        }
+    /// A process chooses its name, its arguments and the paths of its sockets.
+    mod fuzz {
+        use super::*;
 
-        #[test]
-        fn no_text_makes_a_parser_panic(text: String, signal in 1u32..=64) {
-            let _ = parse_credentials(&text);
-            let _ = parse_credentials(&format!("Uid:{text}\nCapEff:{text}"));
-            let _ = has_signal(&format!("SigIgn:{text}"), "SigIgn:", signal);
-            let _ = parse_fd_flags(&format!("flags:{text}"));
-            prop_assert!(parse_children(&text).iter().all(|pid| text.contains(&pid.to_string()) || pid.as_raw() >= 0));
-            let link = parse_socket_link(OsStr::new(&text));
-            prop_assert!(link.is_none() || text.starts_with("socket:["));
-        }
+        proptest! {
+            /// A process chooses its name, which is part of its status.
+            #[test]
+            fn a_process_name_cannot_pass_for_a_line_of_the_kernel(name in "[^\n\\\\]{0,15}", uid: u32, effective: u64) {
+                let status = format!(
+                    "Name:\t{name}\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\nGid:\t{uid}\nSigIgn:\t{:016x}\nCapEff:\t{effective:016x}\n", 1 << 9
+                );
+                prop_assert_eq!(parse_credentials(&status), Some(Credentials { uids: [uid; 4], gids: vec![uid], effective }));
+                prop_assert!(has_signal(&status, "SigIgn:", 10));
+            }
 
-        #[test]
-        fn numbers_are_read_as_they_were_written(inode: u64, flags in 0i32..i32::MAX, pids: Vec<u16>) {
-            let link = format!("socket:[{inode}]");
-            prop_assert_eq!(parse_socket_link(OsStr::new(&link)), Some(inode));
-            prop_assert_eq!(parse_fd_flags(&format!("pos:\t0\nflags:\t0{flags:o}\n")), Some(flags));
-            let text: String = pids.iter().map(|pid| format!("{pid} ")).collect();
-            let read: Vec<i32> = parse_children(&text).into_iter().map(Pid::as_raw).collect();
-            prop_assert_eq!(read, pids.into_iter().map(i32::from).collect::<Vec<_>>());
+            #[test]
+            fn no_text_makes_a_parser_panic(text: String, signal in 1u32..=64) {
+                let _ = parse_credentials(&text);
+                let _ = parse_credentials(&format!("Uid:{text}\nCapEff:{text}"));
+                let _ = has_signal(&format!("SigIgn:{text}"), "SigIgn:", signal);
+                let _ = parse_fd_flags(&format!("flags:{text}"));
+                prop_assert!(parse_children(&text).iter().all(|pid| text.contains(&pid.to_string()) || pid.as_raw() >= 0));
+                let link = parse_socket_link(OsStr::new(&text));
+                prop_assert!(link.is_none() || text.starts_with("socket:["));
+            }
+
+            #[test]
+            fn numbers_are_read_as_they_were_written(inode: u64, flags in 0i32..i32::MAX, pids: Vec<u16>) {
+                let link = format!("socket:[{inode}]");
+                prop_assert_eq!(parse_socket_link(OsStr::new(&link)), Some(inode));
+                prop_assert_eq!(parse_fd_flags(&format!("pos:\t0\nflags:\t0{flags:o}\n")), Some(flags));
+                let text: String = pids.iter().map(|pid| format!("{pid} ")).collect();
+                let read: Vec<i32> = parse_children(&text).into_iter().map(Pid::as_raw).collect();
+                prop_assert_eq!(read, pids.into_iter().map(i32::from).collect::<Vec<_>>());
+            }
+
+            /// A name can't make its own line look like another socket's. (It may hold a newline: see [`unix_sockets`].)
+            #[test]
+            fn a_socket_keeps_its_row_whatever_its_name_is(inode: u64, name in "[^\n ][^\n]{0,30}", is_stream: bool) {
+                let kind = if is_stream { 1 } else { 5 };
+                let table = format!("Num RefCount\n0000000000000000: 00000002 00000000 00010000 {kind:04X} 01 {inode:>5} {name}\n");
+                let row = UnixSocket { inode, is_stream, is_connected: false, name };
+                prop_assert_eq!(parse_unix_sockets(&table), [row]);
+            }
+
+            #[test]
+            fn no_table_makes_a_parser_panic(table in "(0000: 1 1 1 000[0-9] 0[0-9] [0-9]{0,22} ?[^\n]{0,9}\n|[ -~\n]{0,30}){0,5}") {
+                let rows = parse_unix_sockets(&table);
+                prop_assert!(rows.len() <= table.lines().count());
+                prop_assert!(rows.iter().all(|row| table.contains(&row.inode.to_string()) && table.contains(&row.name)));
+                let _ = (parse_depth(&table), parse_life(&table), parse_cpu(&table));
+            }
+
+            /// The name is the second field, in parentheses, and may hold parentheses itself.
+            #[test]
+            fn the_fields_of_a_stat_are_found_behind_any_name(
+                name in "[^\n]{0,15}", state in "[RSDZTX]", numbers in proptest::collection::vec(any::<u64>(), 49)
+            ) {
+                let text: String = numbers.iter().map(|number| format!(" {number}")).collect();
+                let stat = format!("7 ({name}) {state}{text}\n");
+                for (index, number) in numbers.iter().enumerate() {
+                    prop_assert_eq!(stat_field(&stat, index + 4), Some(*number));
+                }
+                prop_assert_eq!(stat_field(&stat, 53), None);
+                let cpu = numbers[10].saturating_add(numbers[11]).saturating_mul(10);
+                prop_assert_eq!(parse_cpu(&stat), Some(Duration::from_millis(cpu)));
+                prop_assert!(parse_life(&stat).is_some());
+            }
+
+            #[test]
+            fn capabilities_are_read_from_both_halves(flags: u32, low: u32, high: u32, inheritable: u32, len in 0usize..=20) {
+                let words = [flags, low, inheritable, high, inheritable];
+                let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+                let expected = match len {
+                    0..8 => None,
+                    8..16 => Some(u64::from(low)),
+                    _ => Some(u64::from(low) | u64::from(high) << 32),
+                };
+                prop_assert_eq!(parse_capabilities(&bytes[..len]), expected);
+            }
         }
     }
 }

@@ -209,22 +209,33 @@ impl SockDiag {
         loop {
             self.buffer.clear();
             self.socket.recv(&mut self.buffer, 0)?; // doesn't block: the kernel has answered already
-            let mut rest = self.buffer.as_slice();
-            while !rest.is_empty() {
-                let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
-                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
-                match message.payload {
-                    NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => each(&response),
-                    NetlinkPayload::Done(_) => return Ok(()),
-                    NetlinkPayload::Error(error) => return Err(error.to_io()),
-                    _ => {}
-                }
-                let length = message.header.length as usize;
-                // Messages are aligned to four bytes (netlink(7)).
-                rest = rest.get(length.next_multiple_of(4).max(16)..).unwrap_or_default();
+            if parse(&self.buffer, &mut each)? {
+                return Ok(());
             }
         }
     }
+}
+
+/// Hands each socket in a part of an answer to `each`. Returns whether the answer ends there.
+///
+/// # Errors
+/// What the kernel says instead of an answer; InvalidData if it is no netlink message.
+fn parse(part: &[u8], each: &mut impl FnMut(&InetResponse)) -> io::Result<bool> {
+    let mut rest = part;
+    while !rest.is_empty() {
+        let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+        match message.payload {
+            NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => each(&response),
+            NetlinkPayload::Done(_) => return Ok(true),
+            NetlinkPayload::Error(error) => return Err(error.to_io()),
+            _ => {}
+        }
+        let length = message.header.length as usize;
+        // Messages are aligned to four bytes (netlink(7)).
+        rest = rest.get(length.next_multiple_of(4).max(16)..).unwrap_or_default();
+    }
+    Ok(false)
 }
 
 fn listener(response: &InetResponse) -> Listener {
@@ -261,12 +272,132 @@ mod tests {
 
     use super::*;
 
-    proptest! {
-        #[test]
-        fn a_tcp_info_of_any_length_is_read(info: Vec<u8>) {
-            let traffic = Traffic::parse(&info);
-            prop_assert!(info.len() >= 160 || traffic.segments_sent == 0);
-            prop_assert!(info.len() >= 136 || traffic.received == 0);
+    /// The kernel writes the answers; the addresses in them are those of any process.
+    mod fuzz {
+        use proptest::collection::vec;
+
+        use super::*;
+
+        /// SOCK_DIAG_BY_FAMILY (linux/sock_diag.h), and NLMSG_DONE (linux/netlink.h).
+        const TYPE: u16 = 20;
+        const NLMSG_DONE: u16 = 3;
+
+        #[derive(Debug, Clone)]
+        struct Socket {
+            local: SocketAddr,
+            peer: SocketAddr,
+            state: u8,
+            inode: u32,
+            uid: u32,
+            unread: u32,
+            v6only: bool,
+            info: Vec<u8>,
+        }
+
+        prop_compose! {
+            fn socket()(
+                addresses: (std::net::Ipv6Addr, std::net::Ipv6Addr),
+                is_ipv4: bool,
+                ports: (u16, u16),
+                state in 1u8..12,
+                numbers: (u32, u32, u32),
+                v6only: bool,
+                info in vec(any::<u8>(), 0..240),
+            ) -> Socket {
+                let address = |ip: std::net::Ipv6Addr, port| match is_ipv4 {
+                    true => SocketAddr::from((std::net::Ipv4Addr::from_bits(ip.to_bits() as u32), port)),
+                    false => SocketAddr::from((ip, port)),
+                };
+                let (local, peer) = (address(addresses.0, ports.0), address(addresses.1, ports.1));
+                let (inode, uid, unread) = numbers;
+                Socket { local, peer, state, inode, uid, unread, v6only: v6only && !is_ipv4, info }
+            }
+        }
+
+        /// A `struct inet_diag_msg` with its attributes (linux/inet_diag.h).
+        fn payload(socket: &Socket) -> Vec<u8> {
+            const INET_DIAG_INFO: u16 = 2;
+            const INET_DIAG_SKV6ONLY: u16 = 11;
+            let family = if socket.local.is_ipv4() { AF_INET } else { AF_INET6 };
+            let mut bytes = vec![family, socket.state, 0, 0];
+            bytes.extend([socket.local.port().to_be_bytes(), socket.peer.port().to_be_bytes()].concat());
+            for address in [socket.local, socket.peer] {
+                match address.ip() {
+                    std::net::IpAddr::V4(ip) => bytes.extend([&ip.octets()[..], &[0; 12]].concat()),
+                    std::net::IpAddr::V6(ip) => bytes.extend(ip.octets()),
+                }
+            }
+            bytes.extend([0; 16]); // interface, cookie, expires
+            for number in [socket.unread, 0, socket.uid, socket.inode] {
+                bytes.extend(number.to_ne_bytes());
+            }
+            for (kind, value) in
+                [(INET_DIAG_SKV6ONLY, &[u8::from(socket.v6only)][..]), (INET_DIAG_INFO, &socket.info)]
+            {
+                bytes.extend([(4 + value.len() as u16).to_ne_bytes(), kind.to_ne_bytes()].concat());
+                bytes.extend(value);
+                bytes.resize(bytes.len().next_multiple_of(4), 0);
+            }
+            bytes
+        }
+
+        /// A `struct nlmsghdr` with its payload (netlink(7)).
+        fn message(kind: u16, payload: &[u8]) -> Vec<u8> {
+            let mut bytes = (16 + payload.len() as u32).to_ne_bytes().to_vec();
+            bytes.extend(kind.to_ne_bytes());
+            bytes.extend([0; 10]);
+            bytes.extend(payload);
+            bytes
+        }
+
+        proptest! {
+            #[test]
+            fn a_tcp_info_of_any_length_is_read(info: Vec<u8>) {
+                let traffic = Traffic::parse(&info);
+                prop_assert!(info.len() >= 160 || traffic.segments_sent == 0);
+                prop_assert!(info.len() >= 136 || traffic.received == 0);
+            }
+
+            #[test]
+            fn sockets_are_read_as_the_kernel_writes_them(sockets in vec(socket(), 0..6), is_last: bool) {
+                let mut part: Vec<u8> = sockets.iter().flat_map(|socket| message(TYPE, &payload(socket))).collect();
+                if is_last {
+                    part.extend(message(NLMSG_DONE, &[0; 4]));
+                }
+                let mut read = Vec::new();
+                let ended = parse(&part, &mut |response| read.push((listener(response), connection(response)))).unwrap();
+                prop_assert_eq!(ended, is_last);
+                prop_assert_eq!(read.len(), sockets.len());
+                for ((listener, connection), socket) in read.iter().zip(&sockets) {
+                    let address = Address::new(socket.local, socket.v6only, 0);
+                    prop_assert_eq!(*listener, Listener { address, inode: socket.inode, uid: socket.uid });
+                    prop_assert_eq!((connection.local, connection.peer), (socket.local, socket.peer));
+                    prop_assert_eq!((connection.inode, connection.unread), (socket.inode, socket.unread));
+                    prop_assert_eq!(connection.opening, socket.state == TCP_SYN_RECV);
+                    prop_assert_eq!(connection.traffic, Traffic::parse(&socket.info));
+                }
+            }
+
+            #[test]
+            fn a_damaged_answer_is_an_error_or_holds_no_more_sockets(
+                sockets in vec(socket(), 1..6), cut: prop::sample::Index, at: prop::sample::Index, byte: u8
+            ) {
+                let mut part: Vec<u8> = sockets.iter().flat_map(|socket| message(TYPE, &payload(socket))).collect();
+                let at = at.index(part.len());
+                part[at] = byte;
+                part.truncate(cut.index(part.len()));
+                let mut count = 0;
+                let _ = parse(&part, &mut |response| {
+                    let _ = (listener(response), connection(response));
+                    count += 1;
+                });
+                prop_assert!(count * 88 <= part.len(), "{count} sockets in {} bytes", part.len());
+            }
+
+            #[test]
+            fn no_bytes_make_the_parser_panic(part in vec(any::<u8>(), 0..200)) {
+                let _ = parse(&part, &mut |response| { let _ = (listener(response), connection(response)); });
+            }
         }
     }
 

@@ -254,3 +254,65 @@ impl Client {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A client may be any process of this user.
+    mod fuzz {
+        use proptest::collection::vec;
+        use proptest::prelude::*;
+
+        use super::*;
+        use crate::operate::protocol::Envelope;
+
+        /// A control socket with one client, which writes a stream in pieces. Returns what it has requested.
+        fn requests_of(stream: &[u8], piece: usize) -> Result<Vec<Request>, TestCaseError> {
+            let mut control = Control::new().unwrap();
+            let (ours, its) = UnixStream::pair().unwrap();
+            ours.set_nonblocking(true).unwrap();
+            let id = ClientId(0);
+            let (input, output, last_step) = (Vec::new(), Vec::new(), String::new());
+            let since = Instant::now();
+            let client = Client { stream: ours, since, input, output, last_step, state: State::Requesting };
+            control.clients.insert(id, client);
+            let mut requests = Vec::new();
+            for piece in stream.chunks(piece) {
+                if (&its).write_all(piece).is_err() {
+                    break; // it is dropped
+                }
+                if let Some(request) = control.read_request(id) {
+                    requests.push(request);
+                    control.reply_and_close(id, &Reply::Done(String::new()));
+                }
+                let kept =
+                    control.clients.get(&id).map_or(0, |client| client.input.len() + client.output.len());
+                prop_assert!(kept <= MAX_REQUEST + 1024, "{kept} bytes are kept");
+            }
+            Ok(requests)
+        }
+
+        proptest! {
+            #[test]
+            fn of_a_client_only_its_first_line_is_a_request(
+                lines in vec(prop_oneof![
+                    Just(protocol::line(&Envelope { version: 1, request: Request::Abort })),
+                    vec(any::<u8>(), 0..50).prop_map(|line| [&line[..], b"\n"].concat()),
+                ], 0..4),
+                piece in 1usize..80,
+            ) {
+                let stream = lines.concat();
+                let first = stream.split_inclusive(|byte| *byte == b'\n').next();
+                let expected = first.and_then(|line| protocol::parse(line).ok());
+                prop_assert_eq!(requests_of(&stream, piece)?, expected.into_iter().collect::<Vec<_>>());
+            }
+
+            #[test]
+            fn no_more_than_a_request_is_kept_of_a_client(byte in any::<u8>(), len in 0..3 * MAX_REQUEST, piece in 1usize..8000) {
+                let stream = vec![if byte == b'\n' { b' ' } else { byte }; len];
+                prop_assert_eq!(requests_of(&stream, 1000 + piece)?, []);
+            }
+        }
+    }
+}

@@ -186,10 +186,83 @@ mod tests {
         }
     }
 
-    proptest! {
-        #[test]
-        fn parsing_any_bytes_does_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = parse(&bytes);
+    /// A client may be any process of this user.
+    mod fuzz {
+        use super::*;
+
+        fn how() -> impl Strategy<Value = How> {
+            prop_oneof![
+                any::<u32>().prop_map(How::Batch),
+                (0u32..20_000, any::<u32>()).prop_map(|(percent, ms)| How::Canary {
+                    percent: f64::from(percent) / 100.0,
+                    seconds: f64::from(ms) / 1000.0,
+                }),
+            ]
+        }
+
+        fn request() -> impl Strategy<Value = Request> {
+            let command = proptest::option::of(proptest::collection::vec(any::<String>(), 0..4));
+            let reload = (proptest::option::of(how()), any::<bool>(), command, any::<bool>()).prop_map(
+                |(how, ports_may_change, command, wait)| Request::Reload {
+                    how,
+                    ports_may_change,
+                    command,
+                    wait,
+                },
+            );
+            let target = (0..3, any::<u32>()).prop_map(|(kind, number)| {
+                [Target::Exactly, Target::More, Target::Fewer][kind as usize](number)
+            });
+            prop_oneof![
+                Just(Request::Status),
+                Just(Request::Brief),
+                Just(Request::Abort),
+                any::<bool>().prop_map(|wait| Request::Stop { wait }),
+                (target, any::<bool>()).prop_map(|(to, wait)| Request::Scale { to, wait }),
+                reload,
+            ]
+        }
+
+        proptest! {
+            #[test]
+            fn a_request_is_one_line_and_is_read_as_it_was_written(request in request(), version in 1..=VERSION) {
+                let line = line(&Envelope { version, request: request.clone() });
+                prop_assert_eq!(line.iter().position(|byte| *byte == b'\n'), Some(line.len() - 1));
+                prop_assert_eq!(parse(&line[..line.len() - 1]), Ok(request));
+            }
+
+            #[test]
+            fn no_request_of_another_version_is_obeyed(request in request(), version: u32) {
+                let line = line(&Envelope { version, request: request.clone() });
+                prop_assert_eq!(parse(&line).ok(), (1..=VERSION).contains(&version).then_some(request));
+            }
+
+            #[test]
+            fn a_request_that_is_damaged_is_refused_or_is_another_whole_request(
+                request in request(), at: prop::sample::Index, byte: u8
+            ) {
+                let mut line = line(&Envelope { version: VERSION, request });
+                let at = at.index(line.len());
+                line[at] = byte;
+                if let Ok(other) = parse(&line) {
+                    let again = super::line(&Envelope { version: VERSION, request: other.clone() });
+                    prop_assert_eq!(parse(&again), Ok(other));
+                }
+            }
+
+            #[test]
+            fn bytes_that_are_no_json_are_no_request(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+                let is_json = serde_json::from_slice::<serde_json::Value>(&bytes).is_ok();
+                prop_assert!(is_json || parse(&bytes).is_err_and(|why| why.starts_with("not a request: ")));
+            }
+
+            #[test]
+            fn a_name_has_the_pid_that_it_was_made_for(pid: u32, word in "[0-9a-f]{16}", other: String) {
+                let ours = name(pid).unwrap();
+                prop_assert_eq!(pid_of(&ours), Some(pid));
+                prop_assert_eq!(pid_of(&format!("{ours}/{word}")), Some(pid));
+                prop_assert!(pid_of(&other).is_none() || other.starts_with(&prefix().unwrap()));
+            }
         }
     }
 }

@@ -108,4 +108,63 @@ mod tests {
         drop(replies);
         writer.join().unwrap();
     }
+
+    /// Who answers may be anyone, if root has named the process.
+    mod fuzz {
+        use proptest::collection::vec;
+        use proptest::prelude::*;
+
+        use super::*;
+        use crate::operate::protocol;
+
+        /// Writes a stream in pieces, and reads it meanwhile and to its end.
+        fn read(stream: &[u8], cuts: &[prop::sample::Index]) -> (Vec<Reply>, usize) {
+            let (mut wrapper, ours) = UnixStream::pair().unwrap();
+            ours.set_nonblocking(true).unwrap();
+            let mut replies = Replies::new(ours);
+            let mut places: Vec<usize> = cuts.iter().map(|cut| cut.index(stream.len() + 1)).collect();
+            places.extend([0, stream.len()]);
+            places.sort_unstable();
+            let (mut read, mut failed) = (Vec::new(), 0);
+            let mut read_until = |replies: &mut Replies, deadline: Option<Instant>| loop {
+                match replies.next(deadline) {
+                    Ok(reply) => read.push(reply),
+                    Err(NoReply::Failed(_)) => failed += 1,
+                    Err(NoReply::Late | NoReply::Closed) => return,
+                }
+            };
+            for piece in places.windows(2).map(|places| &stream[places[0]..places[1]]) {
+                wrapper.write_all(piece).unwrap();
+                read_until(&mut replies, Some(Instant::now() + Duration::from_micros(50)));
+            }
+            drop(wrapper);
+            read_until(&mut replies, None);
+            (read, failed)
+        }
+
+        proptest! {
+            #[test]
+            fn replies_are_read_as_they_were_written_however_they_arrive(
+                steps in vec(any::<String>(), 0..6), why: String, last_lines: Vec<String>, cuts: [prop::sample::Index; 3]
+            ) {
+                let steps = steps.into_iter().map(Reply::Step);
+                let all: Vec<Reply> = steps.chain([Reply::Failed(why, last_lines)]).collect();
+                let stream: Vec<u8> = all.iter().flat_map(protocol::line).collect();
+                let (read, failed) = read(&stream, &cuts);
+                prop_assert_eq!(format!("{read:?}"), format!("{all:?}"));
+                prop_assert_eq!(failed, 0);
+            }
+
+            #[test]
+            fn each_line_of_any_stream_is_one_reply_or_one_error(
+                lines in vec(vec(any::<u8>(), 0..60), 0..10), cuts: [prop::sample::Index; 3]
+            ) {
+                let stream = lines.join(&b'\n');
+                let (read, failed) = read(&stream, &cuts);
+                // What follows the last newline is no line.
+                let ends = stream.iter().filter(|byte| **byte == b'\n').count();
+                prop_assert_eq!(read.len() + failed, ends);
+            }
+        }
+    }
 }

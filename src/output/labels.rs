@@ -478,4 +478,38 @@ mod tests {
         assert!(labels.workers.contains_key(&WorkerId(0)));
         drop(held);
     }
+
+    mod fuzz {
+        use proptest::collection::vec;
+        use proptest::prelude::*;
+
+        use super::*;
+        use crate::words::is_unsafe;
+
+        proptest! {
+            #[test]
+            fn each_line_has_its_label_and_the_last_ones_are_kept_however_they_arrive(
+                lines in vec(vec(any::<u8>().prop_filter("no newline", |it| *it != b'\n'), 0..300), 0..12),
+                piece in 1usize..2000,
+            ) {
+                let (mut labels, [_stdout, mut stderr]) = labels();
+                let [_out, mut err] = add(&mut labels, 0);
+                let stream: Vec<u8> = lines.iter().flat_map(|line| [line, &b"\n"[..]].concat()).collect();
+                for piece in stream.chunks(piece) {
+                    err.write_all(piece).unwrap();
+                    let last = labels.last_lines(WorkerId(0));
+                    prop_assert!(last.len() <= KEPT_LINES);
+                    prop_assert!(last.iter().all(|line| line.len() <= KEPT_BYTES * 10 && !line.contains(is_unsafe)));
+                }
+                let kept = labels.last_lines(WorkerId(0));
+                let expected = lines[lines.len().saturating_sub(KEPT_LINES)..].iter();
+                let expected: Vec<String> = expected.map(|line| printable(&line[..line.len().min(KEPT_BYTES)])).collect();
+                prop_assert_eq!(kept, expected);
+                let labelled: Vec<u8> = lines.iter().flat_map(|line| [b"7|42 ", &line[..], b"\n"].concat()).collect();
+                let mut written = vec![0; labelled.len() + 1];
+                let count = stderr.read(&mut written).unwrap_or(0);
+                prop_assert_eq!(&written[..count], &labelled);
+            }
+        }
+    }
 }

@@ -594,15 +594,30 @@ mod tests {
         assert_eq!(error.raw_os_error(), Some(libc::EADDRINUSE));
     }
 
-    proptest! {
-        #[test]
-        fn in_any_bytes_a_path_ends_at_its_zero_byte(bytes in proptest::collection::vec(any::<u8>(), 0..130)) {
-            if let Some(path) = path_of_bytes(&bytes) {
-                prop_assert!(!path.as_os_str().is_empty() && !path.as_os_str().as_bytes().contains(&0));
+    /// A worker chooses the bytes.
+    mod fuzz {
+        use super::*;
+
+        proptest! {
+            #[test]
+            fn in_any_bytes_a_path_ends_at_its_zero_byte(bytes in proptest::collection::vec(0u8..8, 0..20)) {
+                let end = bytes.iter().position(|byte| *byte == 0);
+                let expected = end.filter(|end| *end > 0).map(|end| bytes[..end].to_vec());
+                prop_assert_eq!(path_of_bytes(&bytes).map(|path| path.into_os_string().into_vec()), expected);
             }
-            if let Some(path) = path_of_sockaddr(&bytes) {
-                prop_assert_eq!(&bytes[..2], &(libc::AF_UNIX as u16).to_ne_bytes());
-                prop_assert!(!path.as_os_str().is_empty());
+
+            #[test]
+            fn of_any_bytes_only_the_sockaddr_of_a_path_is_read(
+                family in prop_oneof![Just(libc::AF_UNIX as u16), any::<u16>()],
+                name in proptest::collection::vec(0u8..8, 0..110),
+                cut in 0usize..120,
+            ) {
+                let mut bytes = [&family.to_ne_bytes()[..], &name].concat();
+                bytes.truncate(cut);
+                let path = bytes.get(2..).unwrap_or_default().split(|byte| *byte == 0).next().unwrap_or_default();
+                let is_path = bytes.len() > 2 && i32::from(family) == libc::AF_UNIX && !path.is_empty();
+                let read = path_of_sockaddr(&bytes).map(|path| path.into_os_string().into_vec());
+                prop_assert_eq!(read, is_path.then(|| path.to_vec()));
             }
         }
     }

@@ -254,35 +254,62 @@ mod tests {
         assert_eq!(outcome, Err("answered GET /healthz with 503 Service Unavailable".to_owned()));
     }
 
-    proptest! {
-        #[test]
-        fn any_bytes_have_an_outcome_on_one_line(chunks in vec(vec(any::<u8>(), 0..200), 0..20), closed: bool) {
-            let mut answer = Answer::default();
-            let _ = chunks.iter().any(|chunk| answer.add(chunk));
-            let end = if closed { End::Closed } else { End::TimedOut };
-            let outcome = answer.outcome("GET /", end);
-            let text = outcome.expect_err("no such bytes are an answer");
-            prop_assert!(!text.contains(char::is_control) && text.len() < 400);
-        }
+    /// What answers may be any program.
+    mod fuzz {
+        use super::*;
 
-        /// However the answer is cut into pieces.
-        #[test]
-        fn the_status_alone_decides(
-            code in 200u16..600, body in vec(any::<u8>(), 0..100), cuts in vec(any::<prop::sample::Index>(), 0..5)
-        ) {
-            let head = format!("HTTP/1.1 {code} Some reason\r\nContent-Length: {}\r\nServer: x\r\n\r\n", body.len());
-            let whole = [head.as_bytes(), &body].concat();
-            let mut places: Vec<usize> = cuts.iter().map(|cut| cut.index(whole.len())).collect();
-            places.extend([0, whole.len()]);
-            places.sort_unstable();
-            let mut answer = Answer::default();
-            let mut complete = Vec::new();
-            for piece in places.windows(2).map(|places| &whole[places[0]..places[1]]) {
-                complete.push(answer.add(piece));
+        proptest! {
+            #[test]
+            fn any_bytes_have_an_outcome_on_one_line(chunks in vec(vec(any::<u8>(), 0..200), 0..20), closed: bool) {
+                let mut answer = Answer::default();
+                let _ = chunks.iter().any(|chunk| answer.add(chunk));
+                let end = if closed { End::Closed } else { End::TimedOut };
+                let outcome = answer.outcome("GET /", end);
+                let text = outcome.expect_err("no such bytes are an answer");
+                prop_assert!(!text.contains(char::is_control) && text.len() < 400);
             }
-            prop_assert_eq!(complete.last(), Some(&true));
-            let expected = if code < 400 { Ok(()) } else { Err(format!("answered GET / with {code} Some reason")) };
-            prop_assert_eq!(answer.outcome("GET /", End::Closed), expected);
+
+            /// However the answer is cut into pieces.
+            #[test]
+            fn the_status_alone_decides(
+                code in 200u16..600, body in vec(any::<u8>(), 0..100), cuts in vec(any::<prop::sample::Index>(), 0..5)
+            ) {
+                let head = format!("HTTP/1.1 {code} Some reason\r\nContent-Length: {}\r\nServer: x\r\n\r\n", body.len());
+                let whole = [head.as_bytes(), &body].concat();
+                let mut places: Vec<usize> = cuts.iter().map(|cut| cut.index(whole.len())).collect();
+                places.extend([0, whole.len()]);
+                places.sort_unstable();
+                let mut answer = Answer::default();
+                let mut complete = Vec::new();
+                for piece in places.windows(2).map(|places| &whole[places[0]..places[1]]) {
+                    complete.push(answer.add(piece));
+                }
+                prop_assert_eq!(complete.last(), Some(&true));
+                let expected = if code < 400 { Ok(()) } else { Err(format!("answered GET / with {code} Some reason")) };
+                prop_assert_eq!(answer.outcome("GET /", End::Closed), expected);
+            }
+
+            /// Whatever a header holds, no more of it is kept than [`MAX_HEADER`] and one read, and no more of a body is read than
+            /// [`MAX_BODY`].
+            #[test]
+            fn what_is_kept_and_read_of_an_answer_is_bounded(
+                lines in vec("[ -~]{0,30}", 0..4), repeat in 1usize..20_000, ended: bool, piece in 1usize..70_000
+            ) {
+                let line: String = lines.iter().map(|line| format!("{line}\r\n")).collect();
+                let end = if ended { "\r\n" } else { "" };
+                let mut stream = format!("HTTP/1.1 200 OK\r\n{}{end}", line.repeat((repeat / line.len().max(1)).max(1)));
+                stream.push_str(&"x".repeat(2 * MAX_BODY as usize));
+                let (mut answer, mut read) = (Answer::default(), 0);
+                for piece in stream.as_bytes().chunks(piece) {
+                    read += piece.len();
+                    let is_complete = answer.add(piece);
+                    prop_assert!(answer.header.len() <= MAX_HEADER + piece.len());
+                    if is_complete {
+                        break;
+                    }
+                }
+                prop_assert!(read <= MAX_HEADER + MAX_BODY as usize + 2 * piece);
+            }
         }
     }
 }

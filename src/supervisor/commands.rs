@@ -299,3 +299,32 @@ impl From<Load> for WorkerLoad {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    mod fuzz {
+        use proptest::prelude::*;
+
+        use super::super::*;
+        use crate::fleet::policy::{MAX_DURATION, MAX_WORKERS};
+
+        proptest! {
+            #[test]
+            fn a_rollout_is_within_its_limits_or_is_refused(most: u32, percent: f64, seconds: f64) {
+                prop_assert_eq!(rollout(How::Batch(most)).is_ok(), most > 0);
+                if let Ok(Rollout::Canary { period, .. }) = rollout(How::Canary { percent, seconds }) {
+                    prop_assert!((0.0..100.0).contains(&percent) && period <= MAX_DURATION);
+                }
+            }
+
+            #[test]
+            fn a_number_of_workers_is_within_its_limits_or_is_refused(number: u32, now in 1..=MAX_WORKERS) {
+                use crate::operate::protocol::Target::{Exactly, Fewer, More};
+                for to in [Exactly(number), More(number), Fewer(number)] {
+                    let workers = target(to).workers(now);
+                    prop_assert!(workers.is_err() || workers.is_ok_and(|it| (1..=MAX_WORKERS).contains(&it)));
+                }
+            }
+        }
+    }
+}

@@ -2,6 +2,7 @@
 //!
 //! The files are read anew for every generation. Its workers that start later get what was read then.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -284,25 +285,44 @@ fn read_env_file(path: &Path) -> Result<Vec<(OsString, OsString)>, String> {
         warn!("{} can be read or written by other users (chmod o-rw)", path.display());
     }
     let text = String::from_utf8(content).map_err(|_| format!("{}: not UTF-8", path.display()))?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    let mut variables = Vec::new();
-    for item in dotenvy::Iter::new(text.as_bytes()) {
-        // The error is left out: it holds the line's text, which may be a secret.
-        let (name, value) = item.map_err(|_| {
-            let line = line_of_error(text);
-            format!("{}:{line}: not a line of the form NAME=value, with spaces in quotes", path.display())
-        })?;
-        variables.push(variable(path, name.into(), value.into())?);
-    }
-    Ok(variables)
+    let pairs = parse(text.strip_prefix('\u{feff}').unwrap_or(&text)).map_err(|line| {
+        format!("{}:{line}: not a line of the form NAME=value, with spaces in quotes", path.display())
+    })?;
+    pairs.into_iter().map(|(name, value)| variable(path, name.into(), value.into())).collect()
 }
 
-/// The number, from 1, of the line after the longest beginning of the text that can be parsed.
-fn line_of_error(text: &str) -> usize {
-    let lines: Vec<&str> = text.split_inclusive('\n').collect();
-    let parses =
-        |count: &usize| dotenvy::Iter::new(lines[..*count].concat().as_bytes()).all(|item| item.is_ok());
-    1 + (0..lines.len()).rev().find(parses).unwrap_or(0)
+/// The variables of an env file.
+///
+/// # Errors
+/// The number, from 1, of the line that is wrong, or in which a value begins that doesn't end. Nothing else: it may hold a
+/// secret.
+fn parse(text: &str) -> Result<Vec<(String, String)>, usize> {
+    let text = format!("{text}\n"); // dotenvy takes a blank at the end for the beginning of something
+    let taken = Cell::new(0);
+    let lines = OneByOne { rest: text.as_bytes(), taken: &taken };
+    let (mut pairs, mut good) = (Vec::new(), 0);
+    for pair in dotenvy::Iter::new(lines) {
+        let is_empty = |line: &&str| line.trim_start().is_empty() || line.trim_start().starts_with('#');
+        pairs.push(pair.map_err(|_| 1 + good + text.lines().skip(good).take_while(is_empty).count())?);
+        good = taken.get();
+    }
+    Ok(pairs)
+}
+
+/// A text of which each read gets one line at most, and the number of lines that were taken.
+struct OneByOne<'a> {
+    rest: &'a [u8],
+    taken: &'a Cell<usize>,
+}
+
+impl Read for OneByOne<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let end = self.rest.iter().position(|byte| *byte == b'\n').map_or(self.rest.len(), |end| end + 1);
+        let count = (&self.rest[..end]).read(buffer)?;
+        self.rest = &self.rest[count..];
+        self.taken.set(self.taken.get() + usize::from(count == end && count > 0));
+        Ok(count)
+    }
 }
 
 /// The file's content without one newline at its end.
@@ -381,6 +401,13 @@ mod tests {
         let missing = folder.0.join("missing");
         let error = read(vec![missing.clone()], vec![]).unwrap_err();
         assert!(error.starts_with(&format!("{}: No such file", missing.display())), "{error}");
+    }
+
+    #[test]
+    fn the_wrong_line_of_a_long_file_is_found_at_once() {
+        let text = "#\n".repeat(60_000);
+        assert_eq!(parse(&format!("A='1\n2'\n\n{text}wrong\n{text}")), Err(60_004));
+        assert_eq!(parse("A=1 "), Ok(vec![("A".to_owned(), "1".to_owned())]), "without an end of the line");
     }
 
     #[test]
@@ -509,5 +536,44 @@ mod tests {
         let expected = Secret { name: "KEY".to_owned(), file: "/run/secrets/key".into() };
         assert_eq!("KEY=/run/secrets/key".parse(), Ok(expected));
         assert!("KEY".parse::<Secret>().is_err() && "=x".parse::<Secret>().is_err());
+    }
+
+    /// What writes an env file may be another program, such as one that gets secrets.
+    mod fuzz {
+        use proptest::collection::vec;
+        use proptest::prelude::*;
+
+        use super::*;
+
+        fn pair() -> impl Strategy<Value = (String, String)> {
+            ("[A-Za-z_][A-Za-z0-9_.]{0,8}", "[^'\\\\]{0,12}")
+                .prop_filter("a keyword", |(name, _)| name != "export")
+        }
+
+        proptest! {
+            #[test]
+            fn values_in_quotes_are_read_as_they_were_written(pairs in vec(pair(), 0..6), blank in "( *(#[^\n]*)?\n){0,2}") {
+                let text: String = pairs.iter().map(|(name, value)| format!("{blank}{name}='{value}'\n")).collect();
+                prop_assert_eq!(parse(&text), Ok(pairs));
+            }
+
+            #[test]
+            fn the_first_wrong_line_is_named(
+                pairs in vec(pair(), 0..6), wrong in "[=0-9%][ -~]{0,9}", after in "[ -~\n]{0,30}"
+            ) {
+                let good: String = pairs.iter().map(|(name, value)| format!("{name}='{value}'\n")).collect();
+                let line = 1 + good.matches('\n').count();
+                prop_assert_eq!(parse(&format!("{good}{wrong}\n{after}")), Err(line));
+            }
+
+            #[test]
+            fn what_comes_before_the_line_that_is_named_is_right(text in "([A-Z]=|['\"\\\\$#{} \n]|[a-z]|\\PC){0,60}") {
+                if let Err(line) = parse(&text) {
+                    let before: Vec<&str> = text.split_inclusive('\n').take(line - 1).collect();
+                    prop_assert_eq!(before.len(), line - 1, "there is such a line");
+                    prop_assert!(parse(&before.concat()).is_ok());
+                }
+            }
+        }
     }
 }

@@ -73,4 +73,46 @@ mod tests {
         drop(worker);
         assert_eq!(channel.read(), [Message::Closed]);
     }
+
+    mod fuzz {
+        use proptest::collection::vec;
+        use proptest::prelude::*;
+
+        use super::*;
+
+        fn line() -> impl Strategy<Value = Vec<u8>> {
+            prop_oneof![
+                Just(b"\"ready\"".to_vec()),
+                Just(b"\"online\"".to_vec()),
+                "\"(ready|online|started)\"? ?".prop_map(String::into_bytes),
+                vec(
+                    prop_oneof![Just(b'x'), any::<u8>()].prop_filter("no newline", |it| *it != b'\n'),
+                    0..100
+                ),
+            ]
+        }
+
+        proptest! {
+            #[test]
+            fn a_worker_is_ready_when_a_whole_line_says_so_however_it_arrives(
+                lines in vec(line(), 0..8), cuts: [prop::sample::Index; 3]
+            ) {
+                let stream: Vec<u8> = lines.iter().flat_map(|line| [line, &b"\n"[..]].concat()).collect();
+                let mut places: Vec<usize> = cuts.iter().map(|cut| cut.index(stream.len() + 1)).collect();
+                places.extend([0, stream.len()]);
+                places.sort_unstable();
+                let (mut channel, worker) = NodeChannel::new().unwrap();
+                let mut worker = UnixStream::from(worker);
+                let mut heard = Vec::new();
+                for piece in places.windows(2).map(|places| &stream[places[0]..places[1]]) {
+                    worker.write_all(piece).unwrap();
+                    heard.extend(channel.read());
+                    prop_assert!(channel.lines.unfinished().len() <= MAX_LINE_LENGTH);
+                }
+                let says_ready = |line: &Vec<u8>| [&b"\"ready\""[..], b"\"online\""].contains(&line.as_slice());
+                prop_assert_eq!(heard.contains(&Message::Ready), lines.iter().any(says_ready));
+                prop_assert!(heard.iter().all(|message| *message == Message::Ready));
+            }
+        }
+    }
 }

@@ -166,4 +166,45 @@ mod tests {
         drop(notify);
         assert!(!fs::exists(path).unwrap(), "nothing is left behind");
     }
+
+    /// Every user of the machine can find the socket.
+    mod fuzz {
+        use proptest::prelude::*;
+
+        use super::*;
+
+        /// Lines as programs write them, and others.
+        fn line() -> impl Strategy<Value = String> {
+            prop_oneof![
+                Just("READY=1".to_owned()),
+                Just("STOPPING=1".to_owned()),
+                "STATUS=[^\r\n]{0,20}",
+                "(READY|STOPPING|MAINPID|X)[= ]?[01]{0,2}",
+                "[^\r\n]{0,20}",
+            ]
+        }
+
+        proptest! {
+            #[test]
+            fn a_message_means_what_its_lines_mean_one_by_one(lines in proptest::collection::vec(line(), 0..8)) {
+                let text = lines.join("\n");
+                let expected: Vec<Message> = lines.iter().filter_map(|line| match line.as_str() {
+                    "READY=1" => Some(Message::Ready),
+                    "STOPPING=1" => Some(Message::Stopping),
+                    _ => line.strip_prefix("STATUS=").map(|status| Message::Status(status.to_owned())),
+                }).collect();
+                prop_assert_eq!(parse(&text), expected);
+            }
+
+            #[test]
+            fn of_any_bytes_no_more_is_kept_than_was_sent(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+                let text = String::from_utf8_lossy(&bytes);
+                let lengths = parse(&text).into_iter().map(|message| match message {
+                    Message::Status(status) => status.len() + "STATUS=".len(),
+                    Message::Ready | Message::Stopping | Message::Closed => "READY=1".len(),
+                });
+                prop_assert!(lengths.sum::<usize>() <= text.len());
+            }
+        }
+    }
 }
