@@ -29,6 +29,8 @@ use crate::pool::paths::UnixSockets;
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// Polls take at most one part in so many of the time, however many connections there are.
 const POLL_SHARE: u32 = 10;
+/// The time until connections are listed again after that has failed.
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// A client that takes longer than this for its handshake is not waited for.
 const MAX_HANDSHAKE: Duration = Duration::from_secs(3);
 
@@ -64,13 +66,17 @@ pub struct Drain {
     /// What the last poll has shown of each connection, by inode number.
     seen: HashMap<u64, Seen>,
     retired: BTreeMap<WorkerId, Retired>,
+    /// Open from the beginning: later there may be no file descriptor left.
     diag: Option<SockDiag>,
+    /// Whether the last poll could not list connections.
+    has_failed: bool,
     next_poll: Option<Instant>,
 }
 
 impl Drain {
     pub fn new(rule: IdleRule) -> Self {
-        Self { rule, seen: HashMap::new(), retired: BTreeMap::new(), diag: None, next_poll: None }
+        let (seen, retired) = (HashMap::new(), BTreeMap::new());
+        Self { rule, seen, retired, diag: SockDiag::new().ok(), has_failed: false, next_poll: None }
     }
 
     /// Everything is being stopped.
@@ -97,7 +103,7 @@ impl Drain {
         self.retired.remove(&worker);
         if self.retired.is_empty() {
             self.next_poll = None;
-            self.diag = None;
+            self.has_failed = false;
             self.seen.clear();
         }
     }
@@ -118,11 +124,14 @@ impl Drain {
         let connections = match self.connections() {
             Ok(connections) => connections,
             Err(error) => {
-                warn!("can't list connections, so retired workers take all of --drain: {error}");
-                self.next_poll = None;
+                if !mem::replace(&mut self.has_failed, true) {
+                    warn!("can't list connections, so retired workers take up to all of --drain: {error}");
+                }
+                self.next_poll = Some(now + RETRY_INTERVAL);
                 return Vec::new();
             }
         };
+        self.has_failed = false;
         let of = |address: &Address| connections.get(&key(address)).map_or(&[][..], Vec::as_slice);
         let mut arrived = Vec::new();
         let workers: Vec<(WorkerId, Pid, u32)> =

@@ -6,7 +6,7 @@
 use std::ffi::{CStr, CString, OsStr};
 use std::io;
 use std::mem::{size_of, zeroed};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -321,6 +321,18 @@ pub fn dup2_for_exec(fd: BorrowedFd, target: c_int) -> io::Result<()> {
 pub fn set_close_on_exec(fd: c_int) {
     // SAFETY: F_SETFD changes one flag and takes no pointer. It fails with EBADF on a number that isn't open.
     unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+}
+
+/// Whether this process has file descriptors in reserve, for what it has to read, accept and answer whatever workers do.
+///
+/// # Errors
+/// EMFILE or ENFILE.
+pub fn has_fds_in_reserve() -> io::Result<()> {
+    const RESERVE: usize = 8;
+    let taken: Vec<OwnedFd> =
+        (0..RESERVE).map(|_| io::stdin().as_fd().try_clone_to_owned()).collect::<Result<_, _>>()?;
+    drop(taken);
+    Ok(())
 }
 
 /// Takes ownership of an fd that the kernel has just given to this process (SCM_RIGHTS, SO_PEERPIDFD), or that

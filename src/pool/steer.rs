@@ -2,12 +2,14 @@
 
 use std::io;
 use std::mem;
+use std::time::Instant;
 
 use log::warn;
 
 use super::{Group, Pool, SPARE_BACKLOG};
 use crate::address::Address;
 use crate::ids::WorkerId;
+use crate::kernel::sys;
 use crate::pool::Owner;
 use crate::steering::{Plan, Role};
 
@@ -66,11 +68,13 @@ impl Pool {
 
     /// Without it, connections may go astray for a moment when a worker leaves.
     fn add_spare(&mut self, address: Address) {
-        let added = self
-            .add(address, Owner::this_process())
+        let added = sys::has_fds_in_reserve()
+            .and_then(|()| self.add(address, Owner::this_process()))
             .and_then(|spare| self.begin_to_listen(spare, SPARE_BACKLOG));
-        if let Err(error) = added {
-            warn!("can't make a spare socket for {address}: {error}");
+        if let Err(error) = added
+            && let Some(more) = self.warnings.take(Instant::now())
+        {
+            warn!("can't make a spare socket for {address}: {error}{more}");
         }
     }
 }

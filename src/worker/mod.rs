@@ -141,6 +141,7 @@ impl Starter {
             stop_signal: self.settings.stop_signal,
             open_files: self.open_files,
         };
+        sys::has_fds_in_reserve().map_err(failed("can't start a process"))?;
         let (pid, notify_fd) = self.execute(preparation, &report, environment, output)?;
         Ok(Started { pid, notify_fd, ready, node, notify })
     }

@@ -15,7 +15,7 @@ mod process;
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -23,12 +23,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use load::{Kind, Load, LoadOptions, Report, number};
 
 const USAGE: &str = "usage: chaos [--rough] [--seed N] [--plan] [SECONDS]
+       chaos --reloads N
+       chaos --idle N
 
 Loads two workers for SECONDS (60). Meanwhile, at random, it reloads them, also to broken versions, and
 stops and continues workers. No request may fail.
@@ -37,6 +40,9 @@ stops and continues workers. No request may fail.
             then as many requests may fail as these workers had accepted
   --seed N  repeat an earlier run (each prints its seed)
   --plan    only print what would happen
+
+With --reloads N it reloads N times with --label. Then reuse-run may not have more descriptors or memory than
+after a tenth of them. With --idle N it reloads while N idle connections are open, and no request may fail.
 
 Exits with 0 if no more requests have failed than may, else with 1.";
 
@@ -64,6 +70,11 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    match settings.extreme {
+        Some(Extreme::Reloads(count)) => return exit_code(many_reloads(count)),
+        Some(Extreme::Idle(count)) => return exit_code(many_idle_connections(count)),
+        None => {}
+    }
     println!("chaos: {} mode, {} s, --seed {}", settings.mode(), settings.length.as_secs(), settings.seed);
     let plan = plan(&settings);
     if settings.plan_only {
@@ -74,7 +85,11 @@ fn main() -> ExitCode {
         }
         return ExitCode::SUCCESS;
     }
-    match run(&settings, &plan) {
+    exit_code(run(&settings, &plan))
+}
+
+fn exit_code(result: Result<bool, String>) -> ExitCode {
+    match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(message) => {
@@ -89,6 +104,14 @@ struct Settings {
     seed: u64,
     plan_only: bool,
     length: Duration,
+    extreme: Option<Extreme>,
+}
+
+/// What is done instead of following a plan.
+#[derive(Clone, Copy)]
+enum Extreme {
+    Reloads(u32),
+    Idle(u32),
 }
 
 impl Settings {
@@ -96,12 +119,19 @@ impl Settings {
     fn parse(mut args: impl Iterator<Item = String>) -> Result<Option<Settings>, String> {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let seed = u64::from(since.subsec_nanos()) ^ since.as_secs() & 0xffff;
-        let mut settings = Settings { rough: false, seed, plan_only: false, length: Duration::from_secs(60) };
+        let length = Duration::from_secs(60);
+        let mut settings = Settings { rough: false, seed, plan_only: false, length, extreme: None };
         while let Some(arg) = args.next() {
             match arg.as_str() {
                 "--help" | "-h" => return Ok(None),
                 "--rough" => settings.rough = true,
                 "--plan" => settings.plan_only = true,
+                "--reloads" | "--idle" => {
+                    let value = args.next().ok_or_else(|| format!("{arg} needs a number"))?;
+                    let count = value.parse().map_err(|_| format!("not a number: {value}"))?;
+                    let kind = if arg == "--idle" { Extreme::Idle } else { Extreme::Reloads };
+                    settings.extreme = Some(kind(count));
+                }
                 "--seed" => {
                     let value = args.next().ok_or("--seed needs a number")?;
                     settings.seed = value.parse().map_err(|_| format!("not a seed: {value}"))?;
@@ -291,32 +321,39 @@ struct Service {
 
 impl Service {
     fn start(addr: SocketAddr) -> Result<Service, String> {
-        let (program, server) = (built::program("reuse-run")?, built::program("examples/server")?);
-        let folder = std::env::temp_dir().join(format!("reuse-run-chaos-{}", std::process::id()));
-        fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-
         // Each generation has one version, also after restarts.
         let text = r#"exec "$0" --announce $(cat "$1/$REUSE_RUN_GENERATION")"#;
+        let options = ["--ready", "notify", "--ready-timeout", READY_TIMEOUT];
+        let server = built::program("examples/server")?.display().to_string();
+        Self::start_as(&options, &["sh", "-c", text, &server], &format!("--listen {addr} --ready-after 0"))
+    }
+
+    /// Starts a command, to which it adds the folder of the versions; `good` is the first of these.
+    fn start_as(options: &[&str], worker: &[&str], good: &str) -> Result<Service, String> {
+        let program = built::program("reuse-run")?;
+        let folder = std::env::temp_dir().join(format!("reuse-run-chaos-{}", std::process::id()));
+        fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
         let mut command = Command::new(program);
         command
-            .args(["-n", &WORKERS.to_string(), "--ready", "notify", "--ready-timeout", READY_TIMEOUT])
-            .args(["--", "sh", "-c", text])
-            .args([&server, &folder])
+            .args(["-n", &WORKERS.to_string()])
+            .args(options)
+            .arg("--")
+            .args(worker)
+            .arg(&folder)
             .env_remove("RUST_LOG")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         // SAFETY: prctl(2) is a system call and nothing else, which is allowed between fork and exec.
         unsafe { command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?)) };
-        let good = format!("--listen {addr} --ready-after 0");
-        fs::write(folder.join("1"), &good).map_err(|error| error.to_string())?;
+        fs::write(folder.join("1"), good).map_err(|error| error.to_string())?;
         let mut child = command.spawn().map_err(|error| format!("start reuse-run: {error}"))?;
         let output = Arc::new(Mutex::new(Output::default()));
         let readers = vec![
             read_lines(child.stderr.take(), &output, Output::add_log),
             read_lines(child.stdout.take(), &output, |output, line| output.add_worker(&line)),
         ];
-        Ok(Service { child, output, readers, folder, generation: 1, good })
+        Ok(Service { child, output, readers, folder, generation: 1, good: good.to_owned() })
     }
 
     fn output(&self) -> MutexGuard<'_, Output> {
@@ -353,6 +390,14 @@ impl Service {
         fs::write(file, version).map_err(|error| format!("install a version: {error}"))?;
         self.send(self.child.id(), Signal::SIGUSR2);
         Ok(())
+    }
+
+    /// Reloads to the same version, and waits until that is done.
+    fn reload_and_wait(&mut self) -> Result<(), String> {
+        let good = self.good.clone();
+        self.reload(&good)?;
+        let reloads = self.generation as usize - 1;
+        self.wait("the reload is over", |output| output.reloads_done + output.reloads_given_up == reloads)
     }
 
     /// All workers, old and new.
@@ -477,6 +522,62 @@ fn run(settings: &Settings, plan: &[Step]) -> Result<bool, String> {
     let report = load.stop();
     let status = service.end()?;
     Ok(judge(settings, &service.output(), &done, &report, status))
+}
+
+// Extremes.
+
+/// Reloads so often, and measures after a tenth and at the end.
+fn many_reloads(count: u32) -> Result<bool, String> {
+    /// In KiB. An allocator may keep a little more after one reload than after another.
+    const MAX_GROWTH: u64 = 256;
+    let server = built::program("examples/server")?.display().to_string();
+    let text = r#"exec "$0" --listen "$1""#;
+    let addr = address()?.to_string();
+    let mut service = Service::start_as(&["--label"], &["sh", "-c", text, &server, &addr], "")?;
+    service.wait("the first generation is ready", |output| output.serving == 1)?;
+    let mut measures = Vec::new();
+    for reload in 1..=count {
+        service.reload_and_wait()?;
+        if reload == (count / 10).max(1) || reload == count {
+            let pid = service.child.id();
+            let fds = fs::read_dir(format!("/proc/{pid}/fd")).map_err(|error| error.to_string())?.count();
+            let status =
+                fs::read_to_string(format!("/proc/{pid}/status")).map_err(|error| error.to_string())?;
+            let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap_or_default();
+            let memory: u64 = line.trim().trim_end_matches(" kB").parse().map_err(|_| "no RssAnon")?;
+            println!("after {reload} reloads: {fds} descriptors, {memory} KiB of memory of its own");
+            measures.push((fds, memory));
+        }
+    }
+    let (first, last) = (measures[0], measures[measures.len() - 1]);
+    let is_flat = last.0 <= first.0 && last.1 <= first.1 + MAX_GROWTH;
+    println!("{}", if is_flat { "flat" } else { "WRONG: they grow" });
+    Ok(is_flat && service.end()? == Some(0))
+}
+
+/// Reloads while so many idle connections are open.
+fn many_idle_connections(count: u32) -> Result<bool, String> {
+    let files = u64::from(count) + 1000;
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(|error| error.to_string())?;
+    setrlimit(Resource::RLIMIT_NOFILE, files, files.max(hard))
+        .map_err(|error| format!("can't have {files} open files: {error}"))?;
+    let addr = address()?;
+    let port = addr.port().to_string();
+    let holds = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/apps/python/extremes.py");
+    let mut service = Service::start_as(&["--drain", "1h"], &["python3", holds, "holds", &port], "")?;
+    service.wait("the first generation is ready", |output| output.serving == 1)?;
+    let load = Load::start(LoadOptions::new(addr, 2).rate(50.0));
+    for _ in 0..3 {
+        let connect = || TcpStream::connect(addr).map_err(|error| format!("connect: {error}"));
+        let idle = (0..count).map(|_| connect()).collect::<Result<Vec<TcpStream>, String>>()?;
+        let begun = Instant::now();
+        service.reload_and_wait()?;
+        println!("a reload with {} idle connections: {} ms", idle.len(), begun.elapsed().as_millis());
+    }
+    let report = load.stop();
+    println!("{report}");
+    let is_done = service.output().reloads_given_up == 0;
+    Ok(service.end()? == Some(0) && is_done && report.counts.failed == 0 && report.counts.answered > 0)
 }
 
 /// A free port, in a new network namespace if there is the right to make one.
