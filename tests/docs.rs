@@ -96,6 +96,36 @@ fn every_build_that_is_shown_takes_the_versions_of_cargo_lock() {
     assert!(builds.iter().all(|line| line.contains(" --locked ")), "{builds:?}");
 }
 
+// The threat model.
+
+/// The file in which a function is that the threat model names as `path::name`.
+fn file_of(path: &str) -> PathBuf {
+    match path.strip_suffix("::fuzz") {
+        Some(source) => here(&format!("src/{source}.rs")),
+        None => here(&format!("tests/{path}.rs")),
+    }
+}
+
+#[test]
+fn every_row_of_the_threat_model_names_tests_and_every_test_exists() {
+    let page = read(&here("docs/threat-model.md"));
+    let rows = page.lines().filter(|line| line.starts_with("| ") && !line.ends_with(" held by |"));
+    let mut count = 0;
+    for row in rows {
+        let held_by = cells(row).pop().expect("a cell");
+        let names: Vec<&str> = held_by.split('`').skip(1).step_by(2).collect();
+        assert!(!names.is_empty(), "no test holds: {row}");
+        for name in names {
+            let (path, function) = name.rsplit_once("::").unwrap_or_else(|| panic!("{name} has no file"));
+            let text = read(&file_of(path));
+            let found = text.lines().any(|line| line.trim_start().starts_with(&format!("fn {function}(")));
+            assert!(found, "there is no {name}");
+            count += 1;
+        }
+    }
+    assert!(count > 60, "{count} tests");
+}
+
 // Figures.
 
 /// The cells of a table's row.
