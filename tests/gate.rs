@@ -6,11 +6,12 @@ mod common;
 use std::fs;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
+use std::process::Command;
 
 use common::load::{Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Outcome, Service, answered_more, children, free_address, inline, node_app, own_network,
-    python, run, send, server, turn, wait_until, workers_where,
+    DEADLINE, Folder, Outcome, Service, answered_more, app, children, free_address, inline, kernel, node_app,
+    own_network, python, run, send, server, turn, wait_until, workers_where,
 };
 use nix::sys::signal::Signal;
 
@@ -299,4 +300,36 @@ fn a_hint_is_also_for_the_user_who_waits_for_the_reload() {
     outcome.assert_failed(&["exited with status 3 before it was ready"]);
     assert!(outcome.out.contains("node-config then wants a file for each NODE_APP_INSTANCE"), "{outcome:?}");
     service.stop();
+}
+
+/// Commands that bind and listen on a port by calls that no filter of reuse-run sees, as far as this machine has them.
+fn past_the_filter(folder: &Folder, port: u16) -> Vec<Vec<String>> {
+    let port = port.to_string();
+    let mut commands = Vec::new();
+    if kernel() >= (6, 11) {
+        commands.push(python("io_uring.py", &[&port]));
+    }
+    if cfg!(target_arch = "x86_64") {
+        let program = folder.path("listen32");
+        let built = Command::new("cc").args(["-o", &program, &app("listen32.c")]).status().expect("run cc");
+        assert!(built.success());
+        commands.push(vec![program, port]);
+    }
+    commands
+}
+
+/// Such a program can't be intercepted: one copy of it has the port, and the next one fails.
+#[test]
+fn a_worker_that_listens_past_the_filter_is_named_when_another_fails_and_when_it_is_late() {
+    let (addr, folder) = (free_address(), Folder::new());
+    for command in past_the_filter(&folder, addr.port()) {
+        let mut service = Service::run("-n 2", &command);
+        assert_ne!(service.wait_end().code(), Some(0));
+        let hint =
+            format!("it listens on {addr} by io_uring or a 32-bit system call, which can't be intercepted");
+        service.wait_for_line(&hint);
+        let mut service = Service::run("-n 1 --ready-timeout 2s", &command);
+        assert_eq!(service.wait_end().code(), Some(1));
+        service.wait_for_line(&hint);
+    }
 }

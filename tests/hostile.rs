@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use common::load::{Load, LoadOptions};
 use common::{
     DEADLINE, Folder, Service, User, Waiting, arguments, behind, behind_shell, free_address, free_port, get,
-    holds_for, naive, own_network, python, reload_under_load, reuse_run, script, send, ticks, wait_until,
+    holds_for, kernel, naive, own_network, python, reload_under_load, reuse_run, script, send, ticks,
+    wait_until,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -55,13 +56,6 @@ fn odd_calls_get_the_same_results_as_without_reuse_run() {
         .collect();
     assert!(differences.is_empty(), "{}", differences.join("\n"));
     assert_eq!(bare.lines().count(), wrapped.lines().count(), "{wrapped}");
-}
-
-/// Major and minor version of the kernel.
-fn kernel() -> (u32, u32) {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("the kernel's release");
-    let mut numbers = release.split(['.', '-']).map(|number| number.parse().expect("a number"));
-    (numbers.next().expect("a version"), numbers.next().expect("a version"))
 }
 
 // What a worker may bind.

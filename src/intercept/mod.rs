@@ -57,6 +57,8 @@ pub struct Interception {
     /// The listeners that the wrapper was started with and every worker has, by inode number.
     inherited: Rc<[(u64, Endpoint)]>,
     known: Known,
+    /// Whether the filter has stopped a `listen`.
+    has_seen_listen: bool,
     worker_ended: bool,
 }
 
@@ -79,7 +81,12 @@ impl Interception {
     ) -> Self {
         let (options, bound) = (NotedOptions::default(), BoundSockets::new(answers));
         let known = Known { options, bound, complaints: Complaints::default(), udp_bind: None };
-        Self { notify_fd, borrower, inherited, known, worker_ended: false }
+        Self { notify_fd, borrower, inherited, known, has_seen_listen: false, worker_ended: false }
+    }
+
+    /// Whether the worker has called `listen` at all, in a way that the filter sees.
+    pub fn has_seen_listen(&self) -> bool {
+        self.has_seen_listen
     }
 
     /// The worker has ended. Processes that it started may live on behind the filter. Their calls are
@@ -148,6 +155,7 @@ impl Interception {
                 }
             },
             Call::Listen { fd, backlog } => {
+                self.has_seen_listen = true;
                 let (response, endpoint) = listen(&caller, fd, backlog, &self.inherited, bound, pool, unix);
                 (response, endpoint.map(ListenChange::Listens))
             }

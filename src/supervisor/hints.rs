@@ -28,6 +28,9 @@ impl Supervisor {
     /// A worker was not ready in time.
     pub(super) fn explain_delay(&mut self, worker: WorkerId) {
         let Some(Process { pid, generation, .. }) = self.processes.get(&worker) else { return };
+        if let Some(hint) = self.listens_unseen(worker) {
+            return self.say(Level::Info, &hint);
+        }
         let Some(program) = self.environments.program(*generation) else { return };
         let addresses = self.fleet.crew().addresses(worker);
         if let Some(hint) = of_delay(program, self.fleet.policy().readiness, *pid, &addresses) {
@@ -41,10 +44,30 @@ impl Supervisor {
         let Some(Process { pid, generation, .. }) = self.processes.get(&worker).filter(|_| has_failed) else {
             return;
         };
+        // It may have wanted the same port as a worker that lives.
+        if let Some(hint) = self.processes.keys().find_map(|other| self.listens_unseen(*other)) {
+            return self.say(Level::Info, &hint);
+        }
         let Some(environment) = self.environments.known(*generation) else { return };
         if let Some(hint) = of_early_end(environment, self.fleet.policy().readiness) {
             self.say(Level::Info, &format!("worker (pid {pid}): {hint}"));
         }
+    }
+
+    /// Where a worker listens that has a filter, and by a call that this doesn't see.
+    fn listens_unseen(&self, worker: WorkerId) -> Option<String> {
+        self.interceptions.get(&worker).filter(|interception| !interception.has_seen_listen())?;
+        let pid = self.processes.get(&worker)?.pid;
+        // Listeners of -l and of systemd listen already.
+        let given: HashSet<u64> = procfs::socket_inodes(Pid::this()).ok()?.into_iter().collect();
+        let its = sockets_below(pid);
+        let mut listeners = SockDiag::new().and_then(|mut diag| diag.listeners(0)).ok()?.into_iter();
+        let unseen =
+            listeners.find(|it| its.contains(&it.inode.into()) && !given.contains(&it.inode.into()))?;
+        Some(format!(
+            "worker (pid {pid}): it listens on {} by io_uring or a 32-bit system call, which can't be intercepted: see -l",
+            unseen.address
+        ))
     }
 }
 
@@ -104,10 +127,13 @@ fn hides_channel(program: &Program, readiness: Readiness) -> bool {
 /// Whether a process or one that it has started waits for a connection to this port of the same address.
 fn is_connecting(pid: Pid, port: u16) -> bool {
     let Ok(waiting) = SockDiag::new().and_then(|mut diag| diag.connecting(port)) else { return false };
-    let waiting: HashSet<u64> = waiting.into_iter().collect();
-    let sockets =
-        procfs::tree(pid).into_iter().flat_map(|pid| procfs::socket_inodes(pid).unwrap_or_default());
-    sockets.into_iter().any(|inode| waiting.contains(&inode))
+    let sockets = sockets_below(pid);
+    waiting.into_iter().any(|inode| sockets.contains(&inode))
+}
+
+/// The inode numbers of the sockets of a process and of those that it has started.
+fn sockets_below(pid: Pid) -> HashSet<u64> {
+    procfs::tree(pid).into_iter().flat_map(|pid| procfs::socket_inodes(pid).unwrap_or_default()).collect()
 }
 
 #[cfg(test)]

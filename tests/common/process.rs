@@ -56,6 +56,13 @@ pub fn send(pid: u32, signal: Signal) {
     kill(Pid::from_raw(pid as i32), signal).unwrap_or_else(|error| panic!("{signal} to {pid}: {error}"));
 }
 
+/// Major and minor version of the kernel.
+pub fn kernel() -> (u32, u32) {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("the kernel's release");
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse().expect("a number"));
+    (numbers.next().expect("a version"), numbers.next().expect("a version"))
+}
+
 /// The names of the signals in a line of /proc/PID/status such as "SigBlk:".
 pub fn signals_in(pid: u32, line: &str) -> Vec<Signal> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the status of a process");
