@@ -66,6 +66,8 @@
 //! | which UDP ports workers hold | `intercept/udp` |
 //! | socket options that a worker sets; what the log says about a worker once | `intercept/options`; `intercept/complaints` |
 //! | what the wrapper may do for a worker | `intercept/caller` |
+//! | what hangs on a worker's own socket when one of the pool takes its place; its options | `intercept/carry`; `intercept/inherit` |
+//! | system calls that a worker's thread does for the wrapper | `intercept/errand` |
 //! | starting, signalling and reaping a process; which programs get Node's channel | `worker/mod`; `worker/program` |
 //! | the steps between fork and exec; descriptor numbers | `worker/child`; `worker/fds` |
 //! | environment variables of a worker, env files, secrets | `worker/environment` |
@@ -78,15 +80,17 @@
 //! | the commands' own process; which reuse-run it speaks to; what comes back | `operate/client`; `operate/find`; `operate/replies` |
 //! | what systemd is told; the PID file | `operate/systemd`; `operate/pidfile` |
 //! | labels before lines; how stdout and stderr are written; the log's form; lines that come once a second | `output/labels`; `output/sink`; `output/log`; `output/seldom` |
-//! | a system call (the only unsafe code); a file of /proc; a query to sock_diag | `kernel/sys`; `kernel/procfs`; `kernel/sockdiag` |
+//! | a system call (with `kernel/tracee` the only unsafe code); a file of /proc; a query to sock_diag | `kernel/sys`; `kernel/procfs`; `kernel/sockdiag` |
 //! | duplicates of workers' sockets; processes that do what may wait | `kernel/duplicate`; `kernel/helper` |
+//! | what hangs on a worker's socket in its table of descriptors; tracing a thread | `kernel/fdtable`; `kernel/tracee` |
 //!
 //! # The ways through the rooms
 //!
 //! - **A bind.** The worker's bind(2) stops in its filter. epoll reports the filter's fd: `supervisor::answer` →
 //!   `intercept::Interception::answer` reads the call and the address from the worker's memory → `intercept::tcp` →
 //!   `pool::Pool::lend` finds or makes a socket in the reuseport group of the address → `intercept` puts that socket over the
-//!   worker's fd and answers "success". Its listen(2) goes the same way to `Pool::listen`; the supervisor then hands
+//!   worker's fd and answers "success". If the worker watches its socket by epoll already, or the wrapper may not duplicate it,
+//!   the worker's thread is traced and does some system calls first: `intercept::errand`. Its listen(2) goes the same way to `Pool::listen`; the supervisor then hands
 //!   [`fleet::Event::Listens`] to the fleet, and with it the worker may be ready.
 //! - **A SIGUSR2.** `operate::signals` → `supervisor::take_signals` → [`fleet::Fleet::command`] → [`fleet::Action::Start`] for
 //!   each slot → `worker::Starter::start`. When all are ready the fleet switches: [`fleet::Action::Steer`] carries a

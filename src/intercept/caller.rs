@@ -4,13 +4,15 @@
 //! capabilities, namespaces, mounts and the profile of its security module. It can't see the rules of Landlock.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use nix::unistd::{self, Pid};
 
 use crate::ids::Borrower;
+use crate::intercept::errand::StoppedCall;
 use crate::kernel::procfs;
 use crate::kernel::sys;
+use crate::kernel::tracee::SystemCall;
 use crate::pool::Owner;
 
 /// The capability that ports below 1024 need (capabilities(7)).
@@ -24,6 +26,7 @@ pub struct Caller<'a> {
     notify_fd: BorrowedFd<'a>,
     /// The kernel's id of this call.
     id: u64,
+    pub stopped: StoppedCall,
 }
 
 /// A socket of a caller.
@@ -35,7 +38,9 @@ pub struct OwnSocket {
 
 impl<'a> Caller<'a> {
     pub fn new(notify_fd: BorrowedFd<'a>, notif: &libc::seccomp_notif, borrower: Borrower) -> Self {
-        Self { tid: Pid::from_raw(notif.pid as i32), borrower, notify_fd, id: notif.id }
+        let call = SystemCall { number: notif.data.nr.into(), args: notif.data.args };
+        let stopped = StoppedCall { call, end: notif.data.instruction_pointer };
+        Self { tid: Pid::from_raw(notif.pid as i32), borrower, notify_fd, id: notif.id, stopped }
     }
 
     /// Whether the thread still waits for the answer. If it was killed, its id may name another thread by
@@ -45,6 +50,13 @@ impl<'a> Caller<'a> {
         sys::seccomp_notif_id_valid(self.notify_fd, self.id)
     }
 
+    /// An fd for the caller's process.
+    pub fn pidfd(&self) -> io::Result<OwnedFd> {
+        // One for a thread that isn't its process's first needs Linux 6.9.
+        let of_first = sys::pidfd_open(self.tid.as_raw(), 0);
+        of_first.or_else(|_| sys::pidfd_open(procfs::process_of(self.tid)?.as_raw(), 0))
+    }
+
     /// The inode number of a socket of the caller; `None` if the fd is no socket or can't be read.
     pub fn socket_inode(&self, fd: u32) -> Option<u64> {
         procfs::socket_inode(self.tid, fd).ok().flatten()
@@ -52,7 +64,12 @@ impl<'a> Caller<'a> {
 
     /// Puts `socket` in the place of the caller's `fd`.
     pub fn replace(&self, fd: u32, socket: BorrowedFd, close_on_exec: bool) -> io::Result<()> {
-        sys::seccomp_notif_addfd(self.notify_fd, self.id, socket, fd, close_on_exec)
+        sys::seccomp_notif_addfd(self.notify_fd, self.id, socket, Some(fd), close_on_exec).map(|_| ())
+    }
+
+    /// Gives the caller a duplicate of `socket` under a new number, which is closed on exec.
+    pub fn give(&self, socket: BorrowedFd) -> io::Result<u32> {
+        sys::seccomp_notif_addfd(self.notify_fd, self.id, socket, None, true)
     }
 
     /// Whether the caller itself could bind a TCP port of the wrapper's network: it is in the same network namespace, under

@@ -3,9 +3,12 @@
 use std::collections::BTreeSet;
 use std::io;
 
-use log::warn;
+use log::{debug, warn};
 
 use crate::ids::SlotId;
+use crate::intercept::caller::Caller;
+use crate::intercept::carry::NotReplaced;
+use crate::kernel::sys::NotifResponse;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Complaint {
@@ -21,6 +24,8 @@ pub enum Complaint {
     TooMany,
     /// It may not bind its port, and could without no_new_privs.
     LostCapability,
+    /// It watches the socket that it binds, and can't be made to watch another one.
+    Unwatched,
 }
 
 #[derive(Debug, Default)]
@@ -31,6 +36,22 @@ impl Complaints {
     pub fn make_if_too_many(&mut self, slot: SlotId, error: &io::Error) {
         if error.raw_os_error().is_none() && error.kind() == io::ErrorKind::QuotaExceeded {
             self.make(slot, Complaint::TooMany);
+        }
+    }
+
+    /// The answer to a bind whose socket could not take the place of the caller's own.
+    pub fn answer_not_replaced(&mut self, caller: &Caller, why: NotReplaced) -> NotifResponse {
+        let slot = caller.borrower.slot;
+        match why {
+            NotReplaced::Watched(error) if caller.still_waits() => {
+                debug!("worker {slot} can't be traced: {error}");
+                self.make(slot, Complaint::Unwatched);
+                NotifResponse::Errno(libc::EPERM)
+            }
+            NotReplaced::Watched(error) | NotReplaced::Other(error) => {
+                debug!("worker {slot} did not get its socket: {error}");
+                NotifResponse::Continue
+            }
         }
     }
 
@@ -59,6 +80,10 @@ impl Complaints {
                     "worker {slot} has more sockets bound than reuse-run can share: its other ports are its own"
                 );
             }
+            Complaint::Unwatched => warn!(
+                "worker {slot} can't bind a socket that it watches by epoll already: reuse-run can't have it watched again \
+                 (allow ptrace, or end the debugger)"
+            ),
             Complaint::LostCapability => warn!(
                 "worker {slot} may not bind its port: the capability of its program file doesn't count behind the filter \
                  (give reuse-run CAP_NET_BIND_SERVICE as an ambient capability)"

@@ -7,8 +7,11 @@
 
 mod bound;
 mod caller;
+mod carry;
 mod complaints;
+mod errand;
 pub mod filter;
+mod inherit;
 mod install;
 pub mod keeper;
 mod options;
@@ -26,6 +29,7 @@ use crate::address::{Address, Endpoint};
 use crate::ids::Borrower;
 use crate::intercept::bound::BoundSockets;
 use crate::intercept::caller::{Caller, OwnSocket};
+use crate::intercept::carry::{Errands, Unwatched};
 use crate::intercept::complaints::{Complaint, Complaints};
 use crate::intercept::filter::{Call, decode};
 use crate::intercept::options::NotedOptions;
@@ -70,6 +74,7 @@ struct Known {
     complaints: Complaints,
     /// What the bind that is being answered asks for if that is a UDP port.
     udp_bind: Option<(u64, Address)>,
+    errands: Errands,
 }
 
 impl Interception {
@@ -80,7 +85,8 @@ impl Interception {
         answers: Answers,
     ) -> Self {
         let (options, bound) = (NotedOptions::default(), BoundSockets::new(answers));
-        let known = Known { options, bound, complaints: Complaints::default(), udp_bind: None };
+        let (complaints, errands) = (Complaints::default(), Errands::default());
+        let known = Known { options, bound, complaints, udp_bind: None, errands };
         Self { notify_fd, borrower, inherited, known, has_seen_listen: false, worker_ended: false }
     }
 
@@ -116,6 +122,22 @@ impl Interception {
             debug!("worker {slot}: an answer came too late: {error}");
         }
         change
+    }
+
+    /// A process has stopped or ended: goes on with what the worker's threads do for the wrapper. Returns how many do
+    /// something.
+    pub fn run_errands(&mut self, pool: &mut Pool) -> usize {
+        let Known { bound, complaints, errands, .. } = &mut self.known;
+        for Unwatched { inode, error } in errands.advance() {
+            debug!(
+                "worker {}: its epoll can't watch the socket that it was lent: {error}",
+                self.borrower.slot
+            );
+            complaints.make(self.borrower.slot, Complaint::Unwatched);
+            bound.remove(inode);
+            pool.take_back(inode);
+        }
+        errands.count()
     }
 
     fn carry_out(

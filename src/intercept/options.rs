@@ -1,8 +1,6 @@
 //! Socket options: those that a worker sets before and after it binds, and what it hears about a socket of the pool.
 
 use std::collections::HashMap;
-use std::io;
-use std::os::fd::BorrowedFd;
 
 use log::debug;
 use nix::net::if_::if_nametoindex;
@@ -180,63 +178,8 @@ pub fn answer_not_listening(caller: &Caller, value: u64, len: u64) -> NotifRespo
     }
 }
 
-/// Options that limit who may connect: level and name.
-const LIMITS: [(i32, i32); 4] = [
-    (libc::IPPROTO_IP, libc::IP_TTL),
-    (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS),
-    (libc::SOL_SOCKET, libc::SO_DONTROUTE),
-    (libc::SOL_SOCKET, libc::SO_MARK), // the routes of the answers
-];
-
-/// Other options that a connection inherits from its listener and that programs set before they bind: level and name.
-const CARRIED_OVER: [(i32, i32); 15] = [
-    (libc::IPPROTO_TCP, libc::TCP_NODELAY),
-    (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT),
-    (libc::IPPROTO_TCP, libc::TCP_FASTOPEN),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL),
-    (libc::IPPROTO_TCP, libc::TCP_KEEPCNT),
-    (libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT),
-    (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT),
-    (libc::IPPROTO_IP, libc::IP_TOS),
-    (libc::IPPROTO_IP, libc::IP_FREEBIND),
-    (libc::IPPROTO_IP, libc::IP_TRANSPARENT),
-    (libc::SOL_SOCKET, libc::SO_KEEPALIVE),
-    (libc::SOL_SOCKET, libc::SO_PRIORITY),
-    (libc::SOL_SOCKET, libc::SO_RCVBUF),
-    (libc::SOL_SOCKET, libc::SO_SNDBUF),
-];
-
-/// Gives a socket of the pool the options of the worker's own socket. This also resets what an earlier borrower set.
-///
-/// # Errors
-/// Those of setsockopt(2) for an option that limits who may connect. The worker must not get the socket then.
-pub fn carry_over(own: BorrowedFd, ours: BorrowedFd) -> io::Result<()> {
-    for (level, name) in CARRIED_OVER {
-        if let Err(error) = carry_option_over(own, ours, level, name) {
-            debug!("can't carry socket option {level}/{name} over: {error}");
-        }
-    }
-    LIMITS.iter().try_for_each(|(level, name)| carry_option_over(own, ours, *level, *name))
-}
-
-fn carry_option_over(own: BorrowedFd, ours: BorrowedFd, level: i32, name: i32) -> io::Result<()> {
-    let (Ok(wanted), Ok(had)) = (sys::socket_option(own, level, name), sys::socket_option(ours, level, name))
-    else {
-        return Ok(()); // IPv4 has no options of IPv6, and old kernels lack some
-    };
-    // The kernel doubles the size that was asked for (socket(7)).
-    let is_buffer = level == libc::SOL_SOCKET && [libc::SO_RCVBUF, libc::SO_SNDBUF].contains(&name);
-    let value = if is_buffer { wanted / 2 } else { wanted };
-    if wanted == had { Ok(()) } else { sys::set_socket_option(ours, level, name, value) }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
-
-    use socket2::{Domain, Socket, Type};
-
     use super::*;
 
     #[test]
@@ -282,18 +225,5 @@ mod tests {
             assert!(noted.sockets.len() <= MAX_NOTED_SOCKETS);
         }
         assert!(noted.of(u64::MAX).limits_peers, "it may be one of those that were forgotten");
-    }
-
-    #[test]
-    fn a_socket_of_the_pool_gets_the_options_of_the_workers_own_and_loses_its_earlier_ones() {
-        let [own, ours] = [(); 2].map(|()| Socket::new(Domain::IPV4, Type::STREAM, None).unwrap());
-        own.set_tcp_nodelay(true).unwrap();
-        own.set_recv_buffer_size(20_000).unwrap();
-        ours.set_keepalive(true).unwrap();
-        own.set_ttl_v4(3).unwrap();
-        carry_over(own.as_fd(), ours.as_fd()).unwrap();
-        assert!(ours.tcp_nodelay().unwrap() && !ours.keepalive().unwrap());
-        assert_eq!(ours.ttl_v4().unwrap(), 3);
-        assert_eq!(ours.recv_buffer_size().unwrap(), own.recv_buffer_size().unwrap());
     }
 }

@@ -8,8 +8,10 @@ use log::debug;
 use crate::address::{Address, Endpoint};
 use crate::intercept::Known;
 use crate::intercept::caller::{Caller, OwnSocket};
+use crate::intercept::carry::{Errands, OwnDuplicate};
 use crate::intercept::complaints::Complaint;
-use crate::intercept::options::{self, Options};
+use crate::intercept::inherit;
+use crate::intercept::options::Options;
 use crate::kernel::duplicate::Duplicate;
 use crate::kernel::procfs;
 use crate::kernel::sys::{self, NotifResponse};
@@ -25,9 +27,10 @@ pub fn bind(
     pool: &mut Pool,
 ) -> NotifResponse {
     let Caller { tid, borrower, .. } = *caller;
-    let Known { options: noted, bound, complaints, .. } = known;
-    let bind = match understand(caller, own, sockaddr, noted.of(own.inode)) {
+    let Known { options: noted, bound, complaints, errands, .. } = known;
+    let bind = match understand(caller, own, sockaddr, noted.of(own.inode), errands) {
         Ok(bind) => bind,
+        Err(NotOurs::Unknown) => return NotifResponse::Success, // which the caller never sees
         Err(NotOurs::Limited) => {
             complaints.make(borrower.slot, Complaint::LimitedSocket);
             return NotifResponse::Continue;
@@ -64,14 +67,14 @@ pub fn bind(
     };
     let Some(socket) = pool.lent(borrower.worker, inode) else { return NotifResponse::Continue };
     if let Some(duplicate) = &bind.duplicate
-        && let Err(error) = options::carry_over(duplicate.as_fd(), socket)
+        && let Err(error) = inherit::carry_over(duplicate.as_fd(), socket)
     {
         debug!("worker {} can't have a socket of the pool: {error}", borrower.slot);
         complaints.make(borrower.slot, Complaint::LimitedSocket);
         pool.take_back(inode);
         return NotifResponse::Continue;
     }
-    match caller.replace(own.fd, socket, bind.close_on_exec) {
+    match errands.replace(caller, own, socket, bind.close_on_exec) {
         Ok(()) => {
             bound.insert(inode, address.into(), |other, endpoint| {
                 matches!(endpoint, Endpoint::Unix(_)) || pool.lent(borrower.worker, other).is_some()
@@ -81,17 +84,16 @@ pub fn bind(
             NotifResponse::Success
         }
         Err(error) => {
-            debug!("worker {} did not get its socket: {error}", borrower.slot);
             pool.take_back(inode);
-            NotifResponse::Continue
+            complaints.answer_not_replaced(caller, error)
         }
     }
 }
 
 /// A bind that the pool can carry out.
 struct Bind {
-    /// A duplicate of the caller's socket. `None` where pidfd_getfd(2) is refused: the socket is then taken
-    /// for one that has no other options than those that were noted.
+    /// A duplicate of the caller's socket. `None` where nobody may have one: the socket is then taken for one that has no
+    /// other options than those that were noted.
     duplicate: Option<Duplicate>,
     close_on_exec: bool,
     request: BindRequest,
@@ -105,10 +107,18 @@ enum NotOurs {
     Udp(Address),
     /// Its socket limits who may connect in a way that no other socket can be given.
     Limited,
+    /// Not yet: the caller sends its socket first, and asks again.
+    Unknown,
 }
 
 /// Reads what the caller asks for.
-fn understand(caller: &Caller, own: OwnSocket, sockaddr: &[u8], noted: Options) -> Result<Bind, NotOurs> {
+fn understand(
+    caller: &Caller,
+    own: OwnSocket,
+    sockaddr: &[u8],
+    noted: Options,
+    errands: &mut Errands,
+) -> Result<Bind, NotOurs> {
     let v6only = noted.v6only.unwrap_or_else(procfs::v6only_by_default);
     let address = Address::from_sockaddr(sockaddr, v6only, 0).ok_or(NotOurs::Other)?;
     let protocol = procfs::socket_protocol(caller.tid, own.fd).map_err(|_| NotOurs::Other)?;
@@ -122,8 +132,11 @@ fn understand(caller: &Caller, own: OwnSocket, sockaddr: &[u8], noted: Options) 
         return Err(NotOurs::Other);
     }
     let flags = procfs::fd_flags(caller.tid, own.fd).map_err(|_| NotOurs::Other)?;
-    let process = procfs::process_of(caller.tid).and_then(|pid| sys::pidfd_open(pid.as_raw(), 0)).ok();
-    let duplicate = process.and_then(|it| Duplicate::of(it.as_fd(), caller.tid, own.fd, own.inode));
+    let duplicate = match errands.duplicate(caller, own) {
+        OwnDuplicate::Here(duplicate) => Some(duplicate),
+        OwnDuplicate::Comes => return Err(NotOurs::Unknown),
+        OwnDuplicate::Refused => None,
+    };
     let limits = duplicate.as_ref().map_or(Ok((noted.device, noted.min_ttl)), |duplicate| {
         let socket = duplicate.as_fd();
         Ok((sys::bound_device(socket)?, MinTtl::of(socket, address.socket.is_ipv6())?))

@@ -12,6 +12,8 @@ use socket2::SockRef;
 use crate::address::Endpoint;
 use crate::intercept::Known;
 use crate::intercept::caller::{Caller, OwnSocket};
+use crate::intercept::carry::{NotReplaced, OwnDuplicate};
+use crate::intercept::inherit;
 use crate::kernel::procfs;
 use crate::kernel::sys::NotifResponse;
 use crate::pool::paths::{self, Removal, SocketPath, UnixSockets};
@@ -22,7 +24,7 @@ pub fn bind(
     caller: &Caller,
     own: OwnSocket,
     path: &Path,
-    Known { bound, complaints, .. }: &mut Known,
+    Known { bound, complaints, errands, .. }: &mut Known,
     unix: &mut UnixSockets,
 ) -> NotifResponse {
     let Caller { tid, borrower, .. } = *caller;
@@ -32,6 +34,11 @@ pub fn bind(
     let Some(place) = SocketPath::resolve(tid, None, path) else { return NotifResponse::Continue };
     let (Ok(flags), Ok(mask)) = (procfs::fd_flags(tid, own.fd), procfs::umask(tid)) else {
         return NotifResponse::Continue;
+    };
+    let duplicate = match errands.duplicate(caller, own) {
+        OwnDuplicate::Here(duplicate) => Some(duplicate),
+        OwnDuplicate::Comes => return NotifResponse::Success, // which the caller never sees
+        OwnDuplicate::Refused => None,
     };
     if !caller.still_waits() {
         return NotifResponse::Continue;
@@ -52,10 +59,16 @@ pub fn bind(
         }
     };
     let Some(socket) = unix.socket(inode) else { return NotifResponse::Continue };
-    // All workers of the generation share this flag, as they share the socket.
+    // All workers of the generation share the options and this flag, as they share the socket.
+    if let Some(duplicate) = &duplicate
+        && let Err(error) = inherit::carry_over(duplicate.as_fd(), socket)
+    {
+        debug!("worker {}: {error}", borrower.slot);
+    }
     let replaced = SockRef::from(&socket)
         .set_nonblocking(flags & libc::O_NONBLOCK != 0)
-        .and_then(|()| caller.replace(own.fd, socket.as_fd(), flags & libc::O_CLOEXEC != 0));
+        .map_err(NotReplaced::Other)
+        .and_then(|()| errands.replace(caller, own, socket.as_fd(), flags & libc::O_CLOEXEC != 0));
     match replaced {
         Ok(()) => {
             debug!("worker {} (pid {tid}) binds {endpoint}", borrower.slot);
@@ -64,7 +77,7 @@ pub fn bind(
             });
             NotifResponse::Success
         }
-        Err(_) => NotifResponse::Continue,
+        Err(error) => complaints.answer_not_replaced(caller, error),
     }
 }
 

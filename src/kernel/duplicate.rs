@@ -1,8 +1,10 @@
 //! Duplicates of other processes' sockets. The other process may close its own at any time, so that to drop the duplicate is
 //! the last close: that must not wait.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io::IoSliceMut;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::Pid;
 use socket2::SockRef;
 
@@ -18,8 +20,25 @@ impl Duplicate {
         // By the link first: to close some other file can take long, as one of FUSE, whose server has to answer.
         let is_it = procfs::socket_inode(tid, fd).is_ok_and(|its| its == Some(inode));
         let duplicate = is_it.then(|| sys::pidfd_getfd(pidfd, fd))?.ok()?;
-        let duplicate = Self(duplicate);
-        procfs::inode(duplicate.as_fd()).is_ok_and(|its| its == inode).then_some(duplicate)
+        Self(duplicate).with_inode(inode)
+    }
+
+    /// The duplicate of the socket with this inode number that another process has sent to `channel`, if it has.
+    pub fn receive(channel: BorrowedFd, inode: u64) -> Option<Self> {
+        let mut byte = [0];
+        let mut space = nix::cmsg_space!(RawFd);
+        let mut buffers = [IoSliceMut::new(&mut byte)];
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+        let received = recvmsg::<()>(channel.as_raw_fd(), &mut buffers, Some(&mut space), flags).ok()?;
+        let rights = received.cmsgs().ok()?.find_map(|message| match message {
+            ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
+            _ => None,
+        });
+        Self(sys::owned_fd(rights?)).with_inode(inode)
+    }
+
+    fn with_inode(self, inode: u64) -> Option<Self> {
+        procfs::inode(self.as_fd()).is_ok_and(|its| its == inode).then_some(self)
     }
 }
 

@@ -2,7 +2,9 @@
 
 pub mod bpf;
 pub mod duplicate;
+pub mod fdtable;
 pub mod helper;
 pub mod procfs;
 pub mod sockdiag;
 pub mod sys;
+pub mod tracee;

@@ -1,4 +1,4 @@
-//! The only unsafe code: thin wrappers named after their system calls.
+//! Thin wrappers named after their system calls. This and [`super::tracee`] have the only unsafe code.
 //!
 //! Each wrapper returns the `io::Error` of its call and decides nothing.
 #![allow(unsafe_code)]
@@ -60,27 +60,27 @@ pub fn seccomp_notif_id_valid(notify_fd: BorrowedFd, id: u64) -> bool {
     result == 0
 }
 
-/// seccomp_unotify(2), SECCOMP_IOCTL_NOTIF_ADDFD with SECCOMP_ADDFD_FLAG_SETFD: puts a duplicate
-/// of `fd` in the place of the calling thread's `target`, as dup3(2) would.
+/// seccomp_unotify(2), SECCOMP_IOCTL_NOTIF_ADDFD: gives the calling thread a duplicate of `fd`, and returns its number. With
+/// a `target` (SECCOMP_ADDFD_FLAG_SETFD) it takes the place of that one, as with dup3(2).
 pub fn seccomp_notif_addfd(
     notify_fd: BorrowedFd,
     id: u64,
     fd: BorrowedFd,
-    target: u32,
+    target: Option<u32>,
     close_on_exec: bool,
-) -> io::Result<()> {
+) -> io::Result<u32> {
     let request = libc::seccomp_notif_addfd {
         id,
-        flags: libc::SECCOMP_ADDFD_FLAG_SETFD as u32,
+        flags: target.map_or(0, |_| libc::SECCOMP_ADDFD_FLAG_SETFD as u32),
         srcfd: fd.as_raw_fd() as u32,
-        newfd: target,
+        newfd: target.unwrap_or(0),
         newfd_flags: if close_on_exec { libc::O_CLOEXEC as u32 } else { 0 },
     };
     // SAFETY: the ioctl reads one struct seccomp_notif_addfd through the pointer.
-    check(unsafe {
+    let number = check(unsafe {
         libc::ioctl(notify_fd.as_raw_fd(), libc::SECCOMP_IOCTL_NOTIF_ADDFD, &raw const request)
     })?;
-    Ok(())
+    Ok(number as u32)
 }
 
 /// A child that has ended: `si_pid`, `si_code` and `si_status` of waitid(2).
@@ -92,7 +92,8 @@ pub struct Ended {
 }
 
 /// waitid(2), without waiting, for any child that has ended or for the one with this pid. With WNOWAIT in
-/// `options` it stays a zombie. (nix's waitid fails if a real-time signal killed the child.)
+/// `options` it stays a zombie. (nix's waitid fails if a real-time signal killed the child.) It also reports threads that
+/// this process traces and that have stopped (`wait_task_stopped`, kernel/exit.c), with CLD_TRAPPED.
 pub fn waitid_ended(pid: Option<c_int>, options: c_int) -> io::Result<Option<Ended>> {
     let (kind, id) = pid.map_or((libc::P_ALL, 0), |pid| (libc::P_PID, pid as libc::id_t));
     // SAFETY: zero is valid for siginfo_t, a struct of integers and raw pointers. si_pid stays 0 if no child
@@ -207,6 +208,52 @@ pub fn set_socket_option(socket: BorrowedFd, level: c_int, name: c_int, value: c
     Ok(())
 }
 
+/// The value of a socket option, as many bytes as the kernel has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OptionValue {
+    bytes: [u8; Self::MAX_LENGTH],
+    len: libc::socklen_t,
+}
+
+impl OptionValue {
+    const MAX_LENGTH: usize = 64;
+
+    /// getsockopt(2).
+    ///
+    /// # Errors
+    /// ENOPROTOOPT or EOPNOTSUPP if sockets of this kind don't have the option, or the kernel doesn't.
+    pub fn of(socket: BorrowedFd, level: c_int, name: c_int) -> io::Result<Self> {
+        let mut value = Self { bytes: [0; Self::MAX_LENGTH], len: Self::MAX_LENGTH as libc::socklen_t };
+        let Self { bytes, len } = &mut value;
+        // SAFETY: the kernel writes at most `len` bytes, the size of `bytes`, through the pointer.
+        check(unsafe {
+            libc::getsockopt(socket.as_raw_fd(), level, name, bytes.as_mut_ptr().cast(), &raw mut *len)
+        })?;
+        Ok(value)
+    }
+
+    /// setsockopt(2).
+    pub fn set(&self, socket: BorrowedFd, level: c_int, name: c_int) -> io::Result<()> {
+        // SAFETY: the kernel reads `len` bytes, which getsockopt has not made more than there are.
+        check(unsafe {
+            libc::setsockopt(socket.as_raw_fd(), level, name, self.bytes.as_ptr().cast(), self.len)
+        })?;
+        Ok(())
+    }
+
+    pub fn from_int(value: c_int) -> Self {
+        let mut bytes = [0; Self::MAX_LENGTH];
+        bytes[..size_of::<c_int>()].copy_from_slice(&value.to_ne_bytes());
+        Self { bytes, len: size_of::<c_int>() as libc::socklen_t }
+    }
+
+    /// The value of an option that is an int.
+    pub fn to_int(self) -> c_int {
+        let [a, b, c, d, ..] = self.bytes;
+        c_int::from_ne_bytes([a, b, c, d])
+    }
+}
+
 /// asm-generic/socket.h, Linux 5.1.
 pub const SO_BINDTOIFINDEX: c_int = 62;
 
@@ -315,6 +362,39 @@ pub fn dup2_for_exec(fd: BorrowedFd, target: c_int) -> io::Result<()> {
     // the wrapper's own that the child has no use for.
     check(unsafe { libc::dup2(fd.as_raw_fd(), target) })?;
     Ok(())
+}
+
+/// epoll_ctl(2), EPOLL_CTL_ADD: has another process's epoll, of which `epoll` is a duplicate, watch `socket` by the number
+/// that this has there. Until the end of the call the number means `socket` here too, whatever it means otherwise.
+///
+/// # Errors
+/// EBADF or EINVAL if no fd of this process may have such a number.
+pub fn epoll_add_as(
+    epoll: OwnedFd,
+    socket: BorrowedFd,
+    number: u32,
+    events: u32,
+    data: u64,
+) -> io::Result<()> {
+    let number = number as c_int;
+    // SAFETY: fcntl takes numbers, and its result is a new fd of this process, or -1.
+    let duplicate_above = |fd: c_int| check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, number + 1) });
+    let epoll = owned_fd(duplicate_above(epoll.as_raw_fd())?);
+    let socket = owned_fd(duplicate_above(socket.as_raw_fd())?);
+    let other = duplicate_above(number).ok().map(owned_fd);
+    let mut event = libc::epoll_event { events, u64: data };
+    // SAFETY: `number` has its own file again before anybody uses it: this process has one thread, and `other` is that
+    // file. Nothing is closed for the last time, so that no epoll forgets it. The kernel reads the event.
+    let added = unsafe {
+        check(libc::dup3(socket.as_raw_fd(), number, libc::O_CLOEXEC))?;
+        let added = check(libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, number, &raw mut event));
+        match other {
+            Some(other) => check(libc::dup3(other.as_raw_fd(), number, libc::O_CLOEXEC)),
+            None => check(libc::close(number)),
+        }
+        .and(added)
+    };
+    added.map(|_| ())
 }
 
 /// fcntl(2), F_SETFD: sets FD_CLOEXEC on an fd number. A number that isn't open is no error.

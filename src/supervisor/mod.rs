@@ -41,7 +41,7 @@ use crate::steering::Plan;
 use crate::words::count;
 use crate::worker::environment::Environments;
 use crate::worker::ready::{NodeChannel, NotifySocket, ReadyPipe};
-use crate::worker::{self, Listener, StartError, Starter};
+use crate::worker::{self, Change, Listener, StartError, Starter};
 
 mod commands;
 mod hints;
@@ -535,8 +535,16 @@ impl Supervisor {
         self.processes.values().for_each(|process| worker::signal(process.pid, signal));
     }
 
+    /// A process has ended, or a thread that does something for the wrapper has stopped.
     fn reap(&mut self) {
-        while let Some(reaped) = worker::reap(|pid| self.pids.contains_key(&pid)) {
+        loop {
+            let interceptions = self.interceptions.values_mut();
+            let errands: usize = interceptions.map(|it| it.run_errands(&mut self.pool)).sum();
+            let reaped = match worker::reap(|pid| self.pids.contains_key(&pid)) {
+                Some(Change::Ended(reaped)) => reaped,
+                Some(Change::Stopped) if errands > 0 => continue,
+                Some(Change::Stopped) | None => return,
+            };
             let Some(worker) = self.pids.remove(&reaped.pid) else {
                 debug!("reaped {}, which is no worker", reaped.pid);
                 helper::reaped(reaped.pid);

@@ -202,10 +202,21 @@ pub struct Reaped {
     pub end: End,
 }
 
+/// What waitid(2) reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    Ended(Reaped),
+    /// A thread that this process traces has stopped. Until its tracer has heard of that, it hides those that have ended.
+    Stopped,
+}
+
 /// Reaps one process that has ended: a worker, or an orphan whose new parent is this process. `None` if there
 /// is none. Kills the rest of its process group if `leads_group` says that it leads one.
-pub fn reap(leads_group: impl Fn(Pid) -> bool) -> Option<Reaped> {
+pub fn reap(leads_group: impl Fn(Pid) -> bool) -> Option<Change> {
     let ended = sys::waitid_ended(None, libc::WNOWAIT).ok()??;
+    if ![libc::CLD_EXITED, libc::CLD_KILLED, libc::CLD_DUMPED].contains(&ended.code) {
+        return Some(Change::Stopped);
+    }
     let pid = Pid::from_raw(ended.pid);
     // As long as the dead leader isn't reaped, its pid can't become another group's.
     if leads_group(pid) {
@@ -216,7 +227,7 @@ pub fn reap(leads_group: impl Fn(Pid) -> bool) -> Option<Reaped> {
         libc::CLD_EXITED => End::Exited(ended.status),
         _ => End::Killed(ended.status), // CLD_KILLED or CLD_DUMPED
     };
-    Some(Reaped { pid, end })
+    Some(Change::Ended(Reaped { pid, end }))
 }
 
 /// Sends a signal to the worker's process alone: npm and shells forward it, and many programs quit at once

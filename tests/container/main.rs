@@ -11,7 +11,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
 
-use common::{DEADLINE, children, join_network, wait_until};
+use common::{DEADLINE, Folder, children, join_network, own_socket, wait_until};
 use oci::{ADDRESS, Bundle, Container, Identity, Runtime, profile};
 use serde_json::{Value, json};
 
@@ -79,6 +79,36 @@ fn runc_with_podmans_profile_runs_it_as_root_as_user_and_without_capabilities() 
 #[test]
 fn crun_with_podmans_profile_runs_it_as_root_as_user_and_without_capabilities() {
     assert_works_with(Runtime::Crun, "podman.json");
+}
+
+/// Asserts that an epoll that watches a socket before bind does so afterwards, and that all socket options stay.
+#[track_caller]
+fn assert_own_socket_stays(name: &str) {
+    for identity in [Identity::Root, Identity::User, Identity::Bare] {
+        let bundle = Bundle::empty(identity).seccomp(profile(name, identity, &[]));
+        let folder = Folder::new();
+        let program = own_socket(&folder);
+        fs::copy(program, bundle.root("own_socket")).expect("copy a program");
+        let command = ["-n", "2", "--", "/own_socket", "8080", "edge", "two", "duplicate", "options"];
+        let (container, addr) = bundle.start_ready(Runtime::Runc, &command);
+        container.assert_reloads_lose_nothing(addr, true);
+        container.stop();
+    }
+}
+
+#[test]
+fn under_dockers_profile_a_workers_socket_stays_what_it_was() {
+    assert_own_socket_stays("docker.json");
+}
+
+#[test]
+fn under_containerds_profile_a_workers_socket_stays_what_it_was() {
+    assert_own_socket_stays("containerd.json");
+}
+
+#[test]
+fn under_podmans_profile_a_workers_socket_stays_what_it_was() {
+    assert_own_socket_stays("podman.json");
 }
 
 // Roots.

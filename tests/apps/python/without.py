@@ -1,4 +1,4 @@
-"""Runs a command for which the system call of the first argument fails with the errno of the second one."""
+"""Runs a command for which the system calls of the first argument, separated by commas, fail with the errno of the second."""
 import ctypes
 import errno
 import os
@@ -6,15 +6,21 @@ import platform
 import struct
 import sys
 
-numbers = {'seccomp': {'x86_64': 317, 'aarch64': 277}, 'pidfd_getfd': {'x86_64': 438, 'aarch64': 438}}
-number = numbers[sys.argv[1]][platform.machine()]
+numbers = {
+    'seccomp': {'x86_64': 317, 'aarch64': 277},
+    'pidfd_getfd': {'x86_64': 438, 'aarch64': 438},
+    'ptrace': {'x86_64': 101, 'aarch64': 117},
+}
 code = getattr(errno, sys.argv[2])
 instructions = [
     struct.pack('=HBBI', 0x20, 0, 0, 0),  # load the number of the system call
-    struct.pack('=HBBI', 0x15, 0, 1, number),
-    struct.pack('=HBBI', 0x06, 0, 0, 0x00050000 | code),  # SECCOMP_RET_ERRNO
-    struct.pack('=HBBI', 0x06, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
 ]
+for name in sys.argv[1].split(','):
+    instructions += [
+        struct.pack('=HBBI', 0x15, 0, 1, numbers[name][platform.machine()]),
+        struct.pack('=HBBI', 0x06, 0, 0, 0x00050000 | code),  # SECCOMP_RET_ERRNO
+    ]
+instructions.append(struct.pack('=HBBI', 0x06, 0, 0, 0x7FFF0000))  # SECCOMP_RET_ALLOW
 code = ctypes.create_string_buffer(b''.join(instructions))
 
 
