@@ -72,7 +72,7 @@
 //! | the steps between fork and exec; descriptor numbers | `worker/child`; `worker/fds` |
 //! | environment variables of a worker, env files, secrets | `worker/environment` |
 //! | how a worker says that it is ready | `worker/ready/` |
-//! | when a connection counts as idle; when a worker is drained | `drain/rule`; `drain/mod` |
+//! | when a connection counts as idle; when a worker is drained; what follows | `drain/rule`; `drain/mod`; `supervisor/draining` |
 //! | closing idle connections; what the stop signal does to a worker | `drain/idle`; `drain/signal_effect` |
 //! | the meaning of a signal to the wrapper | `operate/signals` |
 //! | the columns and the JSON of status; its exit status | `operate/status` |
@@ -116,7 +116,7 @@
 //! - Invariant: [`fleet`] and [`steering`] make no system call and read no clock (`tests/house.rs`).
 //! - Invariant: a room imports only rooms that stand below it in the table of rooms (`tests/house.rs`).
 //! - Invariant: the request path is the kernel's, and without traffic nothing wakes the loop.
-//! - Invariant: the loop waits for events in epoll alone. (`drain::idle::watch_end` spins, for 3 ms at most, once a
+//! - Invariant: the loop waits for events in epoll alone. (`drain::idle::EndWatch` spins, for 3 ms at most, once a
 //!   generation.)
 //! - Invariant: before the loop an error ends the program. Inside the loop it is logged, and the program goes on.
 #![cfg_attr(clippy, deny(warnings))]

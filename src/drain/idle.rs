@@ -1,6 +1,7 @@
 //! Closes idle connections of workers that the stop signal kills, as far as this process may duplicate their
 //! descriptors (pidfd_getfd(2)). [`super::signal_effect`] says why and decides when.
 
+use std::mem;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -9,13 +10,19 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use socket2::SockRef;
 
+use crate::fleet::End;
 use crate::kernel::duplicate::Duplicate;
 use crate::kernel::procfs::{self, Life};
 use crate::kernel::sockdiag::Traffic;
 use crate::kernel::sys;
 
 /// A worker that is still alive so long after the stop signal is assumed to handle it.
-const WATCH_TIMEOUT: Duration = Duration::from_millis(3);
+const WATCH_TIMEOUT: Duration = Duration::from_millis(400);
+/// Closing the connections of a process takes no longer.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(3);
+/// The time of the first look, and between two later ones.
+const FIRST_LOOK: Duration = Duration::from_millis(3);
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// A connection that its client keeps open.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,25 +80,70 @@ pub fn close(idle: &[Idle]) -> bool {
     all
 }
 
-/// Watches for a moment processes that were sent the stop signal, and closes these connections of those that it
-/// kills. Returns whether it kills all of them, and there are any.
-pub fn watch_end(idle: &[Idle], stop_signal: Signal) -> bool {
-    let deadline = Instant::now() + WATCH_TIMEOUT;
-    let mut alive: Vec<&Idle> = idle.iter().collect();
-    let mut kills = !idle.is_empty();
-    // No sleep in between: this process might be woken only after the end of a process with many threads.
-    while !alive.is_empty() && Instant::now() < deadline {
-        alive.retain(|(pid, connections)| {
-            let life = procfs::life(*pid);
-            if let Life::Killed(signal) = life {
-                kills &= signal == stop_signal as u32;
-                close_of_killed(*pid, connections, deadline);
-            }
-            kills &= life != Life::Ended;
-            life == Life::Lives
-        });
+/// Processes that were sent the stop signal, until it is known what that does.
+#[derive(Debug)]
+pub struct EndWatch {
+    generation: u32,
+    stop_signal: Signal,
+    alive: Vec<Idle>,
+    kills: bool,
+    until: Instant,
+    next_look: Instant,
+}
+
+impl EndWatch {
+    /// Watches these processes of a worker of this generation, which have just been sent the signal. Looks without a pause at
+    /// first: this process might be woken only after the end of a process with many threads.
+    pub fn begin(generation: u32, idle: Vec<Idle>, stop_signal: Signal) -> Self {
+        let begun = Instant::now();
+        let until = begun + WATCH_TIMEOUT;
+        let mut watch = Self { generation, stop_signal, alive: idle, kills: true, until, next_look: begun };
+        while !watch.alive.is_empty() && Instant::now() < begun + FIRST_LOOK {
+            watch.look();
+        }
+        watch
     }
-    alive.is_empty() && kills
+
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// When to call [`EndWatch::look`] at the latest.
+    pub fn deadline(&self) -> Instant {
+        self.next_look
+    }
+
+    /// Closes the connections of those processes that the signal kills.
+    pub fn look(&mut self) {
+        for (pid, connections) in mem::take(&mut self.alive) {
+            match procfs::life(pid) {
+                Life::Lives => self.alive.push((pid, connections)),
+                Life::Killed(signal) => {
+                    self.kills &= signal == self.stop_signal as u32;
+                    close_of_killed(pid, &connections, Instant::now() + CLOSE_TIMEOUT);
+                }
+                Life::Ended => self.kills = false,
+            }
+        }
+        self.next_look = Instant::now() + PAUSE;
+    }
+
+    /// Whether the signal kills all of the processes, once that is known: one that is alive at the end handles it.
+    pub fn verdict(&self, now: Instant) -> Option<bool> {
+        match self.alive.is_empty() {
+            true => Some(self.kills),
+            false => (now >= self.until).then_some(false),
+        }
+    }
+
+    /// A process was reaped: what /proc would have shown of it is gone.
+    pub fn reaped(&mut self, pid: Pid, end: End) {
+        let before = self.alive.len();
+        self.alive.retain(|(alive, _)| *alive != pid);
+        if self.alive.len() < before {
+            self.kills &= end == End::Killed(self.stop_signal as i32);
+        }
+    }
 }
 
 /// Closes what it can of these connections until the deadline.
@@ -168,20 +220,26 @@ mod tests {
 
     #[test]
     fn a_process_that_the_signal_kills_is_told_from_one_that_lives_on_and_one_that_exits() {
-        assert!(!watch_end(&[(Pid::this(), Vec::new())], Signal::SIGINT), "it lives");
+        let watch = |pid| EndWatch::begin(1, vec![(pid, Vec::new())], Signal::SIGINT);
+        let mut lives = watch(Pid::this());
+        assert_eq!(lives.verdict(Instant::now()), None);
+        assert_eq!(lives.verdict(Instant::now() + WATCH_TIMEOUT), Some(false), "it lives");
+        lives.reaped(Pid::from_raw(1), End::Killed(libc::SIGINT));
+        assert_eq!(lives.verdict(Instant::now()), None, "another one was reaped");
+        lives.reaped(Pid::this(), End::Killed(libc::SIGINT));
+        assert_eq!(lives.verdict(Instant::now()), Some(true));
         let is_killed_by = |command: &mut Command, signal| {
             let mut child = command.spawn().unwrap();
             let pid = Pid::from_raw(child.id() as i32);
             kill(pid, signal).unwrap();
             waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
-            let is_killed = watch_end(&[(pid, Vec::new())], Signal::SIGINT);
+            let verdict = watch(pid).verdict(Instant::now());
             child.wait().unwrap();
-            is_killed
+            verdict.unwrap()
         };
         assert!(is_killed_by(Command::new("sleep").arg("1000"), Signal::SIGINT));
         assert!(!is_killed_by(Command::new("sleep").arg("1000"), Signal::SIGTERM), "by another signal");
         assert!(!is_killed_by(Command::new("sleep").arg("0"), Signal::SIGCONT), "it exits");
-        assert!(!watch_end(&[], Signal::SIGINT), "there is no process");
     }
 
     /// The duplicate here would keep the connection open over the end of the process.
@@ -200,9 +258,9 @@ mod tests {
         assert_eq!(waitpid(pid, None), Ok(WaitStatus::Stopped(pid, Signal::SIGINT)));
         ptrace::cont(pid, Signal::SIGINT).unwrap();
         assert!(matches!(waitpid(pid, None), Ok(WaitStatus::PtraceEvent(..))), "it stops half dead");
-        let idle = [(pid, vec![OpenConnection { fd: FD as u32, ..connection }])];
+        let idle = vec![(pid, vec![OpenConnection { fd: FD as u32, ..connection }])];
         assert!(is_open(&mut client));
-        assert!(watch_end(&idle, Signal::SIGINT));
+        assert_eq!(EndWatch::begin(1, idle, Signal::SIGINT).verdict(Instant::now()), Some(true));
         assert!(!is_open(&mut client));
         ptrace::detach(pid, None).unwrap();
         killed.wait().unwrap();

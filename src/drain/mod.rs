@@ -44,17 +44,19 @@ struct Retired {
     handshakes: Option<HashSet<SocketAddr>>,
 }
 
-/// A worker that has finished its work.
+/// A worker to which everything has come that was on its way.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Drained {
+pub struct Arrived {
     pub worker: WorkerId,
     pub generation: u32,
-    /// The connections that its clients keep open.
+    /// Whether it has finished its work.
+    pub is_done: bool,
+    /// The idle connections that its clients keep open.
     pub idle: Vec<Idle>,
 }
 
-impl Drained {
-    /// The number of connections that its clients keep open.
+impl Arrived {
+    /// The number of idle connections that its clients keep open.
     pub fn connections(&self) -> usize {
         self.idle.iter().map(|(_, connections)| connections.len()).sum()
     }
@@ -113,8 +115,8 @@ impl Drain {
         self.next_poll
     }
 
-    /// The workers that have finished their work, if a poll is due. Call [`Drain::polled`] after it.
-    pub fn poll(&mut self, pool: &Pool, unix: &UnixSockets, now: Instant) -> Vec<Drained> {
+    /// The workers that may have finished their work, if a poll is due. Call [`Drain::polled`] after it.
+    pub fn poll(&mut self, pool: &Pool, unix: &UnixSockets, now: Instant) -> Vec<Arrived> {
         if self.next_poll.is_none_or(|at| at > now) {
             return Vec::new();
         }
@@ -162,15 +164,15 @@ impl Drain {
         if arrived.is_empty() { Vec::new() } else { self.idle(&arrived, &busy, &Owned::find(&open)) }
     }
 
-    /// The poll that began then is over, and its workers were dealt with.
-    pub fn polled(&mut self, begun: Instant, now: Instant) {
+    /// The poll that began then is over, and its workers were dealt with, which took this time of the CPU.
+    pub fn polled(&mut self, begun: Instant, now: Instant, cpu_time: Duration) {
         if self.next_poll.is_some_and(|at| at <= begun) {
-            self.next_poll = Some(now + POLL_INTERVAL.max((now - begun) * POLL_SHARE));
+            self.next_poll = Some(now + POLL_INTERVAL.max(cpu_time * POLL_SHARE));
         }
     }
 
-    /// Those of `workers` that have none of the busy connections.
-    fn idle(&mut self, workers: &[(WorkerId, Pid, u32)], busy: &Busy, owned: &Owned) -> Vec<Drained> {
+    /// Which connections of these workers are idle, and whether they have none of the busy ones.
+    fn idle(&mut self, workers: &[(WorkerId, Pid, u32)], busy: &Busy, owned: &Owned) -> Vec<Arrived> {
         let mut unowned = busy.ours.difference(&owned.inodes).peekable();
         if unowned.peek().is_some() {
             // It has ended since, or a thread accepts it right now and has yet to get its descriptor.
@@ -180,14 +182,18 @@ impl Drain {
                 return Vec::new();
             }
         }
-        let drained = |(worker, pid, generation): &(WorkerId, Pid, u32)| {
-            let processes = owned.below(*pid)?;
-            let is_idle =
-                !processes.iter().flat_map(|(_, open)| open).any(|open| busy.all.contains(&open.inode));
-            let idle = processes.into_iter().filter(|(_, open)| !open.is_empty()).collect();
-            is_idle.then_some(Drained { worker: *worker, generation: *generation, idle })
+        let arrived = |(worker, pid, generation): &(WorkerId, Pid, u32)| {
+            let mut is_done = true;
+            let mut idle = owned.below(*pid)?;
+            for (_, open) in &mut idle {
+                let all = open.len();
+                open.retain(|open| !busy.all.contains(&open.inode));
+                is_done &= open.len() == all;
+            }
+            idle.retain(|(_, open)| !open.is_empty());
+            Some(Arrived { worker: *worker, generation: *generation, is_done, idle })
         };
-        workers.iter().filter_map(drained).collect()
+        workers.iter().filter_map(arrived).collect()
     }
 
     /// The connections to all addresses that are watched, by family and port.
@@ -325,15 +331,16 @@ mod tests {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let mut drain = drain();
-        drain.polled(at(0), at(10));
+        let cpu = Duration::from_millis;
+        drain.polled(at(0), at(10), cpu(10));
         assert_eq!(drain.deadline(), None, "nobody is watched");
         drain.watch(WorkerId(1), Pid::this(), 1, BTreeSet::new(), at(0));
-        drain.polled(at(0), at(1));
+        drain.polled(at(0), at(1), cpu(1));
         assert_eq!(drain.deadline(), Some(at(21)));
-        drain.polled(at(20), at(20));
+        drain.polled(at(20), at(20), cpu(0));
         assert_eq!(drain.deadline(), Some(at(21)), "no poll was due");
-        drain.polled(at(21), at(31));
-        assert_eq!(drain.deadline(), Some(at(131)));
+        drain.polled(at(21), at(131), cpu(10));
+        assert_eq!(drain.deadline(), Some(at(231)), "it waited for a CPU for most of the time");
     }
 
     /// A process of its own has the connection: this one may start others at any time, for other tests.
@@ -362,17 +369,20 @@ mod tests {
         let mut idle = |inodes: &[u64], owned: &Owned| idle_of(&busy(inodes), owned);
         let its = Owned::find(&HashMap::from([(inode, 42)]));
         let unowned = Owned::find(&HashMap::new());
-        let drained = |idle: &[Idle]| [Drained { worker: WorkerId(1), generation: 1, idle: idle.to_vec() }];
+        let arrived = |is_done, idle: &[Idle]| {
+            [Arrived { worker: WorkerId(1), generation: 1, is_done, idle: idle.to_vec() }]
+        };
+        let drained = |idle: &[Idle]| arrived(true, idle);
         assert_eq!(idle(&[], &unowned), drained(&[]));
         let open = OpenConnection { fd: FD, inode, received: 42 };
         assert_eq!(idle(&[], &its), drained(&[(pid, vec![open])]), "its client keeps it open");
         assert_eq!([idle(&[], &its), idle(&[], &unowned)].map(|idle| idle[0].connections()), [1, 0]);
-        assert!(idle(&[inode], &its).is_empty(), "this worker has it");
+        assert_eq!(idle(&[inode], &its), arrived(false, &[]), "this worker has it");
         assert!(idle(&[inode], &unowned).is_empty(), "it exists and has no owner");
         assert_eq!(idle(&[u64::MAX], &unowned), drained(&[]), "it is gone");
         let foreign = Busy { ours: HashSet::new(), ..busy(&[inode]) };
         assert_eq!(idle_of(&foreign, &unowned), drained(&[]), "it came to a foreign listener");
-        assert!(idle_of(&foreign, &its).is_empty(), "it came by a proxy");
+        assert_eq!(idle_of(&foreign, &its), arrived(false, &[]), "it came by a proxy");
         process.kill().unwrap();
         process.wait().unwrap();
     }

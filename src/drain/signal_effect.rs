@@ -5,13 +5,15 @@
 //! worker that the signal kills are closed before the signal. A worker that handles the signal ends its connections in
 //! its own way. The first worker of each generation shows which of the two it is, and the next generation is assumed to be like the last.
 
-use super::Drained;
+use super::Arrived;
 
-/// What to do with a drained worker when it is sent the stop signal.
+/// What to do with a worker to which everything has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Treatment {
-    /// Before the signal: close its idle connections.
+    /// Close its idle connections. It has to have none left before the signal.
     pub close: bool,
+    /// When it is done: send it the stop signal.
+    pub stop: bool,
     /// After the signal: watch what it does, and close the idle connections if it kills.
     pub watch: bool,
 }
@@ -26,11 +28,15 @@ pub struct SignalEffect {
 impl SignalEffect {
     /// The first worker of a generation that has idle connections is watched: another version may handle the signal.
     /// Until it has shown that, it is assumed to be like the last one.
-    pub fn treatment(&self, drained: &Drained) -> Treatment {
-        let is_known = self.last.is_some_and(|(generation, _)| generation == drained.generation);
+    /// `is_watching`: a worker that was sent the signal hasn't shown it yet.
+    pub fn treatment(&self, worker: &Arrived, is_watching: bool) -> Treatment {
+        let is_known = self.last.is_some_and(|(generation, _)| generation == worker.generation);
+        let has_idle = !worker.idle.is_empty();
+        let nothing_is_known = is_watching && self.last.is_none();
         Treatment {
             close: self.last.is_some_and(|(_, kills)| kills),
-            watch: !is_known && !drained.idle.is_empty(),
+            stop: worker.is_done && !(nothing_is_known && has_idle),
+            watch: !is_watching && !is_known && has_idle,
         }
     }
 
@@ -42,8 +48,8 @@ impl SignalEffect {
 
 /// Puts the worker with the fewest connections first: where nothing is known, the first one shows what the signal does,
 /// and its connections are closed too late.
-pub fn order(drained: &mut [Drained]) {
-    drained.sort_by_key(Drained::connections);
+pub fn order(arrived: &mut [Arrived]) {
+    arrived.sort_by_key(Arrived::connections);
 }
 
 #[cfg(test)]
@@ -54,24 +60,26 @@ mod tests {
     use crate::drain::idle::OpenConnection;
     use crate::ids::WorkerId;
 
-    fn drained(worker: u32, generation: u32, connections: usize) -> Drained {
+    fn arrived(worker: u32, generation: u32, connections: usize) -> Arrived {
         let open = vec![OpenConnection { fd: 3, inode: 1, received: 0 }; connections];
         let idle = if connections > 0 { vec![(Pid::this(), open)] } else { Vec::new() };
-        Drained { worker: WorkerId(worker), generation, idle }
+        Arrived { worker: WorkerId(worker), generation, is_done: true, idle }
     }
 
     #[test]
     fn the_worker_with_the_fewest_connections_comes_first() {
-        let mut all = [drained(1, 1, 3), drained(2, 1, 1), drained(3, 1, 2)];
+        let mut all = [arrived(1, 1, 3), arrived(2, 1, 1), arrived(3, 1, 2)];
         order(&mut all);
-        assert_eq!(all.map(|drained| drained.worker), [2, 3, 1].map(WorkerId));
+        assert_eq!(all.map(|arrived| arrived.worker), [2, 3, 1].map(WorkerId));
     }
 
     #[test]
     fn the_first_worker_with_idle_connections_is_watched_and_shows_what_to_do_with_the_next_ones() {
         let mut effect = SignalEffect::default();
         let told = |effect: &SignalEffect, generation, connections| {
-            let Treatment { close, watch } = effect.treatment(&drained(1, generation, connections));
+            let Treatment { close, stop, watch } =
+                effect.treatment(&arrived(1, generation, connections), false);
+            assert!(stop);
             (close, watch)
         };
         assert_eq!(told(&effect, 1, 0), (false, false), "there is nothing to close");
@@ -82,5 +90,27 @@ mod tests {
         effect.learn(2, false);
         assert_eq!(told(&effect, 2, 1), (false, false));
         assert_eq!(told(&effect, 3, 1), (false, true));
+    }
+
+    #[test]
+    fn while_nothing_is_known_and_one_is_watched_the_others_with_idle_connections_wait() {
+        let mut effect = SignalEffect::default();
+        let stops =
+            |effect: &SignalEffect, connections| effect.treatment(&arrived(1, 1, connections), true).stop;
+        assert!(!stops(&effect, 1) && stops(&effect, 0));
+        effect.learn(0, true);
+        assert!(stops(&effect, 1), "it is as the last version");
+        assert!(!effect.treatment(&arrived(1, 1, 1), true).watch, "another one is watched");
+    }
+
+    #[test]
+    fn a_busy_worker_is_not_stopped_and_its_idle_connections_are_closed_if_the_signal_kills() {
+        let busy = Arrived { is_done: false, ..arrived(1, 1, 1) };
+        let mut effect = SignalEffect::default();
+        for kills in [None, Some(false), Some(true)] {
+            kills.into_iter().for_each(|kills| effect.learn(0, kills));
+            let Treatment { close, stop, .. } = effect.treatment(&busy, false);
+            assert_eq!((close, stop), (kills == Some(true), false));
+        }
     }
 }

@@ -18,9 +18,9 @@ use socket2::Socket;
 use self::source::Source;
 use crate::address::{Address, Endpoint};
 use crate::cli::Options;
-use crate::drain::idle;
-use crate::drain::signal_effect::{self, SignalEffect, Treatment};
-use crate::drain::{Drain, Drained};
+use crate::drain::Drain;
+use crate::drain::idle::EndWatch;
+use crate::drain::signal_effect::SignalEffect;
 use crate::fleet::{
     Action, Announcement, Command, Endpoints, Event, Fleet, ReloadOptions, Target, UdpChange,
 };
@@ -44,6 +44,7 @@ use crate::worker::ready::{NodeChannel, NotifySocket, ReadyPipe};
 use crate::worker::{self, Change, Listener, StartError, Starter};
 
 mod commands;
+mod draining;
 mod hints;
 mod messages;
 mod source;
@@ -73,6 +74,7 @@ pub struct Supervisor {
     probes: Probes,
     drain: Drain,
     signal_effect: SignalEffect,
+    end_watch: Option<EndWatch>,
     listener_watch: ListenerWatch,
     systemd: Systemd,
     /// `None` when the socket could not be bound.
@@ -186,6 +188,7 @@ impl Supervisor {
             probes: Probes::new(options.probe_path.unwrap_or_default()),
             drain: Drain::new(options.idle_rule),
             signal_effect: SignalEffect::default(),
+            end_watch: None,
             listener_watch,
             systemd: Systemd::new(Instant::now()),
             control,
@@ -289,27 +292,6 @@ impl Supervisor {
         }
     }
 
-    /// Stops the workers that have finished their work.
-    fn stop_drained(&mut self) {
-        let begun = Instant::now();
-        let mut drained = self.drain.poll(&self.pool, &self.unix, begun);
-        signal_effect::order(&mut drained);
-        for drained in drained {
-            let Treatment { close, watch } = self.signal_effect.treatment(&drained);
-            let Drained { worker, generation, idle } = drained;
-            // If something has come on an idle connection since, the worker waits for the next poll.
-            let is_idle = if close { idle::close(&idle) } else { !idle::have_new_data(&idle) };
-            if !is_idle {
-                continue;
-            }
-            self.handle(Event::Drained { worker });
-            if watch {
-                self.signal_effect.learn(generation, idle::watch_end(&idle, self.stop_signal));
-            }
-        }
-        self.drain.polled(begun, Instant::now());
-    }
-
     /// Without interception: finds out which workers listen.
     fn scan_listeners(&mut self) {
         let ListenerWatch::Scan(scan) = &mut self.listener_watch else { return };
@@ -338,6 +320,7 @@ impl Supervisor {
             scan,
             self.fleet.deadline(),
             self.drain.deadline(),
+            self.end_watch.as_ref().map(EndWatch::deadline),
             self.probes.deadline(),
             self.udp_binds.deadline(),
             self.systemd.deadline(),
@@ -552,6 +535,7 @@ impl Supervisor {
             };
             self.labels.iter_mut().for_each(|labels| labels.worker_ended(worker));
             self.explain_end(worker, reaped.end);
+            self.end_watch.iter_mut().for_each(|watch| watch.reaped(reaped.pid, reaped.end));
             self.processes.remove(&worker); // its fds are closed, which takes them out of epoll
             if let Some(interception) = self.interceptions.get_mut(&worker) {
                 interception.worker_has_ended();

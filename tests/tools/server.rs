@@ -21,10 +21,12 @@ use std::time::{Duration, Instant};
 
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
+use signal_hook::low_level::emulate_default_handler;
 use socket2::{Domain, Socket, Type};
 
 const USAGE: &str = "usage: server [--listen HOST:PORT]... [--share] [--given] [--listen-after MS] [--ready-after MS] \
-    [--exit-after MS] [--exit-status N] [--shutdown-on-int] [--ignore-int] [--exit-on-int] [--hang] \
+    [--exit-after MS] [--exit-status N] [--shutdown-on-int] [--ignore-int] [--exit-on-int] [--die-of-int MS] \
+    [--hang] \
     [--keep-alive] [--announce] [--deaf-while FILE]";
 
 #[derive(Default)]
@@ -39,6 +41,7 @@ struct Options {
     shutdown_on_int: bool,
     ignore_int: bool,
     exit_on_int: bool,
+    die_of_int: Option<Duration>,
     hang: bool,
     keep_alive: bool,
     announce: bool,
@@ -63,6 +66,7 @@ fn parse() -> Options {
             "--shutdown-on-int" => options.shutdown_on_int = true,
             "--ignore-int" => options.ignore_int = true,
             "--exit-on-int" => options.exit_on_int = true,
+            "--die-of-int" => options.die_of_int = Some(milliseconds(&value())),
             "--hang" => options.hang = true,
             "--keep-alive" => options.keep_alive = true,
             "--announce" => options.announce = true,
@@ -117,6 +121,14 @@ fn main() {
         thread::spawn(move || {
             signals.forever().next();
             exit(0)
+        });
+    }
+    if let Some(after) = options.die_of_int {
+        let mut signals = Signals::new([SIGINT]).expect("catch SIGINT");
+        thread::spawn(move || {
+            signals.forever().next();
+            thread::sleep(after);
+            emulate_default_handler(SIGINT)
         });
     }
     if let Some(after) = options.exit_after {

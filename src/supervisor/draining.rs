@@ -1,0 +1,55 @@
+//! What follows when retired workers have finished their work.
+
+use std::time::{Duration, Instant};
+
+use nix::time::{ClockId, clock_gettime};
+
+use super::Supervisor;
+use crate::drain::Arrived;
+use crate::drain::idle::{self, EndWatch};
+use crate::drain::signal_effect::{self, Treatment};
+use crate::fleet::Event;
+
+impl Supervisor {
+    /// Stops the workers that have finished their work.
+    pub(super) fn stop_drained(&mut self) {
+        let begun = Instant::now();
+        if self.end_watch.as_ref().is_some_and(|watch| watch.deadline() <= begun) {
+            self.end_watch.iter_mut().for_each(EndWatch::look);
+        }
+        self.learn_signal_effect();
+        let cpu_time = cpu_time();
+        let mut arrived = self.drain.poll(&self.pool, &self.unix, begun);
+        signal_effect::order(&mut arrived);
+        for arrived in arrived {
+            let Treatment { close, stop, watch } =
+                self.signal_effect.treatment(&arrived, self.end_watch.is_some());
+            let Arrived { worker, generation, idle, .. } = arrived;
+            // If something has come on an idle connection since, the worker waits for the next poll.
+            let is_idle = if close { idle::close(&idle) } else { !stop || !idle::have_new_data(&idle) };
+            if !is_idle || !stop {
+                continue;
+            }
+            self.handle(Event::Drained { worker });
+            if watch {
+                self.end_watch = Some(EndWatch::begin(generation, idle, self.stop_signal));
+                self.learn_signal_effect();
+            }
+        }
+        self.drain.polled(begun, Instant::now(), self::cpu_time().saturating_sub(cpu_time));
+    }
+
+    fn learn_signal_effect(&mut self) {
+        if let Some(watch) = &self.end_watch
+            && let Some(kills) = watch.verdict(Instant::now())
+        {
+            self.signal_effect.learn(watch.generation(), kills);
+            self.end_watch = None;
+        }
+    }
+}
+
+/// How long this thread has had a CPU.
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
