@@ -565,3 +565,24 @@ fn when_each_worker_has_only_its_own_path_the_log_names_the_remedy() {
         assert!(line.contains(part), "no {part:?} in {line}");
     }
 }
+
+/// The kernel's table of Unix sockets has a line for each, with the name as it is. A stranger may choose a name with a line's
+/// end in it, and what follows looks like a connection by a path of ours.
+#[test]
+fn a_name_that_another_user_chose_does_not_hold_up_a_reload() {
+    own_network();
+    let folder = Folder::new();
+    let path = folder.path("s");
+    let mut service = Service::run_ready("-n 1 --drain 1h", &python(&path));
+    let stranger = "import os, socket, sys, time\nos.makedirs(sys.argv[1])\nos.chmod(sys.argv[1], 0o777)\n\
+        os.chdir(sys.argv[1])\nos.setgroups([])\nos.setresgid(54322, 54322, 54322)\nos.setresuid(54322, 54322, 54322)\n\
+        name = 'x\\n0 0 0 0 0001 03 4242 ' + sys.argv[2]\nos.makedirs(os.path.dirname(name))\n\
+        s = socket.socket(socket.AF_UNIX)\ns.bind(name)\ns.listen()\nprint('bound', flush=True)\ntime.sleep(1000)";
+    let mut command = Command::new("python3");
+    command.args(["-c", stranger, &folder.path("strange"), &path]);
+    let stranger = Service::spawn(command);
+    stranger.wait_for_output("bound");
+    service.reload();
+    assert_eq!(get(&path).generation, Some(2));
+    service.stop();
+}

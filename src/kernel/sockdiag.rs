@@ -1,5 +1,5 @@
 //! The state of TCP sockets: of all in this network namespace by sock_diag(7), and of one socket by TCP_INFO
-//! (tcp(7)).
+//! (tcp(7)). Which file each Unix socket belongs to, by sock_diag(7).
 
 use std::io;
 use std::net::SocketAddr;
@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::SockDiagMessage;
-use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, TCP_SYN_RECV};
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, TCP_ESTABLISHED, TCP_SYN_RECV};
 use netlink_packet_sock_diag::inet::nlas::Nla;
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags};
+use netlink_packet_sock_diag::unix::nlas::Nla as UnixNla;
+use netlink_packet_sock_diag::unix::{self, ShowFlags, UnixRequest, UnixResponse};
 use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
 
 use crate::address::Address;
@@ -125,6 +127,18 @@ pub struct Listener {
     pub uid: u32,
 }
 
+/// Which file a Unix socket was bound to, whatever the name of that is (`UNIX_DIAG_VFS`, linux/unix_diag.h).
+pub use netlink_packet_sock_diag::unix::nlas::Vfs as SocketFile;
+
+/// A Unix socket of any process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnixSocket {
+    pub inode: u64,
+    pub is_connected: bool,
+    /// An accepted connection has its listener's. `None` if it isn't bound to a path.
+    pub file: Option<SocketFile>,
+}
+
 /// A netlink socket for sock_diag requests.
 pub struct SockDiag {
     socket: Socket,
@@ -154,7 +168,7 @@ impl SockDiag {
         let extensions = ExtensionFlags::INFO;
         let request = InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id };
         let mut connections = Vec::new();
-        self.dump(request, |response| connections.push(connection(response)))?;
+        self.dump_inet(request, |response| connections.push(connection(response)))?;
         Ok(connections)
     }
 
@@ -182,6 +196,22 @@ impl SockDiag {
         Ok(listeners)
     }
 
+    /// All Unix sockets of this network namespace.
+    ///
+    /// # Errors
+    /// ENOENT if the kernel can't list them (CONFIG_UNIX_DIAG).
+    pub fn unix_sockets(&mut self) -> io::Result<Vec<UnixSocket>> {
+        let state_flags = unix::StateFlags::from_bits_retain(u32::MAX);
+        let request = UnixRequest { state_flags, inode: 0, show_flags: ShowFlags::VFS, cookie: [0xff; 8] };
+        let mut sockets = Vec::new();
+        self.dump(SockDiagMessage::UnixRequest(request), |message| {
+            if let SockDiagMessage::UnixResponse(response) = message {
+                sockets.push(unix_socket(response));
+            }
+        })?;
+        Ok(sockets)
+    }
+
     /// The sockets of both families in these states, of the port that `choose` sets.
     fn dump_both(
         &mut self,
@@ -193,15 +223,23 @@ impl SockDiag {
             choose(&mut socket_id);
             let (extensions, states) = (ExtensionFlags::empty(), states.clone());
             let request = InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id };
-            self.dump(request, &mut each)?;
+            self.dump_inet(request, &mut each)?;
         }
         Ok(())
     }
 
-    fn dump(&mut self, request: InetRequest, mut each: impl FnMut(&InetResponse)) -> io::Result<()> {
+    fn dump_inet(&mut self, request: InetRequest, mut each: impl FnMut(&InetResponse)) -> io::Result<()> {
+        self.dump(SockDiagMessage::InetRequest(request), |message| {
+            if let SockDiagMessage::InetResponse(response) = message {
+                each(response);
+            }
+        })
+    }
+
+    fn dump(&mut self, request: SockDiagMessage, mut each: impl FnMut(&SockDiagMessage)) -> io::Result<()> {
         let mut header = NetlinkHeader::default();
         header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-        let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+        let mut message = NetlinkMessage::new(header, request.into());
         message.finalize();
         let mut bytes = vec![0; message.buffer_len()];
         message.serialize(&mut bytes);
@@ -220,13 +258,13 @@ impl SockDiag {
 ///
 /// # Errors
 /// What the kernel says instead of an answer; InvalidData if it is no netlink message.
-fn parse(part: &[u8], each: &mut impl FnMut(&InetResponse)) -> io::Result<bool> {
+fn parse(part: &[u8], each: &mut impl FnMut(&SockDiagMessage)) -> io::Result<bool> {
     let mut rest = part;
     while !rest.is_empty() {
         let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
         match message.payload {
-            NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => each(&response),
+            NetlinkPayload::InnerMessage(message) => each(&message),
             NetlinkPayload::Done(_) => return Ok(true),
             NetlinkPayload::Error(error) => return Err(error.to_io()),
             _ => {}
@@ -244,6 +282,17 @@ fn listener(response: &InetResponse) -> Listener {
     let v6only = response.nlas.iter().any(|nla| matches!(nla, Nla::SkV6Only(true)));
     let socket = SocketAddr::new(id.source_address, id.source_port);
     Listener { address: Address::new(socket, v6only, id.interface_id), inode: header.inode, uid: header.uid }
+}
+
+fn unix_socket(response: &UnixResponse) -> UnixSocket {
+    let file = response.nlas.iter().find_map(|nla| match nla {
+        UnixNla::Vfs(file) => Some(file.clone()),
+        _ => None,
+    });
+    let header = &response.header;
+    // Those that nobody has accepted yet have no inode number.
+    let is_connected = header.state == TCP_ESTABLISHED && header.inode != 0;
+    UnixSocket { inode: header.inode.into(), is_connected, file }
 }
 
 fn connection(response: &InetResponse) -> Connection {
@@ -350,6 +399,19 @@ mod tests {
             bytes
         }
 
+        /// Does with a message all that its readers do.
+        fn read(message: &SockDiagMessage) {
+            match message {
+                SockDiagMessage::InetResponse(response) => {
+                    let _ = (listener(response), connection(response));
+                }
+                SockDiagMessage::UnixResponse(response) => {
+                    let _ = unix_socket(response);
+                }
+                _ => {}
+            }
+        }
+
         proptest! {
             #[test]
             fn a_tcp_info_of_any_length_is_read(info: Vec<u8>) {
@@ -365,7 +427,11 @@ mod tests {
                     part.extend(message(NLMSG_DONE, &[0; 4]));
                 }
                 let mut read = Vec::new();
-                let ended = parse(&part, &mut |response| read.push((listener(response), connection(response)))).unwrap();
+                let ended = parse(&part, &mut |message| {
+                    if let SockDiagMessage::InetResponse(response) = message {
+                        read.push((listener(response), connection(response)));
+                    }
+                }).unwrap();
                 prop_assert_eq!(ended, is_last);
                 prop_assert_eq!(read.len(), sockets.len());
                 for ((listener, connection), socket) in read.iter().zip(&sockets) {
@@ -387,18 +453,37 @@ mod tests {
                 part[at] = byte;
                 part.truncate(cut.index(part.len()));
                 let mut count = 0;
-                let _ = parse(&part, &mut |response| {
-                    let _ = (listener(response), connection(response));
+                let _ = parse(&part, &mut |message| {
+                    read(message);
                     count += 1;
                 });
-                prop_assert!(count * 88 <= part.len(), "{count} sockets in {} bytes", part.len());
+                prop_assert!(count * 32 <= part.len(), "{count} sockets in {} bytes", part.len());
             }
 
             #[test]
             fn no_bytes_make_the_parser_panic(part in vec(any::<u8>(), 0..200)) {
-                let _ = parse(&part, &mut |response| { let _ = (listener(response), connection(response)); });
+                let _ = parse(&part, &mut read);
             }
         }
+    }
+
+    #[test]
+    fn a_connection_has_the_file_of_its_listener_and_no_other_socket_has() {
+        use std::os::fd::AsFd;
+        use std::os::unix::net::{UnixListener, UnixStream};
+        let inode = |socket: &dyn AsFd| crate::kernel::procfs::inode(socket.as_fd()).unwrap();
+        let path =
+            |name: &str| std::env::temp_dir().join(format!("reuse-run-diag-{}-{name}", std::process::id()));
+        let paths = [path("a"), path("b")];
+        let [a, b] = [0, 1].map(|index| UnixListener::bind(&paths[index]).unwrap());
+        let client = UnixStream::connect(&paths[0]).unwrap();
+        let (accepted, _) = a.accept().unwrap();
+        let all = SockDiag::new().unwrap().unix_sockets().unwrap();
+        let of = |socket: &dyn AsFd| all.iter().find(|it| it.inode == inode(socket)).unwrap();
+        assert!(of(&a).file.is_some() && of(&a).file == of(&accepted).file && of(&a).file != of(&b).file);
+        assert_eq!(of(&client).file, None);
+        assert_eq!([of(&a), of(&b), of(&accepted)].map(|it| it.is_connected), [false, false, true]);
+        paths.iter().for_each(|path| std::fs::remove_file(path).unwrap());
     }
 
     #[test]

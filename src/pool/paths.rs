@@ -23,6 +23,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::ids::{Borrower, WorkerId};
 use crate::kernel::procfs;
+use crate::kernel::sockdiag::{SockDiag, SocketFile, UnixSocket};
 use crate::pool::lend::max_for_each_worker;
 
 /// After so many binds, those whose sockets are closed are forgotten if a worker has as many.
@@ -344,17 +345,36 @@ impl UnixSockets {
         if self.is_empty() {
             return Vec::new();
         }
-        let generations = self.generations();
-        let ours = procfs::unix_sockets()
-            .into_iter()
-            .filter(|row| row.is_connected && generations.contains_key(&row.name));
-        ours.map(|row| row.inode).collect()
+        self.all().into_iter().filter_map(|(inode, generation)| generation.map(|_| inode)).collect()
     }
 
-    /// The generations of all sockets, by the names that these were bound to.
-    fn generations(&self) -> HashMap<String, u32> {
+    /// All Unix sockets of this network namespace by inode number; with its generation, if it is a connection that came by
+    /// one of ours.
+    fn all(&self) -> HashMap<u64, Option<u32>> {
+        self.all_by_file().unwrap_or_else(|_| self.all_by_name())
+    }
+
+    fn all_by_file(&self) -> io::Result<HashMap<u64, Option<u32>>> {
+        let generations: HashMap<u64, u32> =
+            self.paths.values().flatten().map(|(generation, bound)| (bound.inode, *generation)).collect();
+        let all = SockDiag::new()?.unix_sockets()?;
+        let files: Vec<(&SocketFile, u32)> =
+            all.iter().filter_map(|it| Some((it.file.as_ref()?, *generations.get(&it.inode)?))).collect();
+        let of_file = |file: &SocketFile| files.iter().find(|(ours, _)| *ours == file).map(|(_, it)| *it);
+        let generation = |it: &UnixSocket| it.file.as_ref().filter(|_| it.is_connected).and_then(of_file);
+        Ok(all.iter().map(|it| (it.inode, generation(it))).collect())
+    }
+
+    /// Where the kernel can't list their files. Any user can bind a socket whose name looks like a line of the table, or like
+    /// ours in other mounts.
+    fn all_by_name(&self) -> HashMap<u64, Option<u32>> {
         let all = self.paths.values().flatten();
-        all.map(|(generation, bound)| (bound.name.clone(), *generation)).collect()
+        let generations: HashMap<&str, u32> =
+            all.map(|(generation, bound)| (bound.name.as_str(), *generation)).collect();
+        let generation = |row: &procfs::UnixSocket| {
+            generations.get(row.name.as_str()).copied().filter(|_| row.is_connected && row.inode != 0)
+        };
+        procfs::unix_sockets().iter().map(|row| (row.inode, generation(row))).collect()
     }
 
     /// Which of some workers, given with their generations, have a connection that came by a path, or one that waits
@@ -377,13 +397,7 @@ impl UnixSockets {
     /// The processes that have a connection which came by any of the sockets, and the generations of the connections
     /// that no process has: a thread has accepted them and hasn't got their fd yet.
     fn connections_of_processes(&self) -> (HashSet<Pid>, Vec<u32>) {
-        let generations = self.generations();
-        let mut known: HashMap<u64, Option<u32>> = HashMap::new();
-        for row in procfs::unix_sockets() {
-            let generation =
-                generations.get(&row.name).copied().filter(|_| row.is_connected && row.inode != 0);
-            known.insert(row.inode, generation);
-        }
+        let known = self.all();
         let mut unheld: BTreeMap<u64, u32> =
             known.iter().filter_map(|(inode, generation)| Some((*inode, (*generation)?))).collect();
         let mut processes: HashSet<Pid> = HashSet::new();
