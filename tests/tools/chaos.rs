@@ -15,7 +15,7 @@ mod process;
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -555,25 +555,58 @@ fn many_reloads(count: u32) -> Result<bool, String> {
     Ok(is_flat && service.end()? == Some(0))
 }
 
+/// Processes that keep connections open, each as many as its limit of files allows.
+struct Holders(Vec<Child>);
+
+impl Holders {
+    fn connect(addr: SocketAddr, count: u32) -> Result<Holders, String> {
+        const EACH: u32 = 5000;
+        const HOLD: &str = "import socket, sys
+held = [socket.create_connection((sys.argv[1], int(sys.argv[2]))) for _ in range(int(sys.argv[3]))]
+print('held', flush=True)
+sys.stdin.read()";
+        let mut holders = Holders(Vec::new());
+        for first in (0..count).step_by(EACH as usize) {
+            let count = EACH.min(count - first).to_string();
+            let mut command = Command::new("python3");
+            command.args(["-c", HOLD, &addr.ip().to_string(), &addr.port().to_string(), &count]);
+            command.stdin(Stdio::piped()).stdout(Stdio::piped());
+            let mut child = command.spawn().map_err(|error| format!("start python3: {error}"))?;
+            let stdout = child.stdout.take();
+            holders.0.push(child);
+            let line = stdout.and_then(|stdout| BufReader::new(stdout).lines().next()).transpose();
+            if line.ok().flatten().is_none() {
+                return Err("a process could not connect".to_owned());
+            }
+        }
+        Ok(holders)
+    }
+}
+
+impl Drop for Holders {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
 /// Reloads while so many idle connections are open.
 fn many_idle_connections(count: u32) -> Result<bool, String> {
-    let files = u64::from(count) + 1000;
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(|error| error.to_string())?;
-    setrlimit(Resource::RLIMIT_NOFILE, files, files.max(hard))
-        .map_err(|error| format!("can't have {files} open files: {error}"))?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map_err(|error| error.to_string())?;
     let addr = address()?;
     let port = addr.port().to_string();
     let holds = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/apps/python/extremes.py");
     let mut service = Service::start_as(&["--drain", "1h"], &["python3", holds, "holds", &port], "")?;
     service.wait("the first generation is ready", |output| output.serving == 1)?;
     let load = Load::start(LoadOptions::new(addr, 2).rate(50.0));
-    for _ in 0..3 {
-        let connect = || TcpStream::connect(addr).map_err(|error| format!("connect: {error}"));
-        let idle = (0..count).map(|_| connect()).collect::<Result<Vec<TcpStream>, String>>()?;
-        let begun = Instant::now();
-        service.reload_and_wait()?;
-        println!("a reload with {} idle connections: {} ms", idle.len(), begun.elapsed().as_millis());
-    }
+    let idle = Holders::connect(addr, count)?;
+    let begun = Instant::now();
+    service.reload_and_wait()?;
+    println!("a reload with {count} idle connections: {} ms", begun.elapsed().as_millis());
+    drop(idle);
     let report = load.stop();
     println!("{report}");
     let is_done = service.output().reloads_given_up == 0;
