@@ -71,6 +71,7 @@
 //! | starting, signalling and reaping a process; which programs get Node's channel | `worker/mod`; `worker/program` |
 //! | the steps between fork and exec; descriptor numbers | `worker/child`; `worker/fds` |
 //! | environment variables of a worker, env files, secrets | `worker/environment` |
+//! | what kills workers when the wrapper is killed | `worker/tether` |
 //! | how a worker says that it is ready | `worker/ready/` |
 //! | when a connection counts as idle; when a worker is drained; what follows | `drain/rule`; `drain/mod`; `supervisor/draining` |
 //! | closing idle connections; what the stop signal does to a worker | `drain/idle`; `drain/signal_effect` |
@@ -83,6 +84,7 @@
 //! | a system call (with `kernel/tracee` the only unsafe code); a file of /proc; a query to sock_diag | `kernel/sys`; `kernel/procfs`; `kernel/sockdiag` |
 //! | duplicates of workers' sockets; processes that do what may wait | `kernel/duplicate`; `kernel/helper` |
 //! | what hangs on a worker's socket in its table of descriptors; tracing a thread | `kernel/fdtable`; `kernel/tracee` |
+//! | sockets by which others may send descriptors; files that others may have replaced | `kernel/inbox`; `kernel/file` |
 //!
 //! # The ways through the rooms
 //!

@@ -110,7 +110,7 @@ fn twenty_workers_that_need_more_than_64_descriptors_are_not_started_and_none_is
 fn with_few_descriptors_a_reload_is_done_or_abandoned_at_once_and_no_request_fails() {
     let _turn = turn();
     let mut done = [0; 2];
-    for limit in [44, 46, 48, 50, 56] {
+    for limit in [48, 54, 58, 64, 72] {
         let addr = free_address();
         let shell = format!(r#"ulimit -n {limit}; exec "$0" "$@""#);
         let mut service = Service::spawn_ready(behind_shell(&shell, "-n 4 --drain 1h", &naive(addr)));

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use log::{info, warn};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use nix::unistd::{Pid, chdir, setsid};
 
@@ -40,7 +41,7 @@ pub fn leave(interceptions: impl IntoIterator<Item = Interception>) {
 /// The life of that process.
 fn keep(fds: Vec<OwnedFd>) -> ! {
     sys::close_all_but(&fds);
-    sys::set_name(c"reuse-run-keep");
+    let _ = prctl::set_name(c"reuse-run-keep");
     // No terminal, folder or signal of the wrapper's matters to it; it can be ended as any other process.
     let _ = setsid();
     let _ = chdir("/");

@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{Pid, getppid};
 
@@ -32,6 +33,25 @@ pub fn reaped(pid: Pid) {
     pids().remove(&pid);
 }
 
+/// Forks a process with this name, which ends with reuse-run at the latest. Returns `None` in it.
+///
+/// # Errors
+/// Those of fork(2).
+pub fn fork(name: &CStr) -> io::Result<Option<Pid>> {
+    let (wrapper, own_name) = (Pid::this(), prctl::get_name()?);
+    prctl::set_name(name)?; // before: it may be killed before it has done anything
+    let forked = sys::fork();
+    if matches!(forked, Ok(None)) {
+        if prctl::set_pdeathsig(Signal::SIGKILL).is_err() || getppid() != wrapper {
+            sys::exit_now();
+        }
+        return forked;
+    }
+    prctl::set_name(&own_name)?;
+    pids().extend(forked.as_ref().ok().copied().flatten());
+    forked
+}
+
 /// A process that is killed when this is dropped, or when reuse-run ends.
 #[derive(Debug)]
 pub struct Helper {
@@ -44,18 +64,12 @@ impl Helper {
     /// # Errors
     /// Those of fork(2).
     pub fn start(name: &CStr, fds: Vec<OwnedFd>, life: impl FnOnce(&[OwnedFd])) -> io::Result<Self> {
-        let wrapper = Pid::this();
-        let Some(pid) = sys::fork()? else {
+        let Some(pid) = fork(name)? else {
             let _ = SigSet::all().thread_set_mask();
             sys::close_all_but(&fds);
-            sys::set_name(name);
-            let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
-            if getppid() == wrapper {
-                life(&fds);
-            }
+            life(&fds);
             sys::exit_now();
         };
-        pids().insert(pid);
         Ok(Self { pidfd: sys::pidfd_open(pid.as_raw(), 0)? })
     }
 

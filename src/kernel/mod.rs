@@ -3,7 +3,9 @@
 pub mod bpf;
 pub mod duplicate;
 pub mod fdtable;
+pub mod file;
 pub mod helper;
+pub mod inbox;
 pub mod procfs;
 pub mod sockdiag;
 pub mod sys;

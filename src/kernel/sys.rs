@@ -3,9 +3,9 @@
 //! Each wrapper returns the `io::Error` of its call and decides nothing.
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, CString, OsStr};
+use std::ffi::{CString, OsStr};
 use std::io;
-use std::mem::{size_of, zeroed};
+use std::mem::{ManuallyDrop, size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
@@ -254,6 +254,12 @@ impl OptionValue {
     }
 }
 
+/// setsockopt(2), SO_PASSRIGHTS (Linux 6.16): nobody can send descriptors to this socket, nor to its connections.
+pub fn refuse_descriptors(socket: BorrowedFd) -> io::Result<()> {
+    const SO_PASSRIGHTS: c_int = 83; // asm-generic/socket.h
+    set_socket_option(socket, libc::SOL_SOCKET, SO_PASSRIGHTS, 0)
+}
+
 /// asm-generic/socket.h, Linux 5.1.
 pub const SO_BINDTOIFINDEX: c_int = 62;
 
@@ -355,6 +361,22 @@ pub fn kill(pid: c_int, signal: c_int) -> io::Result<()> {
     Ok(())
 }
 
+/// fcntl(2), F_SETOWN, F_SETSIG and O_ASYNC: when something happens at `fd`, the kernel sends SIGKILL to a process group,
+/// with the rights that this process has now.
+pub fn kill_group_at_event(fd: BorrowedFd, group: Pid) -> io::Result<()> {
+    const F_SETSIG: c_int = 10; // asm-generic/fcntl.h
+    let settings = [
+        (libc::F_SETOWN, -group.as_raw()),
+        (F_SETSIG, libc::SIGKILL),
+        (libc::F_SETFL, libc::O_ASYNC | libc::O_NONBLOCK),
+    ];
+    for (command, value) in settings {
+        // SAFETY: these commands take a number and no pointer.
+        check(unsafe { libc::fcntl(fd.as_raw_fd(), command, value) })?;
+    }
+    Ok(())
+}
+
 /// dup2(2): makes the number `target` a duplicate of `fd` that survives execve(2), and closes what it was
 /// before. For a child that is about to exec: its low numbers are placeholders kept for the new program.
 pub fn dup2_for_exec(fd: BorrowedFd, target: c_int) -> io::Result<()> {
@@ -423,6 +445,51 @@ pub fn owned_fd(fd: c_int) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
+/// Takes what a struct owns out of it, in its `drop`.
+pub fn take_in_drop<T>(owned: &mut ManuallyDrop<T>) -> T {
+    // SAFETY: the callers are implementations of Drop, which run once, and use `owned` no more.
+    unsafe { ManuallyDrop::take(owned) }
+}
+
+/// What [`recvmsg`] returns.
+#[derive(Debug, Clone, Copy)]
+pub struct Received {
+    /// In bytes.
+    pub length: usize,
+    pub sender: Option<libc::ucred>,
+    /// Whether descriptors came with it, which were closed; with MSG_PEEK, whether descriptors come with it.
+    pub has_descriptors: bool,
+}
+
+/// recvmsg(2) without room for descriptors (SCM_RIGHTS). `tells_sender` says whether the socket has SO_PASSCRED.
+pub fn recvmsg(
+    socket: BorrowedFd,
+    bytes: &mut [u8],
+    flags: c_int,
+    tells_sender: bool,
+) -> io::Result<Received> {
+    #[repr(C)]
+    struct Control {
+        header: libc::cmsghdr,
+        sender: libc::ucred,
+    }
+    // SAFETY: both structs have only integers and raw pointers, for which zero is valid.
+    let (mut control, mut message): (Control, libc::msghdr) = unsafe { (zeroed(), zeroed()) };
+    let mut buffer = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    (message.msg_iov, message.msg_iovlen) = (&raw mut buffer, 1);
+    if tells_sender {
+        // The sender comes first, and leaves no room (`scm_recv`, net/core/scm.c).
+        message.msg_control = (&raw mut control).cast();
+        message.msg_controllen = size_of::<Control>() as _;
+    }
+    // SAFETY: the kernel writes into `bytes` and `control`, at most as much as their lengths say, and into `message`.
+    let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
+    let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
+    let has_sender = control.header.cmsg_type == libc::SCM_CREDENTIALS;
+    let has_descriptors = message.msg_flags & libc::MSG_CTRUNC != 0;
+    Ok(Received { length, sender: has_sender.then_some(control.sender), has_descriptors })
+}
+
 /// setfsuid(2) and setfsgid(2): makes something that belongs to another user and group, if this process may do that.
 /// What a change of these ids resets, it puts back: whether the process can be dumped (PR_SET_DUMPABLE(2const)), and the
 /// signal that it gets when its parent dies (PR_SET_PDEATHSIG(2const)).
@@ -447,7 +514,7 @@ pub fn fork() -> io::Result<Option<Pid>> {
 }
 
 /// close_range(2): closes every fd except these, in a child that uses nothing else of what the wrapper has open.
-pub fn close_all_but(fds: &[OwnedFd]) {
+pub fn close_all_but(fds: &[impl AsRawFd]) {
     let mut kept: Vec<libc::c_uint> = fds.iter().map(|fd| fd.as_raw_fd() as libc::c_uint).collect();
     kept.sort_unstable();
     let mut first: libc::c_uint = 0;
@@ -459,12 +526,6 @@ pub fn close_all_but(fds: &[OwnedFd]) {
         }
         first = fd.map_or(first, |fd| fd + 1);
     }
-}
-
-/// prctl(2), PR_SET_NAME: the name of this process in lists of processes, of at most 15 characters.
-pub fn set_name(name: &CStr) {
-    // SAFETY: the kernel reads a string that ends with a zero byte.
-    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
 }
 
 /// pidfd_send_signal(2).

@@ -4,16 +4,21 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::time::{Duration, Instant};
 
 use log::debug;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
+use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 
 use crate::fleet::Ticket;
+use crate::kernel::inbox::{self, Inbox};
+use crate::kernel::sys;
 use crate::operate::peer::Peer;
 use crate::operate::protocol::{self, MAX_REQUEST, Reply, Request};
 
@@ -32,7 +37,7 @@ pub struct ClientId(pub u32);
 
 #[derive(Debug)]
 struct Client {
-    stream: UnixStream,
+    stream: Inbox,
     /// The time of the connection, or of the last reply.
     since: Instant,
     input: Vec<u8>,
@@ -77,29 +82,32 @@ impl Control {
             result => result,
         }?;
         listener.set_nonblocking(true)?;
+        // Any user can send descriptors here. Connections inherit the option; older kernels than 6.16 don't know it.
+        let _ = sys::refuse_descriptors(listener.as_fd());
         Ok(Self { listener, spare: File::open("/dev/null").ok(), clients: BTreeMap::new(), next: 0 })
     }
 
     /// Accepts new clients and adds them to `epoll`, with a token from `token`.
     pub fn accept(&mut self, epoll: &Epoll, now: Instant, token: impl Fn(ClientId) -> u64) {
+        if inbox::is_full() {
+            let _ = epoll.delete(&self.listener); // until a child has ended
+            return;
+        }
         for _ in 0..MAX_ACCEPTED_AT_ONCE {
-            let stream = match self.listener.accept() {
-                Ok((stream, _)) => stream,
+            let stream = match self.accept_one() {
+                Ok(stream) => stream,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
                     debug!("can't accept a control client: {error}");
                     self.spare = None;
-                    drop(self.listener.accept());
+                    drop(self.accept_one());
                     self.spare = File::open("/dev/null").ok();
                     return;
                 }
             };
             let id = ClientId(self.next);
-            if stream.set_nonblocking(true).is_err() {
-                continue;
-            }
             if let Err(why) = self.admit(&stream) {
-                let _ = (&stream).write(&protocol::line(&Reply::Failed(why.to_owned(), Vec::new())));
+                let _ = write(&stream, &protocol::line(&Reply::Failed(why.to_owned(), Vec::new())));
                 continue;
             }
             // Edge-triggered: each client is read, and written to, until the call would block.
@@ -114,8 +122,15 @@ impl Control {
         }
     }
 
+    fn accept_one(&self) -> io::Result<Inbox> {
+        let (stream, _) = self.listener.accept()?;
+        let stream = Inbox::stream(stream.into());
+        fcntl(&stream, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        Ok(stream)
+    }
+
     /// Whether a client may be here, and if not, what to tell it.
-    fn admit(&self, stream: &UnixStream) -> Result<(), &'static str> {
+    fn admit(&self, stream: &Inbox) -> Result<(), &'static str> {
         let peer = Peer::of(stream).map_err(|_| "this command has ended")?;
         if peer.uid != 0 && peer.uid != nix::unistd::geteuid().as_raw() {
             return Err("this reuse-run is another user's");
@@ -136,7 +151,7 @@ impl Control {
         let client = self.clients.get_mut(&id)?;
         let (mut bytes, mut ended) = ([0; 1024], false);
         loop {
-            match client.stream.read(&mut bytes) {
+            match client.stream.receive(&mut bytes).map(|received| received.length) {
                 Ok(0) => ended = true,
                 Ok(count) if client.state == State::Requesting && client.input.len() <= MAX_REQUEST => {
                     client.input.extend_from_slice(&bytes[..count]);
@@ -213,6 +228,14 @@ impl Control {
         }
     }
 
+    /// Leaves the clients' connections open until the end of this process, which can't be held up by them.
+    pub fn leave(mut self) {
+        let _ = shutdown(self.listener.as_raw_fd(), Shutdown::Read); // nobody can connect any more
+        while self.accept_one().is_ok() {}
+        self.clients.retain(|_, client| client.stream.seal());
+        mem::forget(self);
+    }
+
     /// When to call [`Control::drop_idle`] at the latest.
     pub fn deadline(&self) -> Option<Instant> {
         self.clients.values().filter_map(Client::deadline).min()
@@ -222,6 +245,11 @@ impl Control {
     pub fn drop_idle(&mut self, now: Instant) {
         self.clients.retain(|_, client| client.deadline().is_none_or(|at| at > now));
     }
+}
+
+/// Writes as much as there is room for.
+fn write(stream: &Inbox, bytes: &[u8]) -> io::Result<usize> {
+    Ok(send(stream.as_fd().as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)?)
 }
 
 impl AsFd for Control {
@@ -237,7 +265,7 @@ impl Client {
     /// When the client is gone, or has its last reply.
     fn flush(&mut self) -> io::Result<()> {
         while !self.output.is_empty() {
-            match self.stream.write(&self.output) {
+            match write(&self.stream, &self.output) {
                 Ok(count) => drop(self.output.drain(..count)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => return Err(error),
@@ -261,6 +289,9 @@ mod tests {
 
     /// A client may be any process of this user.
     mod fuzz {
+        use std::io::Write;
+        use std::os::unix::net::UnixStream;
+
         use proptest::collection::vec;
         use proptest::prelude::*;
 
@@ -275,6 +306,7 @@ mod tests {
             let id = ClientId(0);
             let (input, output, last_step) = (Vec::new(), Vec::new(), String::new());
             let since = Instant::now();
+            let ours = Inbox::stream(ours.into());
             let client = Client { stream: ours, since, input, output, last_step, state: State::Requesting };
             control.clients.insert(id, client);
             let mut requests = Vec::new();

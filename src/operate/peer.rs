@@ -3,7 +3,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -22,7 +21,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    pub fn of(stream: &UnixStream) -> io::Result<Self> {
+    pub fn of(stream: &impl AsFd) -> io::Result<Self> {
         let credentials = getsockopt(stream, PeerCredentials)?;
         let pidfd = match sys::peer_pidfd(stream.as_fd()) {
             Ok(pidfd) => Some(pidfd),
@@ -50,6 +49,8 @@ impl Peer {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+
     use super::*;
 
     #[test]

@@ -1,11 +1,13 @@
 //! The file of --pidfile. It holds the PID of reuse-run from the moment when the first workers are ready.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use log::warn;
 use nix::unistd::{AccessFlags, access};
+
+use crate::kernel::file::open_regular;
 
 #[derive(Debug)]
 pub struct PidFile {
@@ -57,8 +59,15 @@ impl PidFile {
 impl Drop for PidFile {
     /// Removes the file, unless it holds another PID: then another process has replaced it.
     fn drop(&mut self) {
-        let is_ours = |text: String| text.trim_end() == std::process::id().to_string();
-        if self.is_written && fs::read_to_string(&self.path).is_ok_and(is_ours) {
+        let ours = format!("{}\n", std::process::id());
+        let is_ours = || -> io::Result<bool> {
+            let mut text = String::new();
+            // The folder may be another user's.
+            let file = open_regular(&self.path, libc::O_NOFOLLOW)?;
+            file.take(ours.len() as u64 + 1).read_to_string(&mut text)?;
+            Ok(text == ours)
+        };
+        if self.is_written && is_ours().unwrap_or(false) {
             let _ = fs::remove_file(&self.path);
         }
     }

@@ -1,10 +1,14 @@
 //! Reads the replies to a command. Root may command another user's reuse-run, so they are as untrusted as any input: they
 //! have a deadline and a greatest length, and nothing of them is printed raw.
 
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use socket2::SockRef;
+
+use crate::kernel::inbox::Inbox;
 use crate::operate::protocol::Reply;
 
 /// In bytes. That of a status with the most workers is shorter.
@@ -13,7 +17,7 @@ const MAX_REPLY: usize = 16 * 1024 * 1024;
 /// The replies on a connection, in their order.
 #[derive(Debug)]
 pub struct Replies {
-    stream: UnixStream,
+    stream: Inbox,
     /// What has come of the next line.
     input: Vec<u8>,
 }
@@ -30,7 +34,7 @@ pub enum NoReply {
 
 impl Replies {
     pub fn new(stream: UnixStream) -> Self {
-        Self { stream, input: Vec::new() }
+        Self { stream: Inbox::stream(stream.into()), input: Vec::new() }
     }
 
     /// The next reply. Without a deadline it is waited for as long as it takes.
@@ -53,8 +57,8 @@ impl Replies {
             if left == Some(Duration::ZERO) {
                 return Err(NoReply::Late);
             }
-            self.stream.set_read_timeout(left).map_err(|error| failed(&error))?;
-            match self.stream.read(&mut bytes) {
+            self.set_timeout(left).map_err(|error| failed(&error))?;
+            match self.stream.receive(&mut bytes).map(|received| received.length) {
                 Ok(0) => return Err(NoReply::Closed),
                 Ok(count) => self.input.extend_from_slice(&bytes[..count]),
                 // It was closed with a part of the request unread.
@@ -67,9 +71,13 @@ impl Replies {
 
     /// Waits for the end of the connection: after the last reply to `stop` the process ends, and its port is free only
     /// then.
-    pub fn wait_for_end(mut self, timeout: Duration) {
-        let _ = self.stream.set_read_timeout(Some(timeout));
-        let _ = io::copy(&mut self.stream, &mut io::sink());
+    pub fn wait_for_end(self, timeout: Duration) {
+        let _ = self.set_timeout(Some(timeout));
+        while self.stream.receive(&mut [0; 1024]).is_ok_and(|received| received.length > 0) {}
+    }
+
+    fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        SockRef::from(&self.stream.as_fd()).set_read_timeout(timeout)
     }
 }
 

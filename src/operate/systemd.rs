@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use log::debug;
 use sd_notify::NotifyState;
 
+use crate::words::escaped;
+
 use crate::fleet::Announcement;
 
 /// What systemd waits beyond the time that a stop takes: to reap killed workers takes a moment.
@@ -33,7 +35,9 @@ impl Systemd {
 
     pub fn announce(&self, announcement: &Announcement) {
         match announcement {
-            Announcement::Ready { status } => notify(&[NotifyState::Ready, NotifyState::Status(status)]),
+            Announcement::Ready { status } => {
+                notify(&[NotifyState::Ready, NotifyState::Status(&escaped(status))]);
+            }
             Announcement::Stopping { within } => {
                 let longest = (*within + STOP_MARGIN).as_micros().try_into().unwrap_or(u32::MAX);
                 let extend = NotifyState::ExtendTimeoutUsec(longest);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use env_logger::{Builder, Env, Target};
 
 use crate::output::sink::{Output, Sink, Stream};
+use crate::words::escaped;
 
 /// How the log is written when it must not wait.
 #[derive(Debug)]
@@ -51,9 +52,12 @@ pub fn finish() {
 pub fn start() {
     let pid = std::process::id();
     Builder::from_env(Env::default().default_filter_or("info"))
-        .format(move |out, record| match record.level() {
-            log::Level::Info => writeln!(out, "reuse-run[{pid}]: {}", record.args()),
-            level => writeln!(out, "reuse-run[{pid}]: {}: {}", level.as_str().to_lowercase(), record.args()),
+        .format(move |out, record| {
+            let text = escaped(&record.args().to_string()); // paths and much else come from others
+            match record.level() {
+                log::Level::Info => writeln!(out, "reuse-run[{pid}]: {text}"),
+                level => writeln!(out, "reuse-run[{pid}]: {}: {text}", level.as_str().to_lowercase()),
+            }
         })
         .target(Target::Pipe(Box::new(Log { lost: 0 })))
         .init();

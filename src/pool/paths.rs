@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -22,8 +23,8 @@ use nix::unistd::{Gid, Pid, Uid, fchownat};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::ids::{Borrower, WorkerId};
-use crate::kernel::procfs;
 use crate::kernel::sockdiag::{SockDiag, SocketFile, UnixSocket};
+use crate::kernel::{inbox, procfs, sys};
 use crate::pool::lend::max_for_each_worker;
 
 /// After so many binds, those whose sockets are closed are forgotten if a worker has as many.
@@ -88,7 +89,7 @@ pub fn path_of_bytes(bytes: &[u8]) -> Option<PathBuf> {
 /// A bound socket.
 #[derive(Debug)]
 struct Bound {
-    socket: Socket,
+    socket: ManuallyDrop<Socket>,
     inode: u64,
     /// Where its file is now.
     path: PathBuf,
@@ -114,6 +115,7 @@ impl Bound {
         result?;
         let name = address.as_pathname().unwrap_or(&path).to_string_lossy().into_owned();
         let (inode, file) = (procfs::inode(socket.as_fd())?, file_id(&path)?);
+        let socket = ManuallyDrop::new(socket);
         Ok(Self { socket, inode, path, file, name, borrowers: BTreeMap::new() })
     }
 
@@ -167,6 +169,11 @@ impl Bound {
 impl Drop for Bound {
     fn drop(&mut self) {
         self.remove_file();
+        let waiting = self.has_waiting();
+        let socket = sys::take_in_drop(&mut self.socket);
+        if waiting {
+            inbox::close_elsewhere(socket.into()); // anyone may have sent anything on these connections
+        }
     }
 }
 
@@ -176,7 +183,10 @@ fn short_address(path: &Path) -> io::Result<(SockAddr, Option<fs::File>)> {
     if let Ok(address) = SockAddr::unix(path) {
         return Ok((address, None));
     }
-    let directory = fs::File::open(path.parent().unwrap_or(Path::new("/")))?;
+    // Only a folder, because to open a FIFO would wait for a writer.
+    let flags = libc::O_PATH | libc::O_DIRECTORY;
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let directory = fs::OpenOptions::new().read(true).custom_flags(flags).open(directory)?;
     let name = path.file_name().unwrap_or_default();
     let by_fd = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
     Ok((SockAddr::unix(by_fd)?, Some(directory)))

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
-use std::mem;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::time::Instant;
@@ -27,7 +26,7 @@ use crate::fleet::{
 use crate::ids::{Borrower, SlotId, WorkerId};
 use crate::intercept::udp::{Seen, UdpBinds};
 use crate::intercept::{self, Answers, Interception, ListenChange, keeper};
-use crate::kernel::{helper, procfs};
+use crate::kernel::{helper, inbox, procfs};
 use crate::operate::control::Control;
 use crate::operate::pidfile::PidFile;
 use crate::operate::signals::{Meaning, Signals};
@@ -41,7 +40,7 @@ use crate::steering::Plan;
 use crate::words::count;
 use crate::worker::environment::Environments;
 use crate::worker::ready::{NodeChannel, NotifySocket, ReadyPipe};
-use crate::worker::{self, Change, Listener, StartError, Starter};
+use crate::worker::{self, Change, Listener, StartError, Starter, Tether};
 
 mod commands;
 mod draining;
@@ -57,6 +56,7 @@ struct Process {
     pipe: Option<ReadyPipe>,
     node: Option<NodeChannel>,
     notify: NotifySocket,
+    _tether: Option<Tether>,
     /// Its last STATUS= message.
     status: Option<String>,
 }
@@ -215,9 +215,11 @@ impl Supervisor {
         self.unix.keep(|_| false);
         self.stop_ended(status);
         self.labels.into_iter().for_each(Labels::finish);
-        // Clients wait for the end of file. It comes when the process has ended, and with it every port is free.
-        mem::forget(self.control);
         drop(self.pool);
+        // Clients wait for the end of file. It comes when the process has ended, and with it every port is free.
+        self.control.into_iter().for_each(Control::leave);
+        drop(self.processes);
+        inbox::leave();
         keeper::leave(self.interceptions.into_values());
     }
 
@@ -464,9 +466,9 @@ impl Supervisor {
         let watched = (interception.as_ref())
             .map_or(Ok(()), |interception| watch(&self.epoll, interception, Source::Filter(worker)))
             .and_then(|()| watch(&self.epoll, &started.ready, Source::Pipe(worker)))
-            .and_then(|()| watch(&self.epoll, &started.notify, Source::Notify(worker)))
+            .and_then(|()| watch(&self.epoll, started.notify.as_ref(), Source::Notify(worker)))
             .and_then(|()| match &started.node {
-                Some(node) => watch(&self.epoll, node, Source::Node(worker)),
+                Some(node) => watch(&self.epoll, node.as_ref(), Source::Node(worker)),
                 None => Ok(()),
             });
         if let Err(error) = watched {
@@ -478,7 +480,8 @@ impl Supervisor {
             labels.add(worker, slot, pid, ends);
         }
         let (pipe, node, notify) = (Some(started.ready), started.node, started.notify);
-        self.processes.insert(worker, Process { pid, generation, pipe, node, notify, status: None });
+        let _tether = started.tether;
+        self.processes.insert(worker, Process { pid, generation, pipe, node, notify, _tether, status: None });
         self.interceptions.extend(interception.map(|interception| (worker, interception)));
         self.pids.insert(pid, worker);
         Ok(pid)
@@ -496,7 +499,10 @@ impl Supervisor {
     fn take_signals(&mut self) {
         for meaning in self.signals.pending() {
             match meaning {
-                Meaning::Reap => self.reap(),
+                Meaning::Reap => {
+                    self.reap();
+                    self.read_what_waits();
+                }
                 Meaning::Reload => self.command_by_signal(Command::Reload(ReloadOptions::default())),
                 Meaning::Stop(signal) => self.handle(Event::StopSignal { signal: signal.as_str() }),
                 Meaning::Scale { more } => {
@@ -536,7 +542,9 @@ impl Supervisor {
             self.labels.iter_mut().for_each(|labels| labels.worker_ended(worker));
             self.explain_end(worker, reaped.end);
             self.end_watch.iter_mut().for_each(|watch| watch.reaped(reaped.pid, reaped.end));
-            self.processes.remove(&worker); // its fds are closed, which takes them out of epoll
+            if let Some(process) = self.processes.remove(&worker) {
+                self.forget_messages(&process);
+            }
             if let Some(interception) = self.interceptions.get_mut(&worker) {
                 interception.worker_has_ended();
             }

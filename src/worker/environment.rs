@@ -6,10 +6,10 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -17,6 +17,7 @@ use log::warn;
 
 use crate::fleet::CommandId;
 use crate::ids::SlotId;
+use crate::kernel::file::open_regular;
 use crate::worker::{Program, fds};
 
 /// Where variables and directory come from, as the command line says.
@@ -263,12 +264,8 @@ const MAX_FILE_LENGTH: u64 = 128 * 1024;
 /// A file's content, and the access that others have to it.
 fn read_file(path: &Path) -> Result<(Vec<u8>, u32), String> {
     let read = || -> io::Result<(Vec<u8>, u32)> {
-        // To open a FIFO without a writer would block, and reading some devices never ends.
-        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+        let file = open_regular(path, 0)?;
         let metadata = file.metadata()?;
-        if !metadata.is_file() {
-            return Err(io::Error::other("not a regular file"));
-        }
         let mut content = Vec::new();
         file.take(MAX_FILE_LENGTH + 1).read_to_end(&mut content)?;
         if content.len() as u64 > MAX_FILE_LENGTH {

@@ -5,6 +5,7 @@ pub mod environment;
 mod fds;
 mod program;
 pub mod ready;
+mod tether;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -13,8 +14,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::rc::Rc;
 
 use libc::c_int;
+use log::debug;
 use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -25,10 +28,12 @@ use crate::ids::SlotId;
 use crate::kernel::{procfs, sys};
 use crate::worker::child::{NotPrepared, Preparation, ReportSocket};
 use crate::worker::environment::{Environment, Given};
-use crate::worker::ready::{NodeChannel, NotifySocket, ReadyPipe};
+use crate::worker::ready::{Folder, NodeChannel, NotifySocket, ReadyPipe};
+use crate::worker::tether::Tethers;
 
 pub use fds::Listener;
 pub use program::Program;
+pub use tether::Tether;
 
 /// How workers are started and stopped, whatever they run.
 #[derive(Debug, Clone, Copy)]
@@ -49,6 +54,8 @@ pub struct Started {
     pub ready: ReadyPipe,
     pub node: Option<NodeChannel>,
     pub notify: NotifySocket,
+    /// `None` if it could not be made.
+    pub tether: Option<Tether>,
 }
 
 /// Why a worker could not be started, and the status that a shell would exit with.
@@ -72,6 +79,9 @@ pub struct Starter {
     open_files: (rlim_t, rlim_t),
     /// Listeners that this process was started with. Every worker gets them.
     inherited: Vec<Listener>,
+    /// Where the NOTIFY_SOCKETs are, from the first one on.
+    notify_folder: Option<Rc<Folder>>,
+    tethers: Tethers,
     /// They keep the low fd numbers free: in the child these are the worker's.
     _placeholders: Vec<File>,
 }
@@ -88,7 +98,15 @@ impl Starter {
         let open_files = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, open_files.1, open_files.1)?;
         let placeholders = fds::placeholders(inherited.len() + listeners)?;
-        Ok(Self { settings, open_files, inherited, _placeholders: placeholders })
+        let tethers = Tethers::new()?;
+        Ok(Self {
+            settings,
+            open_files,
+            inherited,
+            notify_folder: None,
+            tethers,
+            _placeholders: placeholders,
+        })
     }
 
     /// The listeners that this process was started with, by inode number.
@@ -103,7 +121,7 @@ impl Starter {
     /// # Errors
     /// Status 127 if the command isn't found, 126 if it can't be executed, 1 for everything else.
     pub fn start(
-        &self,
+        &mut self,
         slot: SlotId,
         generation: u32,
         environment: &Environment,
@@ -115,7 +133,8 @@ impl Starter {
         let node = self.settings.node_ipc && environment.program.may_start_node(environment);
         let node = node.then(NodeChannel::new).transpose();
         let (node, node_end) = node.map_err(failed("can't make a channel for NODE_CHANNEL_FD"))?.unzip();
-        let notify = NotifySocket::new().map_err(failed("can't make a socket for NOTIFY_SOCKET"))?;
+        let notify = NotifySocket::new(&mut self.notify_folder);
+        let notify = notify.map_err(failed("can't make a socket for NOTIFY_SOCKET"))?;
         let (report, report_end) =
             ReportSocket::new().map_err(failed("can't make a socket to prepare it through"))?;
         let inherited = self.inherited.iter().map(Listener::try_clone).collect::<io::Result<Vec<_>>>();
@@ -143,7 +162,12 @@ impl Starter {
         };
         sys::has_fds_in_reserve().map_err(failed("can't start a process"))?;
         let (pid, notify_fd) = self.execute(preparation, &report, environment, output)?;
-        Ok(Started { pid, notify_fd, ready, node, notify })
+        let tether = self
+            .tethers
+            .tie(pid)
+            .inspect_err(|error| debug!("can't tie {pid} to this process: {error}"))
+            .ok();
+        Ok(Started { pid, notify_fd, ready, node, notify, tether })
     }
 
     /// Has a child prepare itself and execute the command. Returns its pid and the fd of its filter.

@@ -1,11 +1,11 @@
 //! What the workers of a generation run.
 
 use std::ffi::OsString;
-use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use crate::kernel::file::open_regular;
 use crate::worker::environment::Environment;
 
 /// How much of a script is searched for the name of Node, in bytes.
@@ -41,7 +41,7 @@ impl Program {
     fn script(&self, environment: &Environment) -> Vec<u8> {
         let mut text = Vec::new();
         let file = self.file(environment);
-        let read = file.map(|file| File::open(file)?.take(MAX_SCRIPT_LENGTH).read_to_end(&mut text));
+        let read = file.map(|file| open_regular(&file, 0)?.take(MAX_SCRIPT_LENGTH).read_to_end(&mut text));
         if read.is_some_and(|read| read.is_ok()) && text.starts_with(b"#!") { text } else { Vec::new() }
     }
 

@@ -1,7 +1,11 @@
 //! NOTIFY_SOCKET, as systemd has it.
 
+use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -46,10 +50,10 @@ fn a_server_that_notifies_with_the_package_sdnotify_is_ready() {
 fn a_status_alone_does_not_mean_ready() {
     let addr = free_address();
     let messages = ["STATUS=READY=1", "READY=0", "STOPPING=1", "XREADY=1"];
-    let mut service = Service::run("-n 1 --ready notify --ready-timeout 1500ms", &python(addr, &messages));
+    let mut service = Service::run("-n 1 --ready notify --ready-timeout 10s", &python(addr, &messages));
     assert_eq!(service.wait_end().code(), Some(1), "{}", service.log.text());
     assert_eq!(service.out.count_of("said "), messages.len(), "{}", service.out.text());
-    assert!(service.log.text().contains("not ready within 1s 500ms"), "{}", service.log.text());
+    assert!(service.log.text().contains("not ready within 10s"), "{}", service.log.text());
 }
 
 #[test]
@@ -193,4 +197,96 @@ fn workers_do_not_inherit_the_variables_of_reuse_runs_own_supervisor() {
         service.reload();
     }
     service.stop();
+}
+
+/// The entries of a folder whose names begin as those of reuse-run do.
+fn entries(folder: &Folder) -> Vec<String> {
+    let names = fs::read_dir(&folder.0).expect("a folder").flatten();
+    let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(|name| name.starts_with("reuse-run-notify-")).collect()
+}
+
+/// A reuse-run whose folder for temporary files is this one.
+fn with_temporary(folder: &Folder, options: &str) -> Service {
+    let mut command = reuse_run_with(options, &naive(free_address()));
+    command.env("TMPDIR", &folder.0);
+    Service::spawn_ready(command)
+}
+
+#[test]
+fn no_other_user_can_find_the_sockets() {
+    let folder = Folder::new();
+    fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o755)).expect("chmod");
+    let mut service = with_temporary(&folder, "-n 1");
+    let names = entries(&folder);
+    let path = variable(service.workers()[0], "NOTIFY_SOCKET").expect("a path");
+    assert!(path.starts_with(&folder.path(&names[0])), "{path} is not in {names:?}");
+    let listed = fs::read_to_string("/proc/net/unix").expect("the list of sockets");
+    assert!(!listed.contains(&path), "{listed}");
+    let list = ["--reuid=54322", "--regid=54322", "--clear-groups", "ls", &folder.path(&names[0])];
+    let list = Command::new("setpriv").args(list).output().expect("run ls");
+    assert!(!list.status.success(), "{list:?}");
+    service.stop();
+    assert_eq!(entries(&folder), [""; 0]);
+}
+
+#[test]
+fn what_killed_ones_have_left_is_removed_at_the_next_start() {
+    let folder = Folder::new();
+    let mut killed = with_temporary(&folder, "-n 2");
+    killed.signal(Signal::SIGKILL);
+    killed.wait_exit();
+    let mut living = with_temporary(&folder, "-n 1");
+    // What version 0.1 has left, what it uses, and what belongs to others.
+    let old = UnixDatagram::bind(folder.path("reuse-run-notify-0123456789abcdef")).expect("a socket");
+    let _used = UnixDatagram::bind(folder.path("reuse-run-notify-1123456789abcdef")).expect("a socket");
+    drop(old);
+    let foreign = folder.path("reuse-run-notify-2123456789abcdef");
+    fs::create_dir(&foreign).expect("a folder");
+    fs::set_permissions(&foreign, fs::Permissions::from_mode(0o711)).expect("chmod");
+    chown(&foreign, Some(54322), Some(54322)).expect("chown");
+    let used = variable(living.workers()[0], "NOTIFY_SOCKET").expect("a path");
+    let mut service = with_temporary(&folder, "-n 1");
+    let mut left = entries(&folder);
+    left.sort_unstable();
+    assert!(Path::new(&used).exists() && left.len() == 4, "{left:?}");
+    assert!(left.iter().any(|name| name.ends_with("1123456789abcdef")), "{left:?}");
+    assert!(left.iter().any(|name| name.ends_with("2123456789abcdef")), "{left:?}");
+    living.stop();
+    service.stop();
+    assert_eq!(entries(&folder).len(), 2);
+}
+
+/// As root, for workers of the user who owns the folder for temporary files.
+#[test]
+fn the_owner_of_the_folder_for_temporary_files_gets_no_other_file() {
+    let (folder, victims) = (Folder::new(), Folder::new());
+    chown(&folder.0, Some(54322), Some(54322)).expect("chown");
+    let victim = victims.write("victim", "");
+    // Whatever appears is replaced by a link.
+    let program = "import os, sys\n\
+        os.setgid(54322)\n\
+        os.setuid(54322)\n\
+        os.chdir(sys.argv[1])\n\
+        seen = 0\n\
+        print('swaps', flush=True)\n\
+        while True:\n\
+        \x20   for name in os.listdir():\n\
+        \x20       if name.startswith('reuse-run-notify-') and not os.path.islink(name):\n\
+        \x20           seen += 1\n\
+        \x20           os.rename(name, f'old{seen}')\n\
+        \x20           os.symlink(sys.argv[2 + seen % 2], name)\n\
+        \x20           print('swapped', flush=True)";
+    let mut swapper = Command::new("python3");
+    swapper.args(["-c", program, &folder.path(""), &victim, &victims.path("")]);
+    let swapper = Service::spawn(swapper);
+    swapper.wait_for_output("swaps");
+    for _ in 0..20 {
+        let mut service = with_temporary(&folder, "-n 2");
+        service.reload();
+        service.stop();
+    }
+    assert!(swapper.out.count_of("swapped") > 0);
+    assert_eq!(fs::metadata(&victim).expect("the victim").permissions().mode() & 0o777, 0o600);
+    assert_eq!(fs::read_dir(&victims.0).expect("a folder").count(), 1, "nothing else is there");
 }

@@ -1,10 +1,12 @@
 //! The ways in which a worker says that it is ready: a byte on a pipe, a message on Node's IPC channel, or a
 //! message to a socket as for systemd. Reading them never blocks.
 
+mod folder;
 mod node;
 mod notify;
 mod pipe;
 
+pub use folder::Folder;
 pub use node::NodeChannel;
 pub use notify::NotifySocket;
 pub use pipe::ReadyPipe;

@@ -1,10 +1,11 @@
 //! NODE_CHANNEL_FD: the channel that Node's `process.send` writes to, a stream socket with one JSON value a
 //! line (lib/internal/child_process/serialization.js).
 
-use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
+use crate::kernel::inbox::Inbox;
 use crate::lines::{Lines, TooLong};
 use crate::worker::ready::{MAX_BYTES_PER_TURN, Message};
 
@@ -14,7 +15,7 @@ const MAX_LINE_LENGTH: usize = 64;
 /// The wrapper's end. It stays open as long as the worker lives: when it is closed, Node emits 'disconnect'.
 #[derive(Debug)]
 pub struct NodeChannel {
-    stream: UnixStream,
+    inbox: Inbox,
     lines: Lines,
 }
 
@@ -23,13 +24,14 @@ impl NodeChannel {
     pub fn new() -> io::Result<(Self, OwnedFd)> {
         let (ours, its) = UnixStream::pair()?;
         ours.set_nonblocking(true)?;
-        Ok((Self { stream: ours, lines: Lines::new(MAX_LINE_LENGTH, TooLong::Drop) }, its.into()))
+        let inbox = Inbox::stream(ours.into());
+        Ok((Self { inbox, lines: Lines::new(MAX_LINE_LENGTH, TooLong::Drop) }, its.into()))
     }
 
     /// PM2 waits for the string "ready", naught for "online": both mean ready. Everything else is ignored.
     pub fn read(&mut self) -> Vec<Message> {
         let mut bytes = vec![0; MAX_BYTES_PER_TURN];
-        match self.stream.read(&mut bytes) {
+        match self.inbox.receive_all(&mut bytes).map(|received| received.length) {
             Ok(0) => vec![Message::Closed],
             Ok(count) => {
                 let mut is_ready = false;
@@ -44,9 +46,9 @@ impl NodeChannel {
     }
 }
 
-impl AsFd for NodeChannel {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
+impl AsRef<Inbox> for NodeChannel {
+    fn as_ref(&self) -> &Inbox {
+        &self.inbox
     }
 }
 

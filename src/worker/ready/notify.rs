@@ -1,53 +1,51 @@
 //! NOTIFY_SOCKET: a datagram socket that the worker writes to as it would to systemd's (sd_notify(3)).
 
-use std::env;
-use std::fs::{self, Permissions};
-use std::hash::{BuildHasher, RandomState};
-use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::PermissionsExt;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::rc::Rc;
 
-use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, UnixCredentials, bind,
-    getsockname, recvmsg, setsockopt, socket, sockopt,
-};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, getsockname, socket};
 use nix::unistd::{self, Pid};
-use socket2::SockRef;
 
+use crate::kernel::inbox::Inbox;
 use crate::kernel::procfs;
-use crate::kernel::sys;
+use crate::worker::ready::folder::Folder;
 use crate::worker::ready::{MAX_BYTES_PER_TURN, Message};
 
 /// In bytes; the rest of a longer message is lost.
 const MAX_MESSAGE_LENGTH: usize = 4096;
 
-/// The fds that one message can carry (SCM_MAX_FD). If the buffer had room for fewer, the kernel would cut
-/// the list off, and nix would not return the fds that came: they would stay open.
-const MAX_FDS: usize = 253;
-
 /// A worker's own socket. Its name is a path, because Puma ends when it is given an abstract name. Where no
 /// folder can be written to, the name is abstract all the same (unix(7)).
 #[derive(Debug)]
 pub struct NotifySocket {
-    socket: OwnedFd,
+    inbox: Inbox,
     name: String,
+    path: Option<(Rc<Folder>, PathBuf)>,
 }
 
 impl NotifySocket {
-    pub fn new() -> io::Result<Self> {
+    /// A socket in this folder, or in a new one if there is none or somebody has removed it.
+    pub fn new(folder: &mut Option<Rc<Folder>>) -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket = socket(AddressFamily::Unix, SockType::Datagram, flags, None)?;
-        // Every user can find the socket and send to it, so each message has to tell its sender.
-        setsockopt(&socket, sockopt::PassCred, &true)?;
-        if let Some(name) = bind_to_path(&socket) {
-            return Ok(Self { name, socket });
-        }
-        // Bound without a name, it gets a unique one from the kernel ("autobind").
-        bind(socket.as_raw_fd(), &UnixAddr::new_unnamed())?;
-        let address: UnixAddr = getsockname(socket.as_raw_fd())?;
-        let name =
-            address.as_abstract().map(String::from_utf8_lossy).ok_or(io::ErrorKind::AddrNotAvailable)?;
-        Ok(Self { name: format!("@{name}"), socket })
+        let bind_in = |folder: &Rc<Folder>| Some((Rc::clone(folder), folder.bind(&socket).ok()?));
+        let path = folder.as_ref().and_then(bind_in).or_else(|| {
+            *folder = Folder::new().ok().map(Rc::new);
+            folder.as_ref().and_then(bind_in)
+        });
+        let name = match path.as_ref().and_then(|(_, path)| path.to_str()) {
+            Some(path) => path.to_owned(),
+            None => {
+                // Bound without a name, it gets a unique one from the kernel ("autobind").
+                bind(socket.as_raw_fd(), &UnixAddr::new_unnamed())?;
+                let address: UnixAddr = getsockname(socket.as_raw_fd())?;
+                let name = address.as_abstract().map(String::from_utf8_lossy);
+                format!("@{}", name.ok_or(io::ErrorKind::AddrNotAvailable)?)
+            }
+        };
+        Ok(Self { inbox: Inbox::datagrams(socket)?, name, path })
     }
 
     /// The value of NOTIFY_SOCKET.
@@ -56,36 +54,14 @@ impl NotifySocket {
     }
 
     /// Reads the messages of this user, of root, and of the worker's processes, whatever their user. Drops all
-    /// others.
-    pub fn read(&self, worker: Pid) -> Vec<Message> {
+    /// others. BARRIER=1 comes with a descriptor that is closed when all earlier messages have been read.
+    pub fn read(&mut self, worker: Pid) -> Vec<Message> {
         let mut messages = Vec::new();
+        let mut bytes = [0; MAX_MESSAGE_LENGTH];
         for _ in 0..MAX_BYTES_PER_TURN / MAX_MESSAGE_LENGTH {
-            let mut bytes = [0; MAX_MESSAGE_LENGTH];
-            let mut space = nix::cmsg_space!(UnixCredentials, [RawFd; MAX_FDS]);
-            let mut buffers = [IoSliceMut::new(&mut bytes)];
-            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-            let Ok(message) = recvmsg::<()>(self.socket.as_raw_fd(), &mut buffers, Some(&mut space), flags)
-            else {
-                break;
-            };
-            let mut may_send = false;
-            for control in message.cmsgs().into_iter().flatten() {
-                match control {
-                    ControlMessageOwned::ScmCredentials(sender) => may_send = is_accepted(&sender, worker),
-                    // BARRIER=1 comes with an fd that the reader closes when it has read all earlier
-                    // messages. No other message that we know needs an fd.
-                    ControlMessageOwned::ScmRights(fds) => {
-                        for fd in fds.into_iter().map(sys::owned_fd) {
-                            // Anyone can send a socket that lingers. To close it would block for that long.
-                            let _ = SockRef::from(&fd).set_linger(None);
-                        }
-                    }
-                    _ => {}
-                }
-            }
-            let count = message.bytes;
-            if may_send {
-                messages.extend(parse(&String::from_utf8_lossy(&bytes[..count])));
+            let Ok(received) = self.inbox.receive_all(&mut bytes) else { break };
+            if received.sender.is_some_and(|sender| is_accepted(&sender, worker)) {
+                messages.extend(parse(&String::from_utf8_lossy(&bytes[..received.length])));
             }
         }
         messages
@@ -94,34 +70,20 @@ impl NotifySocket {
 
 impl Drop for NotifySocket {
     fn drop(&mut self) {
-        if self.name.starts_with('/') {
-            let _ = fs::remove_file(&self.name);
-        }
+        self.path.iter().for_each(|(folder, path)| folder.remove(path));
     }
 }
 
-impl AsFd for NotifySocket {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+impl AsRef<Inbox> for NotifySocket {
+    fn as_ref(&self) -> &Inbox {
+        &self.inbox
     }
 }
 
-fn is_accepted(sender: &UnixCredentials, worker: Pid) -> bool {
-    sender.uid() == unistd::geteuid().as_raw()
-        || sender.uid() == 0
-        || procfs::is_of_tree(Pid::from_raw(sender.pid()), worker)
-}
-
-/// Gives a socket a path that nothing else has, if that is possible.
-fn bind_to_path(socket: &OwnedFd) -> Option<String> {
-    // Random: a wrapper that was killed leaves its paths behind.
-    let name = format!("reuse-run-notify-{:016x}", RandomState::new().hash_one(()));
-    let path = env::temp_dir().join(name);
-    let path = path.to_str().filter(|path| path.starts_with('/'))?.to_owned();
-    bind(socket.as_raw_fd(), &UnixAddr::new(path.as_str()).ok()?).ok()?;
-    // For a worker that has become another user.
-    let _ = fs::set_permissions(&path, Permissions::from_mode(0o666));
-    Some(path)
+fn is_accepted(sender: &libc::ucred, worker: Pid) -> bool {
+    sender.uid == unistd::geteuid().as_raw()
+        || sender.uid == 0
+        || procfs::is_of_tree(Pid::from_raw(sender.pid), worker)
 }
 
 fn parse(text: &str) -> Vec<Message> {
@@ -136,6 +98,11 @@ fn parse(text: &str) -> Vec<Message> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::net::UnixDatagram;
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -145,26 +112,21 @@ mod tests {
     }
 
     #[test]
-    fn a_message_to_the_notify_socket_is_read_and_a_barrier_answered() {
-        use nix::sys::socket::{ControlMessage, sendmsg};
-        let notify = NotifySocket::new().unwrap();
-        let worker = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::empty(), None).unwrap();
-        let address = UnixAddr::new(notify.name()).unwrap();
-        let send = |text: &[u8], rights: &[RawFd]| {
-            let rights = [ControlMessage::ScmRights(rights)];
-            let rights = if rights[0] == ControlMessage::ScmRights(&[]) { &[][..] } else { &rights[..] };
-            sendmsg(worker.as_raw_fd(), &[io::IoSlice::new(text)], rights, MsgFlags::empty(), Some(&address))
-                .unwrap();
-        };
-        send(b"READY=1", &[]);
-        let (barrier, its) = unistd::pipe().unwrap();
-        send(b"BARRIER=1", &[its.as_raw_fd()]);
-        drop(its);
+    fn the_notify_socket_is_where_nobody_can_list_it_and_nothing_is_left_behind() {
+        let mut folder = None;
+        let mut notify = NotifySocket::new(&mut folder).unwrap();
+        let path = PathBuf::from(notify.name());
+        let parent = path.parent().unwrap().to_owned();
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+        assert_eq!((mode(&parent), mode(&path)), (0o711, 0o666));
+        assert!(!fs::read_to_string("/proc/net/unix").unwrap().contains(notify.name()));
+        UnixDatagram::unbound().unwrap().send_to(b"READY=1", &path).unwrap();
         assert_eq!(notify.read(Pid::this()), [Message::Ready]);
-        assert_eq!(unistd::read(&barrier, &mut [0]), Ok(0), "the wrapper has closed its copy");
-        let path = notify.name().to_owned();
         drop(notify);
-        assert!(!fs::exists(path).unwrap(), "nothing is left behind");
+        assert_eq!(fs::read_dir(&parent).unwrap().count(), 0);
+        fs::remove_dir(&parent).unwrap(); // as somebody who cleans up
+        drop(NotifySocket::new(&mut folder).unwrap());
+        assert!(folder.take().is_some() && !parent.exists());
     }
 
     /// Every user of the machine can find the socket.
