@@ -152,6 +152,11 @@ fn a_bind_fails_if_the_worker_could_not_watch_its_socket() {
 }
 
 #[test]
+fn processes_that_are_killed_amid_their_binds_leave_no_warning_and_no_trace() {
+    assert_stays(&[Rights::User, Rights::UserWithoutGetfd, Rights::RootWithoutPtrace], &["killed level"]);
+}
+
+#[test]
 fn a_server_that_looks_at_a_flag_when_accept_times_out_ends() {
     assert_stays(&ALL, &["timeout"]);
 }

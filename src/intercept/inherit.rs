@@ -1,12 +1,14 @@
 //! The options of a worker's own socket, for the one that takes its place.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::OnceLock;
 
 use libc::{IPPROTO_IP, IPPROTO_IPV6, IPPROTO_TCP, SOL_SOCKET};
 use log::debug;
+use socket2::{Domain, Socket, Type};
 
-use crate::kernel::sys::OptionValue;
+use crate::kernel::sys::{self, OptionValue};
 
 /// Options that limit who may connect: level and name.
 const LIMITS: [(i32, &[i32]); 3] = [
@@ -104,23 +106,43 @@ const IPV6_AUTOFLOWLABEL: i32 = 70;
 const SO_BUF_LOCK: i32 = 72;
 
 /// Gives a socket of the wrapper's the options of the worker's own socket. This also resets what an earlier borrower set.
+/// If it had none (`is_new`), it is like every new socket.
 ///
 /// # Errors
 /// Those of setsockopt(2) for an option that limits who may connect. The worker must not get the socket then.
-pub fn carry_over(own: BorrowedFd, ours: BorrowedFd) -> io::Result<()> {
-    for (level, names) in OTHERS {
-        for name in names {
-            if let Err(error) = carry_option_over(own, ours, level, *name) {
-                debug!("can't carry socket option {level}/{name} over: {error}");
-            }
+pub fn carry_over(own: BorrowedFd, ours: BorrowedFd, is_new: bool) -> io::Result<()> {
+    let defaults = if is_new { defaults_like(ours) } else { &[] };
+    for (index, (level, name)) in all(&OTHERS).enumerate() {
+        let Ok(wanted) = OptionValue::of(own, level, name) else { continue };
+        if defaults.get(index) == Some(&Some(wanted)) {
+            continue;
+        }
+        if let Err(error) = carry_option_over(wanted, ours, level, name) {
+            debug!("can't carry socket option {level}/{name} over: {error}");
         }
     }
-    let mut limits = LIMITS.iter().flat_map(|(level, names)| names.iter().map(move |name| (*level, *name)));
-    limits.try_for_each(|(level, name)| carry_option_over(own, ours, level, name))
+    all(&LIMITS).try_for_each(|(level, name)| match OptionValue::of(own, level, name) {
+        Ok(wanted) => carry_option_over(wanted, ours, level, name),
+        Err(_) => Ok(()), // IPv4 has no options of IPv6, and old kernels lack some
+    })
 }
 
-fn carry_option_over(own: BorrowedFd, ours: BorrowedFd, level: i32, name: i32) -> io::Result<()> {
-    let Ok(wanted) = OptionValue::of(own, level, name) else { return Ok(()) }; // IPv4 has no options of IPv6, and old kernels lack some
+fn all(options: &'static [(i32, &[i32])]) -> impl Iterator<Item = (i32, i32)> {
+    options.iter().flat_map(|(level, names)| names.iter().map(move |name| (*level, *name)))
+}
+
+/// What [`OTHERS`] are for a new socket of the same family, as far as that has them.
+fn defaults_like(socket: BorrowedFd) -> &'static [Option<OptionValue>] {
+    static DEFAULTS: [OnceLock<Vec<Option<OptionValue>>>; 2] = [OnceLock::new(), OnceLock::new()];
+    let is_ipv6 = sys::socket_option(socket, SOL_SOCKET, libc::SO_DOMAIN).ok() == Some(libc::AF_INET6);
+    let domain = if is_ipv6 { Domain::IPV6 } else { Domain::IPV4 };
+    DEFAULTS[usize::from(is_ipv6)].get_or_init(|| match Socket::new(domain, Type::STREAM, None) {
+        Ok(new) => all(&OTHERS).map(|(level, name)| OptionValue::of(new.as_fd(), level, name).ok()).collect(),
+        Err(_) => Vec::new(),
+    })
+}
+
+fn carry_option_over(wanted: OptionValue, ours: BorrowedFd, level: i32, name: i32) -> io::Result<()> {
     match OptionValue::of(ours, level, name) {
         Ok(had) if had != wanted => to_set(level, name, wanted).set(ours, level, name),
         _ => Ok(()),
@@ -140,22 +162,19 @@ fn to_set(level: i32, name: i32, wanted: OptionValue) -> OptionValue {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
     use std::time::Duration;
 
-    use socket2::{Domain, SockRef, Socket, Type};
+    use socket2::SockRef;
 
     use super::*;
-
-    fn all() -> impl Iterator<Item = (i32, i32)> {
-        let levels = OTHERS.into_iter().chain(LIMITS);
-        levels.flat_map(|(level, names)| names.iter().map(move |name| (level, *name)))
-    }
 
     /// The options in which two sockets differ.
     fn differences(one: &Socket, other: &Socket) -> Vec<(i32, i32)> {
         let value = |socket: &Socket, (level, name)| OptionValue::of(socket.as_fd(), level, name).ok();
-        all().filter(|option| value(one, *option) != value(other, *option)).collect()
+        all(&OTHERS)
+            .chain(all(&LIMITS))
+            .filter(|option| value(one, *option) != value(other, *option))
+            .collect()
     }
 
     fn set(socket: &Socket) {
@@ -191,9 +210,9 @@ mod tests {
                 own.set_tclass_v6(0x20).unwrap();
             }
             assert!(differences(&own, &plain).len() >= 18);
-            carry_over(own.as_fd(), ours.as_fd()).unwrap();
+            carry_over(own.as_fd(), ours.as_fd(), true).unwrap();
             assert_eq!(differences(&ours, &own), []);
-            carry_over(plain.as_fd(), ours.as_fd()).unwrap();
+            carry_over(plain.as_fd(), ours.as_fd(), false).unwrap();
             // The time stays, and means nothing.
             assert_eq!(differences(&ours, &plain), [(SOL_SOCKET, libc::SO_LINGER)]);
             assert!(ours.linger().unwrap().is_none() && ours.reuse_port().unwrap());
@@ -205,7 +224,7 @@ mod tests {
         let [own, ours] = [(); 2].map(|()| Socket::new(Domain::UNIX, Type::STREAM, None).unwrap());
         own.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
         own.set_passcred(true).unwrap();
-        carry_over(own.as_fd(), ours.as_fd()).unwrap();
+        carry_over(own.as_fd(), ours.as_fd(), false).unwrap();
         assert_eq!(differences(&ours, &own), []);
     }
 }

@@ -168,7 +168,7 @@ impl Interception {
                 }
                 Ok(None) => CONTINUE,
                 Err(error) => {
-                    if error.kind() == io::ErrorKind::PermissionDenied {
+                    if error.kind() == io::ErrorKind::PermissionDenied && caller.still_waits() {
                         let why =
                             if caller.has_same_user() { Complaint::Unreadable } else { Complaint::OtherUser };
                         complaints.make(self.borrower.slot, why);

@@ -67,7 +67,7 @@ pub fn bind(
     };
     let Some(socket) = pool.lent(borrower.worker, inode) else { return NotifResponse::Continue };
     if let Some(duplicate) = &bind.duplicate
-        && let Err(error) = inherit::carry_over(duplicate.as_fd(), socket)
+        && let Err(error) = inherit::carry_over(duplicate.as_fd(), socket, pool.is_new(inode))
     {
         debug!("worker {} can't have a socket of the pool: {error}", borrower.slot);
         complaints.make(borrower.slot, Complaint::LimitedSocket);
@@ -119,9 +119,9 @@ fn understand(
     noted: Options,
     errands: &mut Errands,
 ) -> Result<Bind, NotOurs> {
-    let v6only = noted.v6only.unwrap_or_else(procfs::v6only_by_default);
-    let address = Address::from_sockaddr(sockaddr, v6only, 0).ok_or(NotOurs::Other)?;
     let protocol = procfs::socket_protocol(caller.tid, own.fd).map_err(|_| NotOurs::Other)?;
+    let v6only = noted.v6only.unwrap_or_else(|| protocol.ends_with("v6") && procfs::v6only_by_default());
+    let address = Address::from_sockaddr(sockaddr, v6only, 0).ok_or(NotOurs::Other)?;
     let port = address.socket.port();
     let is_udp = matches!(protocol.as_str(), "UDP" | "UDPv6");
     if is_udp && port != 0 && !address.socket.ip().is_multicast() && procfs::same_namespace(caller.tid, "net")

@@ -61,7 +61,7 @@ pub fn bind(
     let Some(socket) = unix.socket(inode) else { return NotifResponse::Continue };
     // All workers of the generation share the options and this flag, as they share the socket.
     if let Some(duplicate) = &duplicate
-        && let Err(error) = inherit::carry_over(duplicate.as_fd(), socket)
+        && let Err(error) = inherit::carry_over(duplicate.as_fd(), socket, false)
     {
         debug!("worker {}: {error}", borrower.slot);
     }

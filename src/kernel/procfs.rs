@@ -6,11 +6,12 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::iter;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -22,6 +23,15 @@ use crate::words::printable;
 fn path(pid: Pid, rest: &str) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/{rest}"))
 }
+
+/// What a file of /proc says, read at once: `fs::read_to_string` asks for its size, which is 0, and begins with 32 bytes.
+fn read(path: &Path) -> io::Result<String> {
+    let mut text = String::with_capacity(PAGE);
+    File::open(path)?.take(u64::MAX).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+const PAGE: usize = 4096;
 
 /// The value of a line such as "Tgid:\t42" in a table such as /proc/PID/status. `name` includes the colon.
 fn field<'a>(table: &'a str, name: &str) -> Option<&'a str> {
@@ -62,7 +72,7 @@ pub fn socket_protocol(tid: Pid, fd: u32) -> io::Result<String> {
 
 /// The flags of an open fd as fcntl(2) has them: O_NONBLOCK, O_CLOEXEC.
 pub fn fd_flags(tid: Pid, fd: u32) -> io::Result<i32> {
-    let text = fs::read_to_string(path(tid, &format!("fdinfo/{fd}")))?;
+    let text = read(&path(tid, &format!("fdinfo/{fd}")))?;
     parse_fd_flags(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
@@ -91,13 +101,13 @@ pub fn has_own_numbers() -> io::Result<bool> {
 
 /// The process that a thread belongs to.
 pub fn process_of(tid: Pid) -> io::Result<Pid> {
-    let text = fs::read_to_string(path(tid, "status"))?;
+    let text = read(&path(tid, "status"))?;
     let pid = field(&text, "Tgid:").and_then(|pid| pid.parse().ok());
     pid.map(Pid::from_raw).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 pub fn credentials(tid: Pid) -> io::Result<Credentials> {
-    let text = fs::read_to_string(path(tid, "status"))?;
+    let text = read(&path(tid, "status"))?;
     parse_credentials(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
@@ -150,7 +160,7 @@ pub fn has_terminal() -> bool {
 
 /// The umask of the process that a thread belongs to.
 pub fn umask(tid: Pid) -> io::Result<u32> {
-    let status = fs::read_to_string(path(tid, "status"))?;
+    let status = read(&path(tid, "status"))?;
     let mask = field(&status, "Umask:").and_then(|mask| u32::from_str_radix(mask, 8).ok());
     mask.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
@@ -260,8 +270,9 @@ pub fn same_namespace(tid: Pid, kind: &str) -> bool {
 /// Whether a thread runs under the same profile of AppArmor, or context of SELinux or Smack, as this process, as far as the
 /// system has any (proc_pid_attr(5)).
 pub fn same_profile(tid: Pid) -> bool {
-    let profile = |pid| fs::read_to_string(path(pid, "attr/current")).unwrap_or_default();
-    profile(tid) == profile(Pid::this())
+    static OURS: OnceLock<String> = OnceLock::new();
+    let profile = |pid| read(&path(pid, "attr/current")).unwrap_or_default();
+    profile(tid) == *OURS.get_or_init(|| profile(Pid::this()))
 }
 
 /// A process and its descendants, except those behind a process that has ended: these have another parent
@@ -501,7 +512,7 @@ fn parse_cpu(stat: &str) -> Option<Duration> {
 /// The lowest port that can be bound without CAP_NET_BIND_SERVICE (net.ipv4.ip_unprivileged_port_start,
 /// ip(7)).
 pub fn first_unprivileged_port() -> u16 {
-    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap_or_default();
+    let text = read("/proc/sys/net/ipv4/ip_unprivileged_port_start".as_ref()).unwrap_or_default();
     text.trim().parse().unwrap_or(1024)
 }
 

@@ -51,6 +51,7 @@ impl Pool {
         let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
         member.holder = Holder::Lent(borrower);
         member.given = true;
+        member.lends += 1;
         member.is_listened_on = true;
         member.set_min_ttl(MinTtl::default())?;
         member.socket.set_nonblocking(false)?;
@@ -84,6 +85,7 @@ impl Pool {
         member.set_min_ttl(request.min_ttl)?;
         member.is_listened_on = member.given;
         member.given = false;
+        member.lends += 1;
         member.holder = Holder::Lent(borrower);
         member.shares = request.shares;
         let inode = member.inode;
@@ -189,6 +191,11 @@ impl Pool {
     pub fn lent(&self, worker: WorkerId, inode: u64) -> Option<BorrowedFd<'_>> {
         let member = self.members.get(self.members.id(inode)?)?;
         member.is_lent_to(worker).then(|| member.socket.as_fd())
+    }
+
+    /// Whether nobody but its present borrower had the socket with this inode number.
+    pub fn is_new(&self, inode: u64) -> bool {
+        self.members.id(inode).is_some_and(|id| self.members[id].lends == 1)
     }
 
     /// Closes a socket that can't be lent any more, although another process may have it open.

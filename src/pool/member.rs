@@ -99,6 +99,8 @@ pub struct Member {
     pub is_aside: bool,
     /// Whether the borrower was given it at its start. If the borrower binds the address, it gets this socket again.
     pub given: bool,
+    /// How often it was lent.
+    pub lends: u32,
     /// Whether the borrower has called listen(2), or was given the socket. A program may bind a socket only to keep its
     /// port, and accept from another one.
     pub is_listened_on: bool,
@@ -138,6 +140,7 @@ impl Member {
             is_limited: false,
             shares: false,
             given: false,
+            lends: 0,
             is_listened_on: false,
             left_by: None,
             is_aside: false,

@@ -5,6 +5,7 @@
 // timeout:   SO_RCVTIMEO, and SIGINT only sets a flag that is looked at after a time-out
 // options:   socket options; it ends with status 1 if one isn't there after listen
 // thread:    another thread binds
+// killed:    before that, processes that are killed while they bind sockets that they watch
 // ipv6, unix: the family
 // traced:    its parent traces it
 #define _GNU_SOURCE
@@ -118,6 +119,28 @@ static void be_traced(void) {
     }
 }
 
+static void *kills_it(void *after) {
+    for (volatile long i = (long)after; i > 0; i--) {}
+    kill(getpid(), SIGKILL);
+    return NULL;
+}
+
+static void be_killed_in_bind(void) {
+    for (long i = 0; i < 60; i++) {
+        int child = check(fork(), "fork");
+        if (child == 0) {
+            int own = socket(AF_INET, SOCK_STREAM, 0), epoll = epoll_create1(0);
+            struct epoll_event event = {EPOLLIN, {.u64 = DATA}};
+            check(epoll_ctl(epoll, EPOLL_CTL_ADD, own, &event), "epoll_ctl");
+            pthread_t thread;
+            pthread_create(&thread, NULL, kills_it, (void *)(i * 5000));
+            bind(own, &address.any, length);
+            pause();
+        }
+        check(waitpid(child, NULL, 0), "waitpid");
+    }
+}
+
 static void stop(int signal) { (void)signal; stops = 1; }
 
 int main(int argc, char **argv) {
@@ -137,6 +160,7 @@ int main(int argc, char **argv) {
         address.v4 = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons(atoi(argv[1])), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
         length = sizeof address.v4;
     }
+    if (has("killed")) be_killed_in_bind();
     unsigned flag = has("edge") ? EPOLLET : has("oneshot") ? EPOLLONESHOT : has("exclusive") ? EPOLLEXCLUSIVE : 0;
     int watches = flag || has("level");
     s = check(socket(family, SOCK_STREAM | (watches ? SOCK_NONBLOCK : 0), 0), "socket");
