@@ -18,8 +18,8 @@ use crate::kernel::sys;
 
 /// A worker that is still alive so long after the stop signal is assumed to handle it.
 const WATCH_TIMEOUT: Duration = Duration::from_millis(400);
-/// Closing the connections of a process takes no longer.
-const CLOSE_TIMEOUT: Duration = Duration::from_millis(3);
+/// So many connections of a process are held at most: each takes a descriptor.
+const MAX_HELD: usize = 64;
 /// The time of the first look, and between two later ones.
 const FIRST_LOOK: Duration = Duration::from_millis(3);
 const PAUSE: Duration = Duration::from_millis(1);
@@ -42,6 +42,11 @@ impl OpenConnection {
         Duplicate::of(pidfd.as_fd(), tid, self.fd, self.inode)
     }
 
+    /// Whether the process has it still.
+    fn is_still_of(&self, pid: Pid) -> bool {
+        procfs::socket_inode(pid, self.fd).is_ok_and(|inode| inode == Some(self.inode))
+    }
+
     /// Whether something has come since it was found idle, if this process can know.
     fn has_new_data(&self, duplicate: &Duplicate) -> bool {
         sys::tcp_info(duplicate.as_fd()).is_ok_and(|info| Traffic::parse(&info).received != self.received)
@@ -60,7 +65,7 @@ impl OpenConnection {
 /// Whether something has come on these connections since they were found idle, if this process can know.
 pub fn have_new_data(idle: &[Idle]) -> bool {
     let has_new_data = |(pid, connections): &Idle| {
-        let Ok(pidfd) = sys::pidfd_open(pid.as_raw(), 0) else { return false };
+        let Ok(pidfd) = sys::pidfd_open(pid.as_raw()) else { return false };
         let has_new_data =
             |it: &OpenConnection| it.duplicate(&pidfd, *pid).is_some_and(|fd| it.has_new_data(&fd));
         connections.iter().any(has_new_data)
@@ -72,7 +77,7 @@ pub fn have_new_data(idle: &[Idle]) -> bool {
 pub fn close(idle: &[Idle]) -> bool {
     let mut all = true;
     for (pid, connections) in idle {
-        let Ok(pidfd) = sys::pidfd_open(pid.as_raw(), 0) else { continue };
+        let Ok(pidfd) = sys::pidfd_open(pid.as_raw()) else { continue };
         for connection in connections {
             all &= connection.duplicate(&pidfd, *pid).is_none_or(|duplicate| connection.close(&duplicate));
         }
@@ -80,28 +85,46 @@ pub fn close(idle: &[Idle]) -> bool {
     all
 }
 
-/// Processes that were sent the stop signal, until it is known what that does.
+/// Processes that are sent the stop signal, until it is known what that does.
 #[derive(Debug)]
 pub struct EndWatch {
     generation: u32,
     stop_signal: Signal,
-    alive: Vec<Idle>,
+    alive: Vec<(Pid, Vec<Held>)>,
     kills: bool,
     until: Instant,
     next_look: Instant,
 }
 
+/// A connection that its process may lose at any time, but not before this process has closed it.
+#[derive(Debug)]
+struct Held {
+    open: OpenConnection,
+    duplicate: Duplicate,
+}
+
 impl EndWatch {
-    /// Watches these processes of a worker of this generation, which have just been sent the signal. Looks without a pause at
-    /// first: this process might be woken only after the end of a process with many threads.
-    pub fn begin(generation: u32, idle: Vec<Idle>, stop_signal: Signal) -> Self {
-        let begun = Instant::now();
-        let until = begun + WATCH_TIMEOUT;
-        let mut watch = Self { generation, stop_signal, alive: idle, kills: true, until, next_look: begun };
-        while !watch.alive.is_empty() && Instant::now() < begun + FIRST_LOOK {
-            watch.look();
+    /// Holds connections of processes of a worker of this generation, which are about to be sent the signal.
+    pub fn hold(generation: u32, idle: &[Idle], stop_signal: Signal) -> Self {
+        let hold = |(pid, connections): &Idle| {
+            let pidfd = sys::pidfd_open(pid.as_raw()).ok();
+            let held = |open: &OpenConnection| {
+                let duplicate = open.duplicate(pidfd.as_ref()?, *pid)?;
+                Some(Held { open: open.clone(), duplicate })
+            };
+            (*pid, connections.iter().take(MAX_HELD).filter_map(held).collect())
+        };
+        let alive = idle.iter().map(hold).collect();
+        let now = Instant::now();
+        Self { generation, stop_signal, alive, kills: true, until: now + WATCH_TIMEOUT, next_look: now }
+    }
+
+    /// Looks for a moment, without a pause: what a process that handles the signal closes must not stay open here.
+    pub fn begin(&mut self) {
+        let end = Instant::now() + FIRST_LOOK;
+        while !self.alive.is_empty() && Instant::now() < end {
+            self.look();
         }
-        watch
     }
 
     pub fn generation(&self) -> u32 {
@@ -115,12 +138,15 @@ impl EndWatch {
 
     /// Closes the connections of those processes that the signal kills.
     pub fn look(&mut self) {
-        for (pid, connections) in mem::take(&mut self.alive) {
+        for (pid, mut held) in mem::take(&mut self.alive) {
             match procfs::life(pid) {
-                Life::Lives => self.alive.push((pid, connections)),
+                Life::Lives => {
+                    held.retain(|Held { open, .. }| open.is_still_of(pid));
+                    self.alive.push((pid, held));
+                }
                 Life::Killed(signal) => {
                     self.kills &= signal == self.stop_signal as u32;
-                    close_of_killed(pid, &connections, Instant::now() + CLOSE_TIMEOUT);
+                    held.iter().for_each(Held::close);
                 }
                 Life::Ended => self.kills = false,
             }
@@ -138,33 +164,17 @@ impl EndWatch {
 
     /// A process was reaped: what /proc would have shown of it is gone.
     pub fn reaped(&mut self, pid: Pid, end: End) {
-        let before = self.alive.len();
-        self.alive.retain(|(alive, _)| *alive != pid);
-        if self.alive.len() < before {
-            self.kills &= end == End::Killed(self.stop_signal as i32);
+        for (_, held) in self.alive.extract_if(.., |(alive, _)| *alive == pid) {
+            let is_killed = end == End::Killed(self.stop_signal as i32);
+            self.kills &= is_killed;
+            held.iter().filter(|_| is_killed).for_each(Held::close);
         }
     }
 }
 
-/// Closes what it can of these connections until the deadline.
-fn close_of_killed(pid: Pid, connections: &[OpenConnection], deadline: Instant) {
-    // The main thread may have ended while another one still has the files.
-    for tid in procfs::threads(pid) {
-        let flags = if tid == pid { 0 } else { libc::PIDFD_THREAD };
-        let Ok(pidfd) = sys::pidfd_open(tid.as_raw(), flags) else { continue };
-        let mut has_files = false;
-        for connection in connections {
-            if Instant::now() > deadline {
-                return;
-            }
-            if let Some(duplicate) = connection.duplicate(&pidfd, tid) {
-                has_files = true;
-                connection.close(&duplicate);
-            }
-        }
-        if has_files {
-            return;
-        }
+impl Held {
+    fn close(&self) {
+        self.open.close(&self.duplicate);
     }
 }
 
@@ -173,11 +183,10 @@ mod tests {
     use std::io::{ErrorKind, Read, Write};
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::AsRawFd;
-    use std::process::Command;
+    use std::process::{Child, Command};
 
-    use nix::sys::ptrace;
     use nix::sys::signal::kill;
-    use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+    use nix::sys::wait::{Id, WaitPidFlag, waitid};
 
     use super::*;
 
@@ -220,7 +229,11 @@ mod tests {
 
     #[test]
     fn a_process_that_the_signal_kills_is_told_from_one_that_lives_on_and_one_that_exits() {
-        let watch = |pid| EndWatch::begin(1, vec![(pid, Vec::new())], Signal::SIGINT);
+        let watch = |pid| {
+            let mut watch = EndWatch::hold(1, &[(pid, Vec::new())], Signal::SIGINT);
+            watch.begin();
+            watch
+        };
         let mut lives = watch(Pid::this());
         assert_eq!(lives.verdict(Instant::now()), None);
         assert_eq!(lives.verdict(Instant::now() + WATCH_TIMEOUT), Some(false), "it lives");
@@ -242,27 +255,46 @@ mod tests {
         assert!(!is_killed_by(Command::new("sleep").arg("0"), Signal::SIGCONT), "it exits");
     }
 
-    /// The duplicate here would keep the connection open over the end of the process.
-    #[test]
-    fn connections_of_a_killed_process_are_closed_before_its_end() {
+    /// A process with a connection under this number, the client's end, and what is known of it.
+    fn process_with_a_connection() -> (Child, TcpStream, OpenConnection) {
         const FD: i32 = 500;
-        let (mut client, server, connection) = connection();
+        let (client, server, connection) = connection();
         let mut command = Command::new("sleep");
         command.arg("1000");
-        let held = server.try_clone().unwrap();
-        sys::before_exec(&mut command, move || sys::dup2_for_exec(held.as_fd(), FD));
-        let mut killed = command.spawn().unwrap();
-        let pid = Pid::from_raw(killed.id() as i32);
-        ptrace::seize(pid, ptrace::Options::PTRACE_O_TRACEEXIT).unwrap();
-        kill(pid, Signal::SIGINT).unwrap();
-        assert_eq!(waitpid(pid, None), Ok(WaitStatus::Stopped(pid, Signal::SIGINT)));
-        ptrace::cont(pid, Signal::SIGINT).unwrap();
-        assert!(matches!(waitpid(pid, None), Ok(WaitStatus::PtraceEvent(..))), "it stops half dead");
-        let idle = vec![(pid, vec![OpenConnection { fd: FD as u32, ..connection }])];
+        sys::before_exec(&mut command, move || sys::dup2_for_exec(server.as_fd(), FD));
+        let process = command.spawn().unwrap();
+        (process, client, OpenConnection { fd: FD as u32, ..connection })
+    }
+
+    #[test]
+    fn connections_of_a_killed_process_are_closed_unless_something_has_come() {
+        for asks in [false, true] {
+            let (mut killed, mut client, open) = process_with_a_connection();
+            let pid = Pid::from_raw(killed.id() as i32);
+            let mut watch = EndWatch::hold(1, &[(pid, vec![open])], Signal::SIGINT);
+            kill(pid, Signal::SIGINT).unwrap();
+            waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
+            assert!(is_open(&mut client), "it is held over the end of its process");
+            if asks {
+                client.write_all(b"?").unwrap();
+            }
+            watch.begin();
+            assert_eq!(watch.verdict(Instant::now()), Some(true));
+            let end = client.read(&mut [0]).map_err(|error| error.kind());
+            assert_eq!(end, if asks { Err(ErrorKind::ConnectionReset) } else { Ok(0) });
+            killed.wait().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_connection_that_its_process_closes_itself_is_not_held() {
+        let (mut client, server, open) = connection();
+        let mut watch = EndWatch::hold(1, &[(Pid::this(), vec![open])], Signal::SIGINT);
+        watch.look();
         assert!(is_open(&mut client));
-        assert_eq!(EndWatch::begin(1, idle, Signal::SIGINT).verdict(Instant::now()), Some(true));
+        drop(server);
+        assert!(is_open(&mut client), "it is held");
+        watch.look();
         assert!(!is_open(&mut client));
-        ptrace::detach(pid, None).unwrap();
-        killed.wait().unwrap();
     }
 }

@@ -53,8 +53,8 @@ impl<'a> Caller<'a> {
     /// An fd for the caller's process.
     pub fn pidfd(&self) -> io::Result<OwnedFd> {
         // One for a thread that isn't its process's first needs Linux 6.9.
-        let of_first = sys::pidfd_open(self.tid.as_raw(), 0);
-        of_first.or_else(|_| sys::pidfd_open(procfs::process_of(self.tid)?.as_raw(), 0))
+        let of_first = sys::pidfd_open(self.tid.as_raw());
+        of_first.or_else(|_| sys::pidfd_open(procfs::process_of(self.tid)?.as_raw()))
     }
 
     /// The inode number of a socket of the caller; `None` if the fd is no socket or can't be read.

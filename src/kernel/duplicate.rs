@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     fn duplicate(socket: &impl AsRawFd, inode: u64) -> Option<Duplicate> {
-        let pidfd = sys::pidfd_open(Pid::this().as_raw(), 0).unwrap();
+        let pidfd = sys::pidfd_open(Pid::this().as_raw()).unwrap();
         Duplicate::of(pidfd.as_fd(), Pid::this(), socket.as_raw_fd() as u32, inode)
     }
 

@@ -70,7 +70,7 @@ impl Helper {
             life(&fds);
             sys::exit_now();
         };
-        Ok(Self { pidfd: sys::pidfd_open(pid.as_raw(), 0)? })
+        Ok(Self { pidfd: sys::pidfd_open(pid.as_raw())? })
     }
 
     /// Waits until it has ended, at most until `until`.

@@ -108,10 +108,10 @@ pub fn waitid_ended(pid: Option<c_int>, options: c_int) -> io::Result<Option<End
     Ok((pid != 0).then_some(Ended { pid, code: info.si_code, status }))
 }
 
-/// pidfd_open(2): an fd for a process, or with PIDFD_THREAD (Linux 6.9) for one of its threads.
-pub fn pidfd_open(tid: c_int, flags: libc::c_uint) -> io::Result<OwnedFd> {
+/// pidfd_open(2): an fd for a process.
+pub fn pidfd_open(pid: c_int) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_open takes two integers and no pointer.
-    let pidfd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, tid, flags) } as c_int)?;
+    let pidfd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } as c_int)?;
     // SAFETY: a result that isn't -1 is a fresh fd that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
 }

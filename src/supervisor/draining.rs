@@ -30,9 +30,11 @@ impl Supervisor {
             if !is_idle || !stop {
                 continue;
             }
+            let watch = watch.then(|| EndWatch::hold(generation, &idle, self.stop_signal));
             self.handle(Event::Drained { worker });
-            if watch {
-                self.end_watch = Some(EndWatch::begin(generation, idle, self.stop_signal));
+            if let Some(mut watch) = watch {
+                watch.begin();
+                self.end_watch = Some(watch);
                 self.learn_signal_effect();
             }
         }
