@@ -15,8 +15,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::{
-    DEADLINE, Folder, Service, app, behind, control_name, free_address, inline, kernel, naive, own_network,
-    python, reuse_run_with, run, status, wait_until,
+    DEADLINE, Folder, Service, app, behind, children, control_name, free_address, inline, kernel, naive,
+    own_network, python, reuse_run_with, run, status, wait_until,
 };
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
@@ -92,7 +92,7 @@ fn stop(mut service: Service) {
 /// The processes that close for a reuse-run.
 fn closers(service: &Service) -> usize {
     let name = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    service.workers().iter().filter(|pid| name(pid) == "reuse-run-close\n").count()
+    children(service.pid()).iter().filter(|pid| name(pid) == "reuse-run-close\n").count()
 }
 
 #[test]
