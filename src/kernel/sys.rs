@@ -403,7 +403,11 @@ pub fn epoll_add_as(
     let duplicate_above = |fd: c_int| check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, number + 1) });
     let epoll = owned_fd(duplicate_above(epoll.as_raw_fd())?);
     let socket = owned_fd(duplicate_above(socket.as_raw_fd())?);
-    let other = duplicate_above(number).ok().map(owned_fd);
+    let other = match duplicate_above(number) {
+        Ok(fd) => Some(owned_fd(fd)),
+        Err(error) if error.raw_os_error() == Some(libc::EBADF) => None, // nothing has the number
+        Err(error) => return Err(error),
+    };
     let mut event = libc::epoll_event { events, u64: data };
     // SAFETY: `number` has its own file again before anybody uses it: this process has one thread, and `other` is that
     // file. Nothing is closed for the last time, so that no epoll forgets it. The kernel reads the event.
@@ -411,6 +415,8 @@ pub fn epoll_add_as(
         check(libc::dup3(socket.as_raw_fd(), number, libc::O_CLOEXEC))?;
         let added = check(libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, number, &raw mut event));
         match other {
+            // Workers inherit stdin, stdout and stderr alone.
+            Some(other) if number <= 2 => check(libc::dup2(other.as_raw_fd(), number)),
             Some(other) => check(libc::dup3(other.as_raw_fd(), number, libc::O_CLOEXEC)),
             None => check(libc::close(number)),
         }
