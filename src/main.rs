@@ -37,6 +37,7 @@
 //! |---|---|
 //! | an option and its help; how its value is written | `cli/args`; `cli/values` |
 //! | which system calls an action or event means | `supervisor/mod` |
+//! | a system call that waits for its answer | `supervisor/calls` |
 //! | a request of a command, the reply to it, where status' values come from | `supervisor/commands` |
 //! | hints where users get stuck; what follows from a message of a worker | `supervisor/hints`; `supervisor/messages` |
 //! | the steps of a reload; of a stop; of a scaling, and what happens when a worker ends | `fleet/reload`; `fleet/stop`; `fleet/mod` |
@@ -65,7 +66,7 @@
 //! | the answer to a bind of a port; to a bind or unlink of a Unix socket's path | `intercept/tcp`; `intercept/unix` |
 //! | which UDP ports workers hold | `intercept/udp` |
 //! | socket options that a worker sets; what the log says about a worker once | `intercept/options`; `intercept/complaints` |
-//! | what the wrapper may do for a worker | `intercept/caller` |
+//! | what the wrapper may do for a worker; what is read of it, without waiting | `intercept/caller`; `intercept/reader` |
 //! | what hangs on a worker's own socket when one of the pool takes its place; its options | `intercept/carry`; `intercept/inherit` |
 //! | system calls that a worker's thread does for the wrapper | `intercept/errand` |
 //! | starting, signalling and reaping a process; which programs get Node's channel | `worker/mod`; `worker/program` |
@@ -88,8 +89,8 @@
 //!
 //! # The ways through the rooms
 //!
-//! - **A bind.** The worker's bind(2) stops in its filter. epoll reports the filter's fd: `supervisor::answer` →
-//!   `intercept::Interception::answer` reads the call and the address from the worker's memory → `intercept::tcp` →
+//! - **A bind.** The worker's bind(2) stops in its filter. epoll reports the filter's fd: `supervisor::calls` →
+//!   `intercept::Interception::answer` reads the call, and `intercept::reader` the address in the worker's memory → `intercept::tcp` →
 //!   `pool::Pool::lend` finds or makes a socket in the reuseport group of the address → `intercept` puts that socket over the
 //!   worker's fd and answers "success". If the worker watches its socket by epoll already, or the wrapper may not duplicate it,
 //!   the worker's thread is traced and does some system calls first: `intercept::errand`. Its listen(2) goes the same way to `Pool::listen`; the supervisor then hands

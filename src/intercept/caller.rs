@@ -3,17 +3,22 @@
 //! The wrapper acts for a thread only where the kernel would have let the thread do the same, by its user, groups,
 //! capabilities, namespaces, mounts and the profile of its security module. It can't see the rules of Landlock.
 
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use nix::unistd::{self, Pid};
 
 use crate::ids::Borrower;
 use crate::intercept::errand::StoppedCall;
+use crate::intercept::reader::{Answer, Found, Question, parse_place};
 use crate::kernel::procfs;
 use crate::kernel::sys;
 use crate::kernel::tracee::SystemCall;
 use crate::pool::Owner;
+use crate::pool::paths::SocketPath;
 
 /// The capability that ports below 1024 need (capabilities(7)).
 const NET_BIND_SERVICE: u64 = 1 << 10;
@@ -27,6 +32,14 @@ pub struct Caller<'a> {
     /// The kernel's id of this call.
     id: u64,
     pub stopped: StoppedCall,
+    readings: &'a Readings,
+}
+
+/// What was read about a call, and what has yet to be read before it can be answered.
+#[derive(Debug, Default)]
+pub struct Readings {
+    pub answers: Vec<(Question, Answer)>,
+    pub missing: RefCell<Vec<Question>>,
 }
 
 /// A socket of a caller.
@@ -37,10 +50,50 @@ pub struct OwnSocket {
 }
 
 impl<'a> Caller<'a> {
-    pub fn new(notify_fd: BorrowedFd<'a>, notif: &libc::seccomp_notif, borrower: Borrower) -> Self {
+    pub fn new(
+        notify_fd: BorrowedFd<'a>,
+        notif: &libc::seccomp_notif,
+        borrower: Borrower,
+        readings: &'a Readings,
+    ) -> Self {
         let call = SystemCall { number: notif.data.nr.into(), args: notif.data.args };
         let stopped = StoppedCall { call, end: notif.data.instruction_pointer };
-        Self { tid: Pid::from_raw(notif.pid as i32), borrower, notify_fd, id: notif.id, stopped }
+        Self { tid: Pid::from_raw(notif.pid as i32), borrower, notify_fd, id: notif.id, stopped, readings }
+    }
+
+    /// What the reader says. Until it has, the question is noted as missing, and whatever is answered to the call is void.
+    fn ask(&self, question: Question) -> io::Result<Vec<u8>> {
+        let known = self.readings.answers.iter().find(|(known, _)| *known == question);
+        match known {
+            Some((_, answer)) => answer.clone().map_err(io::Error::from_raw_os_error),
+            None => {
+                self.readings.missing.borrow_mut().push(question);
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+        }
+    }
+
+    /// Up to `len` bytes of its memory; fewer if the readable memory ends before.
+    pub fn memory(&self, address: u64, len: u64) -> io::Result<Vec<u8>> {
+        self.ask(Question::Memory { tid: self.tid.as_raw(), address, len })
+    }
+
+    /// The kernel's name for the protocol of a socket of the caller.
+    pub fn protocol(&self, fd: u32) -> io::Result<String> {
+        let name = self.ask(Question::Protocol { tid: self.tid.as_raw(), fd })?;
+        String::from_utf8(name).map_err(|_| io::ErrorKind::InvalidData.into())
+    }
+
+    /// What it means by a path, and what there is: see [`SocketPath::resolve`].
+    pub fn place(&self, from: Option<u32>, path: &Path) -> Option<(Found, SocketPath)> {
+        let path = path.as_os_str().as_bytes().to_vec();
+        parse_place(self.ask(Question::Place { tid: self.tid.as_raw(), from, path }).ok()?)
+    }
+
+    /// Says in its memory that a socket doesn't listen: see [`options::deny_listening`](super::options::deny_listening).
+    pub fn deny_listening(&self, value: u64, len: u64) -> io::Result<()> {
+        let (tid, id) = (self.tid.as_raw(), self.id);
+        self.ask(Question::DenyListening { tid, id, value, len }).map(drop)
     }
 
     /// Whether the thread still waits for the answer. If it was killed, its id may name another thread by
@@ -78,7 +131,9 @@ impl<'a> Caller<'a> {
     pub fn may_bind(&self, port: u16) -> bool {
         let has_right = || {
             let has = |pid| procfs::credentials(pid).is_ok_and(|it| it.effective & NET_BIND_SERVICE != 0);
-            procfs::same_namespace(self.tid, "user") && (has(self.tid) || !has(Pid::this()))
+            // What a complaint needs is read now: afterwards, calls of the thread may have been made for the wrapper.
+            let is_known = || self.program_has_capability().is_some();
+            procfs::same_namespace(self.tid, "user") && (has(self.tid) || (!has(Pid::this()) && is_known()))
         };
         procfs::same_namespace(self.tid, "net")
             && procfs::same_profile(self.tid)
@@ -97,7 +152,16 @@ impl<'a> Caller<'a> {
     pub fn lost_capability(&self) -> bool {
         let credentials = procfs::credentials(self.tid);
         let has = credentials.is_ok_and(|its| its.effective & NET_BIND_SERVICE != 0);
-        !has && procfs::program_capabilities(self.tid).is_ok_and(|of_file| of_file & NET_BIND_SERVICE != 0)
+        !has && self.program_has_capability() == Some(true)
+    }
+
+    /// `None`: it hasn't been read yet.
+    fn program_has_capability(&self) -> Option<bool> {
+        let set = match self.ask(Question::Capabilities { tid: self.tid.as_raw() }) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+            set => set.ok().and_then(|set| set.try_into().ok()).map_or(0, u64::from_ne_bytes),
+        };
+        Some(set & NET_BIND_SERVICE != 0)
     }
 
     /// Whether the caller has the wrapper's user.

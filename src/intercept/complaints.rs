@@ -14,6 +14,8 @@ use crate::kernel::sys::NotifResponse;
 pub enum Complaint {
     /// It has changed its user, and reuse-run has no CAP_SYS_PTRACE.
     OtherUser,
+    /// What its call refers to was not there in time.
+    Hung,
     /// The kernel keeps its memory from other processes of the same user.
     Unreadable,
     /// It limits who may connect by what can't be set on a socket of the pool.
@@ -63,6 +65,10 @@ impl Complaints {
             Complaint::OtherUser => warn!(
                 "worker {slot} runs as another user and reuse-run may not read its sockets, so it can't share them \
                  (start reuse-run as that user)"
+            ),
+            Complaint::Hung => warn!(
+                "worker {slot} binds an address in a file that can't be read in time, so reuse-run can't share its sockets (see \
+                 whether a file system hangs)"
             ),
             Complaint::Unreadable => warn!(
                 "worker {slot} can't be read by processes of its own user, so reuse-run can't share its sockets (make its \

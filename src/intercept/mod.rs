@@ -15,10 +15,12 @@ mod inherit;
 mod install;
 pub mod keeper;
 mod options;
+pub mod reader;
 mod tcp;
 pub mod udp;
 mod unix;
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
@@ -28,11 +30,12 @@ use log::debug;
 use crate::address::{Address, Endpoint};
 use crate::ids::Borrower;
 use crate::intercept::bound::BoundSockets;
-use crate::intercept::caller::{Caller, OwnSocket};
+use crate::intercept::caller::{Caller, OwnSocket, Readings};
 use crate::intercept::carry::{Errands, Unwatched};
 use crate::intercept::complaints::{Complaint, Complaints};
 use crate::intercept::filter::{Call, decode};
 use crate::intercept::options::NotedOptions;
+use crate::intercept::reader::{Answer, Question, Reader};
 use crate::kernel::procfs;
 use crate::kernel::sys::{self, NotifResponse};
 use crate::pool::Pool;
@@ -64,6 +67,17 @@ pub struct Interception {
     /// Whether the filter has stopped a `listen`.
     has_seen_listen: bool,
     worker_ended: bool,
+    /// Calls whose answer needs something that is being read, by the kernel's id.
+    waiting: HashMap<u64, (libc::seccomp_notif, Readings)>,
+}
+
+/// What calls are answered with.
+pub struct AtHand<'a> {
+    pub pool: &'a mut Pool,
+    pub unix: &'a mut UnixSockets,
+    pub reader: &'a mut Reader,
+    /// Whether the worker has yet to become ready.
+    pub is_starting: bool,
 }
 
 /// What is known about a worker.
@@ -87,7 +101,8 @@ impl Interception {
         let (options, bound) = (NotedOptions::default(), BoundSockets::new(answers));
         let (complaints, errands) = (Complaints::default(), Errands::default());
         let known = Known { options, bound, complaints, udp_bind: None, errands };
-        Self { notify_fd, borrower, inherited, known, has_seen_listen: false, worker_ended: false }
+        let waiting = HashMap::new();
+        Self { notify_fd, borrower, inherited, known, has_seen_listen: false, worker_ended: false, waiting }
     }
 
     /// Whether the worker has called `listen` at all, in a way that the filter sees.
@@ -101,14 +116,9 @@ impl Interception {
         self.worker_ended = true;
     }
 
-    /// Answers one system call, after [`Interception::as_fd`] became readable. `is_starting` says whether the
-    /// worker has yet to become ready.
-    pub fn answer(
-        &mut self,
-        pool: &mut Pool,
-        unix: &mut UnixSockets,
-        is_starting: bool,
-    ) -> Option<ListenChange> {
+    /// Takes one system call, after [`Interception::as_fd`] became readable, and answers it, or has the reader read what
+    /// its answer needs.
+    pub fn take(&mut self, at_hand: &mut AtHand) -> Option<ListenChange> {
         let slot = self.borrower.slot;
         let notif = match sys::seccomp_notif_recv(self.notify_fd.as_fd()) {
             Ok(notif) => notif,
@@ -117,7 +127,37 @@ impl Interception {
                 return None;
             }
         };
-        let (response, change) = self.carry_out(&notif, pool, unix, is_starting);
+        self.answer(notif, Readings::default(), at_hand)
+    }
+
+    /// Goes on with a call of which this was read.
+    pub fn go_on(
+        &mut self,
+        id: u64,
+        answers: Vec<(Question, Answer)>,
+        at_hand: &mut AtHand,
+    ) -> Option<ListenChange> {
+        let (notif, mut readings) = self.waiting.remove(&id)?;
+        readings.answers.extend(answers);
+        self.answer(notif, readings, at_hand)
+    }
+
+    fn answer(
+        &mut self,
+        notif: libc::seccomp_notif,
+        readings: Readings,
+        at_hand: &mut AtHand,
+    ) -> Option<ListenChange> {
+        let slot = self.borrower.slot;
+        let (response, change) = self.carry_out(&notif, &readings, at_hand);
+        let missing = readings.missing.take();
+        if !missing.is_empty() {
+            let writes = missing.iter().any(|question| matches!(question, Question::DenyListening { .. }));
+            let notify_fd = writes.then(|| self.notify_fd.try_clone().ok()).flatten();
+            at_hand.reader.ask(self.borrower.worker, notif.id, missing, notify_fd);
+            self.waiting.insert(notif.id, (notif, readings));
+            return None;
+        }
         if let Err(error) = sys::seccomp_notif_send(self.notify_fd.as_fd(), notif.id, response) {
             debug!("worker {slot}: an answer came too late: {error}");
         }
@@ -143,12 +183,13 @@ impl Interception {
     fn carry_out(
         &mut self,
         notif: &libc::seccomp_notif,
-        pool: &mut Pool,
-        unix: &mut UnixSockets,
-        is_starting: bool,
+        readings: &Readings,
+        at_hand: &mut AtHand,
     ) -> (NotifResponse, Option<ListenChange>) {
         const CONTINUE: (NotifResponse, Option<ListenChange>) = (NotifResponse::Continue, None);
-        let caller = Caller::new(self.notify_fd.as_fd(), notif, self.borrower);
+        let AtHand { pool, unix, is_starting, .. } = at_hand;
+        let is_starting = *is_starting;
+        let caller = Caller::new(self.notify_fd.as_fd(), notif, self.borrower, readings);
         let Known { options, bound, complaints, .. } = &mut self.known;
         match decode(&notif.data) {
             Call::Unlink { .. } if unix.is_empty() && !is_starting => CONTINUE,
@@ -168,10 +209,16 @@ impl Interception {
                 }
                 Ok(None) => CONTINUE,
                 Err(error) => {
-                    if error.kind() == io::ErrorKind::PermissionDenied && caller.still_waits() {
-                        let why =
-                            if caller.has_same_user() { Complaint::Unreadable } else { Complaint::OtherUser };
-                        complaints.make(self.borrower.slot, why);
+                    match error.kind() {
+                        _ if !caller.still_waits() => {}
+                        io::ErrorKind::PermissionDenied if caller.has_same_user() => {
+                            complaints.make(self.borrower.slot, Complaint::Unreadable);
+                        }
+                        io::ErrorKind::PermissionDenied => {
+                            complaints.make(self.borrower.slot, Complaint::OtherUser);
+                        }
+                        io::ErrorKind::TimedOut => complaints.make(self.borrower.slot, Complaint::Hung),
+                        _ => {}
                     }
                     CONTINUE
                 }
@@ -185,8 +232,8 @@ impl Interception {
                 (options::set(&caller, fd, option, (value, len), options, complaints, pool), None)
             }
             Call::AsksWhetherListening { fd, value, len } => match caller.socket_inode(fd) {
-                Some(inode) if bound.contains(inode) => {
-                    (options::answer_not_listening(&caller, value, len), None)
+                Some(inode) if bound.contains(inode) && caller.deny_listening(value, len).is_ok() => {
+                    (NotifResponse::Success, None)
                 }
                 _ => CONTINUE,
             },
@@ -208,8 +255,9 @@ impl AsFd for Interception {
 /// Why the caller can't be read.
 fn read_bind(caller: &Caller, fd: u32, address: u64, len: u64) -> io::Result<Option<(OwnSocket, Vec<u8>)>> {
     const MAX_SOCKADDR_LENGTH: u64 = size_of::<libc::sockaddr_storage>() as u64;
-    let sockaddr = procfs::memory(caller.tid, address, len.min(MAX_SOCKADDR_LENGTH) as usize)?;
     let Some(inode) = procfs::socket_inode(caller.tid, fd)? else { return Ok(None) };
+    let _ = caller.protocol(fd); // is needed too
+    let sockaddr = caller.memory(address, len.min(MAX_SOCKADDR_LENGTH))?;
     Ok((sockaddr.len() as u64 == len).then_some((OwnSocket { fd, inode }, sockaddr)))
 }
 

@@ -1,9 +1,12 @@
 //! Socket options: those that a worker sets before and after it binds, and what it hears about a socket of the pool.
 
 use std::collections::HashMap;
+use std::io;
+use std::os::unix::fs::FileExt;
 
 use log::debug;
 use nix::net::if_::if_nametoindex;
+use nix::unistd::Pid;
 
 use crate::intercept::caller::Caller;
 use crate::intercept::complaints::{Complaint, Complaints};
@@ -53,7 +56,7 @@ impl Setting {
     /// Reads it from the caller's memory; `None` if the kernel refuses the value.
     fn read(caller: &Caller, option: SocketOption, value: u64, len: u64) -> Option<Self> {
         const MAX_NAME_LENGTH: u64 = libc::IFNAMSIZ as u64 - 1;
-        let bytes = |len: u64| procfs::memory(caller.tid, value, len as usize).ok();
+        let bytes = |len: u64| caller.memory(value, len).ok();
         let int = || Some(i32::from_ne_bytes(bytes(VALUE_SIZE as u64)?.try_into().ok()?));
         let int = || if len < VALUE_SIZE as u64 { None } else { int() };
         Some(match option {
@@ -164,18 +167,20 @@ pub fn set(
     NotifResponse::Continue
 }
 
-/// Answers getsockopt of SO_ACCEPTCONN with "no". A socket of the pool may listen already when a worker binds
+/// Does what getsockopt of SO_ACCEPTCONN would do, and says "no". A socket of the pool may listen already when a worker binds
 /// it, and a program that asks (gunicorn, HAProxy) would then leave its `listen` out.
-pub fn answer_not_listening(caller: &Caller, value: u64, len: u64) -> NotifResponse {
-    // Anything unusual is left to the kernel.
-    let Ok(size) = procfs::memory(caller.tid, len, VALUE_SIZE) else { return NotifResponse::Continue };
-    if size != (VALUE_SIZE as i32).to_ne_bytes() || !caller.still_waits() {
-        return NotifResponse::Continue;
+///
+/// # Errors
+/// When the kernel has to answer: for anything unusual, or if the thread is another one by now. What is written to was opened
+/// before that is asked.
+pub fn deny_listening(tid: Pid, still_waits: impl Fn() -> bool, value: u64, len: u64) -> io::Result<()> {
+    let memory = procfs::open_memory(tid)?;
+    let mut size = [0; VALUE_SIZE];
+    memory.read_exact_at(&mut size, len)?;
+    if size != (VALUE_SIZE as i32).to_ne_bytes() || !still_waits() {
+        return Err(io::ErrorKind::InvalidInput.into());
     }
-    match procfs::set_memory(caller.tid, value, &0i32.to_ne_bytes()) {
-        Ok(()) => NotifResponse::Success,
-        Err(_) => NotifResponse::Continue,
-    }
+    memory.write_all_at(&0i32.to_ne_bytes(), value)
 }
 
 #[cfg(test)]

@@ -119,7 +119,7 @@ fn understand(
     noted: Options,
     errands: &mut Errands,
 ) -> Result<Bind, NotOurs> {
-    let protocol = procfs::socket_protocol(caller.tid, own.fd).map_err(|_| NotOurs::Other)?;
+    let protocol = caller.protocol(own.fd).map_err(|_| NotOurs::Other)?;
     let v6only = noted.v6only.unwrap_or_else(|| protocol.ends_with("v6") && procfs::v6only_by_default());
     let address = Address::from_sockaddr(sockaddr, v6only, 0).ok_or(NotOurs::Other)?;
     let port = address.socket.port();

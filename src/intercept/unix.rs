@@ -1,9 +1,7 @@
 //! `bind` and `unlink` of a Unix socket's path: the worker shares its generation's socket.
 
 use std::fs;
-use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use log::debug;
@@ -14,9 +12,10 @@ use crate::intercept::Known;
 use crate::intercept::caller::{Caller, OwnSocket};
 use crate::intercept::carry::{NotReplaced, OwnDuplicate};
 use crate::intercept::inherit;
+use crate::intercept::reader::Found;
 use crate::kernel::procfs;
 use crate::kernel::sys::NotifResponse;
-use crate::pool::paths::{self, Removal, SocketPath, UnixSockets};
+use crate::pool::paths::{self, Removal, UnixSockets};
 
 /// Binds the caller's socket to a path. What isn't a stream socket, or a path that wrapper and caller see
 /// alike, is left to the kernel.
@@ -31,7 +30,7 @@ pub fn bind(
     if !is_stream(caller, own) || !caller.has_same_rights() {
         return NotifResponse::Continue;
     }
-    let Some(place) = SocketPath::resolve(tid, None, path) else { return NotifResponse::Continue };
+    let Some((_, place)) = caller.place(None, path) else { return NotifResponse::Continue };
     let (Ok(flags), Ok(mask)) = (procfs::fd_flags(tid, own.fd), procfs::umask(tid)) else {
         return NotifResponse::Continue;
     };
@@ -82,7 +81,7 @@ pub fn bind(
 }
 
 fn is_stream(caller: &Caller, own: OwnSocket) -> bool {
-    match procfs::socket_protocol(caller.tid, own.fd).as_deref() {
+    match caller.protocol(own.fd).as_deref() {
         Ok("UNIX-STREAM") => true,
         // Before Linux 5.15 stream sockets had this name too.
         Ok("UNIX") => procfs::unix_sockets().iter().any(|row| row.inode == own.inode && row.is_stream),
@@ -106,21 +105,19 @@ pub fn unlink(
     unix: &mut UnixSockets,
 ) -> (NotifResponse, Option<Endpoint>) {
     const NOT_OURS: (NotifResponse, Option<Endpoint>) = (NotifResponse::Continue, None);
-    let path = procfs::memory(caller.tid, path, libc::PATH_MAX as usize).ok();
+    let path = caller.memory(path, libc::PATH_MAX as u64).ok();
     let path = path.and_then(|bytes| paths::path_of_bytes(&bytes));
     let path = path.filter(|path| is_starting || unix.may_have(path));
-    let Some(place) = path.and_then(|path| SocketPath::resolve(caller.tid, from, &path)) else {
+    let Some((found, place)) = path.and_then(|path| caller.place(from, &path)) else {
         return NOT_OURS;
     };
     if !caller.has_same_rights() || !caller.still_waits() {
         return NOT_OURS;
     }
-    match fs::symlink_metadata(place.path()) {
-        Ok(file) if file.file_type().is_socket() => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return (NotifResponse::Errno(libc::ENOENT), None);
-        }
-        _ => return NOT_OURS,
+    match found {
+        Found::Socket => {}
+        Found::Nothing => return (NotifResponse::Errno(libc::ENOENT), None),
+        Found::Other => return NOT_OURS,
     }
     match unix.remove(&place, caller.borrower.worker) {
         Removal::Kept => (NotifResponse::Success, None),

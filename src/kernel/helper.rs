@@ -73,6 +73,10 @@ impl Helper {
         Ok(Self { pidfd: sys::pidfd_open(pid.as_raw())? })
     }
 
+    pub fn kill(&self) {
+        let _ = sys::pidfd_send_signal(self.as_fd(), Signal::SIGKILL);
+    }
+
     /// Waits until it has ended, at most until `until`.
     pub fn wait_end(&self, until: Instant) {
         let left = until.saturating_duration_since(Instant::now());
@@ -92,7 +96,7 @@ impl AsFd for Helper {
 
 impl Drop for Helper {
     fn drop(&mut self) {
-        let _ = sys::pidfd_send_signal(self.as_fd(), Signal::SIGKILL);
+        self.kill();
     }
 }
 

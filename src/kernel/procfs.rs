@@ -48,7 +48,12 @@ pub fn memory(tid: Pid, address: u64, len: usize) -> io::Result<Vec<u8>> {
 
 /// Writes to a thread's memory.
 pub fn set_memory(tid: Pid, address: u64, bytes: &[u8]) -> io::Result<()> {
-    File::options().write(true).open(path(tid, "mem"))?.write_all_at(bytes, address)
+    open_memory(tid)?.write_all_at(bytes, address)
+}
+
+/// A thread's memory, to read and to write.
+pub fn open_memory(tid: Pid) -> io::Result<File> {
+    File::options().read(true).write(true).open(path(tid, "mem"))
 }
 
 /// The inode number of a thread's fd if that is a socket.

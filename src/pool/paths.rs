@@ -48,6 +48,11 @@ impl SocketPath {
         Some(Self(directory.join(full.file_name()?)))
     }
 
+    /// What [`SocketPath::resolve`] has found before.
+    pub fn resolved(path: PathBuf) -> Self {
+        Self(path)
+    }
+
     pub fn path(&self) -> &Path {
         &self.0
     }

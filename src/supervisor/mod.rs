@@ -24,8 +24,9 @@ use crate::fleet::{
     Action, Announcement, Command, Endpoints, Event, Fleet, ReloadOptions, Target, UdpChange,
 };
 use crate::ids::{Borrower, SlotId, WorkerId};
+use crate::intercept::reader::Reader;
 use crate::intercept::udp::{Seen, UdpBinds};
-use crate::intercept::{self, Answers, Interception, ListenChange, keeper};
+use crate::intercept::{self, Answers, Interception, keeper};
 use crate::kernel::{helper, inbox, procfs};
 use crate::operate::control::Control;
 use crate::operate::pidfile::PidFile;
@@ -42,6 +43,7 @@ use crate::worker::environment::Environments;
 use crate::worker::ready::{NodeChannel, NotifySocket, ReadyPipe};
 use crate::worker::{self, Change, Listener, StartError, Starter, Tether};
 
+mod calls;
 mod commands;
 mod draining;
 mod hints;
@@ -93,6 +95,7 @@ pub struct Supervisor {
     /// One for each worker; also for one that has ended, as long as a process that it started lives on.
     interceptions: BTreeMap<WorkerId, Interception>,
     udp_binds: UdpBinds,
+    reader: Reader,
     pids: HashMap<Pid, WorkerId>,
     epoll: Epoll,
     actions: VecDeque<Action>,
@@ -170,6 +173,8 @@ impl Supervisor {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         watch(&epoll, &signals, Source::Signals)?;
         watch(&epoll, &pool, Source::Pool)?;
+        let reader = Reader::new()?;
+        watch(&epoll, &reader, Source::Reader)?;
         let control = control();
         control.as_ref().map_or(Ok(()), |control| watch(&epoll, control, Source::Control))?;
         labels.iter().try_for_each(|labels| watch(&epoll, labels, Source::Labels))?;
@@ -202,6 +207,7 @@ impl Supervisor {
             stop_signal,
             processes: BTreeMap::new(),
             interceptions: BTreeMap::new(),
+            reader,
             udp_binds: UdpBinds::default(),
             pids: HashMap::new(),
             epoll,
@@ -220,6 +226,7 @@ impl Supervisor {
         self.control.into_iter().for_each(Control::leave);
         drop(self.processes);
         inbox::leave();
+        self.reader.finish();
         keeper::leave(self.interceptions.into_values());
     }
 
@@ -244,7 +251,8 @@ impl Supervisor {
                 Source::Control => self.accept_clients(),
                 Source::Client(id) => self.attend(id),
                 Source::Labels => self.labels.iter_mut().for_each(Labels::read),
-                Source::Filter(worker) => self.answer(worker, event.events()),
+                Source::Filter(worker) => self.take_call(worker, event.events()),
+                Source::Reader => self.take_readings(),
                 Source::Probe(worker) => {
                     probed.extend(self.probes.advance(worker, &mut self.pool, Instant::now()));
                 }
@@ -252,6 +260,9 @@ impl Supervisor {
                     self.read_messages(worker, source);
                 }
             }
+        }
+        if self.reader.deadline().is_some_and(|at| at <= Instant::now()) {
+            self.take_readings();
         }
         let changed = self.pool.sample_queues(Instant::now());
         if !changed && ready == 0 && deadline.is_none_or(|at| at > Instant::now()) {
@@ -325,6 +336,7 @@ impl Supervisor {
             self.end_watch.as_ref().map(EndWatch::deadline),
             self.probes.deadline(),
             self.udp_binds.deadline(),
+            self.reader.deadline(),
             self.systemd.deadline(),
             self.control.as_ref().and_then(Control::deadline),
             self.pool.has_news().then(Instant::now),
@@ -554,28 +566,6 @@ impl Supervisor {
             self.handle(Event::Ended { worker, end: reaped.end });
             let alive = |generation| self.processes.values().any(|process| process.generation == generation);
             self.unix.keep(|generation| self.fleet.crew().has_slot_of(generation) || alive(generation));
-        }
-    }
-
-    fn answer(&mut self, worker: WorkerId, flags: EpollFlags) {
-        if !flags.contains(EpollFlags::EPOLLIN) {
-            self.interceptions.remove(&worker); // the last process behind the filter has ended
-            self.pool.nobody_is_left(worker);
-            return;
-        }
-        let Some(interception) = self.interceptions.get_mut(&worker) else { return };
-        let is_starting = self.fleet.crew().is_starting(worker);
-        match interception.answer(&mut self.pool, &mut self.unix, is_starting) {
-            Some(ListenChange::Listens(endpoint)) => self.handle(Event::Listens { worker, endpoint }),
-            Some(ListenChange::StoppedListening(endpoint)) => {
-                self.handle(Event::StoppedListening { worker, endpoint });
-            }
-            Some(ListenChange::BindsUdp { inode, address })
-                if self.udp_binds.add(worker, inode, address, Instant::now()) =>
-            {
-                self.handle(Event::Udp { worker, address, change: UdpChange::Binds });
-            }
-            Some(ListenChange::BindsUdp { .. }) | None => {}
         }
     }
 }

@@ -15,6 +15,8 @@ pub enum Source {
     Labels,
     /// A system call that the filter stopped, or the end of the last process behind it.
     Filter(WorkerId),
+    /// What was read of workers.
+    Reader,
     /// READY_FD's pipe.
     Pipe(WorkerId),
     /// Node's IPC channel.
@@ -39,6 +41,7 @@ impl Source {
             Self::Client(ClientId(id)) => token(7, id),
             Self::Labels => token(8, 0),
             Self::Probe(WorkerId(id)) => token(9, id),
+            Self::Reader => token(10, 0),
         }
     }
 
@@ -54,6 +57,7 @@ impl Source {
             6 => Self::Control,
             7 => Self::Client(ClientId(token as u32)),
             9 => Self::Probe(id),
+            10 => Self::Reader,
             _ => Self::Labels,
         }
     }
@@ -73,6 +77,7 @@ mod tests {
             Source::Client(client),
             Source::Labels,
             Source::Filter(worker),
+            Source::Reader,
             Source::Pipe(worker),
             Source::Node(worker),
             Source::Notify(worker),

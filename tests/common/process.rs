@@ -7,10 +7,12 @@ use std::fs;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// The children of a process, zombies included.
+/// The children of a process, zombies included, without the processes in which reuse-run does what may wait.
 pub fn children(pid: u32) -> Vec<u32> {
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+    let name = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let is_own = |pid: &u32| name(pid).starts_with("reuse-run-");
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).filter(|pid| !is_own(pid)).collect()
 }
 
 pub fn pids() -> BTreeSet<u32> {

@@ -1,0 +1,87 @@
+"""hung_fs.py FOLDER: mounts a file system on FOLDER and prints `mounted`. It has an executable file named `file` and a folder
+named `folder`. After SIGUSR1 (it prints `hangs`) it answers no request any more. None can be interrupted: SIGKILL doesn't
+end a process that waits. The file system goes away with this program, and all that waits for it gets an error. Needs root
+and /dev/fuse."""
+import ctypes
+import errno
+import os
+import signal
+import struct
+import sys
+
+LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS, RELEASE, INIT, OPENDIR, ACCESS = 1, 2, 3, 14, 15, 17, 18, 26, 27, 34
+SIZE = 1 << 20
+TEXT = b'#!/bin/sh\nexec sleep 600\n'
+
+folder = sys.argv[1]
+libc = ctypes.CDLL(None, use_errno=True)
+fuse = os.open('/dev/fuse', os.O_RDWR)
+options = 'fd={},rootmode=40755,user_id=0,group_id=0,allow_other'.format(fuse)
+if libc.mount(b'hung', folder.encode(), b'fuse', 0, options.encode()) != 0:
+    raise OSError(ctypes.get_errno(), 'mount')
+hangs = False
+
+
+def begin_to_hang(*_):
+    global hangs
+    hangs = True
+    print('hangs', flush=True)
+
+
+signal.signal(signal.SIGUSR1, begin_to_hang)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+
+def attributes(inode):
+    is_file = inode == 2
+    mode = 0o100755 if is_file else 0o40755
+    size = SIZE if is_file else 0
+    return struct.pack('<QQQQQQIIIIIIIIII', inode, size, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
+
+
+def reply(unique, body=b'', error=0):
+    try:
+        os.write(fuse, struct.pack('<IiQ', 16 + len(body), -error, unique) + body)
+    except OSError:
+        pass  # interrupted meanwhile
+
+
+def answer(opcode, unique, node, body):
+    if opcode == INIT:
+        _, _, readahead, _ = struct.unpack('<IIII', body[:16])
+        reply(unique, struct.pack('<IIIIHHIIHHIIHIIHHI4x', 7, 31, readahead, 0, 0, 0, 4096, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)[:64].ljust(64, b'\0'))
+    elif opcode == LOOKUP:
+        inode = {b'file': 2, b'folder': 3}.get(body.split(b'\0')[0]) if node == 1 else None
+        if inode is None:
+            reply(unique, error=errno.ENOENT)
+        else:
+            reply(unique, struct.pack('<QQQQII', inode, 0, 0, 0, 0, 0) + attributes(inode))
+    elif opcode == GETATTR:
+        reply(unique, struct.pack('<QII', 0, 0, 0) + attributes(node))
+    elif opcode in (OPEN, OPENDIR):
+        reply(unique, struct.pack('<QII', 0, 0, 0))
+    elif opcode == READ:
+        _, offset, size = struct.unpack('<QQI', body[:20])
+        reply(unique, TEXT.ljust(SIZE, b'\0')[offset:offset + size])
+    elif opcode == STATFS:
+        reply(unique, b'\0' * 80)
+    elif opcode in (RELEASE, ACCESS):
+        reply(unique)
+    elif opcode != FORGET:
+        reply(unique, error=errno.ENOSYS)
+
+
+first = True
+while True:
+    try:
+        request = os.read(fuse, 1 << 18)
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            break  # unmounted
+        continue
+    _, opcode, unique, node = struct.unpack('<IIQQ', request[:24])
+    if not hangs:
+        answer(opcode, unique, node, request[40:])
+    if first:
+        first = False
+        print('mounted', flush=True)
