@@ -37,7 +37,7 @@
 //! |---|---|
 //! | an option and its help; how its value is written | `cli/args`; `cli/values` |
 //! | which system calls an action or event means | `supervisor/mod` |
-//! | a system call that waits for its answer | `supervisor/calls` |
+//! | a system call that waits for its answer; the start of a worker until it runs | `supervisor/calls`; `supervisor/starts` |
 //! | a request of a command, the reply to it, where status' values come from | `supervisor/commands` |
 //! | hints where users get stuck; what follows from a message of a worker | `supervisor/hints`; `supervisor/messages` |
 //! | the steps of a reload; of a stop; of a scaling, and what happens when a worker ends | `fleet/reload`; `fleet/stop`; `fleet/mod` |
@@ -71,7 +71,7 @@
 //! | system calls that a worker's thread does for the wrapper | `intercept/errand` |
 //! | starting, signalling and reaping a process; which programs get Node's channel | `worker/mod`; `worker/program` |
 //! | the steps between fork and exec; descriptor numbers | `worker/child`; `worker/fds` |
-//! | environment variables of a worker, env files, secrets | `worker/environment` |
+//! | environment variables of a worker, env files, secrets; reading them without waiting | `worker/environment`; `worker/reading` |
 //! | what kills workers when the wrapper is killed | `worker/tether` |
 //! | how a worker says that it is ready | `worker/ready/` |
 //! | when a connection counts as idle; when a worker is drained; what follows | `drain/rule`; `drain/mod`; `supervisor/draining` |
@@ -96,7 +96,7 @@
 //!   the worker's thread is traced and does some system calls first: `intercept::errand`. Its listen(2) goes the same way to `Pool::listen`; the supervisor then hands
 //!   [`fleet::Event::Listens`] to the fleet, and with it the worker may be ready.
 //! - **A SIGUSR2.** `operate::signals` → `supervisor::take_signals` → [`fleet::Fleet::command`] → [`fleet::Action::Start`] for
-//!   each slot → `worker::Starter::start`. When all are ready the fleet switches: [`fleet::Action::Steer`] carries a
+//!   each slot → `supervisor::starts` → `worker::Starter::start`. When all are ready the fleet switches: [`fleet::Action::Steer`] carries a
 //!   [`steering::Plan`] → `Pool::steer` → `steering::decide` and `steering::program` → one setsockopt(2) for each address.
 //!   [`fleet::Action::Drain`] → `drain::Drain::poll` → [`fleet::Event::Drained`] → [`fleet::Action::Signal`].
 //! - **A probe** (`--ready /path`). [`fleet::Action::Probe`] → `probe::Probes::begin` → `Pool::reach` has the steering program

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{DEADLINE, Folder, HungFileSystem, Service, app, assert_prompt, unlinking, wait_until};
+use common::{DEADLINE, Folder, HungFileSystem, Service, app, assert_prompt, run, unlinking, wait_until};
 use nix::sys::signal::Signal;
 
 /// Slot 0 runs hung.py, the others unlinks.py.
@@ -48,5 +48,70 @@ fn a_call_whose_argument_lies_in_a_hung_file_system_keeps_no_other_worker_waitin
         assert_prompt(&service, &folder);
         assert_eq!(service.out.count_of("returns"), 0, "it didn't hang");
         stop(service, hung);
+    }
+}
+
+/// Starts reuse-run with these options and a command, and asserts that in a reload, after the file system has begun to hang, nobody
+/// waits, that the reload is abandoned, and that the log says what was waited for.
+#[track_caller]
+fn assert_reload_is_abandoned(
+    options: &[&str],
+    command: &[String],
+    hung: HungFileSystem,
+    folder: &Folder,
+    what: &str,
+) {
+    let options = format!("-n 2 --ready notify --stop-timeout 1s {}", options.join(" "));
+    let service = Service::run_ready(&options, command);
+    hung.hang();
+    let from = service.log.count();
+    service.signal(Signal::SIGUSR2);
+    service.wait_for_line_after(from, "starting generation 2");
+    assert_prompt(&service, folder);
+    service.wait_for_line_after(from, &format!("{what} could not be read within"));
+    service.wait_for_line_after(from, "reload abandoned");
+    assert_prompt(&service, folder);
+    stop(service, hung);
+}
+
+#[test]
+fn files_and_folders_in_a_hung_file_system_keep_nobody_waiting_and_fail_a_reload() {
+    for option in ["--env-file", "--secret", "--chdir"] {
+        println!("{option}");
+        let (hung, folder) = (HungFileSystem::new(), Folder::new());
+        let path = hung.path(if option == "--chdir" { "folder" } else { "env" });
+        let value = if option == "--secret" { format!("KEY={path}") } else { path.clone() };
+        let command = unlinking(&folder);
+        assert_reload_is_abandoned(&[option, &value], &command, hung, &folder, &path);
+    }
+}
+
+#[test]
+fn a_command_in_a_hung_file_system_keeps_nobody_waiting_and_fails_a_reload() {
+    let (hung, folder) = (HungFileSystem::new(), Folder::new());
+    let path = hung.path("file");
+    // A script of the file system that runs the command that it is given.
+    let command: Vec<String> = [path.clone()].into_iter().chain(unlinking(&folder)).collect();
+    assert_reload_is_abandoned(&[], &command, hung, &folder, &path);
+}
+
+#[test]
+fn a_first_start_from_a_hung_file_system_fails_and_can_be_stopped() {
+    for stops in [false, true] {
+        let (mut hung, folder) = (HungFileSystem::new(), Folder::new());
+        let path = hung.path("env");
+        hung.hang();
+        let mut service =
+            Service::run(&format!("-n 2 --ready notify --env-file {path}"), &unlinking(&folder));
+        let is_up = || run(&service, "status").out.contains("pid");
+        wait_until("an answer to status", DEADLINE, is_up);
+        if stops {
+            service.signal(Signal::SIGTERM);
+            assert_eq!(service.wait_exit().code(), Some(0));
+        } else {
+            service.wait_for_line(&format!("{path} could not be read within"));
+            assert_eq!(service.wait_exit().code(), Some(1));
+        }
+        hung.end(&service);
     }
 }

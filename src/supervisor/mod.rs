@@ -15,6 +15,7 @@ use nix::unistd::Pid;
 use socket2::Socket;
 
 use self::source::Source;
+use self::starts::Starts;
 use crate::address::{Address, Endpoint};
 use crate::cli::Options;
 use crate::drain::Drain;
@@ -23,7 +24,7 @@ use crate::drain::signal_effect::SignalEffect;
 use crate::fleet::{
     Action, Announcement, Command, Endpoints, Event, Fleet, ReloadOptions, Target, UdpChange,
 };
-use crate::ids::{Borrower, SlotId, WorkerId};
+use crate::ids::WorkerId;
 use crate::intercept::reader::Reader;
 use crate::intercept::udp::{Seen, UdpBinds};
 use crate::intercept::{self, Answers, Interception, keeper};
@@ -32,7 +33,7 @@ use crate::operate::control::Control;
 use crate::operate::pidfile::PidFile;
 use crate::operate::signals::{Meaning, Signals};
 use crate::operate::systemd::Systemd;
-use crate::output::labels::{self, Labels};
+use crate::output::labels::Labels;
 use crate::pool::paths::UnixSockets;
 use crate::pool::unintercepted::{self, Unintercepted};
 use crate::pool::{Pool, StoppedListening};
@@ -41,7 +42,7 @@ use crate::steering::Plan;
 use crate::words::count;
 use crate::worker::environment::Environments;
 use crate::worker::ready::{NodeChannel, NotifySocket, ReadyPipe};
-use crate::worker::{self, Change, Listener, StartError, Starter, Tether};
+use crate::worker::{self, Change, Starter, Tether};
 
 mod calls;
 mod commands;
@@ -49,6 +50,7 @@ mod draining;
 mod hints;
 mod messages;
 mod source;
+mod starts;
 
 /// The process of a worker, and the ways by which it can say something.
 struct Process {
@@ -91,6 +93,7 @@ pub struct Supervisor {
     /// The listeners that this process was given itself, by inode number.
     inherited: Rc<[(u64, Endpoint)]>,
     stop_signal: Signal,
+    starts: Starts,
     processes: BTreeMap<WorkerId, Process>,
     /// One for each worker; also for one that has ended, as long as a process that it started lives on.
     interceptions: BTreeMap<WorkerId, Interception>,
@@ -157,8 +160,7 @@ impl Supervisor {
     fn new(options: Options) -> io::Result<Self> {
         // First: while SIGCHLD is ignored, a child that ends can't be waited for.
         let signals = Signals::new()?;
-        let labels = Labels::if_wanted(options.label)?;
-        let listener_watch = listener_watch(&options)?;
+        let (labels, listener_watch) = (Labels::if_wanted(options.label)?, listener_watch(&options)?);
         let Options { program, mut settings, policy, sources, listen, balance, .. } = options;
         settings.intercept = matches!(listener_watch, ListenerWatch::Interception(_));
         if sources.has_values() {
@@ -170,10 +172,9 @@ impl Supervisor {
         let inherited: Rc<[(u64, Endpoint)]> = starter.inherited().into();
         let mut pool = Pool::new(balance, options.probe_path.is_some())?;
         listen.iter().try_for_each(|address| pool.take(*address))?;
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let (epoll, reader) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Reader::new()?);
         watch(&epoll, &signals, Source::Signals)?;
         watch(&epoll, &pool, Source::Pool)?;
-        let reader = Reader::new()?;
         watch(&epoll, &reader, Source::Reader)?;
         let control = control();
         control.as_ref().map_or(Ok(()), |control| watch(&epoll, control, Source::Control))?;
@@ -205,6 +206,7 @@ impl Supervisor {
             listen,
             inherited,
             stop_signal,
+            starts: Starts::default(),
             processes: BTreeMap::new(),
             interceptions: BTreeMap::new(),
             reader,
@@ -226,6 +228,7 @@ impl Supervisor {
         self.control.into_iter().for_each(Control::leave);
         drop(self.processes);
         inbox::leave();
+        drop(self.starts);
         self.reader.finish();
         keeper::leave(self.interceptions.into_values());
     }
@@ -253,6 +256,8 @@ impl Supervisor {
                 Source::Labels => self.labels.iter_mut().for_each(Labels::read),
                 Source::Filter(worker) => self.take_call(worker, event.events()),
                 Source::Reader => self.take_readings(),
+                Source::Environment(generation) => self.take_environment(generation),
+                Source::Start(worker) => self.advance_start(worker),
                 Source::Probe(worker) => {
                     probed.extend(self.probes.advance(worker, &mut self.pool, Instant::now()));
                 }
@@ -264,6 +269,7 @@ impl Supervisor {
         if self.reader.deadline().is_some_and(|at| at <= Instant::now()) {
             self.take_readings();
         }
+        self.fail_late_starts(Instant::now());
         let changed = self.pool.sample_queues(Instant::now());
         if !changed && ready == 0 && deadline.is_none_or(|at| at > Instant::now()) {
             return; // Woken for that sample alone, several hundred times a second while connections come.
@@ -337,6 +343,7 @@ impl Supervisor {
             self.probes.deadline(),
             self.udp_binds.deadline(),
             self.reader.deadline(),
+            self.starts.deadline(),
             self.systemd.deadline(),
             self.control.as_ref().and_then(Control::deadline),
             self.pool.has_news().then(Instant::now),
@@ -438,76 +445,6 @@ impl Supervisor {
         pids.into_iter().for_each(|pid| worker::signal(pid, self.stop_signal as c_int));
     }
 
-    fn start(&mut self, worker: WorkerId, slot: SlotId, generation: u32) {
-        if !self.fleet.crew().wants(worker) {
-            return;
-        }
-        if !self.udp_binds.is_empty() {
-            self.look_at_udp_ports(); // what is closed by now is not asked of this one
-        }
-        let event = match self.start_watched(worker, slot, generation) {
-            Ok(pid) => Event::Started { worker, pid: pid.as_raw() },
-            Err(StartError { why, status }) => Event::StartFailed { worker, why, status },
-        };
-        self.react(event);
-    }
-
-    fn start_watched(&mut self, worker: WorkerId, slot: SlotId, generation: u32) -> Result<Pid, StartError> {
-        let living = self.processes.values().map(|process| process.generation);
-        let oldest = living.fold(self.fleet.crew().oldest_generation(), u32::min);
-        let environment =
-            self.environments.of(generation, oldest).map_err(|why| StartError { why, status: 1 })?;
-        let listeners = self.listeners(Borrower { worker, pid: Pid::from_raw(0), slot, generation })?;
-        let pipes = self.labels.is_some().then(labels::pipes).transpose();
-        let pipes = pipes.map_err(|error| StartError::new("no pipes for its output", &error))?;
-        let (ends, output) = pipes.unzip();
-        let started = self.starter.start(slot, generation, &environment, listeners, output)?;
-        let pid = started.pid;
-        self.pool.has_started(worker, pid);
-        let borrower = Borrower { worker, pid, slot, generation };
-        let interception = match (&mut self.listener_watch, started.notify_fd) {
-            (ListenerWatch::Interception(answers), Some(notify_fd)) => {
-                Some(Interception::new(notify_fd, borrower, Rc::clone(&self.inherited), *answers))
-            }
-            (ListenerWatch::Scan(scan), _) => {
-                scan.wake(Instant::now());
-                None
-            }
-            (ListenerWatch::Interception(_), None) => None,
-        };
-        let watched = (interception.as_ref())
-            .map_or(Ok(()), |interception| watch(&self.epoll, interception, Source::Filter(worker)))
-            .and_then(|()| watch(&self.epoll, &started.ready, Source::Pipe(worker)))
-            .and_then(|()| watch(&self.epoll, started.notify.as_ref(), Source::Notify(worker)))
-            .and_then(|()| match &started.node {
-                Some(node) => watch(&self.epoll, node.as_ref(), Source::Node(worker)),
-                None => Ok(()),
-            });
-        if let Err(error) = watched {
-            worker::kill_tree(pid);
-            return Err(StartError { why: format!("can't watch it: {error}"), status: 1 });
-        }
-        debug!("worker {slot} (pid {pid}, generation {generation}) started");
-        if let (Some(labels), Some(ends)) = (&mut self.labels, ends) {
-            labels.add(worker, slot, pid, ends);
-        }
-        let (pipe, node, notify) = (Some(started.ready), started.node, started.notify);
-        let _tether = started.tether;
-        self.processes.insert(worker, Process { pid, generation, pipe, node, notify, _tether, status: None });
-        self.interceptions.extend(interception.map(|interception| (worker, interception)));
-        self.pids.insert(pid, worker);
-        Ok(pid)
-    }
-
-    /// The sockets that a worker is given.
-    fn listeners(&mut self, borrower: Borrower) -> Result<Vec<Listener>, StartError> {
-        let give = |address: &Address| match self.pool.give(borrower, *address) {
-            Ok(socket) => Ok(Listener { name: address.socket.port().to_string(), socket }),
-            Err(error) => Err(StartError::new(&format!("can't listen on {address}"), &error)),
-        };
-        self.listen.iter().map(give).collect()
-    }
-
     fn take_signals(&mut self) {
         for meaning in self.signals.pending() {
             match meaning {
@@ -541,11 +478,12 @@ impl Supervisor {
         loop {
             let interceptions = self.interceptions.values_mut();
             let errands: usize = interceptions.map(|it| it.run_errands(&mut self.pool)).sum();
-            let reaped = match worker::reap(|pid| self.pids.contains_key(&pid)) {
+            let reaped = match worker::reap(|pid| self.pids.contains_key(&pid) || self.starts.has(pid)) {
                 Some(Change::Ended(reaped)) => reaped,
                 Some(Change::Stopped) if errands > 0 => continue,
                 Some(Change::Stopped) | None => return,
             };
+            self.starts.worker(reaped.pid).into_iter().for_each(|worker| self.advance_start(worker));
             let Some(worker) = self.pids.remove(&reaped.pid) else {
                 debug!("reaped {}, which is no worker", reaped.pid);
                 helper::reaped(reaped.pid);

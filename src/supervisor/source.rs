@@ -15,6 +15,10 @@ pub enum Source {
     Labels,
     /// A system call that the filter stopped, or the end of the last process behind it.
     Filter(WorkerId),
+    /// The environment of a generation, as it is read.
+    Environment(u32),
+    /// A child's report about its start.
+    Start(WorkerId),
     /// What was read of workers.
     Reader,
     /// READY_FD's pipe.
@@ -42,6 +46,8 @@ impl Source {
             Self::Labels => token(8, 0),
             Self::Probe(WorkerId(id)) => token(9, id),
             Self::Reader => token(10, 0),
+            Self::Environment(generation) => token(11, generation),
+            Self::Start(WorkerId(id)) => token(12, id),
         }
     }
 
@@ -58,6 +64,8 @@ impl Source {
             7 => Self::Client(ClientId(token as u32)),
             9 => Self::Probe(id),
             10 => Self::Reader,
+            11 => Self::Environment(token as u32),
+            12 => Self::Start(id),
             _ => Self::Labels,
         }
     }
@@ -78,6 +86,8 @@ mod tests {
             Source::Labels,
             Source::Filter(worker),
             Source::Reader,
+            Source::Environment(u32::MAX),
+            Source::Start(worker),
             Source::Pipe(worker),
             Source::Node(worker),
             Source::Notify(worker),

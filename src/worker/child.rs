@@ -1,8 +1,11 @@
 //! What happens in the child between fork(2) and execve(2), and how the wrapper hears about it.
 
-use std::ffi::OsString;
+use std::convert::Infallible;
+use std::ffi::{CString, OsString};
+use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, rlim_t, setrlimit};
@@ -11,15 +14,21 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
     socketpair,
 };
-use nix::unistd::{Pid, getppid};
+use nix::unistd::{Pid, chdir, execvp, getppid, setpgid};
 
 use crate::intercept;
 use crate::kernel::sys;
+use crate::worker::Program;
+use crate::worker::environment::Directory;
 use crate::worker::fds::FIRST_FD;
 
-/// Turns the child into a worker-to-be.
+/// Turns the child into a worker.
 pub struct Preparation {
     pub wrapper: Pid,
+    pub program: Program,
+    pub directory: Option<Directory>,
+    /// stdout and stderr; `None`: those of the wrapper.
+    pub output: Option<[OwnedFd; 2]>,
     pub variables: Vec<(OsString, OsString)>,
     pub listeners: Vec<OwnedFd>,
     pub ready: OwnedFd,
@@ -40,10 +49,21 @@ pub enum Step {
     ParentDeath,
     Fds,
     Filter,
+    Directory,
+    /// The only step that isn't over when it has succeeded: the child is the program then.
+    Execute,
 }
 
 impl Step {
-    const ALL: [Self; 5] = [Self::Limits, Self::Signals, Self::ParentDeath, Self::Fds, Self::Filter];
+    const ALL: [Self; 7] = [
+        Self::Limits,
+        Self::Signals,
+        Self::ParentDeath,
+        Self::Fds,
+        Self::Filter,
+        Self::Directory,
+        Self::Execute,
+    ];
 
     /// The error of the step, without its cause.
     pub fn failure(self) -> &'static str {
@@ -53,36 +73,35 @@ impl Step {
             Self::ParentDeath => "can't have the kernel kill it when reuse-run dies",
             Self::Fds => "can't set its environment and file descriptors",
             Self::Filter => "can't intercept its bind and listen (see docs/limits.md)",
+            Self::Directory => "can't enter its directory",
+            Self::Execute => "can't execute its command",
         }
     }
 }
 
-/// What the child sends, with the filter's fd if it has one, after the last step.
+/// What the child sends, with the filter's fd if it has one, before the first step that concerns the file system.
 const PREPARED: u8 = u8::MAX;
+/// What it sends when it is in its directory.
+const IN_DIRECTORY: u8 = u8::MAX - 1;
 
 impl Preparation {
-    /// Takes all steps and reports: the filter's fd, or the number of the step that failed.
-    ///
-    /// # Errors
-    /// The error of that step.
-    pub fn run(&self) -> io::Result<()> {
+    /// Takes all steps. Reports the filter's fd, and then the step that failed and its error number, or nothing more.
+    pub fn run(&self) -> ! {
         let mut step = Step::Limits;
-        let notify_fd = self.take_steps(&mut step).inspect_err(|_| {
-            let _ = self.send(step as u8, &[]);
-        })?;
-        let fds: Vec<RawFd> = notify_fd.iter().map(AsRawFd::as_raw_fd).collect();
-        self.send(PREPARED, &fds)
+        let Err(error) = self.take_steps(&mut step);
+        let errno = error.raw_os_error().unwrap_or(libc::EINVAL);
+        let _ = self.send(&[&[step as u8], &errno.to_ne_bytes()[..]].concat(), &[]);
+        sys::exit_now()
     }
 
-    fn send(&self, byte: u8, fds: &[RawFd]) -> io::Result<()> {
+    fn send(&self, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
         let rights = [ControlMessage::ScmRights(fds)];
         let rights = if fds.is_empty() { &[][..] } else { &rights };
-        let bytes = [byte];
-        sendmsg::<()>(self.report.as_raw_fd(), &[IoSlice::new(&bytes)], rights, MsgFlags::empty(), None)?;
+        sendmsg::<()>(self.report.as_raw_fd(), &[IoSlice::new(bytes)], rights, MsgFlags::MSG_NOSIGNAL, None)?;
         Ok(())
     }
 
-    fn take_steps(&self, step: &mut Step) -> io::Result<Option<OwnedFd>> {
+    fn take_steps(&self, step: &mut Step) -> io::Result<Infallible> {
         let (soft, hard) = self.open_files;
         setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
 
@@ -90,15 +109,12 @@ impl Preparation {
         // Python keep that and would never see the stop signal.
         *step = Step::Signals;
         SigSet::empty().thread_set_mask()?;
-        for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, self.stop_signal] {
+        for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGPIPE, self.stop_signal] {
             // The disposition of SIGKILL can't be set (sigaction(2)).
             if signal != Signal::SIGKILL {
                 sys::signal_default(signal)?;
             }
         }
-        // Workers are in background process groups: after `stty tostop` their terminal would stop them at their first line.
-        // An ignored SIGTTOU wouldn't help, because Node resets it. What has no controlling terminal may always write.
-        [libc::STDOUT_FILENO, libc::STDERR_FILENO].into_iter().for_each(sys::give_up_terminal);
 
         // The kernel sends this signal when the parent dies, but not if it died before the call
         // (PR_SET_PDEATHSIG(2const)).
@@ -109,12 +125,50 @@ impl Preparation {
         }
 
         *step = Step::Fds;
+        setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
         self.set_environment()?;
-        let fds = self.listeners.iter().chain([&self.ready]).chain(&self.node);
-        (FIRST_FD..).zip(fds).try_for_each(|(number, fd)| sys::dup2_for_exec(fd.as_fd(), number))?;
+        self.take_fds()?;
 
         *step = Step::Filter;
-        Ok(self.intercept.then(intercept::install).transpose()?.map(|(notify_fd, _)| notify_fd))
+        let notify_fd = self.intercept.then(intercept::install).transpose()?.map(|(notify_fd, _)| notify_fd);
+        let fds: Vec<RawFd> = notify_fd.iter().map(AsRawFd::as_raw_fd).collect();
+        self.send(&[PREPARED], &fds)?;
+        drop(notify_fd);
+
+        // From here on the child may wait for a file system, and not even SIGKILL may end it. It has nothing open that isn't
+        // the worker's.
+        *step = Step::Directory;
+        if let Some(directory) = &self.directory {
+            chdir(&directory.physical)?;
+            sys::setenv("PWD".as_ref(), directory.name().as_ref())?;
+        }
+        self.send(&[IN_DIRECTORY], &[])?;
+
+        *step = Step::Execute;
+        let word = |word: &OsString| Ok::<_, io::Error>(CString::new(word.as_bytes())?);
+        let command = word(&self.program.command)?;
+        let args = self.program.args.iter().map(word).collect::<Result<Vec<_>, _>>()?;
+        let words: Vec<&CString> = [&command].into_iter().chain(&args).collect();
+        Ok(execvp(&command, &words)?)
+    }
+
+    /// Puts the worker's fds under their numbers, and closes all others.
+    fn take_fds(&self) -> io::Result<()> {
+        let null = File::open("/dev/null")?;
+        sys::dup2_for_exec(null.as_fd(), libc::STDIN_FILENO)?;
+        for (number, fd) in (libc::STDOUT_FILENO..).zip(self.output.iter().flatten()) {
+            sys::dup2_for_exec(fd.as_fd(), number)?;
+        }
+        // Workers are in background process groups: after `stty tostop` their terminal would stop them at their first line.
+        // An ignored SIGTTOU wouldn't help, because Node resets it. What has no controlling terminal may always write.
+        [libc::STDOUT_FILENO, libc::STDERR_FILENO].into_iter().for_each(sys::give_up_terminal);
+        let fds: Vec<&OwnedFd> = self.listeners.iter().chain([&self.ready]).chain(&self.node).collect();
+        let end = FIRST_FD + fds.len() as RawFd;
+        (FIRST_FD..).zip(fds).try_for_each(|(number, fd)| sys::dup2_for_exec(fd.as_fd(), number))?;
+        let kept: Vec<RawFd> = (0..end).chain([self.report.as_raw_fd()]).collect();
+        std::mem::forget(null); // closed with the others
+        sys::close_all_but(&kept);
+        Ok(())
     }
 
     fn set_environment(&self) -> io::Result<()> {
@@ -141,45 +195,58 @@ impl Preparation {
     }
 }
 
-/// Why the child didn't reach execve(2).
+/// What the child has reported.
 #[derive(Debug)]
-pub enum NotPrepared {
-    Failed(Step),
-    /// It reported nothing.
-    Silent,
+pub enum Report {
+    Nothing,
+    /// The filter's fd, if it has one.
+    Prepared(Option<OwnedFd>),
+    InDirectory,
+    Failed(Step, io::Error),
+    /// There will be no more: it is the program, or has ended.
+    End,
 }
 
 /// The wrapper's end of the socket on which the child reports.
+#[derive(Debug)]
 pub struct ReportSocket(OwnedFd);
 
 impl ReportSocket {
     /// A socket, and the child's end of it.
     pub fn new() -> io::Result<(Self, OwnedFd)> {
-        let (ours, its) = socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)?;
+        let (ours, its) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         Ok((Self(ours), its))
     }
 
-    /// The filter's fd, if the child has one. Call it after the child has executed the command or failed: it
-    /// has reported by then, or never will.
-    pub fn receive(&self) -> Result<Option<OwnedFd>, NotPrepared> {
-        let mut byte = [0];
+    pub fn receive(&self) -> Report {
+        let mut bytes = [0; 5];
         let mut space = nix::cmsg_space!(RawFd);
-        let mut buffers = [IoSliceMut::new(&mut byte)];
+        let mut buffers = [IoSliceMut::new(&mut bytes)];
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-        let received = recvmsg::<()>(self.0.as_raw_fd(), &mut buffers, Some(&mut space), flags);
-        let received = received.map_err(|_| NotPrepared::Silent)?;
-        let rights = received.cmsgs().map_err(|_| NotPrepared::Silent)?.find_map(|message| match message {
-            ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
-            _ => None,
+        let received = match recvmsg::<()>(self.0.as_raw_fd(), &mut buffers, Some(&mut space), flags) {
+            Ok(received) if received.bytes > 0 => received,
+            Err(Errno::EAGAIN) => return Report::Nothing,
+            Ok(_) | Err(_) => return Report::End,
+        };
+        let rights = received.cmsgs().ok().and_then(|mut messages| {
+            messages.find_map(|message| match message {
+                ControlMessageOwned::ScmRights(fds) => fds.first().copied().map(sys::owned_fd),
+                _ => None,
+            })
         });
-        match (rights, byte[0]) {
-            (Some(fd), _) => Ok(Some(sys::owned_fd(fd))),
-            (None, PREPARED) => Ok(None),
-            (None, step) => {
-                let step = Step::ALL.get(usize::from(step));
-                Err(step.map_or(NotPrepared::Silent, |step| NotPrepared::Failed(*step)))
-            }
+        let [step, errno @ ..] = bytes;
+        match (step, Step::ALL.get(usize::from(step))) {
+            (PREPARED, _) => Report::Prepared(rights),
+            (IN_DIRECTORY, _) => Report::InDirectory,
+            (_, Some(step)) => Report::Failed(*step, io::Error::from_raw_os_error(i32::from_ne_bytes(errno))),
+            (_, None) => Report::End,
         }
+    }
+}
+
+impl AsFd for ReportSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 
@@ -200,6 +267,9 @@ mod tests {
         let fd = || report.try_clone().unwrap();
         let preparation = Preparation {
             wrapper: Pid::this(),
+            program: Program::default(),
+            directory: None,
+            output: None,
             variables: Vec::new(),
             listeners: Vec::new(),
             ready: fd(),
@@ -209,12 +279,16 @@ mod tests {
             stop_signal: Signal::SIGTERM,
             open_files: (0, 0),
         };
-        assert!(matches!(socket.receive(), Err(NotPrepared::Silent)));
-        preparation.send(Step::ParentDeath as u8, &[]).unwrap();
-        assert!(matches!(socket.receive(), Err(NotPrepared::Failed(Step::ParentDeath))));
-        preparation.send(PREPARED, &[]).unwrap();
-        assert!(matches!(socket.receive(), Ok(None)));
-        preparation.send(PREPARED, &[report.as_raw_fd()]).unwrap();
-        assert!(matches!(socket.receive(), Ok(Some(_))));
+        assert!(matches!(socket.receive(), Report::Nothing));
+        preparation.send(&[PREPARED], &[]).unwrap();
+        assert!(matches!(socket.receive(), Report::Prepared(None)));
+        preparation.send(&[PREPARED], &[report.as_raw_fd()]).unwrap();
+        assert!(matches!(socket.receive(), Report::Prepared(Some(_))));
+        preparation.send(&[Step::ParentDeath as u8, 3, 0, 0, 0], &[]).unwrap();
+        assert!(
+            matches!(socket.receive(), Report::Failed(Step::ParentDeath, error) if error.raw_os_error() == Some(3))
+        );
+        drop((preparation, report));
+        assert!(matches!(socket.receive(), Report::End));
     }
 }

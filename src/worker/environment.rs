@@ -13,11 +13,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use log::warn;
-
 use crate::fleet::CommandId;
 use crate::ids::SlotId;
 use crate::kernel::file::open_regular;
+use crate::worker::reading::Reading;
 use crate::worker::{Program, fds};
 
 /// Where variables and directory come from, as the command line says.
@@ -57,6 +56,7 @@ pub struct Environment {
     /// In their order; a later one has precedence.
     pub variables: Vec<(OsString, OsString)>,
     pub directory: Option<Directory>,
+    pub may_start_node: bool,
 }
 
 /// Workers enter the physical directory. So a worker that starts later has the same release as the rest of
@@ -118,9 +118,6 @@ impl Environment {
     /// The variables that a worker gets besides those of reuse-run itself; a later one has precedence.
     pub fn of_worker(&self, given: &Given) -> Vec<(OsString, OsString)> {
         let mut variables = self.variables.clone();
-        if let Some(directory) = &self.directory {
-            variables.push(("PWD".into(), directory.name().into()));
-        }
         let mut set = |name: &str, value: String| variables.push((name.into(), value.into()));
         let count = given.listeners.len();
         set("READY_FD", fds::ready_fd(count).to_string());
@@ -189,21 +186,31 @@ impl Environments {
         self.by_generation.get(&generation)
     }
 
-    /// That of a generation; those older than `oldest` are forgotten.
-    ///
-    /// # Errors
-    /// As [`Sources::read`].
-    pub fn of(&mut self, generation: u32, oldest: u32) -> Result<Environment, String> {
+    /// Those of generations older than `oldest` are not needed any more.
+    pub fn forget_older(&mut self, oldest: u32) {
         self.by_generation = self.by_generation.split_off(&oldest);
         self.programs = self.programs.split_off(&oldest);
-        if let Some(environment) = self.by_generation.get(&generation) {
-            return Ok(environment.clone());
-        }
-        let program = self.program(generation).cloned().unwrap_or_default();
-        let environment = Environment { program, ..self.sources.read()? };
-        self.by_generation.insert(generation, environment.clone());
-        Ok(environment)
     }
+
+    /// Begins to read that of a generation.
+    ///
+    /// # Errors
+    /// When there is no process or file descriptor left.
+    pub fn read(&self, generation: u32) -> io::Result<Reading> {
+        Reading::begin(&self.sources, self.program(generation).cloned().unwrap_or_default())
+    }
+
+    /// That of a generation was read.
+    pub fn add(&mut self, generation: u32, environment: Environment) {
+        self.by_generation.insert(generation, environment);
+    }
+}
+
+/// What happens while the files are read.
+#[derive(Debug)]
+pub enum Note<'a> {
+    Opens(&'a Path),
+    Warns(String),
 }
 
 impl Sources {
@@ -234,15 +241,18 @@ impl Sources {
     ///
     /// # Errors
     /// One line that names the file and the line in it, but never a value.
-    pub fn read(&self) -> Result<Environment, String> {
+    pub fn read(&self, tell: &mut impl FnMut(Note)) -> Result<Environment, String> {
         let mut variables = Vec::new();
         for file in &self.env_files {
-            variables.extend(read_env_file(file)?);
+            tell(Note::Opens(file));
+            variables.extend(read_env_file(file, tell)?);
         }
         for secret in &self.secrets {
+            tell(Note::Opens(&secret.file));
             variables.push((OsString::from(&secret.name), read_secret(&secret.file)?));
         }
-        let resolve = |logical: &PathBuf| {
+        let mut resolve = |logical: &PathBuf| {
+            tell(Note::Opens(logical));
             let wrong = |error: io::Error| format!("{}: {error}", logical.display());
             let physical = fs::canonicalize(logical).map_err(wrong)?;
             if !physical.is_dir() {
@@ -250,11 +260,8 @@ impl Sources {
             }
             Ok::<_, String>(Directory { logical: logical.clone(), physical })
         };
-        Ok(Environment {
-            variables,
-            directory: self.directory.as_ref().map(resolve).transpose()?,
-            ..Environment::default()
-        })
+        let directory = self.directory.as_ref().map(&mut resolve).transpose()?;
+        Ok(Environment { variables, directory, ..Environment::default() })
     }
 }
 
@@ -276,10 +283,11 @@ fn read_file(path: &Path) -> Result<(Vec<u8>, u32), String> {
     read().map_err(|error| format!("{}: {error}", path.display()))
 }
 
-fn read_env_file(path: &Path) -> Result<Vec<(OsString, OsString)>, String> {
+fn read_env_file(path: &Path, tell: &mut impl FnMut(Note)) -> Result<Vec<(OsString, OsString)>, String> {
     let (content, others) = read_file(path)?;
     if others != 0 {
-        warn!("{} can be read or written by other users (chmod o-rw)", path.display());
+        let what = format!("{} can be read or written by other users (chmod o-rw)", path.display());
+        tell(Note::Warns(what));
     }
     let text = String::from_utf8(content).map_err(|_| format!("{}: not UTF-8", path.display()))?;
     let pairs = parse(text.strip_prefix('\u{feff}').unwrap_or(&text)).map_err(|line| {
@@ -346,7 +354,10 @@ fn variable(path: &Path, name: OsString, value: OsString) -> Result<(OsString, O
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
     use std::os::unix::fs::PermissionsExt;
+
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
     use super::*;
 
@@ -376,7 +387,12 @@ mod tests {
     fn read(env_files: Vec<PathBuf>, secrets: Vec<Secret>) -> Result<Vec<(String, String)>, String> {
         let sources = Sources { env_files, secrets, directory: None };
         let text = |text: OsString| text.into_string().unwrap();
-        Ok(sources.read()?.variables.into_iter().map(|(name, value)| (text(name), text(value))).collect())
+        Ok(sources
+            .read(&mut |_| ())?
+            .variables
+            .into_iter()
+            .map(|(name, value)| (text(name), text(value)))
+            .collect())
     }
 
     #[test]
@@ -437,7 +453,7 @@ mod tests {
         let folder = Folder::new("debug");
         let sources =
             Sources { env_files: vec![folder.file("env", b"NAME=hunter2", 0o600)], ..Sources::default() };
-        let shown = format!("{:?}", sources.read().unwrap());
+        let shown = format!("{:?}", sources.read(&mut |_| ()).unwrap());
         assert!(shown.contains("NAME") && !shown.contains("hunter2"), "{shown}");
     }
 
@@ -446,7 +462,7 @@ mod tests {
         let environment = Environment {
             program: program("a"),
             variables: vec![("A".into(), "1".into()), ("READY_FD".into(), "x".into())],
-            directory: None,
+            ..Environment::default()
         };
         let mut given = Given {
             slot: SlotId(2),
@@ -480,7 +496,7 @@ mod tests {
         for release in [&one, &two] {
             let _ = fs::remove_file(&current);
             std::os::unix::fs::symlink(release, &current).unwrap();
-            let directory = sources.read().unwrap().directory.unwrap();
+            let directory = sources.read(&mut |_| ()).unwrap().directory.unwrap();
             assert_eq!(directory.logical, current);
             assert_eq!(directory.physical, fs::canonicalize(release).unwrap());
             assert_eq!(directory.name(), current);
@@ -488,7 +504,7 @@ mod tests {
         let earlier = Directory { logical: current.clone(), physical: fs::canonicalize(&one).unwrap() };
         assert_eq!(earlier.name(), earlier.physical, "the link leads elsewhere by now");
         fs::remove_file(&current).unwrap();
-        assert!(sources.read().is_err());
+        assert!(sources.read(&mut |_| ()).is_err());
     }
 
     fn program(command: &str) -> Program {
@@ -503,13 +519,13 @@ mod tests {
         environments.begin(2, Some(other), 1);
         environments.begin(3, None, 1);
         environments.begin(4, None, 2);
-        let runs = |environments: &mut Environments, generation, oldest| {
-            environments.of(generation, oldest).unwrap().program
-        };
-        let commands = [1, 2, 3, 4].map(|generation| runs(&mut environments, generation, 1).command);
+        let runs =
+            |environments: &Environments, generation| environments.program(generation).unwrap().clone();
+        let commands = [1, 2, 3, 4].map(|generation| runs(&environments, generation).command);
         assert_eq!(commands, ["a", "b", "a", "b"], "generation 2 has failed, and then generation 3 has");
         environments.begin(5, None, 4);
-        assert_eq!(runs(&mut environments, 5, 4), program("b"));
+        environments.forget_older(4);
+        assert_eq!(runs(&environments, 5), program("b"));
         assert_eq!(environments.program(1), None, "it is forgotten");
     }
 
@@ -519,13 +535,22 @@ mod tests {
         let file = folder.file("env", b"A=1", 0o600);
         let mut environments =
             Environments::new(Sources { env_files: vec![file], ..Sources::default() }, program("a"));
-        let first = environments.of(1, 1).unwrap();
+        let read = |environments: &Environments| {
+            let (mut reading, mut read) = (environments.read(1).unwrap(), None);
+            while read.is_none() {
+                poll(&mut [PollFd::new(reading.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
+                read = reading.receive();
+            }
+            read.unwrap().unwrap()
+        };
+        let first = read(&environments);
+        environments.add(1, first.clone());
         folder.file("env", b"A=2", 0o600);
-        assert!(environments.of(1, 1).unwrap() == first);
-        let second = environments.of(2, 1).unwrap();
-        assert!(second != first && environments.of(1, 1).unwrap() == first);
-        environments.of(2, 2).unwrap();
-        assert!(environments.of(1, 1).unwrap() == second, "it was forgotten and is read anew");
+        environments.add(2, read(&environments));
+        assert!(environments.known(1) == Some(&first) && environments.known(2) != Some(&first));
+        assert_eq!(first.variables, [("A".into(), "1".into())]);
+        environments.forget_older(2);
+        assert!(environments.known(1).is_none() && environments.known(2).is_some());
     }
 
     #[test]

@@ -4,35 +4,36 @@ mod child;
 pub mod environment;
 mod fds;
 mod program;
+mod reading;
 pub mod ready;
 mod tether;
 
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
+use std::time::Duration;
 
 use libc::c_int;
 use log::debug;
 use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, setpgid};
 
 use crate::address::Endpoint;
 use crate::fleet::End;
 use crate::ids::SlotId;
 use crate::kernel::{procfs, sys};
-use crate::worker::child::{NotPrepared, Preparation, ReportSocket};
+use crate::worker::child::{Preparation, Report, ReportSocket, Step};
 use crate::worker::environment::{Environment, Given};
 use crate::worker::ready::{Folder, NodeChannel, NotifySocket, ReadyPipe};
 use crate::worker::tether::Tethers;
 
 pub use fds::Listener;
 pub use program::Program;
+pub use reading::Reading;
 pub use tether::Tether;
 
 /// How workers are started and stopped, whatever they run.
@@ -45,17 +46,65 @@ pub struct Settings {
     pub intercept: bool,
 }
 
-/// A worker that has executed its command.
+/// A child that is about to execute its command.
 #[derive(Debug)]
-pub struct Started {
+pub struct Starting {
     pub pid: Pid,
-    /// The fd from which the system calls are read that its filter stops, if it has one.
-    pub notify_fd: Option<OwnedFd>,
     pub ready: ReadyPipe,
     pub node: Option<NodeChannel>,
     pub notify: NotifySocket,
     /// `None` if it could not be made.
     pub tether: Option<Tether>,
+    report: ReportSocket,
+    command: OsString,
+    /// What it waits for if it says nothing more.
+    waits_for: String,
+}
+
+/// What a child has done.
+#[derive(Debug)]
+pub enum Progress {
+    Nothing,
+    /// It has the filter whose system calls are read from this fd, or none.
+    Prepared(Option<OwnedFd>),
+    Executed,
+    Failed(StartError),
+}
+
+impl Starting {
+    /// Call it when it is readable, or when the process has ended, until there is nothing more.
+    pub fn advance(&mut self) -> Progress {
+        match self.report.receive() {
+            Report::Nothing => Progress::Nothing,
+            Report::Prepared(notify_fd) => Progress::Prepared(notify_fd),
+            Report::InDirectory => {
+                self.waits_for = self.command.display().to_string();
+                self.advance()
+            }
+            Report::Failed(Step::Execute, error) => Progress::Failed(not_executed(&self.command, &error)),
+            Report::Failed(step, error) => Progress::Failed(StartError::new(step.failure(), &error)),
+            Report::End => Progress::Executed,
+        }
+    }
+
+    /// It has taken too long.
+    pub fn late(&self) -> StartError {
+        too_late(&self.waits_for)
+    }
+}
+
+impl AsFd for Starting {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.report.as_fd()
+    }
+}
+
+/// So much time has a start until the command is executed, and the reading of an environment.
+pub const START_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What a start has waited for didn't come.
+pub fn too_late(what: &str) -> StartError {
+    StartError { why: format!("{what} could not be read within {START_TIMEOUT:?}"), status: 1 }
 }
 
 /// Why a worker could not be started, and the status that a shell would exit with.
@@ -114,12 +163,12 @@ impl Starter {
         self.inherited.iter().filter_map(Listener::endpoint).collect()
     }
 
-    /// Starts one worker in a process group of its own.
+    /// Starts one worker in a process group of its own. It then prepares itself: see [`Starting::advance`].
     ///
     /// `output` is its stdout and stderr; without it the worker has those of this process.
     ///
     /// # Errors
-    /// Status 127 if the command isn't found, 126 if it can't be executed, 1 for everything else.
+    /// When there is no process or file descriptor left.
     pub fn start(
         &mut self,
         slot: SlotId,
@@ -127,10 +176,10 @@ impl Starter {
         environment: &Environment,
         listeners: Vec<Listener>,
         output: Option<[OwnedFd; 2]>,
-    ) -> Result<Started, StartError> {
+    ) -> Result<Starting, StartError> {
         let failed = |what: &'static str| move |error: io::Error| StartError::new(what, &error);
         let (ready, ready_end) = ReadyPipe::new().map_err(failed("can't make a pipe for READY_FD"))?;
-        let node = self.settings.node_ipc && environment.program.may_start_node(environment);
+        let node = self.settings.node_ipc && environment.may_start_node;
         let node = node.then(NodeChannel::new).transpose();
         let (node, node_end) = node.map_err(failed("can't make a channel for NODE_CHANNEL_FD"))?.unzip();
         let notify = NotifySocket::new(&mut self.notify_folder);
@@ -151,6 +200,9 @@ impl Starter {
         });
         let preparation = Preparation {
             wrapper: Pid::this(),
+            program: environment.program.clone(),
+            directory: environment.directory.clone(),
+            output,
             variables,
             listeners: given.into_iter().map(|listener| listener.socket).collect(),
             ready: ready_end,
@@ -161,51 +213,17 @@ impl Starter {
             open_files: self.open_files,
         };
         sys::has_fds_in_reserve().map_err(failed("can't start a process"))?;
-        let (pid, notify_fd) = self.execute(preparation, &report, environment, output)?;
+        let Some(pid) = sys::fork().map_err(failed("can't start a process"))? else { preparation.run() };
+        let _ = setpgid(pid, pid); // it does that too: whoever is first
         let tether = self
             .tethers
             .tie(pid)
             .inspect_err(|error| debug!("can't tie {pid} to this process: {error}"))
             .ok();
-        Ok(Started { pid, notify_fd, ready, node, notify, tether })
-    }
-
-    /// Has a child prepare itself and execute the command. Returns its pid and the fd of its filter.
-    fn execute(
-        &self,
-        preparation: Preparation,
-        report: &ReportSocket,
-        environment: &Environment,
-        output: Option<[OwnedFd; 2]>,
-    ) -> Result<(Pid, Option<OwnedFd>), StartError> {
-        let mut command = Command::new(&environment.program.command);
-        command.args(&environment.program.args).stdin(Stdio::null()).process_group(0);
-        if let Some([stdout, stderr]) = output {
-            command.stdout(stdout).stderr(stderr);
-        }
-        if let Some(directory) = &environment.directory {
-            command.current_dir(&directory.physical);
-        }
-        // The preparation sets all variables: what `Command` sets would replace them.
-        sys::before_exec(&mut command, move || preparation.run());
-        let spawned = command.spawn();
-        drop(command); // closes the worker's ends
-        // std reports an error of the preparation and one of execve alike. But the report arrives only after
-        // a preparation that succeeded.
-        match (spawned, report.receive()) {
-            // The child is reaped by `reap`, as all others; a `Child` does nothing when it is dropped.
-            (Ok(child), Ok(notify_fd)) => Ok((Pid::from_raw(child.id() as i32), notify_fd)),
-            (Err(error), Ok(_)) => Err(not_executed(&environment.program.command, &error)),
-            (Err(error), Err(NotPrepared::Failed(step))) => Err(StartError::new(step.failure(), &error)),
-            (Err(error), Err(NotPrepared::Silent)) => Err(StartError::new("can't start a process", &error)),
-            (Ok(child), Err(_)) => {
-                signal(Pid::from_raw(child.id() as i32), libc::SIGKILL);
-                Err(StartError {
-                    why: "reuse-run did not receive the fd of its filter".to_owned(),
-                    status: 1,
-                })
-            }
-        }
+        let waits_for =
+            environment.directory.as_ref().map(|directory| directory.physical.display().to_string());
+        let (command, waits_for) = (environment.program.command.clone(), waits_for.unwrap_or_default());
+        Ok(Starting { pid, ready, node, notify, tether, report, command, waits_for })
     }
 }
 

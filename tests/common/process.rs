@@ -10,9 +10,15 @@ use nix::unistd::Pid;
 /// The children of a process, zombies included, without the processes in which reuse-run does what may wait.
 pub fn children(pid: u32) -> Vec<u32> {
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    let name = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    let is_own = |pid: &u32| name(pid).starts_with("reuse-run-");
-    children.split_whitespace().filter_map(|pid| pid.parse().ok()).filter(|pid| !is_own(pid)).collect()
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).filter(|pid| !is_helper(*pid)).collect()
+}
+
+/// Whether a process is one in which a running reuse-run does what may wait.
+pub fn is_helper(pid: u32) -> bool {
+    let name = |pid: &str| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap_or_default();
+    name(&pid.to_string()).starts_with("reuse-run-") && name(parent.trim()).starts_with("reuse-run")
 }
 
 pub fn pids() -> BTreeSet<u32> {

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use super::address::free_address;
 use super::folder::Folder;
 use super::lines::{Line, Lines};
-use super::process::{Process, children, pids};
+use super::process::{Process, children, is_helper, pids};
 use super::program::{app, python_packages, reuse_run, reuse_run_with};
 use super::wait::{DEADLINE, POLL, holds_for, wait_until};
 
@@ -217,14 +217,16 @@ impl Service {
         self.workers().into_iter().filter(|pid| state(pid) == Some('Z')).collect()
     }
 
-    /// Every living process that reuse-run or its workers have started, whatever its parent is now.
+    /// Every living process that reuse-run or its workers have started, whatever its parent is now. Without the helpers of a
+    /// running reuse-run.
     pub fn descendants(&self) -> Vec<u32> {
         let mark = format!("{MARK}={}", self.mark);
         let is_ours = |pid: &u32| {
             let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
             environment.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes())
         };
-        pids().into_iter().filter(|pid| *pid != self.pid()).filter(is_ours).collect()
+        let others = pids().into_iter().filter(|pid| *pid != self.pid() && !is_helper(*pid));
+        others.filter(is_ours).collect()
     }
 
     /// Asserts that a worker lives for another half second. A reload takes less to stop an idle worker.

@@ -1,5 +1,5 @@
-"""hung_fs.py FOLDER: mounts a file system on FOLDER and prints `mounted`. It has an executable file named `file` and a folder
-named `folder`. After SIGUSR1 (it prints `hangs`) it answers no request any more. None can be interrupted: SIGKILL doesn't
+"""hung_fs.py FOLDER: mounts a file system on FOLDER and prints `mounted`. It has a script named `file`, which runs its arguments,
+a file named `env`, and a folder named `folder`. After SIGUSR1 (it prints `hangs`) it answers no request any more. None can be interrupted: SIGKILL doesn't
 end a process that waits. The file system goes away with this program, and all that waits for it gets an error. Needs root
 and /dev/fuse."""
 import ctypes
@@ -10,8 +10,8 @@ import struct
 import sys
 
 LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS, RELEASE, INIT, OPENDIR, ACCESS = 1, 2, 3, 14, 15, 17, 18, 26, 27, 34
-SIZE = 1 << 20
-TEXT = b'#!/bin/sh\nexec sleep 600\n'
+SIZE = 4096
+TEXTS = {2: b'#!/bin/sh\nexec "$@"\n', 4: b'NAME=value\n'}
 
 folder = sys.argv[1]
 libc = ctypes.CDLL(None, use_errno=True)
@@ -33,9 +33,8 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
 
 def attributes(inode):
-    is_file = inode == 2
-    mode = 0o100755 if is_file else 0o40755
-    size = SIZE if is_file else 0
+    mode = {2: 0o100755, 4: 0o100600}.get(inode, 0o40755)
+    size = SIZE if inode in TEXTS else 0
     return struct.pack('<QQQQQQIIIIIIIIII', inode, size, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
 
 
@@ -51,7 +50,7 @@ def answer(opcode, unique, node, body):
         _, _, readahead, _ = struct.unpack('<IIII', body[:16])
         reply(unique, struct.pack('<IIIIHHIIHHIIHIIHHI4x', 7, 31, readahead, 0, 0, 0, 4096, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)[:64].ljust(64, b'\0'))
     elif opcode == LOOKUP:
-        inode = {b'file': 2, b'folder': 3}.get(body.split(b'\0')[0]) if node == 1 else None
+        inode = {b'file': 2, b'folder': 3, b'env': 4}.get(body.split(b'\0')[0]) if node == 1 else None
         if inode is None:
             reply(unique, error=errno.ENOENT)
         else:
@@ -62,7 +61,7 @@ def answer(opcode, unique, node, body):
         reply(unique, struct.pack('<QII', 0, 0, 0))
     elif opcode == READ:
         _, offset, size = struct.unpack('<QQI', body[:20])
-        reply(unique, TEXT.ljust(SIZE, b'\0')[offset:offset + size])
+        reply(unique, TEXTS[node].ljust(SIZE, b'\n')[offset:offset + size])
     elif opcode == STATFS:
         reply(unique, b'\0' * 80)
     elif opcode in (RELEASE, ACCESS):
