@@ -76,7 +76,7 @@ impl Supervisor {
         if !self.starts.readings.contains_key(&generation)
             && let Err(error) = self.begin_to_read(generation)
         {
-            self.environment_is(generation, Err(StartError::new("can't read its environment", &error)));
+            self.environment_is(generation, Err(StartError::new("can't start a process", &error)));
         }
     }
 
