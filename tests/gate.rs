@@ -272,6 +272,36 @@ fn a_worker_that_sends_itself_a_request_before_it_says_ready_is_told_why_it_hang
 }
 
 #[test]
+fn a_program_that_connects_first_to_see_whether_its_port_is_free_is_told_who_answers() {
+    own_network(); // no other test's connections
+    let (addr, folder) = (free_address(), Folder::new());
+    // As CherryPy, Robyn and the `serve` of npm do when the port isn't free.
+    let connects_first = "import http.server, os, socket, sys, time\n\
+        (port, folder), address = sys.argv[1:], ('127.0.0.1', int(sys.argv[1]))\n\
+        taken = os.path.exists(folder + '/checks') and socket.socket().connect_ex(address) == 0\n\
+        if os.path.exists(folder + '/fails'): sys.exit(1)\n\
+        if taken and os.path.exists(folder + '/exits'): sys.exit('port in use')\n\
+        if taken and os.path.exists(folder + '/waits'): time.sleep(1000)\n\
+        address = ('127.0.0.1', 0) if taken else address\n\
+        http.server.HTTPServer(address, http.server.SimpleHTTPRequestHandler).serve_forever()";
+    let command = inline(connects_first, &[&addr.port().to_string(), &folder.path("")]);
+    let service = Service::run_ready("-n 1 --ready-timeout 3s", &command);
+    folder.raise("fails");
+    let log = service.failing_reload();
+    assert!(!log.contains("connects to"), "nobody has connected: {log}");
+    folder.lower("fails");
+    folder.raise("checks");
+    let hint =
+        format!("if it connects to {addr} first, to see whether the port is free, the workers there answer");
+    for what in ["exits", "waits", "listens elsewhere"] {
+        folder.raise(what);
+        let log = service.failing_reload();
+        assert!(log.contains(&hint), "{what}: {log}");
+        folder.lower(what);
+    }
+}
+
+#[test]
 fn hints_name_what_several_workers_share_and_what_npm_keeps() {
     let mut service = Service::run("-n 2", &["sh", "-c", "exit 3", "--inspect"]);
     assert_eq!(service.wait_end().code(), Some(3));

@@ -7,6 +7,7 @@ use argh::{ArgsInfo, EarlyExit, FromArgs, SubCommands};
 
 use crate::address::Address;
 use crate::drain::rule::IdleRule;
+use crate::fleet::policy::PROOF;
 use crate::fleet::{Policy, Rollout};
 use crate::operate::client::{Command, Operation};
 use crate::operate::protocol::Request;
@@ -118,6 +119,7 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
             workers: args.workers.0,
             readiness: args.ready.readiness,
             ready_timeout: args.ready_timeout.0,
+            proof: PROOF,
             drain: args.drain.0,
             stop_timeout: args.stop_timeout.0,
             stop_within: args.stop_within.0,

@@ -104,6 +104,21 @@ impl Crew {
         self.roster.ids(|worker| worker.state == State::Starting)
     }
 
+    /// How long a worker has been ready, if it starts or serves.
+    pub fn ready_for(&self, worker: WorkerId, now: Instant) -> Option<Duration> {
+        let is_retired = |worker: &Worker| !matches!(worker.state, State::Starting | State::Ready);
+        let worker = self.roster.get(worker).filter(|worker| !is_retired(worker))?;
+        Some(worker.ready_at.map_or(Duration::ZERO, |since| now - since))
+    }
+
+    pub fn was_ready(&self, worker: WorkerId) -> bool {
+        self.roster.get(worker).is_some_and(|worker| worker.ready_at.is_some())
+    }
+
+    pub fn state(&self, worker: WorkerId) -> Option<State> {
+        self.roster.state(worker)
+    }
+
     pub fn is_starting(&self, worker: WorkerId) -> bool {
         self.roster.state(worker) == Some(State::Starting)
     }
@@ -287,7 +302,19 @@ impl Crew {
     pub(super) fn lack(&self, id: WorkerId, now: Instant) -> Option<Lack> {
         let worker = self.roster.get(id)?;
         let lack = gate::lack(id, worker, &self.policy, &self.endpoints, self.slots(), now);
-        lack.or_else(|| self.lacks_udp(id, worker, now))
+        lack.or_else(|| self.lacks_udp(id, worker, now)).or_else(|| self.lacks_proof(id, worker, now))
+    }
+
+    /// Whether a worker that replaces another one may yet end at once.
+    fn lacks_proof(&self, id: WorkerId, worker: &Worker, now: Instant) -> Option<Lack> {
+        let until = worker.begun_to_listen() + self.policy.proof;
+        (now < until && self.replaced_by(id, worker).is_some()).then_some(Lack::Moment { until })
+    }
+
+    /// The worker that serves where this one will.
+    fn replaced_by(&self, id: WorkerId, worker: &Worker) -> Option<WorkerId> {
+        let slot = worker.slot.index();
+        self.serving_in(slot..slot + 1).into_iter().find(|other| *other != id)
     }
 
     /// Which UDP ports of the worker that it replaces keep a worker from being ready.
@@ -295,8 +322,7 @@ impl Crew {
         if worker.ports_may_change || self.udp.is_empty() {
             return None;
         }
-        let slot = worker.slot.index();
-        let replaced = self.serving_in(slot..slot + 1).into_iter().find(|other| *other != id)?;
+        let replaced = self.replaced_by(id, worker)?;
         let refused = self.udp.refused(id, replaced);
         if !refused.is_empty() {
             return Some(Lack::UdpPorts(refused));

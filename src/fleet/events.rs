@@ -65,6 +65,8 @@ pub enum Event {
     SteerFailed { why: String },
     /// A worker that [`Action::Drain`] named has finished its work.
     Drained { worker: WorkerId },
+    /// A worker's main process has ended and left this one, which goes on in the background. `instead` says how to prevent that.
+    WentIntoBackground { worker: WorkerId, pid: i32, instead: String },
     /// A worker's process has ended.
     Ended { worker: WorkerId, end: End },
     /// The signal with this name asks reuse-run to stop; a second one, at least a second later, to kill.
@@ -170,8 +172,8 @@ pub enum Action {
     Signal {
         worker: WorkerId,
     },
-    /// Send the stop signal to those of its processes whose parent is a shell: a shell doesn't pass it on.
-    SignalBehindShells {
+    /// Its main process hasn't ended, and may keep the stop signal to itself: send it to those that serve behind it.
+    SignalBehind {
         worker: WorkerId,
     },
     /// Send SIGKILL to its process group.

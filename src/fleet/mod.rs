@@ -99,6 +99,9 @@ impl Fleet {
                 self.stop(&[worker], now);
             }
             Event::Drained { .. } => {} // stopped meanwhile
+            Event::WentIntoBackground { worker, pid, instead } => {
+                self.went_into_background(worker, pid, &instead, now);
+            }
             Event::Ended { worker, end } => self.ended(worker, end, now),
             Event::StopSignal { signal } => self.stop_signal(signal, now),
             Event::Tick => self.fire_due(now, |_| true),
@@ -311,6 +314,29 @@ impl Fleet {
         }
     }
 
+    /// The main process of a worker has ended, and what it left goes on. What the whole generation does at once isn't tried
+    /// again.
+    fn went_into_background(&mut self, id: WorkerId, pid: i32, instead: &str, now: Instant) {
+        let Some(worker) = self.crew.roster.get_mut(id) else { return };
+        let what = format!("{worker} went into the background; run it in the foreground{instead}");
+        worker.pid = Some(pid);
+        let slot = worker.slot;
+        let Some(worker) = self.crew.roster.get(id) else { return };
+        let is_rolling = self.phase.is_rolling(self.crew.slots());
+        let at_once = worker.ready_at.is_none_or(|since| now - since < policy::AT_ONCE);
+        let is_restarted = self.crew.roster.slots.get(slot.index()).is_none_or(|slot| slot.restarts > 0);
+        if self.is_on_trial(worker) {
+            self.abandon(&what, Some(id), now);
+        } else if is_restarted || !at_once {
+            self.crew.warn(what);
+        } else if is_rolling {
+            self.abandon(&what, Some(id), now);
+        } else {
+            self.give_up(&what, 1, now);
+        }
+        self.stop(&[id], now);
+    }
+
     fn ended(&mut self, id: WorkerId, end: End, now: Instant) {
         let Some(worker) = self.crew.remove(id) else { return };
         let when = match worker.state {
@@ -476,7 +502,7 @@ impl Fleet {
                 self.crew.info(story::not_idle(&name, &self.crew.policy));
                 self.stop(&[id], now);
             }
-            WorkerTimer::ShellGrace => self.crew.actions.push(Action::SignalBehindShells { worker: id }),
+            WorkerTimer::ForwardGrace => self.crew.actions.push(Action::SignalBehind { worker: id }),
             WorkerTimer::StopTimeout => {
                 self.crew.warn(story::not_stopped(&name, &self.crew.policy));
                 self.kill(id, now);

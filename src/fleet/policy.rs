@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+pub use super::slot::PROVEN_AFTER;
 use super::timers::WorkerTimer;
 use super::worker::State;
 use crate::steering::Share;
@@ -11,9 +12,13 @@ pub const MAX_WORKERS: u32 = 65_535;
 /// No duration is longer: far more than anyone waits, and far less than would overflow a clock.
 pub const MAX_DURATION: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
-/// A shell that has passed the stop signal on, as a trap can, has done so by then; a worker that is another shell, or
-/// npm, which runs one, ends only when its child does.
-const SHELL_GRACE: Duration = Duration::from_secs(1);
+/// A main process that passes the stop signal on has done so by then, and a server that has heard of it has closed its
+/// listeners; a shell, npm or runuser(1) ends only when its child does.
+const FORWARD_GRACE: Duration = Duration::from_secs(1);
+/// See [`Policy::proof`].
+pub const PROOF: Duration = Duration::from_millis(100);
+/// A worker that has been ready for less goes into the background at once, as its whole generation does.
+pub const AT_ONCE: Duration = Duration::from_secs(3);
 /// A process that hasn't ended so long after SIGKILL is stuck in the kernel.
 pub const KILL_GRACE: Duration = Duration::from_secs(10);
 
@@ -40,6 +45,9 @@ pub struct Policy {
     pub workers: u32,
     pub readiness: Readiness,
     pub ready_timeout: Duration,
+    /// How long a new generation has to live on after it has begun to listen, before it gets connections: a program that goes
+    /// into the background does so in that time.
+    pub proof: Duration,
     /// How long a retired worker may take to finish its work.
     pub drain: Duration,
     /// How long a worker may take to end after the stop signal.
@@ -73,7 +81,10 @@ impl Policy {
             (State::Ready, _) => Vec::new(),
             (State::Draining, _) => vec![(WorkerTimer::DrainTimeout, self.drain)],
             (State::Stopping, _) => {
-                vec![(WorkerTimer::ShellGrace, SHELL_GRACE), (WorkerTimer::StopTimeout, self.stop_timeout)]
+                vec![
+                    (WorkerTimer::ForwardGrace, FORWARD_GRACE),
+                    (WorkerTimer::StopTimeout, self.stop_timeout),
+                ]
             }
             (State::Killed, _) => vec![(WorkerTimer::KillGrace, KILL_GRACE)],
         }
@@ -146,6 +157,7 @@ pub fn example(readiness: Readiness) -> Policy {
         workers: 3,
         readiness,
         ready_timeout: Duration::from_secs(60),
+        proof: Duration::ZERO,
         drain: Duration::from_secs(10),
         stop_timeout: Duration::from_secs(30),
         stop_within: Duration::from_secs(9),

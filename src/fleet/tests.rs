@@ -109,7 +109,7 @@ impl World {
                     let told = self.alive.insert(worker, Told::Stop);
                     assert_eq!(told, Some(Told::Nothing), "{worker:?} is to be told to stop");
                 }
-                Action::SignalBehindShells { worker } => {
+                Action::SignalBehind { worker } => {
                     assert_eq!(self.alive.get(&worker), Some(&Told::Stop), "{worker:?} is to be nudged");
                 }
                 Action::Kill { worker } => {
@@ -423,6 +423,56 @@ fn a_replacement_that_ends_or_is_late_ends_the_reload_and_the_old_workers_serve_
         world.ready_all();
         assert_eq!(world.steered_to(), [(0, 3), (1, 3), (2, 3)], "the next one may succeed");
     }
+}
+
+fn into_background(worker: WorkerId) -> Event {
+    Event::WentIntoBackground { worker, pid: 99, instead: " (known -f)".to_owned() }
+}
+
+#[test]
+fn a_program_that_goes_into_the_background_fails_the_start_or_the_reload_and_a_restart_is_tried_again() {
+    let said = "went into the background; run it in the foreground (known -f)";
+    let mut world = World::new(policy(Readiness::Notify));
+    world.event(into_background(WorkerId(1)));
+    assert!(world.said(&format!("worker 1 (pid 102, generation 1) {said}; giving up")), "{:?}", world.log);
+    world.obey();
+    assert_eq!(world.exit, Some(1));
+
+    let mut world = serving();
+    world.command(reload());
+    let first = world.ids()[3];
+    world.event(into_background(first));
+    assert!(world.said(&format!("{said}; reload abandoned")), "{:?}", world.log);
+    world.obey();
+    assert_eq!((world.ids().len(), world.steered_to()), (3, vec![(0, 1), (1, 1), (2, 1)]));
+
+    world.end(WorkerId(0), End::Killed(libc::SIGKILL));
+    let restarted = world.ids()[2];
+    world.event(into_background(restarted));
+    world.obey();
+    assert_eq!(world.exit, None);
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.ids().len(), 3, "another one has started");
+    world.ready_all();
+    world.event(into_background(WorkerId(1))); // no reload, no restart: it is the program
+    world.drain_all();
+    world.obey();
+    assert_eq!(world.exit, Some(1));
+}
+
+#[test]
+fn a_replacement_has_to_live_on_for_a_moment_after_it_has_begun_to_listen() {
+    let proof = Duration::from_millis(100);
+    let mut world = World::new(Policy { workers: 1, proof, ..policy(Readiness::Listen) });
+    let listens = |worker| Event::Listens { worker, endpoint: address(1) };
+    world.event(listens(WorkerId(0)));
+    assert_eq!(world.steered_to(), [(0, 1)], "there is nobody to keep it from");
+    world.command(reload());
+    world.event(listens(WorkerId(1)));
+    world.pass(proof / 2);
+    assert_eq!(world.steered_to(), [(0, 1)]);
+    world.pass(proof / 2);
+    assert_eq!(world.steered_to(), [(0, 2)]);
 }
 
 #[test]

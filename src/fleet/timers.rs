@@ -32,8 +32,8 @@ pub enum WorkerTimer {
     Probe,
     ReadyTimeout,
     DrainTimeout,
-    /// Its shell may keep the stop signal from its child.
-    ShellGrace,
+    /// Its main process may keep the stop signal from the server.
+    ForwardGrace,
     StopTimeout,
     /// SIGKILL hasn't ended it.
     KillGrace,
@@ -117,7 +117,7 @@ mod tests {
         let mut timers = Timers::default();
         assert_eq!(timers.next(), None);
         timers.set(worker(1, WorkerTimer::StopTimeout), at(5));
-        timers.set(worker(1, WorkerTimer::ShellGrace), at(5));
+        timers.set(worker(1, WorkerTimer::ForwardGrace), at(5));
         timers.set(worker(2, WorkerTimer::AliveLongEnough), at(1));
         timers.set(worker(2, WorkerTimer::KillGrace), at(1));
         timers.set(slot(0, SlotTimer::Restart), at(4));
@@ -134,7 +134,7 @@ mod tests {
         let expected = [
             Timer::CanaryPeriod,
             slot(0, SlotTimer::Restart),
-            worker(1, WorkerTimer::ShellGrace),
+            worker(1, WorkerTimer::ForwardGrace),
             worker(1, WorkerTimer::StopTimeout),
         ];
         assert_eq!(due, expected);

@@ -145,9 +145,9 @@ fn parse_capabilities(value: &[u8]) -> Option<u64> {
     Some(half(4)? | half(12).unwrap_or(0) << 32)
 }
 
-/// Whether this process ignores a signal.
-pub fn ignores(signal: Signal) -> bool {
-    fs::read_to_string("/proc/self/status").is_ok_and(|text| has_signal(&text, "SigIgn:", signal as u32))
+/// Whether a process ignores a signal.
+pub fn ignores(pid: Pid, signal: Signal) -> bool {
+    fs::read_to_string(path(pid, "status")).is_ok_and(|text| has_signal(&text, "SigIgn:", signal as u32))
 }
 
 /// Whether a line of /proc/PID/status such as "SigIgn:" has a signal.
@@ -305,6 +305,36 @@ fn parent(pid: Pid) -> Option<Pid> {
     stat_field(&stat, PPID).map(|parent| Pid::from_raw(parent as i32)).filter(|parent| parent.as_raw() > 0)
 }
 
+/// When a process was started, in ticks since the boot. A zombie has it still.
+pub fn start_time(pid: Pid) -> Option<u64> {
+    const START_TIME: usize = 22;
+    stat_field(&fs::read_to_string(path(pid, "stat")).ok()?, START_TIME)
+}
+
+/// Behind how many seccomp filters a process is.
+pub fn filters(pid: Pid) -> Option<u32> {
+    field(&fs::read_to_string(path(pid, "status")).ok()?, "Seccomp_filters:")?.parse().ok()
+}
+
+/// Of a process and its descendants those that have such a socket open, without what is below them. One that can't be read
+/// may have one.
+pub fn first_holders(root: Pid, is_wanted: &impl Fn(u64) -> bool) -> Vec<Pid> {
+    const MAX_PROCESSES: usize = 10_000;
+    let (mut searched, mut holders) = (vec![root], Vec::new());
+    let mut next = 0;
+    while let Some(pid) = searched.get(next).copied().filter(|_| next < MAX_PROCESSES) {
+        next += 1;
+        if each_socket(pid).map_or(true, |mut open| open.any(|(_, inode)| is_wanted(inode))) {
+            holders.push(pid);
+        } else {
+            searched.extend(
+                children(pid).into_iter().filter(|child| !searched.contains(child)).collect::<Vec<_>>(),
+            );
+        }
+    }
+    holders
+}
+
 /// The children of each shell among a process and its descendants. A shell that gets SIGINT doesn't pass it
 /// on, and acts on it only when its child has ended.
 pub fn children_of_shells(root: Pid) -> Vec<Pid> {
@@ -314,7 +344,7 @@ pub fn children_of_shells(root: Pid) -> Vec<Pid> {
 }
 
 /// The children of all threads of a process, adopted ones included.
-fn children(pid: Pid) -> Vec<Pid> {
+pub fn children(pid: Pid) -> Vec<Pid> {
     let of_thread = |tid: Pid| fs::read_to_string(path(pid, &format!("task/{tid}/children")));
     let texts = threads(pid).into_iter().flat_map(of_thread);
     texts.flat_map(|text| parse_children(&text)).collect()
@@ -383,18 +413,20 @@ pub fn socket_inodes(pid: Pid) -> io::Result<Vec<u64>> {
 /// # Errors
 /// As for [`socket_inodes`].
 pub fn sockets(pid: Pid) -> io::Result<Vec<(u32, u64)>> {
+    Ok(each_socket(pid)?.collect())
+}
+
+fn each_socket(pid: Pid) -> io::Result<impl Iterator<Item = (u32, u64)>> {
     let fds = match fs::read_dir(path(pid, "fd")) {
-        Ok(fds) => fds,
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {
-            return Ok(Vec::new());
-        }
+        Ok(fds) => Some(fds),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => None,
         Err(error) => return Err(error),
     };
     let socket = |fd: fs::DirEntry| {
         let inode = parse_socket_link(fs::read_link(fd.path()).ok()?.as_os_str())?;
         Some((fd.file_name().to_str()?.parse().ok()?, inode))
     };
-    Ok(fds.flatten().filter_map(socket).collect())
+    Ok(fds.into_iter().flatten().flatten().filter_map(socket))
 }
 
 /// All processes except this one.

@@ -188,6 +188,21 @@ impl SockDiag {
         Ok(inodes)
     }
 
+    /// Whether somebody on this machine had a connection to this port of the machine, closed it first, and that a minute ago at
+    /// the most.
+    pub fn was_reached_from_here(&mut self, port: u16) -> io::Result<bool> {
+        let mut was = false;
+        self.dump_both(
+            StateFlags::TIME_WAIT | StateFlags::FIN_WAIT1 | StateFlags::FIN_WAIT2,
+            |id| id.destination_port = port,
+            |response| {
+                let SocketId { source_address, destination_address, .. } = response.header.socket_id;
+                was |= source_address == destination_address;
+            },
+        )?;
+        Ok(was)
+    }
+
     /// All sockets that listen on `port`, or on any port if it is 0, of both families.
     pub fn listeners(&mut self, port: u16) -> io::Result<Vec<Listener>> {
         let mut listeners = Vec::new();

@@ -76,7 +76,8 @@ impl Signals {
         // The parent process may have blocked some.
         SigSet::empty().thread_set_mask()?;
         let (read, write) = UnixStream::pair()?;
-        let wanted = |signal: &Signal| *signal != Signal::SIGHUP || !procfs::ignores(Signal::SIGHUP);
+        let wanted =
+            |signal: &Signal| *signal != Signal::SIGHUP || !procfs::ignores(Pid::this(), Signal::SIGHUP);
         let signals = MEANINGS.iter().map(|(signal, _)| *signal).filter(wanted).map(|signal| signal as c_int);
         let signals = signals.chain(forwarded());
         let delivery = SignalDelivery::with_pipe(read, write, WithRawSiginfo, signals)?;

@@ -198,6 +198,12 @@ impl Pool {
         self.members.id(inode).is_some_and(|id| self.members[id].lends == 1)
     }
 
+    /// Whether the socket with this inode number is lent to `worker` because that has bound its address.
+    pub fn is_bound_by(&self, worker: WorkerId, inode: u64) -> bool {
+        let member = self.members.id(inode).and_then(|id| self.members.get(id));
+        member.is_some_and(|member| member.is_lent_to(worker) && !member.given)
+    }
+
     /// Closes a socket that can't be lent any more, although another process may have it open.
     fn shut_down(&mut self, id: MemberId) {
         let Some(member) = self.members.get_mut(id) else { return };

@@ -4,10 +4,11 @@ use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 
 use log::Level;
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::{Process, Supervisor};
-use crate::address::Address;
+use crate::address::{Address, Endpoint};
 use crate::fleet::{End, Readiness};
 use crate::ids::WorkerId;
 use crate::kernel::procfs;
@@ -33,7 +34,8 @@ impl Supervisor {
         }
         let Some(program) = self.environments.program(*generation) else { return };
         let addresses = self.fleet.crew().addresses(worker);
-        if let Some(hint) = of_delay(program, self.fleet.policy().readiness, *pid, &addresses) {
+        let hint = of_delay(program, self.fleet.policy().readiness, *pid, &addresses).map(str::to_owned);
+        if let Some(hint) = hint.or_else(|| self.connects_first(worker)) {
             self.say(Level::Info, &format!("worker (pid {pid}): {hint}"));
         }
     }
@@ -49,9 +51,52 @@ impl Supervisor {
             return self.say(Level::Info, &hint);
         }
         let Some(environment) = self.environments.known(*generation) else { return };
-        if let Some(hint) = of_early_end(environment, self.fleet.policy().readiness) {
+        let hint = of_early_end(environment, self.fleet.policy().readiness).map(str::to_owned);
+        if let Some(hint) = hint.or_else(|| self.connects_first(worker)) {
             self.say(Level::Info, &format!("worker (pid {pid}): {hint}"));
         }
+    }
+
+    /// What a worker may do that doesn't listen where others serve: connect there, and take the port for another program's. A
+    /// connection that was closed on this side leaves a trace for a minute.
+    fn connects_first(&self, worker: WorkerId) -> Option<String> {
+        let own = self.fleet.crew().addresses(worker);
+        let others = self.fleet.crew().endpoints().into_iter().filter_map(|endpoint| match endpoint {
+            Endpoint::Tcp(address) => Some(*address),
+            Endpoint::Unix(_) => None,
+        });
+        let mut missing = others.filter(|address| !own.contains(address));
+        let mut diag = SockDiag::new().ok()?;
+        let found =
+            missing.find(|address| diag.was_reached_from_here(address.socket.port()).unwrap_or(false))?;
+        Some(format!(
+            "if it connects to {found} first, to see whether the port is free, the workers there answer: use -l, or its own \
+             option (see docs/limits.md)"
+        ))
+    }
+
+    /// A worker has to be killed.
+    pub(super) fn explain_kill(&mut self, worker: WorkerId) {
+        let Some(main) = self.pid(worker) else { return };
+        let mut server = [main].into_iter().chain(self.behind(worker));
+        if let Some(pid) = server.find(|pid| procfs::ignores(*pid, self.stop_signal)) {
+            let (signal, other) =
+                (self.stop_signal, if self.stop_signal == Signal::SIGTERM { "INT" } else { "TERM" });
+            self.say(
+                Level::Info,
+                &format!(
+                    "worker (pid {pid}): it ignores {signal}: use another --stop-signal, such as {other}"
+                ),
+            );
+        }
+    }
+
+    /// How to run a worker that went into the background in the foreground, with a blank before it, if that is known.
+    pub(super) fn how_in_foreground(&self, worker: WorkerId) -> String {
+        let Some(Process { pid, generation, .. }) = self.processes.get(&worker) else { return String::new() };
+        let words = self.environments.program(*generation).map(Program::words).unwrap_or_default();
+        let how = in_foreground(&words).or_else(|| in_foreground(&[procfs::name(*pid)?]));
+        how.map_or(String::new(), |how| format!(" ({how})"))
     }
 
     /// Where a worker listens that has a filter, and by a call that this doesn't see.
@@ -77,6 +122,42 @@ const HAS_NO_CHANNEL: &str = "npm, yarn and pnpm keep Node's IPC channel and REA
                               say that it is ready: run node itself, or use --ready listen";
 const WANTS_A_FILE: &str = "NODE_CONFIG_STRICT_MODE is set, and node-config then wants a file for each NODE_APP_INSTANCE: \
                             a line NODE_APP_INSTANCE= in an --env-file leaves that empty";
+
+/// How servers that go into the background by themselves are run in the foreground.
+const IN_FOREGROUND: [(&str, &str); 21] = [
+    ("nginx", "nginx -g 'daemon off;'"),
+    ("openresty", "openresty -g 'daemon off;'"),
+    ("httpd", "httpd -DFOREGROUND"),
+    ("apache2", "apache2ctl -DFOREGROUND"),
+    ("apache2ctl", "apache2ctl -DFOREGROUND"),
+    ("apachectl", "apachectl -DFOREGROUND"),
+    ("haproxy", "haproxy -db, without -D"),
+    ("redis-server", "redis-server --daemonize no"),
+    ("valkey-server", "valkey-server --daemonize no"),
+    ("memcached", "memcached without -d"),
+    ("lighttpd", "lighttpd -D"),
+    ("sshd", "sshd -D"),
+    ("dnsmasq", "dnsmasq --keep-in-foreground"),
+    ("gunicorn", "gunicorn without --daemon"),
+    ("php-fpm", "php-fpm -F"),
+    ("squid", "squid -N"),
+    ("varnishd", "varnishd -F"),
+    ("named", "named -f"),
+    ("unbound", "unbound -d"),
+    ("postfix", "postfix start-fg"),
+    ("uwsgi", "uwsgi without --daemonize"),
+];
+
+/// What the table has for a program that is named in some words. A version may follow the name, as in "php-fpm8.2".
+fn in_foreground(words: &[String]) -> Option<&'static str> {
+    let mut words = words.iter().flat_map(|word| word.split_whitespace());
+    words.find_map(|word| {
+        let name = Path::new(word).file_name()?.to_str()?;
+        let name = name.trim_end_matches(|character: char| character.is_ascii_digit() || character == '.');
+        let of = |name: &str| IN_FOREGROUND.iter().find(|(known, _)| *known == name).map(|(_, how)| *how);
+        of(name).or_else(|| of(Path::new(word).file_name()?.to_str()?))
+    })
+}
 
 /// What can be seen of a program before so many workers run it.
 fn of_program(program: &Program, workers: usize) -> Option<&'static str> {
@@ -170,6 +251,20 @@ mod tests {
             assert_eq!(hint(line, Readiness::Listen), None, "{line}");
         }
         assert_eq!(hint("node|app.js", Readiness::Notify), None);
+    }
+
+    #[test]
+    fn servers_that_go_into_the_background_are_known_by_their_names() {
+        let of = |line: &str| in_foreground(&program(line).words());
+        for (line, how) in [
+            ("/usr/sbin/nginx|-c|x.conf", "nginx -g 'daemon off;'"),
+            ("sh|-c|exec php-fpm8.2", "php-fpm -F"),
+            ("apache2", "apache2ctl -DFOREGROUND"),
+            ("runuser|-u|nobody|--|redis-server", "redis-server --daemonize no"),
+        ] {
+            assert_eq!(of(line), Some(how), "{line}");
+        }
+        assert_eq!(of("node|nginx.js"), None);
     }
 
     #[test]

@@ -44,6 +44,7 @@ use crate::worker::environment::Environments;
 use crate::worker::ready::{NodeChannel, NotifySocket, ReadyPipe};
 use crate::worker::{self, Change, Starter, Tether};
 
+mod behind;
 mod calls;
 mod commands;
 mod draining;
@@ -63,6 +64,10 @@ struct Process {
     _tether: Option<Tether>,
     /// Its last STATUS= message.
     status: Option<String>,
+    /// If it is what a main process left, which went into the background: when that one was started.
+    main_started: Option<u64>,
+    /// Whether it had a listener when it was sent the stop signal.
+    is_server: bool,
 }
 
 /// How it becomes known where workers listen.
@@ -100,6 +105,8 @@ pub struct Supervisor {
     udp_binds: UdpBinds,
     reader: Reader,
     pids: HashMap<Pid, WorkerId>,
+    /// Of which generations a worker has gone into the background.
+    background: BTreeSet<u32>,
     epoll: Epoll,
     actions: VecDeque<Action>,
     /// Set at the end: what to exit with.
@@ -179,13 +186,9 @@ impl Supervisor {
         let control = control();
         control.as_ref().map_or(Ok(()), |control| watch(&epoll, control, Source::Control))?;
         labels.iter().try_for_each(|labels| watch(&epoll, labels, Source::Labels))?;
-        let shared = match listener_watch {
-            ListenerWatch::Interception(_) => {
-                inherited.iter().map(|(_, endpoint)| endpoint.clone()).collect()
-            }
-            ListenerWatch::Scan(_) => BTreeSet::new(), // a scan can't tell them from a worker's own
-        };
-        let endpoints = Endpoints::new(listen.iter().copied().collect(), shared);
+        // A scan can't tell them from a worker's own.
+        let shared = inherited.iter().filter(|_| settings.intercept).map(|(_, endpoint)| endpoint.clone());
+        let endpoints = Endpoints::new(listen.iter().copied().collect(), shared.collect());
         let (fleet, actions) = Fleet::new(policy, endpoints, Instant::now());
         Ok(Self {
             fleet,
@@ -212,6 +215,7 @@ impl Supervisor {
             reader,
             udp_binds: UdpBinds::default(),
             pids: HashMap::new(),
+            background: BTreeSet::new(),
             epoll,
             actions: actions.into(),
             exit: None,
@@ -389,12 +393,14 @@ impl Supervisor {
                 Action::Signal { worker } => {
                     self.probes.forget(worker, &mut self.pool);
                     self.drain.forget(worker);
+                    self.note_server(worker);
                     self.send_stop_signal(self.pid(worker));
                 }
-                Action::SignalBehindShells { worker } => {
-                    self.send_stop_signal(self.pid(worker).into_iter().flat_map(procfs::children_of_shells));
+                Action::SignalBehind { worker } => self.send_stop_signal(self.behind(worker)),
+                Action::Kill { worker } => {
+                    self.explain_kill(worker);
+                    self.pid(worker).into_iter().for_each(worker::kill_tree);
                 }
-                Action::Kill { worker } => self.pid(worker).into_iter().for_each(worker::kill_tree),
                 Action::Release { worker, successor } => self.pool.release(worker, successor),
                 Action::ResetQueue { slot, generation } => self.pool.reset_reserved(slot, generation),
                 Action::Explain { worker } => self.explain_delay(worker),
@@ -478,17 +484,26 @@ impl Supervisor {
         loop {
             let interceptions = self.interceptions.values_mut();
             let errands: usize = interceptions.map(|it| it.run_errands(&mut self.pool)).sum();
-            let reaped = match worker::reap(|pid| self.pids.contains_key(&pid) || self.starts.has(pid)) {
+            let mut heir = None;
+            let reaped = match worker::reap(|ended| {
+                let leads_group = self.pids.contains_key(&ended.pid) || self.starts.has(ended.pid);
+                self.starts.worker(ended.pid).into_iter().for_each(|worker| self.advance_start(worker));
+                heir = self.heir(ended);
+                leads_group && !heir.is_some_and(|heir| heir.is_in_group_of(ended.pid))
+            }) {
                 Some(Change::Ended(reaped)) => reaped,
                 Some(Change::Stopped) if errands > 0 => continue,
                 Some(Change::Stopped) | None => return,
             };
-            self.starts.worker(reaped.pid).into_iter().for_each(|worker| self.advance_start(worker));
             let Some(worker) = self.pids.remove(&reaped.pid) else {
                 debug!("reaped {}, which is no worker", reaped.pid);
                 helper::reaped(reaped.pid);
                 continue;
             };
+            if let Some(heir) = heir {
+                self.goes_on_as(worker, heir);
+                continue;
+            }
             self.labels.iter_mut().for_each(|labels| labels.worker_ended(worker));
             self.explain_end(worker, reaped.end);
             self.end_watch.iter_mut().for_each(|watch| watch.reaped(reaped.pid, reaped.end));

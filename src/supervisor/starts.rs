@@ -230,10 +230,18 @@ impl Supervisor {
         if let (Some(labels), Some(output)) = (&mut self.labels, output) {
             labels.add(worker, slot, pid, output);
         }
-        self.processes.insert(
-            worker,
-            Process { pid, generation, pipe: Some(ready), node, notify, _tether, status: None },
-        );
+        let process = Process {
+            pid,
+            generation,
+            pipe: Some(ready),
+            node,
+            notify,
+            _tether,
+            status: None,
+            main_started: None,
+            is_server: false,
+        };
+        self.processes.insert(worker, process);
         self.pids.insert(pid, worker);
         self.handle(Event::Started { worker, pid: pid.as_raw() });
         Ok(())

@@ -253,23 +253,24 @@ pub enum Change {
 }
 
 /// Reaps one process that has ended: a worker, or an orphan whose new parent is this process. `None` if there
-/// is none. Kills the rest of its process group if `leads_group` says that it leads one.
-pub fn reap(leads_group: impl Fn(Pid) -> bool) -> Option<Change> {
+/// is none. Kills the rest of its process group if `kills_group` says so.
+pub fn reap(kills_group: impl FnOnce(Reaped) -> bool) -> Option<Change> {
     let ended = sys::waitid_ended(None, libc::WNOWAIT).ok()??;
     if ![libc::CLD_EXITED, libc::CLD_KILLED, libc::CLD_DUMPED].contains(&ended.code) {
         return Some(Change::Stopped);
     }
     let pid = Pid::from_raw(ended.pid);
-    // As long as the dead leader isn't reaped, its pid can't become another group's.
-    if leads_group(pid) {
-        kill_group(pid);
-    }
-    sys::waitid_ended(Some(ended.pid), 0).ok()??;
     let end = match ended.code {
         libc::CLD_EXITED => End::Exited(ended.status),
         _ => End::Killed(ended.status), // CLD_KILLED or CLD_DUMPED
     };
-    Some(Change::Ended(Reaped { pid, end }))
+    let reaped = Reaped { pid, end };
+    // As long as the dead leader isn't reaped, its pid can't become another group's.
+    if kills_group(reaped) {
+        kill_group(pid);
+    }
+    sys::waitid_ended(Some(ended.pid), 0).ok()??;
+    Some(Change::Ended(reaped))
 }
 
 /// Sends a signal to the worker's process alone: npm and shells forward it, and many programs quit at once

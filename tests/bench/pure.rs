@@ -125,6 +125,7 @@ impl World {
             workers,
             readiness: Readiness::Listen,
             ready_timeout: Duration::from_secs(60),
+            proof: Duration::ZERO,
             drain: Duration::from_secs(10),
             stop_timeout: Duration::from_secs(30),
             stop_within: Duration::from_secs(9),
