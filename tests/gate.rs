@@ -28,7 +28,9 @@ impl Deployed {
         let folder = Folder::new();
         folder.write("version.node", &filled(version, addr));
         let command = ["sh".to_owned(), folder.path("version.node")];
-        Deployed { service: Service::run_ready(options, &command), folder, addr }
+        let service = Service::run_ready(options, &command);
+        wait_until("the first generation listens", DEADLINE, || TcpStream::connect(addr).is_ok());
+        Deployed { service, folder, addr }
     }
 
     fn deploy(&self, version: &str) {
@@ -104,7 +106,6 @@ fn a_replacement_that_listens_later_than_it_is_ready_is_waited_for() {
     ] {
         let addr = free_address();
         let mut deployed = Deployed::run(options, addr, version);
-        wait_until("the first generation listens", DEADLINE, || TcpStream::connect(addr).is_ok());
         for _ in 0..3 {
             deployed.reload("").assert_done("2 workers of generation");
         }
