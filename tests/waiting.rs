@@ -15,7 +15,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::{
-    DEADLINE, Folder, Service, app, behind, children, control_name, free_address, inline, kernel, naive,
+    DEADLINE, Folder, Service, all_children, app, behind, control_name, free_address, inline, kernel, naive,
     own_network, python, reuse_run_with, run, status, wait_until,
 };
 use nix::sys::signal::Signal;
@@ -92,7 +92,7 @@ fn stop(mut service: Service) {
 /// The processes that close for a reuse-run.
 fn closers(service: &Service) -> usize {
     let name = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    children(service.pid()).iter().filter(|pid| name(pid) == "reuse-run-close\n").count()
+    all_children(service.pid()).iter().filter(|pid| name(pid) == "reuse-run-close\n").count()
 }
 
 #[test]

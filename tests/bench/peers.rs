@@ -222,8 +222,10 @@ impl Server<'_> {
                 let mut pids = self.pids();
                 pids.retain(|pid| {
                     let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                    // A helper of Python's multiprocessing lives as long as its parent.
-                    !self.main.contains(pid) && !String::from_utf8_lossy(&line).contains("resource_tracker")
+                    // A helper of Python's multiprocessing lives as long as its parent, and so do those of reuse-run.
+                    let is_helper = String::from_utf8_lossy(&line).contains("resource_tracker")
+                        || process::name(*pid).starts_with("reuse-run-");
+                    !self.main.contains(pid) && !is_helper
                 });
                 pids
             }

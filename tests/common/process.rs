@@ -9,8 +9,12 @@ use nix::unistd::Pid;
 
 /// The children of a process, zombies included, without the processes in which reuse-run does what may wait.
 pub fn children(pid: u32) -> Vec<u32> {
+    all_children(pid).into_iter().filter(|pid| !is_helper(*pid)).collect()
+}
+
+pub fn all_children(pid: u32) -> Vec<u32> {
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    children.split_whitespace().filter_map(|pid| pid.parse().ok()).filter(|pid| !is_helper(*pid)).collect()
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
 }
 
 /// Whether a process is one in which a running reuse-run does what may wait.

@@ -207,8 +207,7 @@ impl Service {
 
     /// The children of reuse-run, zombies included, without the processes that help it.
     pub fn workers(&self) -> Vec<u32> {
-        let name = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        children(self.pid()).into_iter().filter(|pid| !name(pid).starts_with("reuse-run-")).collect()
+        children(self.pid())
     }
 
     /// The children of reuse-run that are dead and not reaped yet.
