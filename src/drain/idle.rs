@@ -18,7 +18,7 @@ use crate::kernel::sys;
 
 /// A worker that is still alive so long after the stop signal is assumed to handle it.
 const WATCH_TIMEOUT: Duration = Duration::from_millis(400);
-/// So many connections of a process are held at most: each takes a descriptor.
+/// So many connections are held at most: each takes a descriptor.
 const MAX_HELD: usize = 64;
 /// The time of the first look, and between two later ones.
 const FIRST_LOOK: Duration = Duration::from_millis(3);
@@ -106,13 +106,16 @@ struct Held {
 impl EndWatch {
     /// Holds connections of processes of a worker of this generation, which are about to be sent the signal.
     pub fn hold(generation: u32, idle: &[Idle], stop_signal: Signal) -> Self {
+        let mut room = MAX_HELD;
         let hold = |(pid, connections): &Idle| {
             let pidfd = sys::pidfd_open(pid.as_raw()).ok();
             let held = |open: &OpenConnection| {
                 let duplicate = open.duplicate(pidfd.as_ref()?, *pid)?;
                 Some(Held { open: open.clone(), duplicate })
             };
-            (*pid, connections.iter().take(MAX_HELD).filter_map(held).collect())
+            let held: Vec<Held> = connections.iter().take(room).filter_map(held).collect();
+            room -= held.len();
+            (*pid, held)
         };
         let alive = idle.iter().map(hold).collect();
         let now = Instant::now();

@@ -18,18 +18,27 @@ pub enum UdpChange {
     Closed,
 }
 
-/// The UDP ports that each worker asked for: whether it holds it, and when it asked.
+/// The UDP ports that each worker has asked for.
 #[derive(Debug, Default)]
-pub struct UdpPorts(BTreeMap<WorkerId, BTreeMap<Address, (bool, Instant)>>);
+pub struct UdpPorts(BTreeMap<WorkerId, BTreeMap<Address, Port>>);
+
+#[derive(Debug)]
+struct Port {
+    asked_at: Instant,
+    is_held: bool,
+}
 
 impl UdpPorts {
     pub fn change(&mut self, id: WorkerId, address: Address, change: UdpChange, now: Instant) {
-        let ports = self.0.entry(id).or_default();
-        match change {
-            UdpChange::Binds => drop(ports.entry(address).or_insert((false, now))),
-            UdpChange::Holds => ports.entry(address).or_insert((true, now)).0 = true,
-            UdpChange::Closed => drop(ports.remove(&address)),
+        if change == UdpChange::Closed {
+            if let Some(ports) = self.0.get_mut(&id) {
+                ports.remove(&address);
+            }
+            return;
         }
+        let ports = self.0.entry(id).or_default();
+        let port = ports.entry(address).or_insert(Port { asked_at: now, is_held: false });
+        port.is_held |= change == UdpChange::Holds;
     }
 
     pub fn is_empty(&self) -> bool {
@@ -51,10 +60,12 @@ impl UdpPorts {
     }
 
     fn lacking(&self, new: WorkerId, old: WorkerId) -> impl Iterator<Item = (Address, Instant)> {
-        let holds =
-            |id, address| self.0.get(&id).and_then(|its| its.get(address)).is_some_and(|(held, _)| *held);
-        let its = self.0.get(&old).into_iter().flatten();
-        its.filter(move |(address, (held, _))| *held && !holds(new, address)).map(|(it, (_, at))| (*it, *at))
+        let holds = |id, address| {
+            self.0.get(&id).and_then(|ports| ports.get(address)).is_some_and(|port| port.is_held)
+        };
+        let ports = self.0.get(&old).into_iter().flatten();
+        let lacking = ports.filter(move |(address, port)| port.is_held && !holds(new, address));
+        lacking.map(|(address, port)| (*address, port.asked_at))
     }
 
     fn has_asked(&self, id: WorkerId, address: &Address) -> bool {

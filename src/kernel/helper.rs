@@ -42,6 +42,7 @@ pub fn fork(name: &CStr) -> io::Result<Option<Pid>> {
     prctl::set_name(name)?; // before: it may be killed before it has done anything
     let forked = sys::fork();
     if matches!(forked, Ok(None)) {
+        let _ = SigSet::all().thread_set_mask(); // the handlers' pipe may be another file by its number here
         if prctl::set_pdeathsig(Signal::SIGKILL).is_err() || getppid() != wrapper {
             sys::exit_now();
         }
@@ -65,7 +66,6 @@ impl Helper {
     /// Those of fork(2).
     pub fn start(name: &CStr, fds: Vec<OwnedFd>, life: impl FnOnce(&[OwnedFd])) -> io::Result<Self> {
         let Some(pid) = fork(name)? else {
-            let _ = SigSet::all().thread_set_mask();
             sys::close_all_but(&fds);
             life(&fds);
             sys::exit_now();

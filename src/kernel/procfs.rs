@@ -374,7 +374,11 @@ pub enum Life {
 
 /// Whether a process lives (proc_pid_stat(5)).
 pub fn life(pid: Pid) -> Life {
-    fs::read_to_string(path(pid, "stat")).ok().and_then(|stat| parse_life(&stat)).unwrap_or(Life::Ended)
+    match fs::read_to_string(path(pid, "stat")) {
+        Ok(stat) => parse_life(&stat).unwrap_or(Life::Ended),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Life::Ended,
+        Err(_) => Life::Lives, // nothing shows it
+    }
 }
 
 fn parse_life(stat: &str) -> Option<Life> {

@@ -64,7 +64,11 @@ impl Supervisor {
         let Some(process) = self.processes.get_mut(&id) else { return };
         match source {
             Source::Pipe(_) => process.pipe = None,
-            _ => process.node = None,
+            _ => {
+                if let Some(node) = process.node.take() {
+                    let _ = self.epoll.delete(node.as_ref()); // a child may have it open still
+                }
+            }
         }
     }
 

@@ -495,6 +495,7 @@ impl Supervisor {
                 Some(Change::Stopped) if errands > 0 => continue,
                 Some(Change::Stopped) | None => return,
             };
+            self.end_watch.iter_mut().for_each(|watch| watch.reaped(reaped.pid, reaped.end));
             let Some(worker) = self.pids.remove(&reaped.pid) else {
                 debug!("reaped {}, which is no worker", reaped.pid);
                 helper::reaped(reaped.pid);
@@ -506,7 +507,6 @@ impl Supervisor {
             }
             self.labels.iter_mut().for_each(|labels| labels.worker_ended(worker));
             self.explain_end(worker, reaped.end);
-            self.end_watch.iter_mut().for_each(|watch| watch.reaped(reaped.pid, reaped.end));
             if let Some(process) = self.processes.remove(&worker) {
                 self.forget_messages(&process);
             }

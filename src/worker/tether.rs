@@ -20,7 +20,7 @@ pub struct Tethers(OwnedFd);
 #[derive(Debug)]
 pub struct Tether {
     /// The socket in whose queue the other end of the pipe is. What is in a queue is closed after everything that this
-    /// process has open, when it dies: so the kernel finds that end when it looks for whom to tell of the death.
+    /// process has open, when it dies: so the kernel finds that end when it looks for those to tell of the death.
     _socket: OwnedFd,
 }
 

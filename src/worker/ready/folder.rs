@@ -1,5 +1,5 @@
 //! The folder of the NOTIFY_SOCKETs, in the folder for temporary files. Nobody can list it, and the names in it can't be
-//! guessed: so only those can send whom a worker tells, whatever user it has become.
+//! guessed. So only those can send that a worker tells of it, whatever user it has become.
 
 use std::env;
 use std::fs::{self, DirEntry, File, OpenOptions};
