@@ -294,6 +294,7 @@ fn after_200_reloads_there_are_no_more_fds_processes_or_memory() {
         }
     }
     assert_eq!(get(addr).generation, Some(201));
+    assert_eq!(service.log.count_of("left behind"), 0, "a worker that starts is taken for somebody else");
     assert!(fds_after_2 > 0);
     // The fds of an old worker may be closed a moment after its end is logged.
     wait_until("no more file descriptors after 200 reloads than after 2", DEADLINE, || {

@@ -28,8 +28,13 @@ pub fn is_helper(pid: Pid) -> bool {
     pids().contains(&pid)
 }
 
-/// A child was reaped, so its number may soon be another process's.
-pub fn reaped(pid: Pid) {
+/// A child is one of reuse-run's own until [`forget`]: it still has everything open that reuse-run has.
+pub fn add(pid: Pid) {
+    pids().insert(pid);
+}
+
+/// A child was reaped, so its number may soon be another process's. Or it is another program now.
+pub fn forget(pid: Pid) {
     pids().remove(&pid);
 }
 
@@ -127,7 +132,7 @@ mod tests {
         assert_eq!(File::from(silent).read(&mut [0]).unwrap(), 0, "it has not kept the other pipe open");
         drop(helper);
         assert_eq!(reader.read(&mut [0]).unwrap(), 0, "it has ended");
-        reaped(pid);
+        forget(pid);
         assert!(!is_helper(pid));
     }
 }

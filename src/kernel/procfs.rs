@@ -17,7 +17,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
-use crate::kernel::sys;
+use crate::kernel::{helper, sys};
 use crate::words::printable;
 
 fn path(pid: Pid, rest: &str) -> PathBuf {
@@ -433,11 +433,11 @@ fn each_socket(pid: Pid) -> io::Result<impl Iterator<Item = (u32, u64)>> {
     Ok(fds.into_iter().flatten().flatten().filter_map(socket))
 }
 
-/// All processes except this one.
+/// All processes except this one and its own.
 fn others() -> impl Iterator<Item = Pid> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw);
-    pids.filter(|pid| *pid != Pid::this())
+    pids.filter(|pid| *pid != Pid::this() && !helper::is_helper(*pid))
 }
 
 /// Which of these sockets, given by inode number, other processes may have open. These are all of them if

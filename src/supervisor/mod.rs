@@ -498,7 +498,7 @@ impl Supervisor {
             self.end_watch.iter_mut().for_each(|watch| watch.reaped(reaped.pid, reaped.end));
             let Some(worker) = self.pids.remove(&reaped.pid) else {
                 debug!("reaped {}, which is no worker", reaped.pid);
-                helper::reaped(reaped.pid);
+                helper::forget(reaped.pid);
                 continue;
             };
             if let Some(heir) = heir {

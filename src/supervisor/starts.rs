@@ -15,6 +15,7 @@ use crate::address::Address;
 use crate::fleet::Event;
 use crate::ids::{Borrower, SlotId, WorkerId};
 use crate::intercept::Interception;
+use crate::kernel::helper;
 use crate::output::labels;
 use crate::worker::environment::Environment;
 use crate::worker::{self, Listener, Progress, Reading, START_TIMEOUT, StartError, Starting};
@@ -215,6 +216,7 @@ impl Supervisor {
             return Ok(());
         };
         let Starting { pid, ready, node, notify, tether: _tether, .. } = starting;
+        helper::forget(pid);
         self.pool.has_started(worker, pid);
         let watched = watch(&self.epoll, &ready, Source::Pipe(worker))
             .and_then(|()| watch(&self.epoll, notify.as_ref(), Source::Notify(worker)))

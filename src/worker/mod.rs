@@ -25,7 +25,7 @@ use nix::unistd::{Pid, setpgid};
 use crate::address::Endpoint;
 use crate::fleet::End;
 use crate::ids::SlotId;
-use crate::kernel::{procfs, sys};
+use crate::kernel::{helper, procfs, sys};
 use crate::worker::child::{Preparation, Report, ReportSocket, Step};
 use crate::worker::environment::{Environment, Given};
 use crate::worker::ready::{Folder, NodeChannel, NotifySocket, ReadyPipe};
@@ -214,6 +214,7 @@ impl Starter {
         };
         sys::has_fds_in_reserve().map_err(failed("can't start a process"))?;
         let Some(pid) = sys::fork().map_err(failed("can't start a process"))? else { preparation.run() };
+        helper::add(pid); // until it has become the program
         let _ = setpgid(pid, pid); // it does that too: whoever is first
         let tether = self
             .tethers
