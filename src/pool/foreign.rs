@@ -4,7 +4,7 @@
 //! group's array, so [`ForeignMembers`] keeps track of it.
 
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -25,6 +25,12 @@ pub fn find(address: Address, ours: impl Fn(u64) -> bool) -> io::Result<Vec<List
     let mut listeners = SockDiag::new()?.listeners(address.socket.port())?;
     listeners.retain(|listener| listener.address.overlaps(&address) && !ours(listener.inode.into()));
     Ok(listeners)
+}
+
+/// Whether only processes that are about to end have it, such as the workers of a reuse-run that was killed a moment ago.
+pub fn is_dying(listener: &Listener) -> bool {
+    let inode = listener.inode.into();
+    procfs::socket_owner(inode).is_some() && procfs::holders(&HashSet::from([inode])).is_empty()
 }
 
 /// Who listens where, for the log.

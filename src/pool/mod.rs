@@ -143,7 +143,7 @@ impl Pool {
         let found = foreign::find(address, |inode| self.members.id(inode).is_some());
         let found =
             found.inspect_err(|error| debug!("can't find out who else listens on {address}: {error}"));
-        found.ok()?.into_iter().next()
+        found.ok()?.into_iter().find(|listener| !foreign::is_dying(listener))
     }
 
     /// Finds programs that share an address since it was first bound.
