@@ -175,7 +175,7 @@ impl Interception {
             );
             complaints.make(self.borrower.slot, Complaint::Unwatched);
             bound.remove(inode);
-            pool.take_back(inode);
+            pool.take_back_open(self.borrower.worker, inode);
         }
         errands.count()
     }

@@ -84,7 +84,7 @@ pub fn bind(
             NotifResponse::Success
         }
         Err(error) => {
-            pool.take_back(inode);
+            pool.take_back_open(borrower.worker, inode); // it may have it under some numbers
             complaints.answer_not_replaced(caller, error)
         }
     }

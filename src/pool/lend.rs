@@ -154,8 +154,8 @@ impl Pool {
         self.add(address, owner)
     }
 
-    /// Whether a process that an ended worker left behind has the socket open, and may accept connections from it. Such a
-    /// socket is lent to nobody, so it gets none.
+    /// Whether a process that an ended worker left behind has the socket open, or a worker whose bind has failed since. It
+    /// may accept connections from it. Such a socket is lent to nobody, so it gets none.
     fn is_left_open(&mut self, id: MemberId) -> bool {
         if self.members.get(id).is_none_or(|member| member.left_by.is_none()) {
             return false;
@@ -242,6 +242,16 @@ impl Pool {
             self.note_stopped(id);
         }
         self.vacate(id, None);
+    }
+
+    /// Takes back a socket that its borrower has open, although it was not to get it. As long as it has, nobody else gets
+    /// the socket.
+    pub fn take_back_open(&mut self, worker: WorkerId, inode: u64) {
+        self.left_open = None;
+        if let Some(member) = self.members.id(inode).and_then(|id| self.members.get_mut(id)) {
+            member.left_by = Some(worker);
+        }
+        self.take_back(inode);
     }
 
     /// A worker has died. If it will have a `successor`, the next worker of its slot and generation, its sockets are

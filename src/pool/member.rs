@@ -93,7 +93,7 @@ pub struct Member {
     is_limited: bool,
     /// Whether the borrower asked for SO_REUSEPORT itself.
     pub shares: bool,
-    /// The last borrower, if that has ended and may have left processes behind that have the socket open.
+    /// The last borrower, if that or processes that it left behind may have the socket open.
     pub left_by: Option<WorkerId>,
     /// Whether it was logged that somebody has it open.
     pub is_aside: bool,
