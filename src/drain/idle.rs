@@ -39,7 +39,7 @@ pub type Idle = (Pid, Vec<OpenConnection>);
 impl OpenConnection {
     /// A duplicate, if this process may have it and the connection is open still.
     fn duplicate(&self, pidfd: &OwnedFd, tid: Pid) -> Option<Duplicate> {
-        Duplicate::of(pidfd.as_fd(), tid, self.fd, self.inode)
+        Duplicate::of(pidfd.as_fd(), tid, self.fd, self.inode).ok()
     }
 
     /// Whether the process has it still.

@@ -7,11 +7,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use log::debug;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::unistd::Pid;
 
 use crate::intercept::caller::{Caller, OwnSocket};
 use crate::intercept::errand::{Errand, Outcome, Task};
-use crate::kernel::duplicate::Duplicate;
+use crate::kernel::duplicate::{Duplicate, EPOLL_LINK, duplicate_file};
 use crate::kernel::fdtable::{Attached, Watch};
+use crate::kernel::inbox::Inbox;
 use crate::kernel::procfs;
 use crate::kernel::sys;
 use crate::kernel::tracee::Tracee;
@@ -30,7 +32,7 @@ enum Purpose {
     /// To have the socket with this inode number watched.
     Watch(u64),
     /// To get a duplicate of the worker's own socket, which has this inode number, by this channel.
-    Duplicate(u64, OwnedFd),
+    Duplicate(u64, Inbox),
 }
 
 /// A socket that its worker can't watch, and whose bind has failed for that.
@@ -44,9 +46,15 @@ pub struct Unwatched {
 #[derive(Debug, Default)]
 pub struct Errands {
     under_way: Vec<(Errand, Purpose)>,
-    /// The duplicates that were sent, by inode number; `None` where that has failed.
-    duplicates: HashMap<u64, Option<Duplicate>>,
+    /// The duplicates that threads have sent, with the inode number; `None` where that has failed.
+    sent: HashMap<Pid, (u64, Option<Duplicate>)>,
+    /// Whether the worker has had another file duplicated than it was asked for, which the wrapper keeps open. One such file is
+    /// enough.
+    swaps_files: bool,
 }
+
+/// How many threads may have sent a duplicate and not bound again. They may have been killed meanwhile.
+const MAX_SENT: usize = 16;
 
 /// How the epolls of a thread come to watch another socket.
 enum Way {
@@ -56,23 +64,6 @@ enum Way {
     Trace(Tracee),
     /// The wrapper does, by duplicates of them. Another process, such as a debugger, traces the thread already.
     Duplicates(Vec<OwnedFd>),
-}
-
-impl Way {
-    /// # Errors
-    /// When there is none, since this process may neither trace the thread nor duplicate its descriptors.
-    fn to_watch(caller: &Caller, watches: &[Watch]) -> io::Result<Self> {
-        if watches.is_empty() {
-            return Ok(Self::None);
-        }
-        let error = match Tracee::seize(caller.tid) {
-            Ok(tracee) => return Ok(Self::Trace(tracee)),
-            Err(error) => error,
-        };
-        let process = caller.pidfd()?;
-        let duplicates = watches.iter().map(|watch| sys::pidfd_getfd(process.as_fd(), watch.epoll));
-        duplicates.collect::<io::Result<_>>().map(Self::Duplicates).map_err(|_| error)
-    }
 }
 
 /// What is known about a worker's own socket.
@@ -90,14 +81,14 @@ impl Errands {
 
     /// A duplicate of the caller's socket: by pidfd_getfd(2), or where that is refused, sent by the caller itself.
     pub fn duplicate(&mut self, caller: &Caller, own: OwnSocket) -> OwnDuplicate {
-        let duplicate =
-            caller.pidfd().ok().and_then(|it| Duplicate::of(it.as_fd(), caller.tid, own.fd, own.inode));
-        if let Some(duplicate) = duplicate {
+        let duplicate = self.take(|| Duplicate::of(caller.pidfd()?.as_fd(), caller.tid, own.fd, own.inode));
+        if let Ok(duplicate) = duplicate {
             return OwnDuplicate::Here(duplicate);
         }
-        match self.duplicates.remove(&own.inode) {
-            Some(Some(duplicate)) => OwnDuplicate::Here(duplicate),
-            Some(None) => OwnDuplicate::Refused,
+        match self.sent.remove(&caller.tid).filter(|(inode, _)| *inode == own.inode) {
+            Some((_, Some(duplicate))) => OwnDuplicate::Here(duplicate),
+            Some((_, None)) => OwnDuplicate::Refused,
+            None if self.swaps_files => OwnDuplicate::Refused,
             None => match self.ask_for_duplicate(caller, own) {
                 Ok(()) => OwnDuplicate::Comes,
                 Err(error) => {
@@ -108,8 +99,36 @@ impl Errands {
         }
     }
 
+    /// Takes something of the worker's, unless it has swapped files before.
+    fn take<T>(&mut self, take: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        if self.swaps_files {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        take().inspect_err(|error| self.swaps_files = error.kind() == io::ErrorKind::InvalidData)
+    }
+
+    /// # Errors
+    /// When there is none, since this process may neither trace the thread nor duplicate its descriptors.
+    fn way_to_watch(&mut self, caller: &Caller, watches: &[Watch]) -> io::Result<Way> {
+        if watches.is_empty() {
+            return Ok(Way::None);
+        }
+        let error = match Tracee::seize(caller.tid) {
+            Ok(tracee) => return Ok(Way::Trace(tracee)),
+            Err(error) => error,
+        };
+        let process = caller.pidfd()?;
+        let epolls = self.take(|| {
+            let epoll = |watch: &Watch| duplicate_file(process.as_fd(), caller.tid, watch.epoll, EPOLL_LINK);
+            watches.iter().map(epoll).collect()
+        });
+        epolls.map(Way::Duplicates).map_err(|_| error)
+    }
+
     fn ask_for_duplicate(&mut self, caller: &Caller, own: OwnSocket) -> io::Result<()> {
-        let (ours, its) = socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)?;
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (ours, its) = socketpair(AddressFamily::Unix, SockType::Datagram, None, flags)?;
+        let ours = Inbox::datagrams(ours)?; // other threads may send something there too
         let tracee = Tracee::seize(caller.tid)?;
         // The thread is traced now, and has to do its errand also if it was given no channel.
         let task = Task::SendDuplicate { fd: own.fd, channel: caller.give(its.as_fd()).unwrap_or(u32::MAX) };
@@ -126,9 +145,10 @@ impl Errands {
         socket: BorrowedFd,
         close_on_exec: bool,
     ) -> Result<(), NotReplaced> {
-        let attached = Attached::to_socket(caller.tid, own.fd, own.inode).unwrap_or_default();
-        let way = Way::to_watch(caller, &attached.watches).map_err(NotReplaced::Watched)?;
-        let flags = attached.close_on_exec(caller.tid);
+        let attached = Attached::to_socket(caller.tid, own.fd, own.inode).map_err(NotReplaced::Other)?;
+        let flags = attached.close_on_exec(caller.tid).map_err(NotReplaced::Other)?;
+        let inode = procfs::inode(socket).map_err(NotReplaced::Other)?;
+        let way = self.way_to_watch(caller, &attached.watches).map_err(NotReplaced::Watched)?;
         let duplicates = attached.duplicates.iter().copied().zip(flags);
         let replaced = duplicates
             .chain([(own.fd, close_on_exec)])
@@ -137,7 +157,6 @@ impl Errands {
             Way::None => {}
             Way::Trace(tracee) => {
                 let task = if replaced.is_ok() { Task::Watch(attached.watches) } else { Task::Nothing };
-                let inode = procfs::inode(socket).map_err(NotReplaced::Other)?;
                 let errand = Errand::begin(caller.tid, tracee, caller.stopped, task);
                 self.under_way.push((errand.map_err(NotReplaced::Other)?, Purpose::Watch(inode)));
             }
@@ -160,11 +179,15 @@ impl Errands {
                 index += 1;
                 continue;
             };
-            let (_, purpose) = self.under_way.swap_remove(index);
+            let (errand, purpose) = self.under_way.swap_remove(index);
             match (purpose, outcome) {
                 (Purpose::Watch(inode), Outcome::Failed(error)) => unwatched.push(Unwatched { inode, error }),
                 (Purpose::Duplicate(inode, channel), Outcome::Done | Outcome::Failed(_)) => {
-                    self.duplicates.insert(inode, Duplicate::receive(channel.as_fd(), inode));
+                    let duplicate = self.take(|| Duplicate::receive(&channel, inode)).ok();
+                    if self.sent.len() >= MAX_SENT {
+                        self.sent.clear();
+                    }
+                    self.sent.insert(errand.tid, (inode, duplicate));
                 }
                 (_, Outcome::Done | Outcome::Gone) => {}
             }

@@ -106,7 +106,7 @@ pub struct StoppedCall {
 
 #[derive(Debug)]
 pub struct Errand {
-    tid: Pid,
+    pub tid: Pid,
     tracee: Tracee,
     bind: StoppedCall,
     task: Task,

@@ -1,44 +1,79 @@
 //! Duplicates of other processes' sockets. The other process may close its own at any time, so that to drop the duplicate is
 //! the last close: that must not wait.
+//!
+//! It may also put another file in the place of the socket. Each close of a file of FUSE waits for its server, as does
+//! fstat(2). So a file that isn't the one that was asked for is known by its link in /proc, and stays open in this process.
 
-use std::io::IoSliceMut;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::Pid;
 use socket2::SockRef;
 
-use crate::kernel::{procfs, sockdiag, sys};
+use crate::kernel::inbox::Inbox;
+use crate::kernel::{sockdiag, sys};
+
+/// The link of an epoll in /proc/PID/fd.
+pub const EPOLL_LINK: &str = "anon_inode:[eventpoll]";
+
+/// The link of a socket in /proc/PID/fd.
+pub fn socket_link(inode: u64) -> String {
+    format!("socket:[{inode}]")
+}
+
+/// A duplicate of the file with this link that a thread has under `fd`. `pidfd` is that of the thread or of its process.
+///
+/// # Errors
+/// Those of pidfd_getfd(2). NotFound if another file has the number. InvalidData if one got it meanwhile, so that this
+/// process keeps that open: the other process must not be asked again.
+pub fn duplicate_file(pidfd: BorrowedFd, tid: Pid, fd: u32, link: &str) -> io::Result<OwnedFd> {
+    if !has_link(&format!("/proc/{tid}/fd/{fd}"), link)? {
+        return Err(ErrorKind::NotFound.into());
+    }
+    only_with_link(vec![sys::pidfd_getfd(pidfd, fd)?], link)
+}
+
+/// The one of `fds`, if it has this link. Otherwise they stay open.
+fn only_with_link(fds: Vec<OwnedFd>, link: &str) -> io::Result<OwnedFd> {
+    let is_it =
+        |fd: &OwnedFd| has_link(&format!("/proc/self/fd/{}", fd.as_raw_fd()), link).unwrap_or_default();
+    match <[OwnedFd; 1]>::try_from(fds) {
+        Ok([fd]) if is_it(&fd) => Ok(fd),
+        others => {
+            others.map_or_else(|fds| fds, Vec::from).into_iter().for_each(mem::forget);
+            Err(ErrorKind::InvalidData.into())
+        }
+    }
+}
+
+fn has_link(path: &str, link: &str) -> io::Result<bool> {
+    Ok(fs::read_link(path)?.as_os_str() == OsStr::new(link))
+}
 
 #[derive(Debug)]
 pub struct Duplicate(OwnedFd);
 
 impl Duplicate {
-    /// A duplicate of the socket with this inode number that a thread has under `fd`, if this process may have one. `pidfd` is
-    /// that of the thread or of its process.
-    pub fn of(pidfd: BorrowedFd, tid: Pid, fd: u32, inode: u64) -> Option<Self> {
-        // By the link first: to close some other file can take long, as one of FUSE, whose server has to answer.
-        let is_it = procfs::socket_inode(tid, fd).is_ok_and(|its| its == Some(inode));
-        let duplicate = is_it.then(|| sys::pidfd_getfd(pidfd, fd))?.ok()?;
-        Self(duplicate).with_inode(inode)
+    /// A duplicate of the socket with this inode number that a thread has under `fd`.
+    ///
+    /// # Errors
+    /// Those of [`duplicate_file`].
+    pub fn of(pidfd: BorrowedFd, tid: Pid, fd: u32, inode: u64) -> io::Result<Self> {
+        duplicate_file(pidfd, tid, fd, &socket_link(inode)).map(Self)
     }
 
-    /// The duplicate of the socket with this inode number that another process has sent to `channel`, if it has.
-    pub fn receive(channel: BorrowedFd, inode: u64) -> Option<Self> {
-        let mut byte = [0];
-        let mut space = nix::cmsg_space!(RawFd);
-        let mut buffers = [IoSliceMut::new(&mut byte)];
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-        let received = recvmsg::<()>(channel.as_raw_fd(), &mut buffers, Some(&mut space), flags).ok()?;
-        let rights = received.cmsgs().ok()?.find_map(|message| match message {
-            ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
-            _ => None,
-        });
-        Self(sys::owned_fd(rights?)).with_inode(inode)
-    }
-
-    fn with_inode(self, inode: u64) -> Option<Self> {
-        procfs::inode(self.as_fd()).is_ok_and(|its| its == inode).then_some(self)
+    /// The duplicate of the socket with this inode number that another process has sent to `channel`.
+    ///
+    /// # Errors
+    /// Those of recvmsg(2). InvalidData if the next message there has other descriptors or none; this process keeps some of
+    /// them open.
+    pub fn receive(channel: &Inbox, inode: u64) -> io::Result<Self> {
+        let duplicate = only_with_link(channel.peek_descriptors()?, &socket_link(inode))?;
+        channel.discard_peeked();
+        Ok(Self(duplicate))
     }
 }
 
@@ -68,14 +103,14 @@ pub fn close_without_waiting(socket: BorrowedFd) {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{ErrorKind, Write};
+    use std::io::Write;
     use std::net::{TcpListener, TcpStream};
-    use std::os::fd::AsRawFd;
     use std::time::{Duration, Instant};
 
     use super::*;
+    use crate::kernel::procfs;
 
-    fn duplicate(socket: &impl AsRawFd, inode: u64) -> Option<Duplicate> {
+    fn duplicate(socket: &impl AsRawFd, inode: u64) -> io::Result<Duplicate> {
         let pidfd = sys::pidfd_open(Pid::this().as_raw()).unwrap();
         Duplicate::of(pidfd.as_fd(), Pid::this(), socket.as_raw_fd() as u32, inode)
     }
@@ -102,6 +137,6 @@ mod tests {
         let inode = procfs::inode(listener.as_fd()).unwrap();
         drop(duplicate(&listener, inode).unwrap());
         assert_eq!(SockRef::from(&listener).linger().unwrap(), Some(Duration::from_secs(20)));
-        assert!(duplicate(&listener, inode + 1).is_none());
+        assert_eq!(duplicate(&listener, inode + 1).unwrap_err().kind(), ErrorKind::NotFound);
     }
 }

@@ -7,6 +7,7 @@ use std::io;
 use nix::fcntl::readlinkat;
 use nix::unistd::Pid;
 
+use crate::kernel::duplicate::{EPOLL_LINK, socket_link};
 use crate::kernel::procfs;
 
 /// An entry of an epoll (epoll_ctl(2)).
@@ -31,18 +32,18 @@ impl Attached {
     /// Finds what hangs on the socket with this inode number that a thread has under `fd`.
     ///
     /// # Errors
-    /// When this process has no ptrace access (ptrace(2), "Ptrace access mode checking").
+    /// When this process has no ptrace access (ptrace(2), "Ptrace access mode checking"), or can't open so many files.
     pub fn to_socket(tid: Pid, fd: u32, inode: u64) -> io::Result<Self> {
         let folder = format!("/proc/{tid}/fd");
         let links = File::open(&folder)?; // a link is read faster by its folder's descriptor
-        let own = format!("socket:[{inode}]");
+        let own = socket_link(inode);
         let (mut duplicates, mut epolls) = (Vec::new(), Vec::new());
-        for entry in fs::read_dir(&folder)?.flatten() {
-            let name = entry.file_name();
-            let Ok(link) = readlinkat(&links, name.as_os_str()) else { continue };
+        for entry in fs::read_dir(&folder)? {
+            let name = entry?.file_name();
+            let Some(link) = unless_closed(readlinkat(&links, name.as_os_str()))? else { continue };
             let numbers = match link.as_os_str() {
                 link if link == OsStr::new(&own) => &mut duplicates,
-                link if link == OsStr::new("anon_inode:[eventpoll]") => &mut epolls,
+                link if link == OsStr::new(EPOLL_LINK) => &mut epolls,
                 _ => continue,
             };
             numbers.extend(name.to_str().and_then(|name| name.parse::<u32>().ok()));
@@ -52,7 +53,8 @@ impl Attached {
         let mut watches = Vec::new();
         for epoll in epolls {
             // Opened by its whole path, since /proc/TID/fdinfo is another folder.
-            let Ok(text) = fs::read_to_string(format!("/proc/{tid}/fdinfo/{epoll}")) else { continue };
+            let text = fs::read_to_string(format!("/proc/{tid}/fdinfo/{epoll}"));
+            let Some(text) = unless_closed(text)? else { continue };
             let entries = text.lines().filter_map(|line| parse_watch(line, epoll));
             watches
                 .extend(entries.filter(|(of, watch)| *of == inode && is_number(watch.fd)).map(|(_, it)| it));
@@ -61,9 +63,17 @@ impl Attached {
     }
 
     /// Which of the duplicates are closed on exec, in their order.
-    pub fn close_on_exec(&self, tid: Pid) -> Vec<bool> {
-        let flags = |fd: &u32| procfs::fd_flags(tid, *fd).unwrap_or(0);
-        self.duplicates.iter().map(|fd| flags(fd) & libc::O_CLOEXEC != 0).collect()
+    pub fn close_on_exec(&self, tid: Pid) -> io::Result<Vec<bool>> {
+        let flags = |fd: &u32| unless_closed(procfs::fd_flags(tid, *fd)).map(Option::unwrap_or_default);
+        self.duplicates.iter().map(|fd| Ok(flags(fd)? & libc::O_CLOEXEC != 0)).collect()
+    }
+}
+
+/// `None` if the other process has closed the file since, or has ended.
+fn unless_closed<T, E: Into<io::Error>>(result: Result<T, E>) -> io::Result<Option<T>> {
+    match result.map_err(Into::into) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(None),
+        result => result.map(Some),
     }
 }
 
@@ -109,7 +119,7 @@ mod tests {
         let inode = procfs::inode(socket.as_fd()).unwrap();
         let attached = Attached::to_socket(Pid::this(), socket.as_raw_fd() as u32, inode).unwrap();
         assert_eq!(attached.duplicates, [duplicate.as_raw_fd() as u32]);
-        assert_eq!(attached.close_on_exec(Pid::this()), [true]);
+        assert_eq!(attached.close_on_exec(Pid::this()).unwrap(), [true]);
         let found: Vec<(u32, u32, u64)> =
             attached.watches.iter().map(|it| (it.fd, it.events, it.data)).collect();
         let always = (EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP | EpollFlags::EPOLLIN).bits() as u32;

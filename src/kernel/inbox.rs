@@ -11,7 +11,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::{Signal, kill, raise};
 use nix::sys::socket::{
-    MsgFlags, Shutdown, UnixCredentials, recvmsg, setsockopt, shutdown, sockopt::OobInline, sockopt::PassCred,
+    ControlMessageOwned, MsgFlags, Shutdown, UnixCredentials, recvmsg, setsockopt, shutdown,
+    sockopt::OobInline, sockopt::PassCred,
 };
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Pid, pause};
@@ -189,6 +190,31 @@ impl Inbox {
         loop {
             let _ = raise(Signal::SIGSTOP);
         }
+    }
+
+    /// Duplicates of the descriptors that come with the next message, which stays in the queue.
+    /// To close one of them may take for ever, unless it is known what it is.
+    ///
+    /// # Errors
+    /// Those of recvmsg(2). InvalidData if there are more than two, some of which stay open.
+    pub fn peek_descriptors(&self) -> io::Result<Vec<OwnedFd>> {
+        let mut space = nix::cmsg_space!(UnixCredentials, RawFd); // and is rounded up
+        let mut byte = [0];
+        let mut buffers = [io::IoSliceMut::new(&mut byte)];
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_CMSG_CLOEXEC;
+        let peeked = recvmsg::<()>(self.socket.as_raw_fd(), &mut buffers, Some(&mut space), flags)?;
+        // It is an error of nix's if there are more.
+        let messages = peeked.cmsgs().map_err(|_| ErrorKind::InvalidData)?;
+        let rights = messages.flat_map(|message| match message {
+            ControlMessageOwned::ScmRights(fds) => fds,
+            _ => Vec::new(),
+        });
+        Ok(rights.map(sys::owned_fd).collect())
+    }
+
+    /// Takes a message whose descriptors this process has too, so that this isn't their last close.
+    pub fn discard_peeked(&self) {
+        let _ = self.recvmsg(&mut [0], 0);
     }
 
     /// Lets nobody send any more, and discards what has come. Returns whether the queue is empty now; otherwise it holds
