@@ -3,11 +3,16 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::process::Command;
+use std::time::Duration;
 
 use common::load::{self, LoadOptions, Report};
-use common::{DEADLINE, Service, User, arguments, free_address, own_socket, python, reload_under_load};
+use common::{
+    DEADLINE, Service, User, arguments, free_address, own_socket, python, reload_under_load, send, wait_until,
+};
+use nix::sys::signal::Signal;
 use socket2::SockAddr;
 
 /// tests/apps/python/own_socket.py at a free address, with 2 workers.
@@ -56,6 +61,10 @@ enum Rights {
 impl Rights {
     /// `reuse-run -n 2 -- PROGRAM WORDS`.
     fn command(self, user: &User, program: &str, words: &[&str]) -> Command {
+        self.command_with("-n 2", user, program, words)
+    }
+
+    fn command_with(self, options: &str, user: &User, program: &str, words: &[&str]) -> Command {
         let refused = match self {
             Rights::RootWithoutPtrace => "ptrace",
             Rights::Neither => "ptrace,pidfd_getfd",
@@ -73,7 +82,7 @@ impl Rights {
             line.extend(drops);
         }
         let (reuse_run, options) =
-            (user.folder.path("reuse-run"), arguments("-n 2", &[&[program], words].concat()));
+            (user.folder.path("reuse-run"), arguments(options, &[&[program], words].concat()));
         let mut command = Command::new("env");
         command.args(line).arg(reuse_run).args(options).current_dir("/").env_remove("RUST_LOG");
         command
@@ -154,6 +163,43 @@ fn a_bind_fails_if_the_worker_could_not_watch_its_socket() {
 #[test]
 fn processes_that_are_killed_amid_their_binds_leave_no_warning_and_no_trace() {
     assert_stays(&[Rights::User, Rights::UserWithoutGetfd, Rights::RootWithoutPtrace], &["killed level"]);
+}
+
+#[test]
+fn the_end_of_a_worker_that_is_killed_amid_its_bind_is_seen_and_it_is_replaced() {
+    const WORKERS: usize = 16; // each is replaced at once only the first time
+    let user = User::new();
+    let program = own_socket(&user.folder);
+    for rights in [Rights::RootWithoutGetfd, Rights::UserWithoutGetfd, Rights::User] {
+        println!("{rights:?}");
+        let port = free_address().port().to_string();
+        let command = rights.command_with(&format!("-n {WORKERS}"), &user, &program, &[&port, "dies"]);
+        let mut service = Service::spawn_ready(command);
+        let first: BTreeSet<u32> = service.workers().into_iter().collect();
+        assert_eq!(first.len(), WORKERS);
+        for (index, worker) in first.iter().enumerate() {
+            send(*worker, Signal::SIGUSR1);
+            wait_until("a worker is replaced", DEADLINE, || {
+                let has_ended = service.log.count_of("was killed by SIGKILL") == index + 1;
+                has_ended && service.workers().len() == WORKERS
+            });
+        }
+        service.stop();
+    }
+}
+
+#[test]
+fn a_socket_whose_epolls_can_not_be_found_stays_the_workers_own() {
+    let user = User::new();
+    let program = own_socket(&user.folder);
+    let addr = free_address();
+    // As if reuse-run could open no more files.
+    let mut line = python("without.py", &["readlinkat", "EMFILE", env!("CARGO_BIN_EXE_reuse-run")]);
+    line.extend(["-n", "1", "--", &program, &addr.port().to_string(), "edge"].map(str::to_owned));
+    let mut command = Command::new(&line[0]);
+    command.args(&line[1..]).env_remove("RUST_LOG");
+    let _service = Service::spawn(command);
+    wait_until("the worker answers", DEADLINE, || load::get(addr, "/", Duration::from_secs(5)).is_ok());
 }
 
 #[test]

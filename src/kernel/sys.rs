@@ -83,29 +83,28 @@ pub fn seccomp_notif_addfd(
     Ok(number as u32)
 }
 
-/// A child that has ended: `si_pid`, `si_code` and `si_status` of waitid(2).
+/// A child that has ended or stopped: `si_pid`, `si_code` and `si_status` of waitid(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ended {
+pub struct Changed {
     pub pid: c_int,
     pub code: c_int,
     pub status: c_int,
 }
 
-/// waitid(2), without waiting, for any child that has ended or for the one with this pid. With WNOWAIT in
-/// `options` it stays a zombie. (nix's waitid fails if a real-time signal killed the child.) It also reports threads that
-/// this process traces and that have stopped (`wait_task_stopped`, kernel/exit.c), with CLD_TRAPPED.
-pub fn waitid_ended(pid: Option<c_int>, options: c_int) -> io::Result<Option<Ended>> {
+/// waitid(2), without waiting, for any child or for the one with this pid. With WNOWAIT in `options` it stays as it is.
+/// (nix's waitid fails if a real-time signal killed the child.) It also reports threads that this process traces: that
+/// they have ended, and that they have stopped (`wait_task_stopped`, kernel/exit.c), with CLD_TRAPPED.
+pub fn waitid(pid: Option<c_int>, options: c_int) -> io::Result<Option<Changed>> {
     let (kind, id) = pid.map_or((libc::P_ALL, 0), |pid| (libc::P_PID, pid as libc::id_t));
     // SAFETY: zero is valid for siginfo_t, a struct of integers and raw pointers. si_pid stays 0 if no child
-    // has ended.
+    // has changed.
     let mut info: libc::siginfo_t = unsafe { zeroed() };
-    let options = options | libc::WEXITED | libc::WNOHANG;
     // SAFETY: the kernel writes one siginfo_t through the pointer.
-    check(unsafe { libc::waitid(kind, id, &raw mut info, options) })?;
+    check(unsafe { libc::waitid(kind, id, &raw mut info, options | libc::WNOHANG) })?;
     // SAFETY: these fields are valid for SIGCHLD, which waitid reports; otherwise the union is still all
     // zero.
     let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
-    Ok((pid != 0).then_some(Ended { pid, code: info.si_code, status }))
+    Ok((pid != 0).then_some(Changed { pid, code: info.si_code, status }))
 }
 
 /// pidfd_open(2): an fd for a process.

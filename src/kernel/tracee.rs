@@ -7,6 +7,8 @@ use std::mem::{size_of, zeroed};
 use libc::{c_int, c_uint, c_void, user_regs_struct};
 use nix::unistd::Pid;
 
+use crate::kernel::sys;
+
 /// The length of the instruction that makes a system call: `syscall`, or `svc #0`.
 const CALL_LENGTH: u64 = if cfg!(target_arch = "x86_64") { 2 } else { 4 };
 
@@ -142,18 +144,23 @@ impl Tracee {
         self.request(libc::PTRACE_DETACH, 0)
     }
 
-    /// waitpid(2), without waiting.
+    /// waitid(2), without waiting. An end is left for whoever reaps the children, tracees included: the thread may be a
+    /// worker's first one.
     pub fn state(&self) -> State {
-        let mut status = 0;
-        // SAFETY: the kernel writes one int through the pointer.
-        let waited = unsafe { libc::waitpid(self.0.as_raw(), &raw mut status, libc::WNOHANG | libc::__WALL) };
-        match waited {
-            0 => State::Runs,
-            -1 => State::Gone,
-            _ if !libc::WIFSTOPPED(status) => State::Gone,
-            _ if status >> 16 == PTRACE_EVENT_STOP => State::Interrupted,
-            _ if libc::WSTOPSIG(status) == libc::SIGTRAP | 0x80 => State::InCall, // PTRACE_O_TRACESYSGOOD
-            _ => State::GetsSignal(libc::WSTOPSIG(status)),
+        let changed = |options| sys::waitid(Some(self.0.as_raw()), options | libc::__WALL);
+        match changed(libc::WSTOPPED) {
+            Ok(Some(stopped)) if stopped.code == libc::CLD_TRAPPED => match stopped.status {
+                status if status >> 8 == PTRACE_EVENT_STOP => State::Interrupted,
+                status if status == libc::SIGTRAP | 0x80 => State::InCall, // PTRACE_O_TRACESYSGOOD
+                status => State::GetsSignal(status & 0xff),
+            },
+            // Stopped, and not traced: another thread has called execve(2), and has this number now.
+            Ok(Some(_)) | Err(_) => State::Gone,
+            Ok(None) => match changed(libc::WEXITED | libc::WNOWAIT) {
+                Ok(Some(changed)) if changed.code != libc::CLD_TRAPPED => State::Gone,
+                Ok(_) => State::Runs, // it may have stopped since: that is another SIGCHLD
+                Err(_) => State::Gone,
+            },
         }
     }
 

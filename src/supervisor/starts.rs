@@ -215,7 +215,7 @@ impl Supervisor {
         else {
             return Ok(());
         };
-        let Starting { pid, ready, node, notify, tether: _tether, .. } = starting;
+        let Starting { pid, ready, node, notify, tether, .. } = starting;
         helper::forget(pid);
         self.pool.has_started(worker, pid);
         let watched = watch(&self.epoll, &ready, Source::Pipe(worker))
@@ -238,7 +238,7 @@ impl Supervisor {
             pipe: Some(ready),
             node,
             notify,
-            _tether,
+            _tether: tether,
             status: None,
             main_started: None,
             is_server: false,

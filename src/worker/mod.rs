@@ -256,7 +256,7 @@ pub enum Change {
 /// Reaps one process that has ended: a worker, or an orphan whose new parent is this process. `None` if there
 /// is none. Kills the rest of its process group if `kills_group` says so.
 pub fn reap(kills_group: impl FnOnce(Reaped) -> bool) -> Option<Change> {
-    let ended = sys::waitid_ended(None, libc::WNOWAIT).ok()??;
+    let ended = sys::waitid(None, libc::WEXITED | libc::WNOWAIT).ok()??;
     if ![libc::CLD_EXITED, libc::CLD_KILLED, libc::CLD_DUMPED].contains(&ended.code) {
         return Some(Change::Stopped);
     }
@@ -270,7 +270,7 @@ pub fn reap(kills_group: impl FnOnce(Reaped) -> bool) -> Option<Change> {
     if kills_group(reaped) {
         kill_group(pid);
     }
-    sys::waitid_ended(Some(ended.pid), 0).ok()??;
+    sys::waitid(Some(ended.pid), libc::WEXITED).ok()??;
     Some(Change::Ended(reaped))
 }
 

@@ -6,6 +6,7 @@
 // options:   socket options; it ends with status 1 if one isn't there after listen
 // thread:    another thread binds
 // killed:    before that, processes that are killed while they bind sockets that they watch
+// dies:      SIGUSR1 has it bind another such socket, amid which it is killed
 // ipv6, unix: the family
 // traced:    its parent traces it
 #define _GNU_SOURCE
@@ -125,18 +126,38 @@ static void *kills_it(void *after) {
     return NULL;
 }
 
+static volatile int is_bound;
+
+// As soon as the main thread is traced, or a moment later.
+static void *kills_traced(void *after) {
+    char text[4096] = "";
+    int status = open("/proc/self/status", O_RDONLY);
+    while (!is_bound && (!strstr(text, "TracerPid:") || strstr(text, "TracerPid:\t0\n")))
+        if (pread(status, text, sizeof text - 1, 0) < 0) break;
+    return kills_it(after);
+}
+
+static void die_in_bind(void *(*kills)(void *), long after) {
+    int own = socket(AF_INET, SOCK_STREAM, 0), epoll = epoll_create1(0);
+    struct epoll_event event = {EPOLLIN, {.u64 = DATA}};
+    check(epoll_ctl(epoll, EPOLL_CTL_ADD, own, &event), "epoll_ctl");
+    pthread_t thread;
+    pthread_create(&thread, NULL, kills, (void *)after);
+    bind(own, &address.any, length);
+    is_bound = 1;
+    pause();
+}
+
+static void dies(int signal) {
+    (void)signal;
+    address.v4.sin_addr.s_addr = htonl(INADDR_LOOPBACK + 1);
+    die_in_bind(kills_traced, atol(getenv("REUSE_RUN_SLOT")) * 1000);
+}
+
 static void be_killed_in_bind(void) {
     for (long i = 0; i < 60; i++) {
         int child = check(fork(), "fork");
-        if (child == 0) {
-            int own = socket(AF_INET, SOCK_STREAM, 0), epoll = epoll_create1(0);
-            struct epoll_event event = {EPOLLIN, {.u64 = DATA}};
-            check(epoll_ctl(epoll, EPOLL_CTL_ADD, own, &event), "epoll_ctl");
-            pthread_t thread;
-            pthread_create(&thread, NULL, kills_it, (void *)(i * 5000));
-            bind(own, &address.any, length);
-            pause();
-        }
+        if (child == 0) die_in_bind(kills_it, i * 5000);
         check(waitpid(child, NULL, 0), "waitpid");
     }
 }
@@ -161,6 +182,7 @@ int main(int argc, char **argv) {
         length = sizeof address.v4;
     }
     if (has("killed")) be_killed_in_bind();
+    if (has("dies")) signal(SIGUSR1, dies);
     unsigned flag = has("edge") ? EPOLLET : has("oneshot") ? EPOLLONESHOT : has("exclusive") ? EPOLLEXCLUSIVE : 0;
     int watches = flag || has("level");
     s = check(socket(family, SOCK_STREAM | (watches ? SOCK_NONBLOCK : 0), 0), "socket");

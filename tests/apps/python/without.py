@@ -10,6 +10,7 @@ import sys
 numbers = {
     'seccomp': {'x86_64': 317, 'aarch64': 277},
     'pidfd_getfd': {'x86_64': 438, 'aarch64': 438},
+    'readlinkat': {'x86_64': 267, 'aarch64': 78},
     'ptrace': {'x86_64': 101, 'aarch64': 117},
     'passrights': {'x86_64': 54, 'aarch64': 208},
 }
