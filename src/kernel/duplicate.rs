@@ -103,9 +103,17 @@ pub fn close_without_waiting(socket: BorrowedFd) {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::fs::File;
+    use std::io::{IoSlice, Read, Write};
     use std::net::{TcpListener, TcpStream};
+    use std::os::fd::RawFd;
     use std::time::{Duration, Instant};
+
+    use nix::fcntl::OFlag;
+    use nix::sys::socket::{
+        AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
+    };
+    use nix::unistd::pipe2;
 
     use super::*;
     use crate::kernel::procfs;
@@ -138,5 +146,32 @@ mod tests {
         drop(duplicate(&listener, inode).unwrap());
         assert_eq!(SockRef::from(&listener).linger().unwrap(), Some(Duration::from_secs(20)));
         assert_eq!(duplicate(&listener, inode + 1).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn what_was_sent_instead_of_the_socket_stays_open() {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (ours, its) = socketpair(AddressFamily::Unix, SockType::Datagram, None, flags).unwrap();
+        let channel = Inbox::datagrams(ours).unwrap();
+        let send = |fds: &[RawFd]| {
+            let rights = [ControlMessage::ScmRights(fds)];
+            sendmsg::<()>(its.as_raw_fd(), &[IoSlice::new(b"x")], &rights, MsgFlags::empty(), None).unwrap();
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let inode = procfs::inode(listener.as_fd()).unwrap();
+        let receive = || Duplicate::receive(&channel, inode).map(drop).map_err(|error| error.kind());
+        send(&[listener.as_raw_fd()]);
+        assert_eq!(receive(), Ok(()));
+        assert_eq!(receive(), Err(ErrorKind::WouldBlock));
+        let (reader, writer) = pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC).unwrap();
+        send(&[writer.as_raw_fd()]);
+        drop(writer);
+        assert_eq!(receive(), Err(ErrorKind::InvalidData));
+        channel.discard_peeked();
+        let read = File::from(reader).read(&mut [0]);
+        assert_eq!(read.unwrap_err().kind(), ErrorKind::WouldBlock, "the other end is open still");
+        send(&[listener.as_raw_fd(); 3]);
+        assert_eq!(receive(), Err(ErrorKind::InvalidData));
+        channel.discard_peeked();
     }
 }
