@@ -58,12 +58,18 @@ impl Supervisor {
             let open = |pid| procfs::socket_inodes(pid).unwrap_or_default();
             procfs::tree(pid).into_iter().flat_map(open).any(is_its)
         };
-        let mut orphans = procfs::children(Pid::this()).into_iter().filter(may_have_left);
-        let pid = orphans.find(|pid| {
+        let is_heir = |pid: &Pid| {
             let heir = Heir { pid: *pid, main_started };
             let may_be = !procfs::is_ending(*pid) && (in_group_too || !heir.is_in_group_of(ended.pid));
-            may_be && (!crew.was_ready(worker) || holds(*pid))
-        })?;
+            may_have_left(pid) && may_be && (!crew.was_ready(worker) || holds(*pid))
+        };
+        // Of two forks the first process ends at once: the second comes here from it, perhaps during the search.
+        let orphans = procfs::children(Pid::this());
+        let of_orphans =
+            || orphans.iter().filter(|pid| may_have_left(pid)).flat_map(|pid| procfs::tree(*pid));
+        let pid = (orphans.iter().copied().find(is_heir))
+            .or_else(|| of_orphans().find(is_heir))
+            .or_else(|| procfs::children(Pid::this()).into_iter().find(is_heir))?;
         Some(Heir { pid, main_started })
     }
 
