@@ -116,14 +116,18 @@ def attack(kind, channel, folder, count='1'):
     while not os.path.exists(f'{folder}/go'):
         time.sleep(0.01)
     for number, fd in enumerate(fds):
-        if channel not in ('node', 'notify'):
-            client = socket.socket(socket.AF_UNIX)
-            client.connect('\0' + channel)
-            kept.append(client)
-        try:
-            socket.send_fds(client, [b'STATUS=sent %d\n' % (number + 1)], [fd])
-        except PermissionError:
-            print('refused', flush=True)  # SO_PASSRIGHTS
+        while True:
+            if channel not in ('node', 'notify'):
+                client = socket.socket(socket.AF_UNIX)
+                client.connect('\0' + channel)
+                kept.append(client)
+            try:
+                socket.send_fds(client, [b'STATUS=sent %d\n' % (number + 1)], [fd])
+            except PermissionError:
+                print('refused', flush=True)  # SO_PASSRIGHTS
+            except BrokenPipeError:
+                continue  # another user's connection is closed at once, this time before that
+            break
     if kind == 'flush':
         print('sent', flush=True)  # this close never returns either
     for fd in fds:
