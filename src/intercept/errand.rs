@@ -1,8 +1,8 @@
 //! System calls that the wrapper has a worker's thread do, while that waits for the answer to its bind.
 //!
 //! What hangs on the worker's socket in the worker's own table of descriptors can be changed by the worker alone. So its
-//! thread is traced, stops as the bind returns, does the calls with the bind's own instruction, and goes on as if nothing
-//! had been. This needs no privilege for a descendant of the same user, and Docker's and containerd's profiles allow it.
+//! thread is traced, stops as the bind returns, does the calls with the bind's own instruction, and then runs on with
+//! its registers as they were. This needs no privilege for a descendant of the same user, and Docker's and containerd's profiles allow it.
 //!
 //! The loop waits for none of it: each stop of the thread is a SIGCHLD, after which [`Errand::advance`] takes the next step.
 

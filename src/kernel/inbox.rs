@@ -1,5 +1,5 @@
-//! Unix sockets that others write to. A message may come with descriptors (SCM_RIGHTS, unix(7)), and whoever takes it from
-//! the queue closes those that nobody else has: also if it didn't ask for them. That may take for ever, as for a socket
+//! Unix sockets that others write to. A message may come with descriptors (SCM_RIGHTS, unix(7)), and the process that
+//! takes it from the queue closes those that nobody else has, also if it didn't ask for them. That may take for ever, as for a socket
 //! that lingers, a file of FUSE, or a socket whose own queue holds one of these. So the wrapper looks before it takes
 //! (MSG_PEEK), and leaves the closing to children, which may be lost.
 

@@ -144,7 +144,7 @@ impl Tracee {
         self.request(libc::PTRACE_DETACH, 0)
     }
 
-    /// waitid(2), without waiting. An end is left for whoever reaps the children, tracees included: the thread may be a
+    /// waitid(2), without waiting. An end is left for the code that reaps the children, tracees included: the thread may be a
     /// worker's first one.
     pub fn state(&self) -> State {
         let changed = |options| sys::waitid(Some(self.0.as_raw()), options | libc::__WALL);

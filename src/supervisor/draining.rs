@@ -18,7 +18,7 @@ impl Supervisor {
             self.end_watch.iter_mut().for_each(EndWatch::look);
         }
         self.learn_signal_effect();
-        let cpu_time = cpu_time();
+        let cpu_before = cpu_time();
         let mut arrived = self.drain.poll(&self.pool, &self.unix, begun);
         signal_effect::order(&mut arrived);
         for arrived in arrived {
@@ -38,7 +38,7 @@ impl Supervisor {
                 self.learn_signal_effect();
             }
         }
-        self.drain.polled(begun, Instant::now(), self::cpu_time().saturating_sub(cpu_time));
+        self.drain.polled(begun, Instant::now(), cpu_time().saturating_sub(cpu_before));
     }
 
     fn learn_signal_effect(&mut self) {

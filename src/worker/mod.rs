@@ -215,7 +215,7 @@ impl Starter {
         sys::has_fds_in_reserve().map_err(failed("can't start a process"))?;
         let Some(pid) = sys::fork().map_err(failed("can't start a process"))? else { preparation.run() };
         helper::add(pid); // until it has become the program
-        let _ = setpgid(pid, pid); // it does that too: whoever is first
+        let _ = setpgid(pid, pid); // the child does the same: one of the two is first
         let tether = self
             .tethers
             .tie(pid)
