@@ -3,7 +3,6 @@
 
 mod common;
 
-use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::thread;
@@ -11,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use common::load::{Load, LoadOptions, Origin, Record, Report};
 use common::{
-    DEADLINE, Outcome, Service, Waiting, free_address, get, holds_for, inline, naive, reuse_run_with, run,
-    run_words, send, turn, wait_for_answers, wait_until, wake_ups, workers_where,
+    DEADLINE, Outcome, Service, Waiting, free_address, freeze, get, holds_for, inline, naive, reuse_run_with,
+    run, run_words, turn, wait_for_answers, wait_until, wake_ups, workers_where,
 };
 use nix::sys::signal::Signal;
 
@@ -25,13 +24,7 @@ struct Stopped(u32);
 
 impl Stopped {
     fn new(worker: u32) -> Self {
-        send(worker, Signal::SIGSTOP);
-        // A thread may still accept a connection before it stops.
-        wait_until("all its threads have stopped", DEADLINE, || {
-            let tasks = fs::read_dir(format!("/proc/{worker}/task")).expect("its threads");
-            let stat = |task: fs::DirEntry| fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-            tasks.map(|task| stat(task.expect("a thread"))).all(|stat| stat.contains(") T "))
-        });
+        freeze(worker);
         Self(worker)
     }
 }

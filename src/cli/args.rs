@@ -8,7 +8,7 @@ use std::time::Duration;
 use argh::{ArgsInfo, FromArgs};
 use nix::sys::signal::Signal;
 
-use super::values::{Percent, Period, Ready, StopSignal, Workers};
+use super::values::{Percent, Period, Ready, Size, StopSignal, Workers};
 use crate::address::Address;
 use crate::fleet::{Readiness, Rollout};
 use crate::operate::protocol::{How, Request, Target};
@@ -24,8 +24,8 @@ const READY: Ready = Ready { readiness: Readiness::Listen, path: None };
     usage = "[options] [--] command [arguments]",
     note = "SIGUSR2 and SIGHUP replace the workers. SIGTERM, SIGINT and SIGQUIT stop them. SIGTTIN adds a worker, SIGTTOU\n\
             removes one.\n\
-            reuse-run reload, status, scale and stop do the same from a shell and print the result: see\n\
-            reuse-run reload --help.\n\
+            reuse-run reload, status, scale, recycle and stop do this and more from a shell and print the result:\n\
+            see reuse-run reload --help.\n\
             A duration is a number with its unit: 500ms, 10s, 2m.\n\
             The variable RUST_LOG sets what is logged on stderr: error, warn, info (default) or debug.",
     example = "reuse-run -n 4 -- node app.js",
@@ -67,9 +67,28 @@ pub struct RunArgs {
     #[argh(option, arg_name = "duration")]
     pub idle_after: Option<Period>,
 
+    /// replace a worker that does nothing for so long while a connection waits for it; should be longer than the longest
+    /// request of a program that serves one after the other (default: never)
+    #[argh(option, arg_name = "duration")]
+    pub hung_timeout: Option<Period>,
+
+    /// replace a worker that uses more memory than this, with all processes that it has started: the RSS of
+    /// reuse-run status, looked at every 10s, three times in a row; 500M, 2G (default: no limit)
+    #[argh(option, arg_name = "size")]
+    pub max_memory: Option<Size>,
+
+    /// time that a worker serves before it is replaced as by reuse-run recycle, or up to a tenth less, so that they don't
+    /// end together (default: no limit)
+    #[argh(option, arg_name = "duration")]
+    pub max_age: Option<Period>,
+
     /// signal that tells a worker to stop (default INT)
     #[argh(option, default = "StopSignal(Signal::SIGINT)", arg_name = "signal")]
     pub stop_signal: StopSignal,
+
+    /// signal that tells a worker that it gets no more connections, before it finishes its requests (default: none)
+    #[argh(option, arg_name = "signal")]
+    pub retire_signal: Option<StopSignal>,
 
     /// exit after this many failed starts in a row while no worker is ready, with the exit status of the last one;
     /// 0: never (default 10)
@@ -137,6 +156,7 @@ pub enum CommandArgs {
     Reload(ReloadArgs),
     Status(StatusArgs),
     Scale(ScaleArgs),
+    Recycle(RecycleArgs),
     Stop(StopArgs),
 }
 
@@ -183,7 +203,8 @@ pub struct ReloadArgs {
     pub pid: Option<u32>,
 }
 
-/// Show the workers of a running reuse-run. Exit with 0 if all slots have a ready worker, 3 if some have, 4 if none has.
+/// Show the workers of a running reuse-run. Exit with 0 if all slots have a ready worker that does not hang, 3 if some
+/// have, 4 if none has.
 #[derive(FromArgs, Debug)]
 #[argh(subcommand, name = "status", help_triggers("-h", "--help"))]
 pub struct StatusArgs {
@@ -221,6 +242,37 @@ pub struct ScaleArgs {
     pub pid: Option<u32>,
 }
 
+/// Replace the worker of one slot after the other by a new one of the same generation, and wait until this is done.
+#[derive(FromArgs, Debug)]
+#[argh(
+    subcommand,
+    name = "recycle",
+    help_triggers("-h", "--help"),
+    example = "reuse-run recycle 0 2",
+    example = "reuse-run recycle --all"
+)]
+pub struct RecycleArgs {
+    /// recycle the workers of all slots
+    #[argh(switch)]
+    pub all: bool,
+
+    /// do not wait until the recycling is done
+    #[argh(switch)]
+    pub no_wait: bool,
+
+    /// wait at most this long; after that the recycling continues in the background (default: no limit)
+    #[argh(option, arg_name = "duration")]
+    pub timeout: Option<Period>,
+
+    /// PID of the reuse-run (default: 1 if that is a reuse-run, else the only one of this user)
+    #[argh(option, arg_name = "pid")]
+    pub pid: Option<u32>,
+
+    /// slots, as status shows them
+    #[argh(positional, arg_name = "slot")]
+    pub slots: Vec<u32>,
+}
+
 /// Stop a running reuse-run as SIGTERM does, and wait for its end. Exit with 0 if every worker ended by itself.
 #[derive(FromArgs, Debug)]
 #[argh(subcommand, name = "stop", help_triggers("-h", "--help"))]
@@ -236,6 +288,17 @@ pub struct StopArgs {
     /// PID of the reuse-run (default: 1 if that is a reuse-run, else the only one of this user)
     #[argh(positional)]
     pub pid: Option<u32>,
+}
+
+impl RecycleArgs {
+    /// # Errors
+    /// When it isn't clear which workers are meant.
+    pub fn request(&self) -> Result<Request, String> {
+        if self.all != self.slots.is_empty() {
+            return Err("name the slots, as in recycle 0 2, or write recycle --all".to_owned());
+        }
+        Ok(Request::Recycle { slots: self.slots.clone(), wait: !self.no_wait })
+    }
 }
 
 impl ReloadArgs {

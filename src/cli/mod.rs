@@ -2,8 +2,10 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use argh::{ArgsInfo, EarlyExit, FromArgs, SubCommands};
+use nix::sys::signal::Signal;
 
 use crate::address::Address;
 use crate::drain::rule::IdleRule;
@@ -35,6 +37,10 @@ pub struct Options {
     pub listen: Vec<Address>,
     pub idle_rule: IdleRule,
     pub balance: Balancing,
+    pub hung_timeout: Option<Duration>,
+    /// In KiB.
+    pub max_memory: Option<u64>,
+    pub retire_signal: Option<Signal>,
     pub pidfile: Option<PathBuf>,
     /// Whether the workers' output passes through here, line by line.
     pub label: bool,
@@ -124,6 +130,7 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
             stop_timeout: args.stop_timeout.0,
             stop_within: args.stop_within.0,
             stop_signal: args.stop_signal.0.as_str(),
+            max_age: args.max_age.map(|age| age.0),
             max_failures: args.max_failures,
             rollout: args.batch.map_or(Rollout::AllAtOnce, |most| Rollout::Batches(most.get())),
         },
@@ -132,6 +139,9 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
         listen: args.listen,
         idle_rule: IdleRule { idle_after: args.idle_after.map(|after| after.0), is_stopping: false },
         balance: args.balance,
+        hung_timeout: args.hung_timeout.map(|timeout| timeout.0),
+        max_memory: args.max_memory.map(|size| size.0),
+        retire_signal: args.retire_signal.map(|signal| signal.0),
         pidfile: args.pidfile,
         label: args.label,
     }
@@ -193,6 +203,10 @@ fn parse_command(name: &str, words: &[String], program: Option<Vec<String>>) -> 
         CommandArgs::Scale(ScaleArgs { no_wait, timeout, workers, pid }) => {
             (pid, timeout, Request::Scale { to: workers, wait: !no_wait })
         }
+        CommandArgs::Recycle(args) => {
+            let request = args.request()?;
+            (args.pid, args.timeout, request)
+        }
         CommandArgs::Stop(StopArgs { no_wait, timeout, pid }) => {
             (pid, timeout, Request::Stop { wait: !no_wait })
         }
@@ -231,7 +245,7 @@ mod tests {
     #[test]
     fn every_option_is_understood() {
         let line = "-n 2 --ready :9000/healthz --ready-timeout 5s --drain 250ms --stop-timeout 1m --stop-within 25s --idle-after 2s \
-                    --stop-signal sigterm --max-failures 3 --balance random -l 3000 --env-file a --env-file b -C /srv --no-node-ipc \
+                    --stop-signal sigterm --max-failures 3 --balance random --hung-timeout 8s --max-memory 500M --max-age 1h --retire-signal usr2 -l 3000 --env-file a --env-file b -C /srv --no-node-ipc \
                     --no-intercept --batch 2 --pidfile p --label x y";
         let options = run(line).unwrap();
         let Options {
@@ -243,6 +257,9 @@ mod tests {
             listen,
             idle_rule,
             balance,
+            hung_timeout,
+            max_memory,
+            retire_signal,
             pidfile,
             label,
         } = options;
@@ -258,6 +275,8 @@ mod tests {
         assert_eq!(policy.drain, Duration::from_millis(250));
         assert_eq!([policy.stop_timeout, policy.stop_within].map(|time| time.as_secs()), [60, 25]);
         assert_eq!(idle_rule.idle_after, Some(Duration::from_secs(2)));
+        assert_eq!([hung_timeout, policy.max_age], [8, 3600].map(|it| Some(Duration::from_secs(it))));
+        assert_eq!((max_memory, retire_signal), (Some(500 * 1024), Some(Signal::SIGUSR2)));
         assert_eq!((policy.stop_signal, policy.max_failures), ("SIGTERM", 3));
         assert_eq!(policy.rollout, Rollout::Batches(2));
         assert_eq!(
@@ -335,6 +354,8 @@ mod tests {
                 (Some(7), Request::Scale { to: Target::Exactly(4), wait: true }, second),
             ),
             ("stop --timeout 1s", (None, Request::Stop { wait: true }, second)),
+            ("recycle --pid 7 0 2", (Some(7), Request::Recycle { slots: vec![0, 2], wait: true }, None)),
+            ("recycle --all --no-wait", (None, Request::Recycle { slots: Vec::new(), wait: false }, None)),
         ] {
             assert_eq!(command(line), Ok(expected), "{line}");
         }

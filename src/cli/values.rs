@@ -107,6 +107,25 @@ impl FromStr for Period {
     }
 }
 
+/// An amount of memory, in KiB.
+#[derive(Debug, PartialEq)]
+pub struct Size(pub u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let upper = text.to_ascii_uppercase();
+        let word = upper.trim_end_matches("IB").trim_end_matches('B');
+        let units = [("K", 1), ("M", 1024), ("G", 1024 * 1024)];
+        let size = units.iter().find_map(|(unit, kib)| {
+            let number: u64 = word.strip_suffix(unit)?.trim_end().parse().ok()?;
+            number.checked_mul(*kib).filter(|size| *size > 0)
+        });
+        size.map(Self).ok_or_else(|| format!("{text:?} is not an amount of memory such as 500M or 2G"))
+    }
+}
+
 /// When a worker is ready, and what it is asked for if it has to answer requests.
 #[derive(Debug, PartialEq)]
 pub struct Ready {

@@ -143,6 +143,7 @@ mod tests {
             bare_segments_received: 4,
             round_trip: Duration::ZERO,
             received: u64::from(segments.0) * 100,
+            acknowledged: 0,
         };
         let (local, peer) = ("127.0.0.1:80".parse().unwrap(), "127.0.0.1:1".parse().unwrap());
         Connection { local, peer, opening: false, inode: 1, unread: 0, traffic }

@@ -152,12 +152,12 @@ impl Crew {
         Plan { roles, share: canary.unwrap_or_default(), generation }
     }
 
-    /// Who gets new connections when the `newest` generation serves in these slots.
+    /// Who gets new connections when those serve in these slots that wait for their turn, and `newest` is the newest generation.
     pub(super) fn plan_of_switch(&self, slots: &Range<usize>, newest: u32) -> Plan {
         let role = |worker: &Worker| match worker.state {
             State::Ready if !slots.contains(&worker.slot.index()) => self.role(worker),
-            State::Ready if worker.generation == newest => Some(Role::Ready),
-            State::Ready => Some(Role::Draining),
+            State::Ready if self.roster.serves(worker) => Some(Role::Draining),
+            State::Ready => Some(Role::Ready),
             _ => self.role(worker),
         };
         let roles = self.roster.workers().filter_map(|(id, worker)| Some((id, role(worker)?))).collect();
@@ -191,7 +191,15 @@ impl Crew {
         self.roster.remove(id)
     }
 
-    pub(super) fn start(&mut self, slot: SlotId, generation: u32, now: Instant) -> WorkerId {
+    /// Has the worker of a slot start.
+    pub(super) fn start(&mut self, slot: SlotId, now: Instant) {
+        let generation = self.roster.slots[slot.index()].generation;
+        let id = self.start_beside(slot, generation, now);
+        self.roster.slots[slot.index()].serving = Some(id);
+    }
+
+    /// Has a worker start that may come to serve in a slot.
+    pub(super) fn start_beside(&mut self, slot: SlotId, generation: u32, now: Instant) -> WorkerId {
         let worker = self.roster.add(slot, generation, now);
         self.actions.push(Action::Start { worker, slot, generation });
         worker
@@ -355,8 +363,9 @@ impl Crew {
             return;
         };
         match timer {
-            SlotTimer::Restart => drop(self.start(slot, generation, now)),
+            SlotTimer::Restart => self.start(slot, now),
             SlotTimer::ResetQueue => self.actions.push(Action::ResetQueue { slot, generation }),
+            SlotTimer::Recycle => {} // it may be tried again
         }
     }
 
@@ -402,6 +411,12 @@ impl Crew {
         }
     }
 
+    /// The ready worker that serves in a slot.
+    pub(super) fn ready_in(&self, slot: SlotId) -> Option<WorkerId> {
+        let serving = self.roster.slots.get(slot.index())?.serving?;
+        (self.roster.state(serving) == Some(State::Ready)).then_some(serving)
+    }
+
     /// The slot in which a ready worker serves.
     pub(super) fn slot_served_by(&self, id: WorkerId) -> Option<SlotId> {
         let worker = self.roster.get(id).filter(|worker| worker.state == State::Ready);
@@ -415,6 +430,9 @@ impl Crew {
         }
         self.enter(id, State::Ready, now);
         let worker = self.roster.get(id)?;
+        if let Some(age) = self.policy.age_limit(worker.slot) {
+            self.timers.set(Timer::Worker(id, WorkerTimer::MaxAge), now + age);
+        }
         let (name, slot, generation) = (worker.to_string(), worker.slot, worker.generation);
         let (took, serves) = (millis(now - worker.started), self.roster.serves(worker));
         self.log(log::Level::Debug, format!("{name} is ready after {took}"));
@@ -451,10 +469,13 @@ impl Crew {
         self.roster.ids(|worker| slots.contains(&worker.slot.index()) && self.roster.serves(worker))
     }
 
-    /// Has the workers of this generation serve in these slots.
-    pub(super) fn replace_slots(&mut self, slots: Range<usize>, generation: u32) {
-        for slot in slots.clone().map(SlotId::of_index) {
-            let replaced = mem::replace(&mut self.roster.slots[slot.index()], Slot::new(generation));
+    /// Has the ready workers that wait for their turn serve in these slots.
+    pub(super) fn replace_slots(&mut self, slots: Range<usize>) {
+        let waits = |worker: &Worker| worker.state == State::Ready && !self.roster.serves(worker);
+        for id in self.roster.ids(|worker| slots.contains(&worker.slot.index()) && waits(worker)) {
+            let Some(Worker { slot, generation, .. }) = self.roster.get(id) else { continue };
+            let (slot, new) = (*slot, Slot::new(*generation, Some(id)));
+            let replaced = mem::replace(&mut self.roster.slots[slot.index()], new);
             self.actions.push(Action::Unreserve { slot, generation: replaced.generation });
             self.timers.cancel_slot(slot);
         }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
+use humantime::format_duration;
 use nix::sys::signal::Signal;
 
 use super::policy::{Rollout, Target};
@@ -67,12 +68,40 @@ pub enum Event {
     Drained { worker: WorkerId },
     /// A worker's main process has ended and left this one, which goes on in the background. `instead` says how to prevent that.
     WentIntoBackground { worker: WorkerId, pid: i32, instead: String },
+    /// A worker should be replaced.
+    Sick { worker: WorkerId, sickness: Sickness },
+    /// A worker that hung does something again.
+    Recovered { worker: WorkerId },
     /// A worker's process has ended.
     Ended { worker: WorkerId, end: End },
     /// The signal with this name asks reuse-run to stop; a second one, at least a second later, to kill.
     StopSignal { signal: &'static str },
     /// Time has passed: see [`super::Fleet::deadline`].
     Tick,
+}
+
+/// Why a worker should be replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sickness {
+    /// For so long a connection waited for it, and it took none and sent nothing.
+    Hung(Duration),
+    /// It uses so much memory, in MiB.
+    Memory(u64),
+    Old,
+}
+
+/// As part of a sentence about it.
+impl fmt::Display for Sickness {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Hung(since) => {
+                let since = format_duration(*since);
+                write!(f, "has taken no connection for {since} and sent nothing (see --hung-timeout)")
+            }
+            Self::Memory(mib) => write!(f, "uses {mib} MiB of memory (see --max-memory)"),
+            Self::Old => f.write_str("has served for long enough (see --max-age)"),
+        }
+    }
 }
 
 /// Stands for a command that workers can run. The fleet doesn't need to know which.
@@ -91,12 +120,14 @@ pub struct ReloadOptions {
 }
 
 /// What a signal or a control command asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
     Reload(ReloadOptions),
     /// End the reload that runs or is queued, and keep the workers that serve.
     Abort,
     Scale(Target),
+    /// Replace the workers of these slots, or of all if there are none.
+    Recycle(BTreeSet<SlotId>),
     /// Stop everything, as the first [`Event::StopSignal`] does.
     Stop,
 }
@@ -147,6 +178,12 @@ pub enum Action {
         worker: WorkerId,
         slot: SlotId,
         generation: u32,
+    },
+    /// Have the worker `with` borrow the sockets of a worker that takes no connections, when it asks for their addresses: it
+    /// takes what waits there.
+    Share {
+        worker: WorkerId,
+        with: WorkerId,
     },
     /// Have the kernel send new connections where this plan says; [`Event::SteerFailed`] answers if it doesn't.
     Steer(Plan),

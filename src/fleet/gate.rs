@@ -148,7 +148,7 @@ mod tests {
     }
 
     fn worker() -> Worker {
-        Worker::new(SlotId(0), 2, Instant::now())
+        Worker::new(NEW, SlotId(0), 2, Instant::now())
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod gate;
 mod phase;
 pub mod policy;
 mod queue;
+mod recycle;
 mod reload;
 mod roster;
 mod slot;
@@ -23,16 +24,17 @@ mod udp;
 mod views;
 mod worker;
 
+use std::collections::BTreeMap;
 use std::mem;
 use std::time::Instant;
 
 pub use self::crew::Crew;
 pub use self::endpoints::Endpoints;
 pub use self::events::{
-    Accepted, Action, Announcement, Command, CommandId, End, Event, Refusal, ReloadOptions, Ticket,
+    Accepted, Action, Announcement, Command, CommandId, End, Event, Refusal, ReloadOptions, Sickness, Ticket,
 };
 use self::gate::Lack;
-use self::phase::{Phase, Reload};
+use self::phase::{Phase, Recycling, Reload, Step};
 pub use self::policy::{Policy, Readiness, Rollout, Target};
 use self::queue::Queue;
 use self::slot::{Failures, Slot};
@@ -59,6 +61,8 @@ pub struct Fleet {
     begun: Instant,
     last_reload: Option<LastReload>,
     failures: Failures,
+    /// The workers that should be replaced without a command.
+    sick: BTreeMap<WorkerId, Sickness>,
 }
 
 impl Fleet {
@@ -72,9 +76,10 @@ impl Fleet {
             begun: now,
             last_reload: None,
             failures: Failures::default(),
+            sick: BTreeMap::new(),
         };
         for slot in (0..fleet.crew.policy.workers).map(SlotId) {
-            fleet.crew.start(slot, 1, now);
+            fleet.crew.start(slot, now);
         }
         let actions = mem::take(&mut fleet.crew.actions);
         (fleet, actions)
@@ -102,6 +107,8 @@ impl Fleet {
             Event::WentIntoBackground { worker, pid, instead } => {
                 self.went_into_background(worker, pid, &instead, now);
             }
+            Event::Sick { worker, sickness } => self.sick(worker, sickness),
+            Event::Recovered { worker } => self.recovered(worker),
             Event::Ended { worker, end } => self.ended(worker, end, now),
             Event::StopSignal { signal } => self.stop_signal(signal, now),
             Event::Tick => self.fire_due(now, |_| true),
@@ -117,6 +124,7 @@ impl Fleet {
         let ticket = match command {
             Command::Reload(options) => self.queue.push_reload(options, self.crew.policy.rollout),
             Command::Scale(target) => self.queue_scaling(target),
+            Command::Recycle(ref slots) => self.queue_recycling(slots.clone()),
             Command::Abort => {
                 let aborted = self.abort(now).map(|()| Accepted::Aborted);
                 return (aborted, self.take_actions(now));
@@ -130,12 +138,13 @@ impl Fleet {
             }
         };
         if ticket.is_ok() && self.phase != Phase::Serving {
-            self.crew.info(story::queued(command, self.queue.workers(), self.phase));
+            self.crew.info(story::queued(&command, self.queue.workers(), self.phase));
         }
         let actions = self.take_actions(now);
-        let accepted = |ticket| match self.queue.has(ticket) {
-            true => Accepted::Queued(ticket),
-            false => Accepted::Begun(ticket),
+        let has_begun = |ticket| self.phase.ticket() == Some(ticket) || !self.queue.has(ticket);
+        let accepted = |ticket| match has_begun(ticket) {
+            true => Accepted::Begun(ticket),
+            false => Accepted::Queued(ticket),
         };
         (ticket.map(accepted), actions)
     }
@@ -264,13 +273,18 @@ impl Fleet {
                 self.crew.log_generation_ready(generation, reload.since, now);
                 self.replaced(reload, from, now);
             }
+            Phase::Recycling(recycling @ Recycling { step: Step::Starts, successor, .. })
+                if successor == id =>
+            {
+                self.switch_to_successor(recycling);
+            }
             _ => {}
         }
     }
 
     /// While the kernel is asked to switch, that holds: [`Event::Switched`] steers.
     fn steer(&mut self) {
-        if matches!(self.phase, Phase::Switching { .. }) {
+        if self.phase.is_switching() {
             return;
         }
         let plan = self.crew.plan(self.phase);
@@ -366,7 +380,9 @@ impl Fleet {
             if worker.ready_at.is_none() {
                 self.failures.add(status);
             }
-            self.crew.restart(worker, now);
+            if !self.succeeds(worker) {
+                self.crew.restart(worker, now);
+            }
             self.steer();
             if is_new { self.abandon(&what, Some(id), now) } else { self.crew.warn(what) }
         } else {
@@ -404,6 +420,11 @@ impl Fleet {
                 self.serve();
                 self.end_reload(reload.ticket, Ok(()), None, now);
             }
+            Phase::Recycling(recycling @ Recycling { step: Step::Retires, .. })
+                if !self.crew.roster.has_others() =>
+            {
+                self.recycled(recycling, now);
+            }
             Phase::Abandoning if !self.crew.roster.has_others() => self.serve(),
             Phase::Scaling { from, ticket }
                 if !self.crew.roster.has_others() && self.crew.are_scaled(from) =>
@@ -440,6 +461,8 @@ impl Fleet {
         } else if self.failures.are_too_many(self.crew.policy.max_failures) && !self.crew.has_ready() {
             self.give_up(&self.failures.to_string(), self.failures.last_status, now);
             self.settle(now);
+        } else {
+            self.recycle_next(now);
         }
     }
 
@@ -452,8 +475,8 @@ impl Fleet {
             self.remove_slots(workers, now);
         }
         for slot in before..workers {
-            self.crew.roster.slots.push(Slot::new(self.crew.generation()));
-            self.crew.start(SlotId::of_index(slot), self.crew.generation(), now);
+            self.crew.roster.slots.push(Slot::new(self.crew.generation(), None));
+            self.crew.start(SlotId::of_index(slot), now);
         }
     }
 
@@ -498,6 +521,7 @@ impl Fleet {
             WorkerTimer::Moment => self.check(&[id], now),
             WorkerTimer::Probe => self.crew.probe(id),
             WorkerTimer::ReadyTimeout => self.late(id, now),
+            WorkerTimer::MaxAge => self.sick(id, Sickness::Old),
             WorkerTimer::DrainTimeout => {
                 self.crew.info(story::not_idle(&name, &self.crew.policy));
                 self.stop(&[id], now);

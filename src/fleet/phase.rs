@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::events::Ticket;
 use super::policy::Rollout;
 use super::worker::Worker;
+use crate::ids::{SlotId, WorkerId};
 use crate::steering::Share;
 
 /// A reload that is under way.
@@ -26,6 +27,27 @@ impl Reload {
         };
         from..slots.min(from.saturating_add(most))
     }
+}
+
+/// The worker of a slot is being replaced by another one of its generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Recycling {
+    pub slot: SlotId,
+    pub successor: WorkerId,
+    pub since: Instant,
+    /// `None` if no command asked for it.
+    pub ticket: Option<Ticket>,
+    pub step: Step,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// The successor isn't ready yet.
+    Starts,
+    /// It is, and the kernel is asked to switch.
+    Switches,
+    /// It serves, and the other worker is retired.
+    Retires,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +74,9 @@ pub enum Phase {
         reload: Reload,
         next: usize,
     },
-    /// The next generation, or a new slot, has failed and is stopped.
+    /// One worker is replaced.
+    Recycling(Recycling),
+    /// The next generation, a new slot or a successor has failed and is stopped.
     Abandoning,
     /// There are new slots from this one on, or the workers of removed ones are retired.
     Scaling {
@@ -74,6 +98,7 @@ impl Phase {
         match self {
             Self::Starting | Self::Serving | Self::Abandoning => None,
             Self::Scaling { ticket, .. } | Self::Stopping { ticket, .. } => Some(ticket),
+            Self::Recycling(recycling) => recycling.ticket,
             _ => self.reload().map(|reload| reload.ticket),
         }
     }
@@ -107,12 +132,18 @@ impl Phase {
             || self.is_rolling(slots)
     }
 
-    /// Whether the reload to the `newest` generation, or the scaling, fails if this worker does.
+    /// Whether the kernel is asked to switch.
+    pub fn is_switching(self) -> bool {
+        matches!(self, Self::Switching { .. } | Self::Recycling(Recycling { step: Step::Switches, .. }))
+    }
+
+    /// Whether the reload to the `newest` generation, the scaling or the recycling fails if this worker does.
     pub fn is_on_trial(self, worker: &Worker, serves: bool, newest: u32) -> bool {
         match self {
             Self::Replacing { .. } | Self::Canary { .. } | Self::Switching { .. } => {
                 worker.generation == newest && !serves
             }
+            Self::Recycling(recycling) => worker.id == recycling.successor && !serves,
             Self::Scaling { from, .. } => worker.ready_at.is_none() && worker.slot.index() >= from && serves,
             _ => false,
         }
@@ -136,6 +167,7 @@ impl Phase {
         match self {
             Self::Starting => "the first generation is ready",
             Self::Scaling { .. } => "the scaling ends",
+            Self::Recycling(_) => "the recycling ends",
             Self::Abandoning => "the workers of the failed operation have ended",
             _ => "the current reload ends",
         }
@@ -146,7 +178,7 @@ impl Phase {
 mod tests {
     use super::*;
     use crate::fleet::worker::State;
-    use crate::ids::SlotId;
+    use crate::ids::{SlotId, WorkerId};
 
     fn reload() -> Reload {
         Reload {
@@ -172,7 +204,7 @@ mod tests {
     #[test]
     fn an_operation_fails_with_the_workers_that_it_has_started() {
         let (reload, now) = (reload(), Instant::now());
-        let worker = |slot, generation| Worker::new(SlotId(slot), generation, now);
+        let worker = |slot, generation| Worker::new(WorkerId(0), SlotId(slot), generation, now);
         for phase in [Phase::Replacing { reload, from: 0 }, Phase::Canary { reload }] {
             assert!(phase.is_on_trial(&worker(0, 2), false, 2));
             assert!(!phase.is_on_trial(&worker(0, 2), true, 2), "it serves");

@@ -5,6 +5,7 @@ use std::time::Duration;
 pub use super::slot::PROVEN_AFTER;
 use super::timers::WorkerTimer;
 use super::worker::State;
+use crate::ids::SlotId;
 use crate::steering::Share;
 
 /// How many workers there can be.
@@ -54,6 +55,8 @@ pub struct Policy {
     pub stop_timeout: Duration,
     /// How long a stop of everything may take, until the workers that are left are killed.
     pub stop_within: Duration,
+    /// How long a worker serves before it is replaced; `None`: as long as it lives.
+    pub max_age: Option<Duration>,
     /// The name of the stop signal.
     pub stop_signal: &'static str,
     /// After so many failed starts in a row, with no worker ready, reuse-run gives up. 0: never.
@@ -66,6 +69,14 @@ impl Policy {
     /// How long workers may take to finish their requests at a stop of everything. The rest of its time is for their end.
     pub fn stop_drain(&self) -> Duration {
         self.stop_within * 2 / 3
+    }
+
+    /// How long the worker of this slot serves. Those of several slots that begin together end one after the other: each has
+    /// another share of the last tenth (multiples of the golden ratio are spread evenly).
+    pub fn age_limit(&self, slot: SlotId) -> Option<Duration> {
+        const GOLDEN_RATIO: f64 = 0.618_033_988_749_895;
+        let share = (f64::from(slot.0) * GOLDEN_RATIO).fract();
+        self.max_age.map(|age| age.mul_f64(1.0 - share / 10.0))
     }
 
     /// The timers that begin when a worker enters a state.
@@ -161,6 +172,7 @@ pub fn example(readiness: Readiness) -> Policy {
         drain: Duration::from_secs(10),
         stop_timeout: Duration::from_secs(30),
         stop_within: Duration::from_secs(9),
+        max_age: None,
         stop_signal: "SIGINT",
         max_failures: 10,
         rollout: Rollout::AllAtOnce,
@@ -192,6 +204,18 @@ mod tests {
         assert_eq!(Rollout::canary(5.0, MAX_DURATION), Ok(Rollout::Canary { share, period: MAX_DURATION }));
         assert!(Rollout::canary(0.0, Duration::ZERO).is_err());
         assert!(Rollout::canary(5.0, MAX_DURATION + Duration::from_nanos(1)).is_err());
+    }
+
+    #[test]
+    fn workers_that_begin_together_end_one_after_the_other() {
+        let age = Duration::from_secs(100);
+        let policy = Policy { max_age: Some(age), ..example(Readiness::Listen) };
+        let mut limits: Vec<Duration> = (0..8).filter_map(|slot| policy.age_limit(SlotId(slot))).collect();
+        assert_eq!(limits[0], age);
+        limits.sort();
+        assert!(limits.windows(2).all(|pair| pair[1] - pair[0] >= age / 200), "{limits:?}");
+        assert!(limits[0] >= age * 9 / 10);
+        assert_eq!(example(Readiness::Listen).age_limit(SlotId(3)), None);
     }
 
     #[test]

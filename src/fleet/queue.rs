@@ -1,13 +1,17 @@
-//! What was asked for and waits for its turn: at most one reload and one scaling.
+//! What was asked for and waits for its turn: at most one reload, one scaling, and slots whose workers are to be replaced.
+
+use std::collections::BTreeSet;
 
 use super::events::{Refusal, ReloadOptions, Ticket};
 use super::policy::Rollout;
+use crate::ids::SlotId;
 
 /// Also the source of all tickets.
 #[derive(Debug, Default)]
 pub struct Queue {
     reload: Option<(ReloadOptions, Ticket)>,
     scaling: Option<(u32, Ticket)>,
+    recycling: Option<(BTreeSet<SlotId>, Ticket)>,
     tickets: u32,
 }
 
@@ -46,6 +50,27 @@ impl Queue {
         }
     }
 
+    /// Queues the replacement of the workers of these slots, with that of those which are queued.
+    pub fn push_recycling(&mut self, slots: BTreeSet<SlotId>) -> Ticket {
+        let (queued, ticket) = self.recycling.take().unwrap_or_else(|| (BTreeSet::new(), self.ticket()));
+        self.recycling = Some((&queued | &slots, ticket));
+        ticket
+    }
+
+    pub fn take_recycling(&mut self) -> Option<(SlotId, Ticket)> {
+        let (slots, ticket) = self.recycling.as_mut()?;
+        let next = slots.pop_first().map(|slot| (slot, *ticket));
+        if slots.is_empty() {
+            self.recycling = None;
+        }
+        next
+    }
+
+    /// Gives up what is queued with this ticket.
+    pub fn forget_recycling(&mut self, ticket: Ticket) {
+        self.recycling.take_if(|(_, queued)| *queued == ticket);
+    }
+
     pub fn take_reload(&mut self) -> Option<(ReloadOptions, Ticket)> {
         self.reload.take()
     }
@@ -55,7 +80,7 @@ impl Queue {
     }
 
     pub fn clear(&mut self) {
-        (self.reload, self.scaling) = (None, None);
+        (self.reload, self.scaling, self.recycling) = (None, None, None);
     }
 
     /// How many workers the queued scaling wants.
@@ -64,7 +89,9 @@ impl Queue {
     }
 
     pub fn has(&self, ticket: Ticket) -> bool {
-        let tickets = [self.reload.map(|(_, ticket)| ticket), self.scaling.map(|(_, ticket)| ticket)];
+        let recycling = self.recycling.as_ref().map(|(_, ticket)| *ticket);
+        let tickets =
+            [self.reload.map(|(_, ticket)| ticket), self.scaling.map(|(_, ticket)| ticket), recycling];
         tickets.contains(&Some(ticket))
     }
 }

@@ -25,7 +25,7 @@ impl Fleet {
     pub(super) fn start_batch(&mut self, reload: Reload, from: usize, now: Instant) {
         self.phase = Phase::Replacing { reload, from };
         for slot in reload.batch(from, self.crew.slots()) {
-            let id = self.crew.start(SlotId::of_index(slot), self.newest, now);
+            let id = self.crew.start_beside(SlotId::of_index(slot), self.newest, now);
             self.crew.allow_other_ports(id, reload.ports_may_change);
         }
     }
@@ -56,6 +56,10 @@ impl Fleet {
 
     /// The kernel has switched, and the newest generation becomes the one that serves; or it has refused.
     pub(super) fn switched(&mut self, outcome: Result<(), String>, now: Instant) {
+        if let Phase::Recycling(recycling) = self.phase {
+            self.switched_to_successor(recycling, outcome, now);
+            return;
+        }
         let Phase::Switching { reload, from } = self.phase else { return };
         if let Err(why) = outcome {
             self.abandon(&format!("the kernel refused the switch: {why}"), None, now);
@@ -67,7 +71,7 @@ impl Fleet {
         let last = self.crew.roster.slots[from].generation;
         self.phase = Phase::Retiring { reload, next: batch.end };
         self.crew.retire(&retired, now);
-        self.crew.replace_slots(batch.clone(), self.newest);
+        self.crew.replace_slots(batch.clone());
         self.failures.clear();
         self.steer();
         self.crew.info(story::switched(self.newest, last, &batch, slots));
@@ -85,6 +89,10 @@ impl Fleet {
 
     /// The reload or scaling has failed: stop the new workers. Those that serve never notice.
     pub(super) fn abandon(&mut self, why: &str, culprit: Option<WorkerId>, now: Instant) {
+        if let Phase::Recycling(recycling) = self.phase {
+            self.abandon_recycling(why, recycling, culprit, now);
+            return;
+        }
         if let Phase::Scaling { from, ticket } = self.phase {
             self.phase = Phase::Abandoning;
             self.remove_slots(from, now);

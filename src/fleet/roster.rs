@@ -18,7 +18,7 @@ pub struct Roster {
 impl Roster {
     /// So many slots of the first generation, without workers.
     pub fn new(slots: u32) -> Self {
-        let slots = (0..slots).map(|_| Slot::new(1)).collect();
+        let slots = (0..slots).map(|_| Slot::new(1, None)).collect();
         Self { slots, workers: BTreeMap::new(), next: WorkerId(0) }
     }
 
@@ -26,7 +26,7 @@ impl Roster {
     pub fn add(&mut self, slot: SlotId, generation: u32, now: Instant) -> WorkerId {
         let id = self.next;
         self.next = WorkerId(id.0 + 1);
-        self.workers.insert(id, Worker::new(slot, generation, now));
+        self.workers.insert(id, Worker::new(id, slot, generation, now));
         id
     }
 
@@ -67,7 +67,7 @@ impl Roster {
 
     /// Whether a worker is the one of its slot: not a replacement before the switch, nor a retired one.
     pub fn serves(&self, worker: &Worker) -> bool {
-        self.slots.get(worker.slot.index()).is_some_and(|slot| slot.generation == worker.generation)
+        self.slots.get(worker.slot.index()).is_some_and(|slot| slot.serving == Some(worker.id))
     }
 
     /// Whether all of these slots have a ready worker of this generation.

@@ -3,11 +3,15 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::ids::WorkerId;
 use crate::words::count;
 
 /// The first restart of a slot is at once, the next after this; each doubles it.
 const FIRST_DELAY: Duration = Duration::from_millis(100);
 const MAX_DELAY: Duration = Duration::from_secs(5);
+/// After the successor of a recycled worker has failed, the next one waits for this; each failure doubles it.
+const FIRST_PUT_OFF: Duration = Duration::from_secs(1);
+const MAX_PUT_OFF: Duration = Duration::from_secs(60);
 /// A worker that was ready for so long is restarted at once again.
 pub const PROVEN_AFTER: Duration = Duration::from_secs(10);
 
@@ -15,15 +19,19 @@ pub const PROVEN_AFTER: Duration = Duration::from_secs(10);
 pub struct Slot {
     /// The generation of the worker that serves here, or will.
     pub generation: u32,
+    /// The worker that serves here, or will, or the last one that did.
+    pub serving: Option<WorkerId>,
     /// How often a worker had to be restarted since the last reload.
     pub restarts: u32,
     /// How long the next restart waits.
     delay: Duration,
+    /// How long the next recycling waits if this one fails.
+    put_off: Duration,
 }
 
 impl Slot {
-    pub fn new(generation: u32) -> Self {
-        Self { generation, restarts: 0, delay: Duration::ZERO }
+    pub fn new(generation: u32, serving: Option<WorkerId>) -> Self {
+        Self { generation, serving, restarts: 0, delay: Duration::ZERO, put_off: FIRST_PUT_OFF }
     }
 
     /// Its worker has ended, after it was ready for so long if it ever was. Returns how long the next one waits.
@@ -34,6 +42,13 @@ impl Slot {
         }
         let delay = self.delay;
         self.delay = (delay * 2).clamp(FIRST_DELAY, MAX_DELAY);
+        delay
+    }
+
+    /// The successor of its worker has failed. Returns how long the next one waits.
+    pub fn put_off(&mut self) -> Duration {
+        let delay = self.put_off;
+        self.put_off = (delay * 2).min(MAX_PUT_OFF);
         delay
     }
 }
@@ -86,7 +101,7 @@ mod tests {
 
     #[test]
     fn restarts_wait_twice_as_long_each_time_until_a_worker_has_proven_itself() {
-        let mut slot = Slot::new(1);
+        let mut slot = Slot::new(1, None);
         let mut wait = |was_ready_for| slot.restart(was_ready_for).as_millis();
         let waits: Vec<u128> = (0..8).map(|_| wait(None)).collect();
         assert_eq!(waits, [0, 100, 200, 400, 800, 1600, 3200, 5000]);

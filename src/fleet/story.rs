@@ -36,9 +36,10 @@ pub fn who_serves(slots: &[Slot]) -> String {
 }
 
 /// "scaling to 5 workers: queued until the current reload ends"
-pub fn queued(command: Command, workers: Option<u32>, phase: Phase) -> String {
+pub fn queued(command: &Command, workers: Option<u32>, phase: Phase) -> String {
     let what = match (command, workers) {
         (Command::Scale(_), Some(workers)) => format!("scaling to {}", count(workers as usize, "worker")),
+        (Command::Recycle(_), _) => "recycling".to_owned(),
         _ => "reload".to_owned(),
     };
     format!("{what}: queued until {}", phase.queued_until())

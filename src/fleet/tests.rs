@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use proptest::collection::vec;
+use proptest::collection::{btree_set, vec};
 use proptest::prelude::*;
 
 use super::policy::{Target, example as policy};
@@ -41,6 +41,7 @@ struct World {
     /// Whether the reloads that have ended succeeded.
     reloads: Vec<bool>,
     scalings: Vec<bool>,
+    recyclings: Vec<bool>,
     /// The workers that were sent a request, and where.
     probed: BTreeMap<WorkerId, Endpoint>,
     /// What the kernel says to the next switch.
@@ -75,6 +76,7 @@ impl World {
             pending: BTreeMap::new(),
             reloads: Vec::new(),
             scalings: Vec::new(),
+            recyclings: Vec::new(),
             probed: BTreeMap::new(),
             next_switch: Ok(()),
         };
@@ -139,6 +141,7 @@ impl World {
                 Action::Ended { ticket, outcome, .. } => match self.pending.remove(&ticket) {
                     Some(Command::Reload(_)) => self.reloads.push(outcome.is_ok()),
                     Some(Command::Scale(_)) => self.scalings.push(outcome.is_ok()),
+                    Some(Command::Recycle(_)) => self.recyclings.push(outcome.is_ok()),
                     other => panic!("{ticket:?} of {other:?} has ended"),
                 },
                 Action::Switch(_) => {
@@ -147,6 +150,7 @@ impl World {
                 }
                 Action::Probe { worker, endpoint } => drop(self.probed.insert(worker, endpoint)),
                 Action::BeginGeneration { .. }
+                | Action::Share { .. }
                 | Action::Explain { .. }
                 | Action::FindForeignListeners
                 | Action::Announce(_) => {}
@@ -175,9 +179,10 @@ impl World {
         if self.exit.is_some() {
             return;
         }
-        let (answer, actions) = self.fleet.command(command, self.now);
+        let is_stop = command == Command::Stop;
+        let (answer, actions) = self.fleet.command(command.clone(), self.now);
         if let Ok(Accepted::Begun(ticket) | Accepted::Queued(ticket)) = answer
-            && command != Command::Stop
+            && !is_stop
         {
             self.pending.insert(ticket, command);
         }
@@ -236,6 +241,18 @@ impl World {
 
 fn reload() -> Command {
     Command::Reload(ReloadOptions::default())
+}
+
+fn recycle(slots: impl IntoIterator<Item = u32>) -> Command {
+    Command::Recycle(slots.into_iter().map(SlotId).collect())
+}
+
+fn sickness() -> impl Strategy<Value = Sickness> {
+    prop_oneof![
+        Just(Sickness::Hung(Duration::from_secs(10))),
+        Just(Sickness::Memory(500)),
+        Just(Sickness::Old)
+    ]
 }
 
 fn reload_by(rollout: Rollout) -> Command {
@@ -352,8 +369,8 @@ fn the_actions_of_a_reload_are_a_story() {
 #[test]
 fn a_command_gets_a_ticket_or_the_reason_of_its_refusal() {
     let mut world = serving();
-    let mut ask = |command| {
-        let (answer, actions) = world.fleet.command(command, world.now);
+    let mut ask = |command: Command| {
+        let (answer, actions) = world.fleet.command(command.clone(), world.now);
         if let Ok(Accepted::Begun(ticket) | Accepted::Queued(ticket)) = answer {
             world.pending.insert(ticket, command);
         }
@@ -1481,6 +1498,135 @@ fn ready_after_a_duration_holds_even_if_the_ready_timeout_is_shorter() {
     assert_eq!(world.steered_to().len(), 3);
 }
 
+#[test]
+fn a_recycled_worker_serves_until_its_successor_is_ready_and_then_drains() {
+    let mut world = serving();
+    world.command(recycle([1]));
+    assert_eq!(world.alive.len(), 4);
+    let successor = WorkerId(3);
+    assert_eq!(world.places[&successor], (1, 1));
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+    assert_eq!(world.plan().role(successor), Role::Starting);
+    world.event(Event::SaysReady { worker: successor });
+    assert_eq!([WorkerId(1), successor].map(|id| world.plan().role(id)), [Role::Draining, Role::Ready]);
+    assert_eq!(world.fleet.activity(), Activity::Recycling);
+    world.command(reload());
+    assert_eq!(world.alive.len(), 4, "the reload waits");
+    world.drain_all();
+    world.obey();
+    assert_eq!(world.recyclings, [true]);
+    assert_eq!(world.fleet.activity(), Activity::Reloading);
+    assert!(
+        world.said("worker 1 (pid 104, generation 1) serves instead of worker 1 (pid 102, generation 1)")
+    );
+}
+
+#[test]
+fn all_workers_are_recycled_one_after_the_other_and_one_command_ends() {
+    let mut world = serving();
+    world.command(recycle([]));
+    for _ in 0..3 {
+        assert_eq!(world.alive.len(), 4);
+        assert!(world.recyclings.is_empty());
+        world.ready_all();
+        world.drain_all();
+        world.obey();
+    }
+    assert_eq!(world.recyclings, [true]);
+    assert_eq!(world.ids(), [3, 4, 5].map(WorkerId));
+}
+
+#[test]
+fn when_a_successor_fails_the_worker_serves_on_and_the_command_has_failed() {
+    let mut world = serving();
+    world.command(recycle([]));
+    world.end(WorkerId(3), End::Exited(1));
+    assert_eq!(world.recyclings, [false]);
+    assert!(world.said("exited with status 1 before it was ready; recycling abandoned, worker 0 (pid 101, generation 1) serves on"));
+    assert_eq!((world.ids(), world.fleet.activity()), ([0, 1, 2].map(WorkerId).to_vec(), Activity::Serving));
+    world.next_switch = Err("no memory".to_owned());
+    world.command(recycle([2]));
+    world.ready_all();
+    assert_eq!(world.recyclings, [false, false]);
+    world.drain_all();
+    world.obey();
+    assert_eq!((world.ids(), world.fleet.activity()), ([0, 1, 2].map(WorkerId).to_vec(), Activity::Serving));
+    let refusal = world.refusal(recycle([1, 3]));
+    assert_eq!(refusal, Some(Refusal::Limit("there is no slot 3: the last one is 2".to_owned())));
+}
+
+#[test]
+fn the_successor_of_a_sick_worker_that_fails_is_tried_again_later_each_time() {
+    let mut world = serving();
+    world.event(Event::Sick { worker: WorkerId(1), sickness: Sickness::Memory(500) });
+    assert!(world.said(
+        "worker 1 (pid 102, generation 1) uses 500 MiB of memory (see --max-memory): it will be replaced"
+    ));
+    let mut waits = Vec::new();
+    for attempt in 3..10 {
+        assert_eq!(world.alive.len(), 4);
+        world.end(WorkerId(attempt), End::Exited(1));
+        let failed = world.now;
+        while world.alive.len() == 3 {
+            world.pass(Duration::from_secs(1));
+        }
+        waits.push((world.now - failed).as_secs());
+    }
+    assert_eq!(waits, [1, 2, 4, 8, 16, 32, 60]);
+    world.ready_all();
+    world.drain_all();
+    world.obey();
+    assert_eq!(world.ids(), [0, 2, 10].map(WorkerId));
+    world.pass(Duration::from_secs(600));
+    assert_eq!(world.alive.len(), 3);
+}
+
+#[test]
+fn a_worker_that_hung_and_works_again_is_not_replaced_and_one_that_leaks_is() {
+    let mut world = serving();
+    world.command(reload());
+    for (worker, sickness) in [(0, Sickness::Hung(Duration::from_secs(10))), (1, Sickness::Old)] {
+        world.event(Event::Sick { worker: WorkerId(worker), sickness });
+        world.event(Event::Recovered { worker: WorkerId(worker) });
+    }
+    world.command(Command::Abort);
+    world.obey();
+    assert_eq!(world.fleet.activity(), Activity::Recycling);
+    assert_eq!(world.places[&WorkerId(6)], (1, 1));
+}
+
+#[test]
+fn the_successor_of_a_worker_that_ends_meanwhile_takes_its_place() {
+    let mut world = serving();
+    world.command(recycle([1]));
+    world.end(WorkerId(1), End::Killed(9));
+    assert_eq!(world.ids(), [0, 2, 3].map(WorkerId));
+    assert_eq!((world.recyclings.as_slice(), world.fleet.activity()), ([true].as_slice(), Activity::Serving));
+    world.event(Event::SaysReady { worker: WorkerId(3) });
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+    world.end(WorkerId(3), End::Killed(9));
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.alive.len(), 3, "it is restarted as any other");
+}
+
+#[test]
+fn workers_that_are_old_are_replaced_one_at_a_time() {
+    let age = Duration::from_secs(100);
+    let mut world = World::new(Policy { max_age: Some(age), ..policy(Readiness::Listen) });
+    world.ready_all();
+    world.pass(age * 9 / 10 - Duration::from_secs(1));
+    assert_eq!(world.alive.len(), 3);
+    world.pass(age / 10 + Duration::from_secs(1));
+    assert_eq!(world.alive.len(), 4);
+    for _ in 0..3 {
+        world.ready_all();
+        world.drain_all();
+        world.obey();
+    }
+    assert_eq!(world.alive.len(), 3);
+    assert!(world.ids().into_iter().all(|id| id.0 >= 3), "{:?}", world.ids());
+}
+
 /// Something that happens to the fleet; an index chooses one of the living workers.
 #[derive(Debug, Clone)]
 enum Step {
@@ -1496,6 +1642,9 @@ enum Step {
     Reload(Rollout),
     Abort,
     Scale(u32),
+    Recycle(BTreeSet<u32>),
+    Sick(prop::sample::Index, Sickness),
+    Recovers(prop::sample::Index),
     Stop,
 }
 
@@ -1514,6 +1663,9 @@ fn step() -> impl Strategy<Value = Step> {
         4 => rollout().prop_map(Step::Reload),
         1 => Just(Step::Abort),
         1 => (1..=MOST_WORKERS).prop_map(Step::Scale),
+        2 => btree_set(0..MOST_WORKERS, 0..3).prop_map(Step::Recycle),
+        2 => (who(), sickness()).prop_map(|(who, sickness)| Step::Sick(who, sickness)),
+        1 => who().prop_map(Step::Recovers),
         1 => Just(Step::Stop),
     ]
 }
@@ -1578,6 +1730,17 @@ impl World {
             Step::Reload(rollout) => self.command(reload_by(rollout)),
             Step::Abort => self.command(Command::Abort),
             Step::Scale(workers) => self.command(Command::Scale(Target::Exactly(workers))),
+            Step::Recycle(slots) => self.command(recycle(slots)),
+            Step::Sick(who, sickness) => {
+                if let Some(worker) = choose(who, self.ids()) {
+                    self.event(Event::Sick { worker, sickness });
+                }
+            }
+            Step::Recovers(who) => {
+                if let Some(worker) = choose(who, self.ids()) {
+                    self.event(Event::Recovered { worker });
+                }
+            }
             Step::Stop => self.event(Event::StopSignal { signal: "SIGTERM" }),
         }
     }
@@ -1626,7 +1789,11 @@ proptest! {
             }
         }
         let phase = world.fleet.phase;
-        prop_assert!(world.exit.is_some() || matches!(phase, Phase::Starting | Phase::Serving), "{phase:?}");
+        // The successor of a sick worker is tried again for as long as that is sick.
+        let is_sick = !world.fleet.sick.is_empty();
+        let tries = matches!(phase, Phase::Recycling(Recycling { ticket: None, .. }) | Phase::Abandoning);
+        let rests = matches!(phase, Phase::Starting | Phase::Serving) || is_sick && tries;
+        prop_assert!(world.exit.is_some() || rests, "{phase:?}");
         world.event(Event::StopSignal { signal: "SIGTERM" });
         world.drain_all();
         world.obey();
@@ -1662,6 +1829,29 @@ proptest! {
             }
             let allowed = (WORKERS + most) as usize;
             prop_assert!(world.most_alive <= allowed, "{} alive", world.most_alive);
+        }
+    }
+
+    /// One worker after the other, as long as only successors fail.
+    #[test]
+    fn a_recycling_never_leaves_a_slot_without_a_worker_and_never_has_two_successors(
+        readiness in readiness(), steps in vec(step(), 0..80)
+    ) {
+        let mut world = World::new(policy(readiness));
+        world.pass(Duration::from_secs(3));
+        for worker in world.ids() {
+            world.event(Event::Listens { worker, endpoint: endpoint(1) });
+            world.event(Event::SaysReady { worker });
+            world.event(Event::Probed { worker, outcome: Ok(()) });
+        }
+        let all = [(0, 1), (1, 1), (2, 1)];
+        prop_assert_eq!(world.steered_to(), all);
+        for step in steps {
+            if !matches!(step, Step::Scale(_) | Step::Reload(_) | Step::Stop) {
+                world.take(step, true);
+                prop_assert_eq!(world.steered_to(), all);
+                prop_assert!(world.alive.len() <= WORKERS as usize + 1, "{} alive", world.alive.len());
+            }
         }
     }
 

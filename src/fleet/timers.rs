@@ -18,7 +18,7 @@ pub enum Timer {
     StopEnd,
 }
 
-/// [`super::policy::Policy::timers`] sets all but `Settled`, `Moment` and `Probe`. `AliveLongEnough` has to be the first and `KillGrace` the
+/// [`super::policy::Policy::timers`] sets all but `Settled`, `Moment`, `Probe` and `MaxAge`. `AliveLongEnough` has to be the first and `KillGrace` the
 /// last one: see [`Timers::cancel_worker`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum WorkerTimer {
@@ -31,6 +31,8 @@ pub enum WorkerTimer {
     /// Send it the next request.
     Probe,
     ReadyTimeout,
+    /// It has served for as long as it may.
+    MaxAge,
     DrainTimeout,
     /// Its main process may keep the stop signal from the server.
     ForwardGrace,
@@ -45,6 +47,8 @@ pub enum SlotTimer {
     Restart,
     /// The next worker takes so long that its clients shouldn't wait for it.
     ResetQueue,
+    /// Until then a successor that has failed isn't tried again.
+    Recycle,
 }
 
 #[derive(Debug, Default)]
@@ -63,8 +67,12 @@ impl Timers {
         self.order.insert((at, timer));
     }
 
+    pub fn is_set(&self, timer: Timer) -> bool {
+        self.at.contains_key(&timer)
+    }
+
     pub fn set_if_unset(&mut self, timer: Timer, at: Instant) {
-        if !self.at.contains_key(&timer) {
+        if !self.is_set(timer) {
             self.set(timer, at);
         }
     }
@@ -85,6 +93,7 @@ impl Timers {
     pub fn cancel_slot(&mut self, slot: SlotId) {
         self.cancel(Timer::Slot(slot, SlotTimer::Restart));
         self.cancel(Timer::Slot(slot, SlotTimer::ResetQueue));
+        self.cancel(Timer::Slot(slot, SlotTimer::Recycle));
     }
 
     /// When the next timer is due.

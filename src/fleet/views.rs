@@ -15,6 +15,7 @@ pub enum Activity {
     Reloading,
     Abandoning,
     Scaling,
+    Recycling,
     Stopping,
 }
 
@@ -29,6 +30,7 @@ impl From<Phase> for Activity {
             | Phase::Retiring { .. } => Self::Reloading,
             Phase::Abandoning => Self::Abandoning,
             Phase::Scaling { .. } => Self::Scaling,
+            Phase::Recycling(_) => Self::Recycling,
             Phase::Stopping { .. } => Self::Stopping,
         }
     }

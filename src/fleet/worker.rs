@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Instant;
 
 use crate::address::Endpoint;
-use crate::ids::SlotId;
+use crate::ids::{SlotId, WorkerId};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
@@ -20,6 +20,7 @@ pub enum State {
 
 #[derive(Debug)]
 pub struct Worker {
+    pub id: WorkerId,
     pub slot: SlotId,
     pub generation: u32,
     /// `None` until [`super::Action::Start`] was carried out.
@@ -56,8 +57,9 @@ pub struct Shown {
 }
 
 impl Worker {
-    pub fn new(slot: SlotId, generation: u32, now: Instant) -> Self {
+    pub fn new(id: WorkerId, slot: SlotId, generation: u32, now: Instant) -> Self {
         Self {
+            id,
             slot,
             generation,
             pid: None,

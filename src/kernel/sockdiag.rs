@@ -55,6 +55,8 @@ pub struct Traffic {
     pub round_trip: Duration,
     /// Received bytes. The end of the stream counts as one (`tcp_rcv_nxt_update`, net/ipv4/tcp_input.c).
     pub received: u64,
+    /// Bytes that the peer has acknowledged.
+    pub acknowledged: u64,
 }
 
 impl Traffic {
@@ -66,13 +68,16 @@ impl Traffic {
         const LAST_ACK_RECV: usize = 56;
         const MIN_RTT: usize = 148; // in microseconds
         const SEGS_IN: usize = 140;
+        const BYTES_ACKED: usize = 120;
         const BYTES_RECEIVED: usize = 128;
         const NOTSENT_BYTES: usize = 144;
         const DATA_SEGS_IN: usize = 152;
         const DATA_SEGS_OUT: usize = 156;
         let field = |at| field(info, at);
-        let received = info.get(BYTES_RECEIVED..BYTES_RECEIVED + 8).and_then(|bytes| bytes.try_into().ok());
-        let received = received.map_or(0, u64::from_ne_bytes);
+        let long = |at: usize| {
+            let bytes = info.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
+            bytes.map_or(0, u64::from_ne_bytes)
+        };
         Self {
             sent_ago: Duration::from_millis(field(LAST_DATA_SENT).into()),
             received_ago: Duration::from_millis(field(LAST_DATA_RECV).into()),
@@ -83,7 +88,8 @@ impl Traffic {
             segments_sent: field(DATA_SEGS_OUT),
             segments_received: field(DATA_SEGS_IN),
             round_trip: Duration::from_micros(field(MIN_RTT).into()),
-            received,
+            received: long(BYTES_RECEIVED),
+            acknowledged: long(BYTES_ACKED),
         }
     }
 }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::operate::status::Status;
 
 /// The version of this protocol. It rises with each change that an older command or an older reuse-run can't understand.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// In bytes; a longer request is refused.
 pub const MAX_REQUEST: usize = 64 * 1024;
 
@@ -45,6 +45,11 @@ pub enum Request {
         to: Target,
         wait: bool,
     },
+    /// Without slots, those of all slots.
+    Recycle {
+        slots: Vec<u32>,
+        wait: bool,
+    },
     Stop {
         wait: bool,
     },
@@ -54,6 +59,7 @@ impl Request {
     /// The oldest version of the protocol in which it can be sent.
     pub fn version(&self) -> u32 {
         match self {
+            Self::Recycle { .. } => 3,
             Self::Reload { ports_may_change: true, .. } | Self::Reload { command: Some(_), .. } => 2,
             _ => 1,
         }
@@ -161,6 +167,7 @@ mod tests {
             (1, Request::Abort),
             (1, Request::Scale { to: Target::Fewer(3), wait: true }),
             (1, Request::Stop { wait: true }),
+            (3, Request::Recycle { slots: vec![0, 2], wait: true }),
         ] {
             assert_eq!(request.version(), version, "{request:?}");
             let line = line(&Envelope { version, request: request.clone() });
@@ -172,8 +179,8 @@ mod tests {
 
     #[test]
     fn a_request_of_another_version_is_refused_whatever_else_it_holds() {
-        let error = parse(br#"{"version": 3, "what": ["ever"]}"#).unwrap_err();
-        assert!(error.contains("speaks versions 1 to 2") && error.contains("not 3"), "{error}");
+        let error = parse(br#"{"version": 4, "what": ["ever"]}"#).unwrap_err();
+        assert!(error.contains("speaks versions 1 to 3") && error.contains("not 4"), "{error}");
     }
 
     #[test]
@@ -218,6 +225,8 @@ mod tests {
                 Just(Request::Brief),
                 Just(Request::Abort),
                 any::<bool>().prop_map(|wait| Request::Stop { wait }),
+                (proptest::collection::vec(any::<u32>(), 0..4), any::<bool>())
+                    .prop_map(|(slots, wait)| Request::Recycle { slots, wait }),
                 (target, any::<bool>()).prop_map(|(to, wait)| Request::Scale { to, wait }),
                 reload,
             ]

@@ -38,6 +38,8 @@ pub enum State {
     #[serde(rename = "abandoning a reload")]
     Abandoning,
     Scaling,
+    #[serde(rename = "recycling a worker")]
+    Recycling,
     Stopping,
     /// A word that this version doesn't know; only a command can get it.
     #[serde(other)]
@@ -96,6 +98,8 @@ pub enum WorkerLoad {
     Free,
     Busy,
     Stuck,
+    /// It has been stuck and has done nothing for as long as `--hung-timeout` says, or 10 s.
+    Hung,
     /// A word that this version doesn't know; only a command can get it.
     #[serde(other)]
     Unknown,
@@ -124,11 +128,12 @@ pub struct LastReload {
 }
 
 impl Status {
-    /// The exit status of the command: 0 if all slots have a ready worker, 3 if some have, 4 if none has.
+    /// The exit status of the command: 0 if all slots have a ready worker that doesn't hang, 3 if some have, 4 if none has.
     pub fn exit_status(&self) -> u8 {
-        match self.ready {
+        let hangs = |worker: &&WorkerStatus| worker.serves && worker.load == WorkerLoad::Hung;
+        match self.ready.saturating_sub(self.workers.iter().filter(hangs).count() as u32) {
             0 => 4,
-            ready if ready < self.slots => 3,
+            healthy if healthy < self.slots => 3,
             _ => 0,
         }
     }
@@ -288,8 +293,16 @@ mod tests {
 
     #[test]
     fn the_exit_status_says_whether_all_slots_some_or_none_are_ready() {
-        for (ready, expected) in [(2, 0), (1, 3), (0, 4)] {
-            assert_eq!(status(Vec::new(), ready, 2).exit_status(), expected);
+        let hung = || worker(WorkerState::Ready, WorkerLoad::Hung, true);
+        let retired = || worker(WorkerState::Draining, WorkerLoad::Hung, false);
+        for (ready, workers, expected) in [
+            (2, vec![], 0),
+            (1, vec![], 3),
+            (0, vec![], 4),
+            (2, vec![hung(), retired()], 3),
+            (2, vec![hung(), hung()], 4),
+        ] {
+            assert_eq!(status(workers, ready, 2).exit_status(), expected);
         }
     }
 

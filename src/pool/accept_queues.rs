@@ -137,6 +137,11 @@ impl AcceptQueues {
         lengths
     }
 
+    /// The listeners whose queues haven't moved for [`LONG`].
+    pub fn slow(&self) -> impl Iterator<Item = MemberId> {
+        self.slow.iter().copied()
+    }
+
     /// How many listeners there are.
     pub fn len(&self) -> usize {
         self.watched.len()

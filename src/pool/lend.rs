@@ -126,9 +126,26 @@ impl Pool {
         }
     }
 
+    /// Has a worker that is about to start borrow the sockets of one that takes no connections, so that it takes what waits
+    /// there.
+    pub fn share(&mut self, worker: WorkerId, with: WorkerId) {
+        self.heirs.insert(with, worker);
+    }
+
+    /// The socket that this borrower takes from another worker.
+    fn inherited_alive(&mut self, borrower: Borrower, address: Address) -> Option<MemberId> {
+        let id = self.members.of(*self.heirs.get(&borrower.worker)?, address)?;
+        let member = self.members.get_mut(id)?;
+        member.shared_by = member.borrower();
+        Some(id)
+    }
+
     /// # Errors
     /// EADDRINUSE if a foreign listener is in the way, and what bind(2) says.
     fn spare_or_new(&mut self, borrower: Borrower, address: Address, owner: Owner) -> io::Result<MemberId> {
+        if let Some(id) = self.inherited_alive(borrower, address) {
+            return Ok(id);
+        }
         let spares = self.groups.get(&address).map(|group| group.spares(borrower, &self.members));
         for id in spares.unwrap_or_default() {
             if self.is_left_open(id) {
@@ -259,6 +276,8 @@ impl Pool {
     pub fn release(&mut self, worker: WorkerId, successor: bool) {
         self.handle_events(None);
         self.left_open = None;
+        self.heirs.remove(&worker);
+        self.members.end_sharing(|other| other == worker);
         let lent: Vec<MemberId> = self.members.lent_to(worker).map(|(id, _)| id).collect();
         for id in lent {
             if let Some(member) = self.members.get_mut(id) {
@@ -291,9 +310,13 @@ impl Pool {
         }
     }
 
-    /// A socket has no borrower any more. It is `reserved`, or becomes free.
+    /// A socket has no borrower any more. It goes back to the one that shared it, is `reserved`, or becomes free.
     fn vacate(&mut self, id: MemberId, reserved: Option<Holder>) {
         let Some(member) = self.members.get_mut(id) else { return };
+        if let Some(other) = member.shared_by.take() {
+            member.holder = Holder::Lent(other);
+            return;
+        }
         let address = member.address;
         if !member.listening {
             self.remove(id);

@@ -93,6 +93,8 @@ pub struct Member {
     is_limited: bool,
     /// Whether the borrower asked for SO_REUSEPORT itself.
     pub shares: bool,
+    /// A worker that has taken no connections, and had it before the borrower.
+    pub shared_by: Option<Borrower>,
     /// The last borrower, if that or processes that it left behind may have the socket open.
     pub left_by: Option<WorkerId>,
     /// Whether it was logged that somebody has it open.
@@ -142,6 +144,7 @@ impl Member {
             given: false,
             lends: 0,
             is_listened_on: false,
+            shared_by: None,
             left_by: None,
             is_aside: false,
         })
@@ -171,8 +174,11 @@ impl Member {
         match self.holder {
             Holder::Free => Role::Free,
             Holder::Reserved { .. } => Role::Reserved,
-            Holder::Lent(_) if !self.is_listened_on => Role::Starting,
-            Holder::Lent(borrower) => plan.role(borrower.worker),
+            Holder::Lent(_) if !self.is_listened_on && self.shared_by.is_none() => Role::Starting,
+            Holder::Lent(borrower) => match (plan.role(borrower.worker), self.shared_by) {
+                (Role::Starting, Some(other)) => plan.role(other.worker), // it has connections, so it can't be held
+                (role, _) => role,
+            },
         }
     }
 
@@ -342,6 +348,26 @@ impl Members {
 
     pub fn lent_to(&self, worker: WorkerId) -> impl Iterator<Item = (MemberId, &Member)> {
         self.iter().filter(move |(_, member)| member.is_lent_to(worker))
+    }
+
+    /// The sockets whose connections the worker is to take.
+    pub fn queues_of(&self, worker: WorkerId) -> impl Iterator<Item = (MemberId, &Member)> {
+        self.iter().filter(move |(_, member)| {
+            member.is_lent_to(worker) || member.shared_by.is_some_and(|other| other.worker == worker)
+        })
+    }
+
+    /// A worker's socket of this address.
+    pub fn of(&self, worker: WorkerId, address: Address) -> Option<MemberId> {
+        let mut lent = self.lent_to(worker);
+        lent.find(|(_, member)| member.address == address && member.listening).map(|(id, _)| id)
+    }
+
+    /// The borrower has become the only one.
+    pub fn end_sharing(&mut self, is_over: impl Fn(WorkerId) -> bool) {
+        for member in self.by_id.values_mut() {
+            member.shared_by.take_if(|other| is_over(other.worker));
+        }
     }
 
     /// The socket of this address that the worker was given, or that it borrowed earlier and has closed since.

@@ -81,6 +81,8 @@ pub struct Pool {
     unchecked: usize,
     /// Which sockets processes have open that ended workers have left behind, and until when that is good enough.
     left_open: Option<(Instant, HashMap<u64, Pid>)>,
+    /// Workers that are to borrow the sockets of others, which take no connections.
+    heirs: BTreeMap<WorkerId, WorkerId>,
     /// For [`Pool::stopped_listening`].
     stopped: Vec<StoppedListening>,
     plan: Plan,
@@ -108,6 +110,7 @@ impl Pool {
             warnings: Seldom::default(),
             unchecked: 0,
             left_open: None,
+            heirs: BTreeMap::new(),
             stopped: Vec::new(),
             plan: Plan::default(),
         })
@@ -425,13 +428,19 @@ impl Pool {
 
     /// How many connections wait to be accepted by the worker.
     pub fn accept_queue(&self, worker: WorkerId) -> u32 {
-        let infos = self.members.lent_to(worker).filter_map(|(_, member)| member.listen_info().ok());
+        let infos = self.members.queues_of(worker).filter_map(|(_, member)| member.listen_info().ok());
         infos.filter(|info| info.listening).map(|info| info.accept_queue).sum()
+    }
+
+    /// The workers for which connections have waited for [`LONG`] without being taken.
+    pub fn awaited_for_long(&self) -> BTreeSet<WorkerId> {
+        let members = self.watcher.queues.slow().filter_map(|id| self.members.get(id));
+        members.filter_map(|member| member.shared_by.or(member.borrower())).map(|it| it.worker).collect()
     }
 
     /// The load of the worker, on the address where it is greatest.
     pub fn load(&self, worker: WorkerId) -> Load {
-        self.members.lent_to(worker).map(|(id, _)| self.tracker.load(id)).max().unwrap_or(Load::Free)
+        self.members.queues_of(worker).map(|(id, _)| self.tracker.load(id)).max().unwrap_or(Load::Free)
     }
 }
 

@@ -21,6 +21,7 @@ impl Pool {
     /// Why the kernel has refused it for some address. There it steers as before.
     pub fn steer(&mut self, plan: Plan) -> Result<(), String> {
         self.plan = plan;
+        self.members.end_sharing(|worker| self.plan.role(worker).is_leaving());
         self.steer_all()
     }
 

@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 
 use super::{Source, Supervisor};
 use crate::fleet::{Accepted, Activity, Command, ReloadOptions, Rollout, State, Target, Ticket, View};
-use crate::ids::WorkerId;
+use crate::ids::{SlotId, WorkerId};
 use crate::kernel::procfs::{self, Usage};
 use crate::kernel::sockdiag::SockDiag;
 use crate::operate::control::{ClientId, Control};
@@ -39,6 +39,9 @@ impl Supervisor {
             }
             Request::Abort => (Ok(Command::Abort), false),
             Request::Scale { to, wait } => (Ok(Command::Scale(target(to))), wait),
+            Request::Recycle { slots, wait } => {
+                (Ok(Command::Recycle(slots.into_iter().map(SlotId).collect())), wait)
+            }
         };
         match command {
             Ok(command) => self.command(id, command, wait),
@@ -59,14 +62,15 @@ impl Supervisor {
     }
 
     fn command(&mut self, id: ClientId, command: Command, wait: bool) {
-        let (answer, actions) = self.fleet.command(command, Instant::now());
-        let done = |text: &str| Reply::Done(text.to_owned());
         let name = match command {
             Command::Reload(_) => "reload",
             Command::Scale(_) => "scaling",
+            Command::Recycle(_) => "recycling",
             Command::Abort => "abort",
             Command::Stop => "stop",
         };
+        let (answer, actions) = self.fleet.command(command, Instant::now());
+        let done = |text: &str| Reply::Done(text.to_owned());
         // A client that waits is noted before the actions are carried out, so that it sees all of them; one that doesn't
         // gets its reply after them.
         let reply = match answer {
@@ -173,7 +177,10 @@ impl Supervisor {
                 state: process.map_or(WorkerState::Down, |process| process.state.into()),
                 seconds: process.map(|process| seconds(process.since)),
                 restarts: view.restarts,
-                load: id.map_or(WorkerLoad::Free, |id| self.pool.load(id).into()),
+                load: id.map_or(WorkerLoad::Free, |id| match self.health.hangs(id) {
+                    true => WorkerLoad::Hung,
+                    false => self.pool.load(id).into(),
+                }),
                 accept_queue: id.map_or(0, |id| self.pool.accept_queue(id)),
                 connections: pid.and_then(|pid| connections.get(&pid).copied()).unwrap_or(0),
                 rss_kib,
@@ -285,6 +292,7 @@ impl From<Activity> for status::State {
             Activity::Reloading => Self::Reloading,
             Activity::Abandoning => Self::Abandoning,
             Activity::Scaling => Self::Scaling,
+            Activity::Recycling => Self::Recycling,
             Activity::Stopping => Self::Stopping,
         }
     }

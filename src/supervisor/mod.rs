@@ -14,6 +14,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use socket2::Socket;
 
+use self::health::Health;
 use self::source::Source;
 use self::starts::Starts;
 use crate::address::{Address, Endpoint};
@@ -48,6 +49,7 @@ mod behind;
 mod calls;
 mod commands;
 mod draining;
+mod health;
 mod hints;
 mod messages;
 mod source;
@@ -98,11 +100,14 @@ pub struct Supervisor {
     /// The listeners that this process was given itself, by inode number.
     inherited: Rc<[(u64, Endpoint)]>,
     stop_signal: Signal,
+    /// What tells a worker that it gets no more connections.
+    retire_signal: Option<Signal>,
     starts: Starts,
     processes: BTreeMap<WorkerId, Process>,
     /// One for each worker; also for one that has ended, as long as a process that it started lives on.
     interceptions: BTreeMap<WorkerId, Interception>,
     udp_binds: UdpBinds,
+    health: Health,
     reader: Reader,
     pids: HashMap<Pid, WorkerId>,
     /// Of which generations a worker has gone into the background.
@@ -209,11 +214,13 @@ impl Supervisor {
             listen,
             inherited,
             stop_signal,
+            retire_signal: options.retire_signal,
             starts: Starts::default(),
             processes: BTreeMap::new(),
             interceptions: BTreeMap::new(),
             reader,
             udp_binds: UdpBinds::default(),
+            health: Health::new(options.hung_timeout, options.max_memory, Instant::now()),
             pids: HashMap::new(),
             background: BTreeSet::new(),
             epoll,
@@ -275,6 +282,7 @@ impl Supervisor {
         }
         self.fail_late_starts(Instant::now());
         let changed = self.pool.sample_queues(Instant::now());
+        self.look_at_health(Instant::now());
         if !changed && ready == 0 && deadline.is_none_or(|at| at > Instant::now()) {
             return; // Woken for that sample alone, several hundred times a second while connections come.
         }
@@ -346,6 +354,7 @@ impl Supervisor {
             self.end_watch.as_ref().map(EndWatch::deadline),
             self.probes.deadline(),
             self.udp_binds.deadline(),
+            self.health.deadline(),
             self.reader.deadline(),
             self.starts.deadline(),
             self.systemd.deadline(),
@@ -365,6 +374,7 @@ impl Supervisor {
         while let Some(action) = self.actions.pop_front() {
             match action {
                 Action::Start { worker, slot, generation } => self.start(worker, slot, generation),
+                Action::Share { worker, with } => self.pool.share(worker, with),
                 Action::Steer(plan) => {
                     self.steer_paths(&plan);
                     if let Err(why) = self.pool.steer(plan) {
@@ -387,6 +397,7 @@ impl Supervisor {
                 Action::Drain { worker, addresses } => {
                     self.probes.forget(worker, &mut self.pool);
                     if let Some(Process { pid, generation, .. }) = self.processes.get(&worker) {
+                        self.retire_signal.into_iter().for_each(|it| worker::signal(*pid, it as c_int));
                         self.drain.watch(worker, *pid, *generation, addresses, Instant::now());
                     }
                 }

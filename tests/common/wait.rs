@@ -1,9 +1,14 @@
 //! Waiting for a condition, with a deadline.
 #![allow(dead_code)]
 
+use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use super::process::send;
 
 /// How long to wait for something that must happen. Far longer than it takes, because the machine may be busy.
 pub const DEADLINE: Duration = Duration::from_secs(120);
@@ -28,6 +33,17 @@ pub fn holds_for(what: &str, period: Duration, mut condition: impl FnMut() -> bo
         assert!(condition(), "did not hold for {period:?}: {what}");
         thread::sleep(POLL);
     }
+}
+
+/// Stops a process by SIGSTOP. A thread may accept a connection until it has stopped.
+#[track_caller]
+pub fn freeze(pid: u32) {
+    send(pid, Signal::SIGSTOP);
+    wait_until("all its threads have stopped", DEADLINE, || {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("its threads");
+        let stat = |task: fs::DirEntry| fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        tasks.map(|task| stat(task.expect("a thread"))).all(|stat| stat.contains(") T "))
+    });
 }
 
 /// Locks out other tests that keep every processor busy, until the result is dropped.

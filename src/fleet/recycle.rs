@@ -1,0 +1,173 @@
+//! The recycling: beside the worker of one slot another one of the same generation starts, and takes its place when it is
+//! ready. Until then, and if it fails, the worker serves on.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use humantime::format_duration;
+
+use super::events::{Action, Refusal, Ticket};
+use super::phase::{Phase, Recycling, Step};
+use super::timers::{SlotTimer, Timer};
+use super::worker::{State, Worker};
+use super::{Fleet, Sickness};
+use crate::ids::{SlotId, WorkerId};
+use crate::words::millis;
+
+impl Fleet {
+    /// Accepts that the workers of these slots are replaced, or of all slots if there are none.
+    pub(super) fn queue_recycling(&mut self, mut slots: BTreeSet<SlotId>) -> Result<Ticket, Refusal> {
+        let there = self.crew.slots();
+        if let Some(slot) = slots.iter().find(|slot| slot.index() >= there) {
+            return Err(Refusal::Limit(format!("there is no slot {slot}: the last one is {}", there - 1)));
+        }
+        if slots.is_empty() {
+            slots = (0..there).map(SlotId::of_index).collect();
+        }
+        Ok(self.queue.push_recycling(slots))
+    }
+
+    /// A worker that hung does something again. What grows or ages doesn't recover.
+    pub(super) fn recovered(&mut self, id: WorkerId) {
+        if matches!(self.sick.get(&id), Some(Sickness::Hung(_))) {
+            self.sick.remove(&id);
+        }
+    }
+
+    /// A worker should be replaced.
+    pub(super) fn sick(&mut self, id: WorkerId, sickness: Sickness) {
+        if self.crew.slot_served_by(id).is_some() && self.sick.insert(id, sickness).is_none() {
+            let name = self.crew.roster.name(id);
+            self.crew.warn(format!("{name} {sickness}: it will be replaced"));
+        }
+    }
+
+    /// Begins to replace the worker that is next, if there is one.
+    pub(super) fn recycle_next(&mut self, now: Instant) {
+        while let Some((slot, ticket)) = self.queue.take_recycling() {
+            match self.crew.ready_in(slot) {
+                Some(id) => return self.recycle(id, Some(ticket), now),
+                None => self.recycling_ended(ticket), // its next worker is on the way
+            }
+        }
+        self.sick.retain(|id, _| self.crew.slot_served_by(*id).is_some());
+        let may_try = |id: &WorkerId| {
+            let slot = self.crew.slot_served_by(*id);
+            slot.is_some_and(|slot| !self.crew.timers.is_set(Timer::Slot(slot, SlotTimer::Recycle)))
+        };
+        if let Some(id) = self.sick.keys().copied().find(may_try) {
+            self.recycle(id, None, now);
+        }
+    }
+
+    fn recycle(&mut self, id: WorkerId, ticket: Option<Ticket>, now: Instant) {
+        let Some(Worker { slot, generation, .. }) = self.crew.roster.get(id) else { return };
+        let (slot, generation) = (*slot, *generation);
+        let name = self.crew.roster.name(id);
+        self.crew.info(format!("recycling: starting a successor of {name}"));
+        self.crew.actions.push(Action::FindForeignListeners);
+        let before_start = self.crew.actions.len();
+        let successor = self.crew.start_beside(slot, generation, now);
+        if matches!(self.sick.get(&id), Some(Sickness::Hung(_))) {
+            self.crew.actions.insert(before_start, Action::Share { worker: id, with: successor });
+        }
+        self.phase = Phase::Recycling(Recycling { slot, successor, since: now, ticket, step: Step::Starts });
+    }
+
+    /// The kernel is asked to send the share of the worker to its successor, which is ready.
+    pub(super) fn switch_to_successor(&mut self, recycling: Recycling) {
+        let slot = recycling.slot.index();
+        let plan = self.crew.plan_of_switch(&(slot..slot + 1), self.crew.generation());
+        self.phase = Phase::Recycling(Recycling { step: Step::Switches, ..recycling });
+        self.crew.actions.push(Action::Switch(plan));
+    }
+
+    /// The kernel has done it, or has refused it.
+    pub(super) fn switched_to_successor(
+        &mut self,
+        recycling: Recycling,
+        outcome: Result<(), String>,
+        now: Instant,
+    ) {
+        if let Err(why) = outcome {
+            self.abandon_recycling(&format!("the kernel refused the switch: {why}"), recycling, None, now);
+            return;
+        }
+        let slot = recycling.slot.index();
+        let retired = self.crew.serving_in(slot..slot + 1);
+        self.phase = Phase::Recycling(Recycling { step: Step::Retires, ..recycling });
+        self.crew.retire(&retired, now);
+        self.crew.replace_slots(slot..slot + 1);
+        self.failures.clear();
+        self.steer();
+        let name = self.crew.roster.name(recycling.successor);
+        for id in &retired {
+            let old = self.crew.roster.name(*id);
+            self.crew.info(format!("{name} serves instead of {old}, which drains"));
+        }
+        self.end_retired(&retired, now);
+    }
+
+    /// The successor has failed; the worker never notices.
+    pub(super) fn abandon_recycling(
+        &mut self,
+        why: &str,
+        recycling: Recycling,
+        culprit: Option<WorkerId>,
+        now: Instant,
+    ) {
+        self.phase = Phase::Abandoning;
+        let Recycling { slot, successor, ticket, .. } = recycling;
+        let had_connections = self.crew.roster.state(successor) == Some(State::Ready);
+        if had_connections {
+            self.crew.retire(&[successor], now);
+            self.steer();
+            self.end_retired(&[successor], now);
+        } else {
+            self.stop(&[successor], now);
+        }
+        let serving = self.crew.ready_in(slot).map_or("no worker".to_owned(), |id| self.crew.roster.name(id));
+        let Some(ticket) = ticket else {
+            let delay = self.crew.roster.slots[slot.index()].put_off();
+            self.crew.timers.set(Timer::Slot(slot, SlotTimer::Recycle), now + delay);
+            let delay = format_duration(delay);
+            self.crew.warn(format!("{why}; {serving} serves on, and the next try comes after {delay}"));
+            return;
+        };
+        self.crew.warn(format!("{why}; recycling abandoned, {serving} serves on"));
+        self.queue.forget_recycling(ticket);
+        self.end_operation(ticket, "recycling", Err(why.to_owned()), culprit);
+    }
+
+    /// A worker has ended that serves in the slot whose successor is on the way. Returns whether that takes its place.
+    pub(super) fn succeeds(&mut self, ended: &Worker) -> bool {
+        let Phase::Recycling(Recycling { slot, successor, ticket, step: Step::Starts, .. }) = self.phase
+        else {
+            return false;
+        };
+        let is_on_the_way = slot == ended.slot && self.crew.roster.get(successor).is_some();
+        if is_on_the_way {
+            let slot = &mut self.crew.roster.slots[slot.index()];
+            (slot.serving, slot.restarts) = (Some(successor), slot.restarts + 1);
+            self.serve();
+            ticket.into_iter().for_each(|ticket| self.recycling_ended(ticket));
+        }
+        is_on_the_way
+    }
+
+    /// The retired worker has ended.
+    pub(super) fn recycled(&mut self, recycling: Recycling, now: Instant) {
+        let Recycling { successor, since, ticket, .. } = recycling;
+        let (name, took) = (self.crew.roster.name(successor), millis(now - since));
+        self.crew.info(format!("recycling done after {took}: {name} serves alone"));
+        self.serve();
+        ticket.into_iter().for_each(|ticket| self.recycling_ended(ticket));
+    }
+
+    /// One slot of those that a command named is done.
+    fn recycling_ended(&mut self, ticket: Ticket) {
+        if !self.queue.has(ticket) {
+            self.end_operation(ticket, "recycling", Ok(()), None);
+        }
+    }
+}

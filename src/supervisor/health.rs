@@ -1,0 +1,242 @@
+//! Which workers should be replaced although they live: those that hang, and those that use too much memory.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::time::{Duration, Instant};
+
+use super::Supervisor;
+use crate::fleet::{Event, Sickness, State};
+use crate::ids::WorkerId;
+use crate::kernel::procfs;
+use crate::kernel::sockdiag::SockDiag;
+
+/// A worker that takes no connections for so long hangs, if the command line names no time.
+const HANGS_AFTER: Duration = Duration::from_secs(10);
+/// The time between two looks at the workers' memory.
+const MEMORY_INTERVAL: Duration = Duration::from_secs(10);
+/// At so many looks in a row a worker has to use too much.
+const MEMORY_LOOKS: u32 = 3;
+
+/// What a worker has done: on each of its connections, how many bytes it has read, and written so that the client has them.
+type Work = BTreeMap<u64, u64>;
+
+/// Of workers for which connections wait that they don't take. A worker that serves slowly takes one now and then, or sends
+/// something; nothing tells one that computes for long from an endless loop.
+#[derive(Debug)]
+struct Suspect {
+    /// Since when it has done nothing.
+    since: Instant,
+    work: Work,
+    next_look: Instant,
+    hangs: bool,
+}
+
+#[derive(Debug)]
+pub struct Health {
+    hangs_after: Duration,
+    /// Whether those that hang are to be replaced.
+    replaces: bool,
+    /// In KiB.
+    max_memory: Option<u64>,
+    suspects: BTreeMap<WorkerId, Suspect>,
+    /// At how many looks in a row each worker has used too much memory.
+    looks: BTreeMap<WorkerId, u32>,
+    next_memory: Option<Instant>,
+}
+
+impl Health {
+    pub fn new(hung_timeout: Option<Duration>, max_memory: Option<u64>, now: Instant) -> Self {
+        Self {
+            hangs_after: hung_timeout.unwrap_or(HANGS_AFTER),
+            replaces: hung_timeout.is_some(),
+            max_memory,
+            suspects: BTreeMap::new(),
+            looks: BTreeMap::new(),
+            next_memory: max_memory.map(|_| now + MEMORY_INTERVAL),
+        }
+    }
+
+    pub fn deadline(&self) -> Option<Instant> {
+        let looks = self.suspects.values().map(|suspect| suspect.next_look);
+        looks.chain(self.next_memory).min()
+    }
+
+    pub fn hangs(&self, worker: WorkerId) -> bool {
+        self.suspects.get(&worker).is_some_and(|suspect| suspect.hangs)
+    }
+
+    /// Of the workers for which connections wait, those at which it is time to look.
+    fn due(&self, awaited: &BTreeSet<WorkerId>, now: Instant) -> Vec<WorkerId> {
+        let is_due = |worker: &WorkerId| self.suspects.get(worker).is_none_or(|it| it.next_look <= now);
+        awaited.iter().copied().filter(is_due).collect()
+    }
+
+    /// Takes for which workers connections wait, and the work of those that are due. Returns the events that follow.
+    fn look(
+        &mut self,
+        awaited: &BTreeSet<WorkerId>,
+        work: impl IntoIterator<Item = (WorkerId, Work)>,
+        now: Instant,
+    ) -> Vec<Event> {
+        let mut events = Vec::new();
+        let interval = (self.hangs_after / 8).clamp(Duration::from_millis(100), Duration::from_secs(5));
+        self.suspects.retain(|worker, suspect| {
+            let stays = awaited.contains(worker);
+            if !stays && suspect.hangs {
+                events.push(Event::Recovered { worker: *worker });
+            }
+            stays
+        });
+        for (worker, work) in work {
+            let next_look = now + interval;
+            let new = || Suspect { since: now, work: work.clone(), next_look, hangs: false };
+            let suspect = self.suspects.entry(worker).or_insert_with(new);
+            suspect.next_look = next_look;
+            let is_late = now - suspect.since >= self.hangs_after;
+            if suspect.work != work {
+                events.extend(suspect.hangs.then_some(Event::Recovered { worker }));
+                *suspect = new();
+            } else if is_late && !suspect.hangs {
+                suspect.hangs = true;
+                let sickness = Sickness::Hung(self.hangs_after);
+                events.extend(self.replaces.then_some(Event::Sick { worker, sickness }));
+            }
+        }
+        events
+    }
+
+    /// Takes how much memory each worker uses, in KiB.
+    fn look_at_memory(&mut self, memory: &BTreeMap<WorkerId, u64>, now: Instant) -> Vec<Event> {
+        self.next_memory = self.max_memory.map(|_| now + MEMORY_INTERVAL);
+        let max = self.max_memory.unwrap_or(u64::MAX);
+        self.looks.retain(|worker, _| memory.get(worker).is_some_and(|kib| *kib > max));
+        let mut events = Vec::new();
+        for (worker, kib) in memory.iter().filter(|(_, kib)| **kib > max) {
+            let looks = self.looks.entry(*worker).or_default();
+            *looks += 1;
+            if *looks == MEMORY_LOOKS {
+                events.push(Event::Sick { worker: *worker, sickness: Sickness::Memory(kib / 1024) });
+            }
+        }
+        events
+    }
+}
+
+impl Supervisor {
+    /// Finds out which workers hang or use too much memory, as far as it is time to.
+    pub(super) fn look_at_health(&mut self, now: Instant) {
+        let awaited = self.pool.awaited_for_long();
+        if !awaited.is_empty() || !self.health.suspects.is_empty() {
+            let ready = awaited.into_iter().filter(|id| self.fleet.crew().state(*id) == Some(State::Ready));
+            let ready = ready.collect();
+            let due = self.health.due(&ready, now).into_iter();
+            let work: Vec<(WorkerId, Work)> = due.map(|worker| (worker, self.work(worker))).collect();
+            let events = self.health.look(&ready, work, now);
+            events.into_iter().for_each(|event| self.handle(event));
+        }
+        if self.health.next_memory.is_some_and(|at| at <= now) {
+            let views = self.fleet.crew().views();
+            let processes = views.iter().filter_map(|view| view.process);
+            let ready = processes.filter(|process| process.state == State::Ready);
+            let memory = ready.filter_map(|process| {
+                let pid = self.pid(process.worker)?;
+                Some((process.worker, procfs::usage(pid).rss_kib))
+            });
+            let memory = memory.collect();
+            let events = self.health.look_at_memory(&memory, now);
+            events.into_iter().for_each(|event| self.handle(event));
+        }
+    }
+
+    fn work(&self, worker: WorkerId) -> Work {
+        let mut work = Work::new();
+        let (Some(pid), Ok(mut diag)) = (self.pid(worker), SockDiag::new()) else { return work };
+        let open: HashSet<u64> = procfs::tree(pid)
+            .into_iter()
+            .flat_map(|pid| procfs::socket_inodes(pid).unwrap_or_default())
+            .collect();
+        for address in self.fleet.crew().addresses(worker) {
+            for connection in diag.connections(address.socket).unwrap_or_default() {
+                let inode = u64::from(connection.inode);
+                if open.contains(&inode) {
+                    let read = connection.traffic.received.saturating_sub(connection.unread.into());
+                    work.insert(inode, read + connection.traffic.acknowledged);
+                }
+            }
+        }
+        work
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WORKER: WorkerId = WorkerId(3);
+
+    fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    /// Looks every second while connections wait, at work that is so much at each look. Returns what happened at which
+    /// second.
+    fn events(health: &mut Health, work: &[Option<u64>]) -> Vec<(usize, bool)> {
+        let start = Instant::now();
+        let mut told = Vec::new();
+        for (second, work) in work.iter().enumerate() {
+            let awaited = work.iter().map(|_| WORKER).collect();
+            let now = start + seconds(second as u64);
+            let due = health.due(&awaited, now).into_iter();
+            let work: Vec<_> = due.map(|id| (id, Work::from([(1, work.unwrap_or(0))]))).collect();
+            let events = health.look(&awaited, work, now);
+            told.extend(events.iter().map(|event| (second, matches!(event, Event::Sick { .. }))));
+        }
+        told
+    }
+
+    #[test]
+    fn a_worker_hangs_if_connections_wait_and_it_does_nothing_for_the_whole_time() {
+        let new = || Health::new(Some(seconds(4)), None, Instant::now());
+        let nothing = [Some(7); 12];
+        assert_eq!(events(&mut new(), &nothing), [(4, true)]);
+        let mut works = nothing;
+        works[3] = Some(8);
+        works[4..].fill(Some(8));
+        assert_eq!(events(&mut new(), &works), [(7, true)], "it has done something at 3 s");
+        let mut takes = nothing;
+        takes[3] = None;
+        assert_eq!(events(&mut new(), &takes), [(8, true)], "nobody waited at 3 s");
+        let mut recovers = nothing;
+        recovers[6..].fill(None);
+        assert_eq!(events(&mut new(), &recovers), [(4, true), (6, false)]);
+        recovers[6..].fill(Some(9));
+        assert_eq!(events(&mut new(), &recovers), [(4, true), (6, false), (10, true)]);
+    }
+
+    #[test]
+    fn without_a_time_out_it_is_known_that_a_worker_hangs_and_nothing_follows() {
+        let mut health = Health::new(None, None, Instant::now());
+        assert_eq!(health.deadline(), None);
+        assert_eq!(events(&mut health, &[Some(7); 10]), []);
+        assert!(!health.hangs(WORKER) && health.deadline().is_some());
+        assert_eq!(events(&mut health, &[Some(7)]), []);
+        let mut health = Health::new(None, None, Instant::now());
+        assert_eq!(events(&mut health, &[Some(7); 12]), []);
+        assert!(health.hangs(WORKER));
+    }
+
+    #[test]
+    fn memory_is_too_much_if_three_looks_in_a_row_find_it_so() {
+        let start = Instant::now();
+        let mut health = Health::new(None, Some(2048), start);
+        assert_eq!(health.deadline(), Some(start + MEMORY_INTERVAL));
+        let mut told = Vec::new();
+        for (look, kib) in [3000, 3000, 2048, 3000, 3000, 3000, 3000].into_iter().enumerate() {
+            let now = start + MEMORY_INTERVAL * (look as u32 + 1);
+            told.extend(
+                health.look_at_memory(&BTreeMap::from([(WORKER, kib)]), now).into_iter().map(|_| look),
+            );
+            assert_eq!(health.deadline(), Some(now + MEMORY_INTERVAL));
+        }
+        assert_eq!(told, [5]);
+    }
+}

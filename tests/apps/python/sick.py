@@ -1,0 +1,53 @@
+"""Answers one connection after the other, and falls ill when it is asked to: for /loop it computes for ever, for
+/deadlock it waits for a lock that it holds, /leak makes it keep 64 MiB more. /work/SECONDS takes so long. The address is
+host:port, fd:N or a path. With a file as second argument it exits with 1 at its start while that file exists."""
+import os
+import socket
+import sys
+import threading
+import time
+
+where = sys.argv[1]
+if len(sys.argv) > 2 and os.path.exists(sys.argv[2]):
+    sys.exit(1)
+if where.startswith('fd:'):
+    listener = socket.socket(fileno=int(where[3:]))
+elif where.startswith('/'):
+    listener = socket.socket(socket.AF_UNIX)
+    if os.path.exists(where):
+        os.unlink(where)
+    listener.bind(where)
+    listener.listen(128)
+else:
+    host, port = where.rsplit(':', 1)
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if '--share' in sys.argv:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listener.bind((host, int(port)))
+    listener.listen(128)
+
+lock = threading.Lock()
+kept = []
+while True:
+    connection, _ = listener.accept()
+    with connection:
+        try:
+            request = connection.recv(65536).decode().split(' ')
+            path = request[1] if len(request) > 1 else '/'
+            if path == '/loop':
+                while True:
+                    pass
+            if path == '/deadlock':
+                lock.acquire()
+                lock.acquire()
+            if path == '/leak':
+                kept.append(b'x' * (64 << 20))
+            if path.startswith('/work/'):
+                time.sleep(float(path[6:]))
+            body = 'pid={} generation={} slot={}\n'.format(
+                os.getpid(), os.environ.get('REUSE_RUN_GENERATION'), os.environ.get('REUSE_RUN_SLOT'))
+            head = 'HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n'
+            connection.sendall((head.format(len(body)) + body).encode())
+        except OSError:
+            pass

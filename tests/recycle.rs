@@ -1,0 +1,367 @@
+//! Workers that are replaced one at a time: on request, and because they hang, grow or are old.
+#![cfg_attr(clippy, deny(warnings))]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+
+use common::load::{Load, LoadOptions};
+use common::{
+    DEADLINE, Folder, Outcome, Service, Waiting, answered_more, app, free_address, freeze, get, get_path,
+    naive, python, python_packages, reuse_run_with, run, run_words, send, serving, wait_until, workers_where,
+};
+use nix::sys::signal::Signal;
+use socket2::SockAddr;
+
+fn load(addr: impl Into<SockAddr>) -> Load {
+    let load = Load::start(LoadOptions::new(addr, 8).rate(200.0));
+    answered_more(&load);
+    load
+}
+
+/// The PIDs of the workers that serve, by slot.
+fn pids(service: &Service) -> Vec<u32> {
+    let workers = workers_where(service, |worker| worker["serves"] == true);
+    workers.iter().map(|worker| worker["pid"].as_u64().expect("a PID") as u32).collect()
+}
+
+fn recycle(service: &Service, what: &str) -> Outcome {
+    run_words(&format!("recycle --pid {} {what}", service.pid()))
+}
+
+/// Asks for something to which no answer comes.
+fn ask(addr: SocketAddr, path: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(addr).expect("connect");
+    let request = format!("GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).expect("ask");
+    stream
+}
+
+/// Recycles one slot after the other under load and then all, without a failed request.
+fn recycle_each(options: &str, command: &[String], addr: impl Into<SockAddr>) {
+    let mut service = Service::run_ready(&format!("-n 3 {options}"), command);
+    let load = load(addr);
+    for slot in 0..3 {
+        let before = pids(&service);
+        recycle(&service, &slot.to_string()).assert_done("3 workers of generation 1 serve");
+        let after = pids(&service);
+        for other in 0..3 {
+            assert_eq!(
+                before[other] == after[other],
+                other != slot,
+                "slot {slot}: {before:?}, then {after:?}"
+            );
+        }
+        answered_more(&load);
+    }
+    let before: BTreeSet<u32> = pids(&service).into_iter().collect();
+    recycle(&service, "--all").assert_done("3 workers");
+    assert!(before.is_disjoint(&pids(&service).into_iter().collect()));
+    answered_more(&load);
+    service.reload();
+    assert_eq!(serving(&service), [(0, 2), (1, 2), (2, 2)]);
+    answered_more(&load);
+    load.stop().assert_nothing_failed();
+    service.stop();
+}
+
+#[test]
+fn each_slot_is_recycled_under_load_without_a_failed_request() {
+    let addr = free_address();
+    recycle_each("", &naive(addr), addr);
+}
+
+#[test]
+fn each_slot_is_recycled_with_balance_random() {
+    let addr = free_address();
+    recycle_each("--balance random", &naive(addr), addr);
+}
+
+#[test]
+fn each_slot_is_recycled_with_probes() {
+    let addr = free_address();
+    recycle_each("--ready /", &naive(addr), addr);
+}
+
+#[test]
+fn each_slot_is_recycled_with_given_sockets() {
+    let addr = free_address();
+    recycle_each(&format!("-l {addr} --ready /"), &python("sick.py", &["fd:3"]), addr);
+}
+
+#[test]
+fn each_slot_is_recycled_with_given_sockets_without_interception() {
+    let addr = free_address();
+    recycle_each(&format!("-l {addr} --no-intercept --ready /"), &python("sick.py", &["fd:3"]), addr);
+}
+
+#[test]
+fn each_slot_is_recycled_with_a_unix_socket() {
+    let folder = Folder::new();
+    let path = folder.path("s");
+    let node = ["node", &app("node/unix.js"), &path].map(str::to_owned);
+    recycle_each("", &node, SockAddr::unix(&path).expect("a path that fits"));
+}
+
+#[test]
+fn a_command_that_names_no_slot_or_one_that_is_not_there_is_refused() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 2", &naive(addr));
+    recycle(&service, "2").assert_failed(&["there is no slot 2: the last one is 1"]);
+    for (what, why) in
+        [("", "name the slots, as in recycle 0 2"), ("--all 1", "name the slots"), ("one", "--help")]
+    {
+        let outcome = recycle(&service, what);
+        assert!(outcome.code == Some(2) && outcome.err.contains(why), "{outcome:?}");
+    }
+    recycle(&service, "--no-wait 1").assert_done("recycling begun");
+    service.wait_for_line("recycling done");
+    service.stop();
+}
+
+#[test]
+fn a_successor_that_fails_changes_nothing_and_the_command_says_why() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let flag = folder.path("fails");
+    let mut service = Service::run_ready("-n 2", &python("sick.py", &[&addr.to_string(), &flag]));
+    let load = load(addr);
+    let before = pids(&service);
+    folder.raise("fails");
+    recycle(&service, "1")
+        .assert_failed(&["exited with status 1 before it was ready", "2 workers of generation 1 serve on"]);
+    folder.lower("fails");
+    assert_eq!(pids(&service), before);
+    recycle(&service, "1").assert_done("2 workers");
+    load.stop().assert_nothing_failed();
+    service.stop();
+}
+
+#[test]
+fn workers_that_are_old_are_replaced_one_after_the_other_under_load() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 2 --max-age 3s", &naive(addr));
+    let first: BTreeSet<u32> = pids(&service).into_iter().collect();
+    let load = load(addr);
+    wait_until("both are replaced", DEADLINE, || first.is_disjoint(&pids(&service).into_iter().collect()));
+    load.stop().assert_nothing_failed();
+    service.wait_for_line("has served for long enough (see --max-age): it will be replaced");
+    service.stop();
+}
+
+#[test]
+fn a_worker_that_leaks_is_replaced_under_load() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 2 --max-memory 100M", &python("sick.py", &[&addr.to_string()]));
+    let load = load(addr);
+    let leaks = get_path(addr, "/leak").origin.pid.expect("a PID");
+    wait_until("a second leak of the same worker", DEADLINE, || {
+        get_path(addr, "/leak").origin.pid == Some(leaks)
+    });
+    wait_until("the worker that leaks is replaced", DEADLINE, || !pids(&service).contains(&leaks));
+    load.stop().assert_nothing_failed();
+    service.wait_for_line("MiB of memory (see --max-memory): it will be replaced");
+    service.stop();
+}
+
+/// Starts so many workers, has some of them hang, and asserts that these are replaced, that clients that wait for them are
+/// answered, and that no other client notices.
+fn replaces_those_that_hang(
+    options: &str,
+    command: &[String],
+    addr: SocketAddr,
+    (hang, workers): (usize, usize),
+    make_hang: impl FnOnce(&[u32]) -> Option<TcpStream>,
+) {
+    let options = format!("-n {workers} --hung-timeout 2s --drain 1s --stop-timeout 1s {options}");
+    let mut service = Service::run_ready(&options, command);
+    let first = pids(&service);
+    let lost = make_hang(&first);
+    let waiting: Vec<Waiting> = (0..32).map(|_| Waiting::new(addr)).collect();
+    let load = (hang < workers).then(|| Load::start(LoadOptions::new(addr, 4).rate(50.0).timeout(DEADLINE)));
+    wait_until("those that hang are replaced", DEADLINE, || {
+        let now = pids(&service);
+        first.iter().filter(|pid| !now.contains(pid)).count() == hang
+    });
+    for client in waiting {
+        client.outcome().expect("an answer");
+    }
+    load.iter().for_each(answered_more);
+    load.into_iter().for_each(|load| load.stop().assert_nothing_failed());
+    wait_until("the old ones have ended", DEADLINE, || service.log.count_of("recycling done") == hang);
+    let replaced = service.log.count_of("(see --hung-timeout): it will be replaced");
+    assert_eq!(replaced, hang);
+    drop(lost);
+    service.stop();
+}
+
+fn stop_some(count: usize) -> impl FnOnce(&[u32]) -> Option<TcpStream> {
+    move |workers| {
+        workers[..count].iter().copied().for_each(freeze);
+        None
+    }
+}
+
+#[test]
+fn a_stopped_worker_is_replaced_and_what_waits_for_it_is_answered() {
+    let addr = free_address();
+    replaces_those_that_hang("", &naive(addr), addr, (1, 4), stop_some(1));
+}
+
+#[test]
+fn with_balance_random_a_stopped_worker_is_replaced_as_well() {
+    let addr = free_address();
+    replaces_those_that_hang("--balance random", &naive(addr), addr, (1, 4), stop_some(1));
+}
+
+#[test]
+fn four_of_four_stopped_workers_are_replaced() {
+    let addr = free_address();
+    replaces_those_that_hang("--ready /", &naive(addr), addr, (4, 4), stop_some(4));
+}
+
+#[test]
+fn four_of_four_stopped_workers_with_given_sockets_are_replaced() {
+    let addr = free_address();
+    let options = format!("-l {addr} --no-intercept --ready /");
+    replaces_those_that_hang(&options, &python("sick.py", &["fd:3"]), addr, (4, 4), stop_some(4));
+}
+
+#[test]
+fn a_worker_in_an_endless_loop_is_replaced() {
+    let addr = free_address();
+    let hang = |_: &[u32]| Some(ask(addr, "/loop"));
+    replaces_those_that_hang("", &python("sick.py", &[&addr.to_string()]), addr, (1, 3), hang);
+}
+
+#[test]
+fn the_only_worker_is_replaced_when_it_waits_for_ever() {
+    let addr = free_address();
+    let hang = |_: &[u32]| Some(ask(addr, "/deadlock"));
+    replaces_those_that_hang("", &python("sick.py", &[&addr.to_string()]), addr, (1, 1), hang);
+}
+
+#[test]
+fn a_worker_that_works_again_before_its_successor_is_ready_is_left_alone_if_that_fails() {
+    let (addr, folder) = (free_address(), Folder::new());
+    let flag = folder.path("fails");
+    let command = python("sick.py", &[&addr.to_string(), &flag]);
+    let mut service = Service::run_ready("-n 1 --hung-timeout 1s", &command);
+    folder.raise("fails");
+    let worker = pids(&service)[0];
+    freeze(worker);
+    let waiting: Vec<Waiting> = (0..8).map(|_| Waiting::new(addr)).collect();
+    service.wait_for_line("serves on, and the next try comes after 1s");
+    service.wait_for_line("serves on, and the next try comes after 2s");
+    send(worker, Signal::SIGCONT);
+    for client in waiting {
+        assert_eq!(client.outcome().expect("an answer").pid, Some(worker));
+    }
+    assert_eq!(get(addr).pid, Some(worker));
+    folder.lower("fails");
+    service.stop();
+}
+
+#[test]
+fn a_worker_that_is_slow_and_works_is_not_replaced() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 2 --hung-timeout 2s", &python("sick.py", &[&addr.to_string()]));
+    let first = pids(&service);
+    // More than both can do: connections wait all the time, and the queues don't get shorter.
+    let options = LoadOptions::new(addr, 16).path("/work/0.3").timeout(DEADLINE);
+    let load = Load::start(options);
+    wait_until("many answers", DEADLINE, || load.snapshot().answered > 40);
+    assert_eq!(pids(&service), first);
+    load.stop().assert_nothing_failed();
+    assert_eq!(service.log.count_of("will be replaced"), 0);
+    service.stop();
+}
+
+#[test]
+fn status_says_which_workers_hang_and_its_exit_status_too() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 2", &naive(addr));
+    let workers = pids(&service);
+    for (worker, expected) in workers.iter().zip([3, 4]) {
+        assert_ne!(run(&service, "status").code, Some(expected));
+        freeze(*worker);
+        let clients: Vec<Waiting> = (0..16).map(|_| Waiting::new(addr)).collect();
+        wait_until("it is seen that it hangs", DEADLINE, || run(&service, "status").code == Some(expected));
+        let hung = workers_where(&service, |worker| worker["load"] == "hung").len();
+        assert_eq!(hung, expected as usize - 2);
+        assert!(run(&service, "status").out.contains("  ready, hung  "));
+        drop(clients);
+    }
+    assert_eq!(pids(&service), workers, "without --hung-timeout nothing is replaced");
+    workers.iter().for_each(|worker| send(*worker, Signal::SIGCONT));
+    wait_until("they work again", DEADLINE, || run(&service, "status").code == Some(0));
+    service.stop();
+}
+
+/// Reloads while a request is under way, and asserts that the worker in slot 0 does its job until it is told that it is
+/// retired, and not once after that.
+fn job_ends_at_the_switch(command: impl Fn(&str) -> Vec<String>) {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 2 --retire-signal USR2", &command(&addr.port().to_string()));
+    let old = pids(&service)[0];
+    service.wait_for_output(&format!("job {old}"));
+    let requests: Vec<TcpStream> = (0..16).map(|_| ask(addr, "/")).collect();
+    service.reload();
+    let new = pids(&service)[0];
+    let first = service.out.count();
+    service
+        .out
+        .wait_for(first, DEADLINE, |line| line == format!("job {new}"))
+        .expect("the new worker does the job");
+    let lines: Vec<String> = service.out.all().into_iter().map(|line| line.text).collect();
+    let retired = lines.iter().position(|line| *line == format!("retired {old}")).expect("it was told");
+    let job = format!("job {old}");
+    assert!(lines[..retired].contains(&job) && !lines[retired..].contains(&job), "{lines:?}");
+    drop(requests);
+    service.stop();
+}
+
+#[test]
+fn a_node_worker_ends_its_jobs_when_it_is_retired() {
+    job_ends_at_the_switch(|port| ["node", &app("node/cron.js"), port].map(str::to_owned).to_vec());
+}
+
+#[test]
+fn a_python_worker_ends_its_jobs_when_it_is_retired() {
+    job_ends_at_the_switch(|port| python("cron.py", &[port]));
+}
+
+/// One gunicorn sync worker, which gets a request of 20 s, and another one meanwhile. Neither may fail. Returns whether the
+/// worker was replaced.
+fn gunicorn_is_replaced(options: &str) -> bool {
+    let (addr, folder) = (free_address(), Folder::new());
+    let app = "import time\ndef application(environ, start):\n    time.sleep(20 if environ['PATH_INFO'] == '/work' else 0)\n    \
+               start('200 OK', [('Content-Length', '2')])\n    return [b'ok']\n";
+    folder.write("slow.py", app);
+    let words =
+        ["python3", "-m", "gunicorn", "--timeout", "0", "--bind", &addr.to_string(), "slow:application"];
+    let mut command = reuse_run_with(options, &words);
+    command.env("PYTHONPATH", python_packages("gunicorn")).current_dir(&folder.0);
+    let mut service = Service::spawn_ready(command);
+    let worker = pids(&service)[0];
+    for mut client in [ask(addr, "/work"), ask(addr, "/")] {
+        let mut answer = String::new();
+        client.set_read_timeout(Some(DEADLINE)).expect("set a time-out");
+        client.read_to_string(&mut answer).expect("an answer");
+        assert!(answer.ends_with("\r\n\r\nok"), "{answer}");
+    }
+    let is_replaced = pids(&service)[0] != worker;
+    service.stop();
+    is_replaced
+}
+
+#[test]
+fn a_sync_worker_whose_requests_are_longer_than_the_time_out_is_replaced_and_finishes_its_request() {
+    assert!(gunicorn_is_replaced("--hung-timeout 10s --drain 30s"));
+}
+
+#[test]
+fn a_sync_worker_whose_requests_are_shorter_than_the_time_out_is_left_alone() {
+    assert!(!gunicorn_is_replaced("--hung-timeout 25s"));
+}
