@@ -38,7 +38,17 @@ fn the_same_seed_makes_the_same_plan() {
     assert_eq!(plan("7"), plan("7"));
     assert_ne!(plan("7"), plan("8"));
     let text = String::from_utf8(plan("7")).expect("text");
-    for what in ["exits at its start", "hangs", "never ready", "crashes", "SIGSTOP", "SIGKILL", "--seed 7"] {
+    for what in [
+        "exits at its start",
+        "hangs",
+        "never ready",
+        "crashes",
+        "SIGSTOP to",
+        "SIGSTOP for ever",
+        "recycle",
+        "SIGKILL",
+        "--seed 7",
+    ] {
         assert!(text.contains(what), "{what:?} is not in:\n{text}");
     }
 }

@@ -267,7 +267,7 @@ fn a_worker_that_sends_itself_a_request_before_it_says_ready_is_told_why_it_hang
         threading.Thread(target=server.serve_forever).start()\n\
         socket.create_connection(address)";
     let mut service =
-        Service::run("--ready notify --ready-timeout 2s", &inline(asks_itself, &[&addr.port().to_string()]));
+        Service::run("--ready notify --ready-timeout 8s", &inline(asks_itself, &[&addr.port().to_string()]));
     assert_eq!(service.wait_end().code(), Some(1));
     service.wait_for_line("it waits for a connection to its own port");
 }
@@ -359,7 +359,7 @@ fn a_worker_that_listens_past_the_filter_is_named_when_another_fails_and_when_it
         let hint =
             format!("it listens on {addr} by io_uring or a 32-bit system call, which can't be intercepted");
         service.wait_for_line(&hint);
-        let mut service = Service::run("-n 1 --ready-timeout 2s", &command);
+        let mut service = Service::run("-n 1 --ready-timeout 8s", &command);
         assert_eq!(service.wait_end().code(), Some(1));
         service.wait_for_line(&hint);
     }

@@ -33,11 +33,11 @@ const USAGE: &str = "usage: chaos [--rough] [--seed N] [--plan] [SECONDS]
        chaos --reloads N
        chaos --idle N
 
-Loads two workers for SECONDS (60). Meanwhile, at random, it reloads them, also to broken versions, and
-stops and continues workers. No request may fail.
+Loads two workers for SECONDS (60). Meanwhile, at random, it reloads them, also to broken versions, recycles
+single workers, and stops and continues workers. No request may fail.
 
-  --rough   also kill workers that serve, and reload to a version that crashes a second after it was ready;
-            then as many requests may fail as these workers had accepted
+  --rough   also kill workers that serve, stop some for ever, and reload to a version that crashes a second
+            after it was ready; then as many requests may fail as these workers had accepted
   --seed N  repeat an earlier run (each prints its seed)
   --plan    only print what would happen
 
@@ -195,6 +195,13 @@ enum What {
         nth: usize,
     },
     ReloadToCrash,
+    Recycle {
+        slot: usize,
+    },
+    /// SIGSTOP to one of the workers that serve, which is not continued.
+    Hang {
+        nth: usize,
+    },
 }
 
 impl std::fmt::Display for What {
@@ -209,6 +216,8 @@ impl std::fmt::Display for What {
                 write!(f, "SIGSTOP to worker {nth} of all for {} ms", length.as_millis())
             }
             What::Kill { nth } => write!(f, "SIGKILL to worker {nth} of those that serve"),
+            What::Recycle { slot } => write!(f, "recycle slot {slot}"),
+            What::Hang { nth } => write!(f, "SIGSTOP for ever to worker {nth} of those that serve"),
         }
     }
 }
@@ -233,7 +242,7 @@ fn plan(settings: &Settings) -> Vec<Step> {
     while at < settings.length {
         if bag.is_empty() {
             // Each kind comes once before any kind comes again.
-            bag = (0..if settings.rough { 11 } else { 8 }).collect();
+            bag = (0..if settings.rough { 14 } else { 10 }).collect();
         }
         let what = match bag.swap_remove(random.below(bag.len())) {
             0 | 1 => What::Reload,
@@ -241,14 +250,16 @@ fn plan(settings: &Settings) -> Vec<Step> {
             3 => What::ReloadTo(Broken::Hangs),
             4 => What::ReloadTo(Broken::NeverReady),
             5..=7 => What::Stop { nth: random.below(2 * WORKERS), length: random.milliseconds(50, 900) },
-            8 | 9 if kills < KILLS_BETWEEN_RELOADS => What::Kill { nth: random.below(WORKERS) },
-            8 | 9 => What::Reload,
+            8 | 9 => What::Recycle { slot: random.below(WORKERS) },
+            10 => What::Hang { nth: random.below(WORKERS) },
+            11 | 12 if kills < KILLS_BETWEEN_RELOADS => What::Kill { nth: random.below(WORKERS) },
+            11 | 12 => What::Reload,
             _ => What::ReloadToCrash,
         };
         match what {
             What::Kill { .. } => kills += 1,
             What::Reload | What::ReloadToCrash => kills = 0,
-            What::ReloadTo(_) | What::Stop { .. } => {}
+            What::ReloadTo(_) | What::Stop { .. } | What::Recycle { .. } | What::Hang { .. } => {}
         }
         let pause = random.milliseconds(20, 600);
         at += pause;
@@ -271,6 +282,7 @@ struct Output {
     serving: u32,
     reloads_done: usize,
     reloads_given_up: usize,
+    recycled: usize,
     /// Connections that reuse-run has reset, by its log.
     reset: u64,
     /// Pid and generation of each worker that has listened, in order.
@@ -288,6 +300,8 @@ impl Output {
         }
         if line.contains("]: reload done") {
             self.reloads_done += 1;
+        } else if line.contains("]: recycling done") {
+            self.recycled += 1;
         } else if line.contains("reload abandoned") {
             self.reloads_given_up += 1;
         } else if line.contains(" reset: ") {
@@ -323,7 +337,8 @@ impl Service {
     fn start(addr: SocketAddr) -> Result<Service, String> {
         // Each generation has one version, also after restarts.
         let text = r#"exec "$0" --announce $(cat "$1/$REUSE_RUN_GENERATION")"#;
-        let options = ["--ready", "notify", "--ready-timeout", READY_TIMEOUT];
+        let options = ["--ready", "notify", "--ready-timeout", READY_TIMEOUT, "--hung-timeout", "2s"];
+        let options = [&options[..], &["--drain", "3s", "--stop-timeout", "3s"]].concat();
         let server = built::program("examples/server")?.display().to_string();
         Self::start_as(&options, &["sh", "-c", text, &server], &format!("--listen {addr} --ready-after 0"))
     }
@@ -375,6 +390,25 @@ impl Service {
             thread::sleep(POLL);
         }
         Ok(())
+    }
+
+    /// What a command to reuse-run prints.
+    fn command(&self, words: &[&str]) -> Result<String, String> {
+        let mut command = Command::new(built::program("reuse-run")?);
+        let output = command.args(words).output().map_err(|error| format!("start a command: {error}"))?;
+        match output.status.success() {
+            true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+            false => Err(format!("{words:?}: {}", String::from_utf8_lossy(&output.stderr))),
+        }
+    }
+
+    /// Whether all workers are ready, and none is being replaced.
+    fn only_serves(&self) -> Result<bool, String> {
+        if self.workers().len() != WORKERS || !self.reloads_are_over() {
+            return Ok(false);
+        }
+        let status = self.command(&["status", "--json", &self.child.id().to_string()]);
+        Ok(status.is_ok_and(|status| status.contains(r#""state":"serving""#)))
     }
 
     /// Whether all reloads have ended.
@@ -473,6 +507,25 @@ struct Done {
 }
 
 impl Done {
+    /// Waits until `condition` holds, and continues workers meanwhile.
+    fn wait(
+        &mut self,
+        service: &Service,
+        what: &str,
+        condition: impl Fn(&Service) -> Result<bool, String>,
+    ) -> Result<(), String> {
+        let end = Instant::now() + DEADLINE;
+        while !condition(service)? {
+            self.continue_due(service, Instant::now());
+            if Instant::now() > end {
+                let log = service.output().log.join("\n");
+                return Err(format!("not within {DEADLINE:?}: {what}; the log:\n{log}"));
+            }
+            thread::sleep(POLL);
+        }
+        Ok(())
+    }
+
     fn continue_due(&mut self, service: &Service, now: Instant) {
         self.to_continue.retain(|(pid, at)| {
             let due = *at <= now;
@@ -495,16 +548,10 @@ fn run(settings: &Settings, plan: &[Step]) -> Result<bool, String> {
     let mut at = begun;
     for step in plan {
         at += step.pause;
-        let is_reload = !matches!(step.what, What::Stop { .. } | What::Kill { .. });
-        let end = Instant::now() + DEADLINE;
-        while Instant::now() < at || is_reload && !service.reloads_are_over() {
-            done.continue_due(&service, Instant::now());
-            if Instant::now() > end {
-                let log = service.output().log.join("\n");
-                return Err(format!("a reload has not ended within {DEADLINE:?}; the log:\n{log}"));
-            }
-            thread::sleep(POLL);
-        }
+        let is_reload = matches!(step.what, What::Reload | What::ReloadTo(_) | What::ReloadToCrash);
+        done.wait(&service, "the next step may begin", |service| {
+            Ok(Instant::now() >= at && (!is_reload || service.reloads_are_over()))
+        })?;
         at = Instant::now();
         if begun.elapsed() > settings.length {
             break;
@@ -654,6 +701,22 @@ fn take(service: &mut Service, done: &mut Done, what: What) -> Result<(), String
                 done.killed.insert(pid);
             }
         }
+        What::Recycle { slot } => {
+            let pid = service.child.id().to_string();
+            service.command(&["recycle", "--no-wait", "--pid", &pid, &slot.to_string()])?;
+        }
+        // Nothing else meanwhile: nobody takes what waits for a worker that hangs when it is retired for another reason.
+        What::Hang { nth } => {
+            done.wait(service, "it only serves", Service::only_serves)?;
+            let serving = service.serving();
+            let Some(pid) = serving.get(nth % serving.len().max(1)).copied() else { return Ok(()) };
+            if service.send(pid, Signal::SIGSTOP) {
+                done.killed.insert(pid);
+                done.wait(service, "a worker that hangs is replaced", |service| {
+                    Ok(!service.workers().contains(&pid))
+                })?;
+            }
+        }
     }
     Ok(())
 }
@@ -679,7 +742,9 @@ fn judge(settings: &Settings, output: &Output, done: &Done, report: &Report, sta
         done.crashing.len(),
     );
     println!(
-        "workers: {} stopped and continued, {} killed, {} crashed; {} connections reset by reuse-run",
+        "workers: {} recycled, {} stopped and continued, {} killed or stopped for ever, {} crashed; {} connections reset \
+         by reuse-run",
+        output.recycled,
         done.stopped,
         done.killed.len(),
         crashed.len(),
