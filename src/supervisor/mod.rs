@@ -300,6 +300,10 @@ impl Supervisor {
             self.handle(Event::StoppedListening { worker, endpoint: address.into() });
         }
         self.handle(Event::Tick);
+        self.reset_unserved();
+    }
+
+    fn reset_unserved(&mut self) {
         for (address, connections) in self.pool.reset_unserved() {
             let connections = count(connections, "connection");
             info!("{connections} to {address} reset: there is no worker to accept them");
