@@ -1,16 +1,30 @@
-//! What follows when retired workers have finished their work.
+//! Workers that are retired: what they are told, and what follows when they have finished their work.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use libc::c_int;
 use nix::time::{ClockId, clock_gettime};
 
-use super::Supervisor;
+use super::{Process, Supervisor};
+use crate::address::Address;
 use crate::drain::Arrived;
 use crate::drain::idle::{self, EndWatch};
 use crate::drain::signal_effect::{self, Treatment};
 use crate::fleet::Event;
+use crate::ids::WorkerId;
+use crate::worker;
 
 impl Supervisor {
+    /// A worker gets no more connections: tells it, and watches those that it has.
+    pub(super) fn begin_drain(&mut self, worker: WorkerId, addresses: BTreeSet<Address>) {
+        self.probes.forget(worker, &mut self.pool);
+        if let Some(Process { pid, generation, .. }) = self.processes.get(&worker) {
+            self.retire_signal.into_iter().for_each(|signal| worker::signal(*pid, signal as c_int));
+            self.drain.watch(worker, *pid, *generation, addresses, Instant::now());
+        }
+    }
+
     /// Stops the workers that have finished their work.
     pub(super) fn stop_drained(&mut self) {
         let begun = Instant::now();

@@ -398,13 +398,7 @@ impl Supervisor {
                     self.environments.begin(generation, command, like);
                     self.hint_at_program(generation);
                 }
-                Action::Drain { worker, addresses } => {
-                    self.probes.forget(worker, &mut self.pool);
-                    if let Some(Process { pid, generation, .. }) = self.processes.get(&worker) {
-                        self.retire_signal.into_iter().for_each(|it| worker::signal(*pid, it as c_int));
-                        self.drain.watch(worker, *pid, *generation, addresses, Instant::now());
-                    }
-                }
+                Action::Drain { worker, addresses } => self.begin_drain(worker, addresses),
                 Action::Signal { worker } => {
                     self.probes.forget(worker, &mut self.pool);
                     self.drain.forget(worker);
