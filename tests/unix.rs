@@ -118,6 +118,23 @@ fn a_path_that_only_one_worker_uses_is_left_alone() {
     }
 }
 
+#[test]
+fn a_connection_between_processes_of_one_worker_delays_no_reload_and_no_stop() {
+    let _turn = turn();
+    let (addr, folder) = (free_address(), Folder::new());
+    let connected = "import multiprocessing, runpy, sys\n\
+        shared = multiprocessing.Manager().list([1])\n\
+        assert shared[0] == 1\n\
+        sys.argv = sys.argv[1:]\n\
+        runpy.run_path(sys.argv[0], run_name='app')";
+    let worker = inline(connected, &[&app("python/naive.py"), &addr.port().to_string()]);
+    let mut command = reuse_run_with("-n 2 --drain 1h --stop-within 1h", &worker);
+    command.env("TMPDIR", &folder.0);
+    let mut service = Service::spawn_ready(command);
+    service.reload();
+    service.stop();
+}
+
 /// An nginx in the foreground that forwards a port to a Unix socket.
 struct Nginx(Child);
 

@@ -141,6 +141,8 @@ pub use netlink_packet_sock_diag::unix::nlas::Vfs as SocketFile;
 pub struct UnixSocket {
     pub inode: u64,
     pub is_connected: bool,
+    /// The other end of a connection.
+    pub peer: Option<u64>,
     /// An accepted connection has its listener's. `None` if it isn't bound to a path.
     pub file: Option<SocketFile>,
 }
@@ -223,7 +225,8 @@ impl SockDiag {
     /// ENOENT if the kernel can't list them (CONFIG_UNIX_DIAG).
     pub fn unix_sockets(&mut self) -> io::Result<Vec<UnixSocket>> {
         let state_flags = unix::StateFlags::from_bits_retain(u32::MAX);
-        let request = UnixRequest { state_flags, inode: 0, show_flags: ShowFlags::VFS, cookie: [0xff; 8] };
+        let show_flags = ShowFlags::VFS | ShowFlags::PEER;
+        let request = UnixRequest { state_flags, inode: 0, show_flags, cookie: [0xff; 8] };
         let mut sockets = Vec::new();
         self.dump(SockDiagMessage::UnixRequest(request), |message| {
             if let SockDiagMessage::UnixResponse(response) = message {
@@ -313,7 +316,7 @@ fn unix_socket(response: &UnixResponse) -> UnixSocket {
     let header = &response.header;
     // Those that nobody has accepted yet have no inode number.
     let is_connected = header.state == TCP_ESTABLISHED && header.inode != 0;
-    UnixSocket { inode: header.inode.into(), is_connected, file }
+    UnixSocket { inode: header.inode.into(), is_connected, peer: response.peer().map(Into::into), file }
 }
 
 fn connection(response: &InetResponse) -> Connection {
@@ -504,6 +507,7 @@ mod tests {
         assert!(of(&a).file.is_some() && of(&a).file == of(&accepted).file && of(&a).file != of(&b).file);
         assert_eq!(of(&client).file, None);
         assert_eq!([of(&a), of(&b), of(&accepted)].map(|it| it.is_connected), [false, false, true]);
+        assert_eq!([of(&a).peer, of(&accepted).peer], [None, Some(inode(&client))]);
         paths.iter().for_each(|path| std::fs::remove_file(path).unwrap());
     }
 

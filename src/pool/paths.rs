@@ -360,81 +360,88 @@ impl UnixSockets {
         if self.is_empty() {
             return Vec::new();
         }
-        self.all().into_iter().filter_map(|(inode, generation)| generation.map(|_| inode)).collect()
+        self.all().into_iter().filter_map(|(inode, came)| came.map(|_| inode)).collect()
     }
 
-    /// All Unix sockets of this network namespace by inode number; with its generation, if it is a connection that came by
-    /// one of ours.
-    fn all(&self) -> HashMap<u64, Option<u32>> {
+    /// All Unix sockets of this network namespace by inode number; with what is known of it, if it is a connection that
+    /// came by one of ours.
+    fn all(&self) -> HashMap<u64, Option<Came>> {
         self.all_by_file().unwrap_or_else(|_| self.all_by_name())
     }
 
-    fn all_by_file(&self) -> io::Result<HashMap<u64, Option<u32>>> {
+    fn all_by_file(&self) -> io::Result<HashMap<u64, Option<Came>>> {
         let generations: HashMap<u64, u32> =
             self.paths.values().flatten().map(|(generation, bound)| (bound.inode, *generation)).collect();
         let all = SockDiag::new()?.unix_sockets()?;
         let files: Vec<(&SocketFile, u32)> =
             all.iter().filter_map(|it| Some((it.file.as_ref()?, *generations.get(&it.inode)?))).collect();
         let of_file = |file: &SocketFile| files.iter().find(|(ours, _)| *ours == file).map(|(_, it)| *it);
-        let generation = |it: &UnixSocket| it.file.as_ref().filter(|_| it.is_connected).and_then(of_file);
-        Ok(all.iter().map(|it| (it.inode, generation(it))).collect())
+        let came = |it: &UnixSocket| {
+            let generation = it.file.as_ref().filter(|_| it.is_connected).and_then(of_file)?;
+            Some(Came { generation, client: it.peer })
+        };
+        Ok(all.iter().map(|it| (it.inode, came(it))).collect())
     }
 
     /// Where the kernel can't list their files. Any user can bind a socket whose name looks like a line of the table, or like
     /// ours in other mounts.
-    fn all_by_name(&self) -> HashMap<u64, Option<u32>> {
+    fn all_by_name(&self) -> HashMap<u64, Option<Came>> {
         let all = self.paths.values().flatten();
         let generations: HashMap<&str, u32> =
             all.map(|(generation, bound)| (bound.name.as_str(), *generation)).collect();
-        let generation = |row: &procfs::UnixSocket| {
-            generations.get(row.name.as_str()).copied().filter(|_| row.is_connected && row.inode != 0)
+        let came = |row: &procfs::UnixSocket| {
+            let generation = generations.get(row.name.as_str()).copied();
+            let generation = generation.filter(|_| row.is_connected && row.inode != 0)?;
+            Some(Came { generation, client: None })
         };
-        procfs::unix_sockets().iter().map(|row| (row.inode, generation(row))).collect()
+        procfs::unix_sockets().iter().map(|row| (row.inode, came(row))).collect()
     }
 
     /// Which of some workers, given with their generations, have a connection that came by a path, or one that waits
-    /// for any worker of their generation.
+    /// for any worker of their generation. What a worker's processes say to each other doesn't count.
     pub fn busy(&self, workers: &[(WorkerId, Pid, u32)]) -> BTreeSet<WorkerId> {
         if self.is_empty() || workers.is_empty() {
             return BTreeSet::new();
         }
         let waiting = self.paths.values().flatten().filter(|(_, bound)| bound.has_waiting());
         let mut busy_generations: BTreeSet<u32> = waiting.map(|(generation, _)| *generation).collect();
-        let (busy_processes, unheld) = self.connections_of_processes();
-        busy_generations.extend(unheld);
+        let known = self.all();
+        let processes = procfs::tree(Pid::this()).into_iter().skip(1);
+        let held: Held = processes.map(|process| (process, procfs::sockets(process).ok())).collect();
+        let inodes: HashSet<u64> = held.values().flatten().flatten().map(|(_, inode)| *inode).collect();
+        // A thread has accepted what no process has, and hasn't got its fd yet.
+        let unheld = known.iter().filter(|(inode, _)| !inodes.contains(inode));
+        busy_generations.extend(unheld.filter_map(|(_, came)| Some(came.as_ref()?.generation)));
         let is_busy = |(_, pid, generation): &&(WorkerId, Pid, u32)| {
-            busy_generations.contains(generation)
-                || procfs::tree(*pid).iter().any(|process| busy_processes.contains(process))
+            busy_generations.contains(generation) || has_client(&procfs::tree(*pid), &held, &known)
         };
         workers.iter().filter(is_busy).map(|(worker, ..)| *worker).collect()
     }
+}
 
-    /// The processes that have a connection which came by any of the sockets, and the generations of the connections
-    /// that no process has: a thread has accepted them and hasn't got their fd yet.
-    fn connections_of_processes(&self) -> (HashSet<Pid>, Vec<u32>) {
-        let known = self.all();
-        let mut unheld: BTreeMap<u64, u32> =
-            known.iter().filter_map(|(inode, generation)| Some((*inode, (*generation)?))).collect();
-        let mut processes: HashSet<Pid> = HashSet::new();
-        for process in procfs::tree(Pid::this()).into_iter().skip(1) {
-            let Ok(sockets) = procfs::sockets(process) else {
-                processes.insert(process); // it may have one
-                continue;
-            };
-            for (fd, inode) in sockets {
-                unheld.remove(&inode);
-                let is_ours = match known.get(&inode) {
-                    Some(generation) => generation.is_some(),
-                    // In no list of this network namespace: a connection is in its client's (`unix_create1`).
-                    None => procfs::socket_protocol(process, fd).is_ok_and(|name| name.starts_with("UNIX")),
-                };
-                if is_ours {
-                    processes.insert(process);
-                }
-            }
-        }
-        (processes, unheld.into_values().collect())
-    }
+/// A connection that came by one of our sockets.
+struct Came {
+    generation: u32,
+    /// The inode number of its other end, if it is known.
+    client: Option<u64>,
+}
+
+/// The sockets of processes, each its fd and inode number; `None` where they can't be seen.
+type Held = HashMap<Pid, Option<Vec<(u32, u64)>>>;
+
+/// Whether one of a worker's processes has a connection whose client is none of them.
+fn has_client(processes: &[Pid], held: &Held, known: &HashMap<u64, Option<Came>>) -> bool {
+    let sockets = || processes.iter().filter_map(|process| Some((*process, held.get(process)?.as_ref()?)));
+    let own: HashSet<u64> = sockets().flat_map(|(_, its)| its).map(|(_, inode)| *inode).collect();
+    let is_of_client = |process, fd, inode| match known.get(&inode) {
+        Some(Some(came)) => came.client.is_none_or(|client| !own.contains(&client)),
+        Some(None) => false,
+        // In no list of this network namespace: a connection is in its client's (`unix_create1`).
+        None => procfs::socket_protocol(process, fd).is_ok_and(|name| name.starts_with("UNIX")),
+    };
+    let may_have_one = |process: &Pid| matches!(held.get(process), Some(None));
+    processes.iter().any(may_have_one)
+        || sockets().any(|(process, its)| its.iter().any(|(fd, inode)| is_of_client(process, *fd, *inode)))
 }
 
 #[cfg(test)]
