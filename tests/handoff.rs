@@ -364,6 +364,19 @@ fn when_the_only_worker_dies_no_connection_is_refused() {
     service.stop();
 }
 
+#[test]
+fn who_comes_when_the_only_worker_has_died_is_answered_by_one_that_takes_as_long_to_start() {
+    let addr = free_address();
+    let slow = [&["sh", "-c", "sleep 3; exec \"$@\"", "sh"].map(str::to_owned)[..], &naive(addr)].concat();
+    let mut service = Service::run_ready("-n 1", &slow);
+    let from = service.log.count();
+    let victim = service.workers()[0];
+    send(victim, Signal::SIGKILL);
+    service.wait_for_line_after(from, "SIGKILL");
+    assert_ne!(get(addr).pid, Some(victim));
+    service.stop();
+}
+
 /// Who answers. `None` if the connection is cut, as it may be when a worker dies.
 fn get_or_none(addr: SocketAddr) -> Option<load::Origin> {
     match load::get(addr, "/", Duration::from_secs(15)) {

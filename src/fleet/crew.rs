@@ -32,8 +32,9 @@ const PROBE_PAUSE: Duration = Duration::from_millis(100);
 const CANARY_PROBE_PAUSE: Duration = Duration::from_secs(1);
 /// How many of these in a row a canary may not answer.
 const MAX_CANARY_FAILURES: u32 = 2;
-/// Clients wait so long for the next worker of a slot. Then they are reset, so that they try again.
-const MAX_QUEUE_WAIT: Duration = Duration::from_secs(2);
+/// Clients wait for the next worker of a slot for twice as long as the last one took to be ready, within these limits. Then
+/// they are reset, so that they try again.
+const QUEUE_WAIT: [Duration; 2] = [Duration::from_secs(2), Duration::from_secs(10)];
 
 #[derive(Debug)]
 pub struct Crew {
@@ -379,7 +380,9 @@ impl Crew {
         let delay = self.roster.slots[ended.slot.index()].restart(was_ready_for);
         self.endpoints.forget_later(ended.slot);
         self.timers.set(Timer::Slot(ended.slot, SlotTimer::Restart), now + delay);
-        self.timers.set_if_unset(Timer::Slot(ended.slot, SlotTimer::ResetQueue), now + MAX_QUEUE_WAIT);
+        let start_took = ended.ready_at.map_or(Duration::ZERO, |ready_at| ready_at - ended.started);
+        let wait = (start_took * 2).clamp(QUEUE_WAIT[0], QUEUE_WAIT[1]);
+        self.timers.set_if_unset(Timer::Slot(ended.slot, SlotTimer::ResetQueue), now + wait);
     }
 
     /// The workers of these slots are ready: where they listen now, their replacements have to.

@@ -551,6 +551,22 @@ fn clients_of_a_slot_that_is_down_for_two_seconds_are_reset() {
 }
 
 #[test]
+fn clients_of_a_slot_whose_worker_took_long_to_start_are_reset_later() {
+    for (took, reset_after) in [(1_500, 3_000), (20_000, 10_000)] {
+        let mut world = World::new(policy(Readiness::Notify));
+        world.pass(Duration::from_millis(took));
+        world.ready_all();
+        world.starts_fail = true;
+        let worker = world.ids()[1];
+        world.end(worker, End::Exited(1));
+        world.pass(Duration::from_millis(reset_after - 1));
+        assert_eq!(world.reset, [0u32; 0]);
+        world.pass(Duration::from_millis(1));
+        assert_eq!(world.reset, [1]);
+    }
+}
+
+#[test]
 fn when_no_worker_is_ready_and_ten_starts_failed_it_exits_with_the_last_status() {
     let mut world = serving();
     let ids = world.ids();
