@@ -61,7 +61,11 @@ install_python_packages() {
   fi
 }
 
-# Prints what the servers in tests/servers need, as arguments for `need`.
+# Prints what the servers in tests/servers need, as arguments for `need`. `all` includes those that run by hand.
 servers_needs() {
-  sed -n 's/^needs = "\(.*\)"$/\1/p' tests/servers/*/server.toml | tr ' ' '\n' | sort -u
+  local manifests=(tests/servers/*/server.toml)
+  if [[ ${1-} != all ]]; then
+    mapfile -t manifests < <(grep -L '^by_hand = ' "${manifests[@]}")
+  fi
+  sed -n 's/^needs = "\(.*\)"$/\1/p' "${manifests[@]}" | tr ' ' '\n' | sort -u
 }

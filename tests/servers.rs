@@ -1,6 +1,7 @@
 //! Servers that were written without reuse-run in mind, reloaded five times under load: a test for each folder of
-//! tests/servers, which holds a server and its `server.toml`. The table of results is written to target/servers.md and,
-//! with UPDATE_SERVERS=1, to tests/servers/RESULTS.md if all tests pass.
+//! tests/servers, which holds a server and its `server.toml`. Those that run by hand are ignored tests. The table of
+//! results is written to target/servers.md and, with UPDATE_SERVERS=1, to tests/servers/RESULTS.md if all tests pass.
+//! A server that wasn't run keeps its row.
 #![cfg_attr(clippy, deny(warnings))]
 
 mod common;
@@ -17,7 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use common::load::{self, Failure, Kind, Load, LoadOptions, Mode, Report};
+use common::load::{self, Failure, Kind, Load, LoadOptions, Mode, Protocol, Report};
 use common::{DEADLINE, Folder, Service, arguments, free_port, reuse_run, wait_until};
 use libtest_mimic::{Arguments, Trial};
 use nix::sys::signal::{Signal, kill};
@@ -33,6 +34,9 @@ const RATE: f64 = 300.0;
 const KEEP_ALIVE: usize = 8;
 const THINK: Duration = Duration::from_millis(100);
 
+/// So many servers run at a time, on however many processors: most of them wait most of the time.
+const AT_A_TIME: usize = 4;
+
 /// Stands instead of numbers for a server that closes each connection after one answer.
 const CLOSES: &str = "closes";
 
@@ -44,6 +48,8 @@ struct Manifest {
     /// `COMMAND=PACKAGE`, separated by spaces: the Debian packages that scripts/test installs.
     #[serde(default, rename = "needs")]
     _needs: String,
+    /// Why it isn't tested by every run: its test is ignored unless asked for by `--ignored` or `--include-ignored`.
+    by_hand: Option<String>,
     /// A command that prints the version. The first word with a digit and a dot counts.
     version: String,
     /// A command that prepares the server, for example compiles it.
@@ -51,6 +57,8 @@ struct Manifest {
     /// Where the clients connect.
     #[serde(default = "loopback")]
     addresses: Vec<String>,
+    /// A command of Redis, to be sent instead of `GET /` by HTTP.
+    redis: Option<String>,
     /// New connections a second, for a server that can't answer [`RATE`].
     #[serde(default = "usual_rate")]
     rate: f64,
@@ -93,10 +101,11 @@ struct Outcome {
 /// A row of the table.
 struct Row {
     manifest: Manifest,
-    version: String,
-    naive: Option<Outcome>,
-    graceful: Option<Outcome>,
+    cells: Cells,
 }
+
+/// The version; what failed on new connections, naive and graceful; and the same on kept ones. Without marks of notes.
+type Cells = [String; 5];
 
 type Rows = BTreeMap<String, Row>;
 
@@ -109,47 +118,70 @@ fn main() {
         .cloned()
         .map(|name| {
             let rows = Arc::clone(&rows);
-            Trial::test(name.clone(), move || Ok(test(&name, &rows)?))
+            let by_hand = manifest(&name).is_ok_and(|manifest| manifest.by_hand.is_some());
+            Trial::test(name.clone(), move || Ok(test(&name, &rows)?)).with_ignored_flag(by_hand)
         })
         .collect();
     if !update {
         trials.push(Trial::test("the_table_is_of_these_servers", || Ok(results_are_of_these_servers()?)));
     }
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(AT_A_TIME);
     let conclusion = libtest_mimic::run(&arguments, trials);
-    let rows = rows.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut rows = rows.lock().unwrap_or_else(PoisonError::into_inner);
     if !rows.is_empty() {
+        for (name, row) in earlier_rows().expect("the table of earlier runs") {
+            rows.entry(name).or_insert(row);
+        }
         let table = table(&rows);
         fs::write(target().join("servers.md"), &table).expect("write the table");
-        if update && rows.len() == servers.len() && !conclusion.has_failed() {
+        if update && !conclusion.has_failed() {
             fs::write(folder("RESULTS.md"), &table).expect("write the table");
         }
     }
     conclusion.exit();
 }
 
-/// Whether a run would write tests/servers/RESULTS.md as it is now, apart from the numbers.
+/// Whether tests/servers/RESULTS.md has a row for each server, and what the manifests say.
 fn results_are_of_these_servers() -> Result<(), String> {
-    let mut rows = Rows::new();
-    for name in servers() {
-        let row = Row { manifest: manifest(&name)?, version: String::new(), naive: None, graceful: None };
-        rows.insert(name, row);
-    }
-    let without_numbers = |text: &str| {
-        let lines = text.lines().filter(|line| !line.starts_with(MEASURED));
-        lines
-            .map(|line| line.split_inclusive(" | ").next().unwrap_or_default().to_owned())
-            .collect::<Vec<_>>()
+    let rows = earlier_rows()?;
+    let missing: Vec<String> = servers().into_iter().filter(|name| !rows.contains_key(name)).collect();
+    let lines = |text: &str| -> Vec<String> {
+        text.lines().filter(|line| !line.starts_with(MEASURED)).map(str::to_owned).collect()
     };
-    let results = fs::read_to_string(folder("RESULTS.md")).map_err(|error| format!("RESULTS.md: {error}"))?;
-    let (is, should) = (without_numbers(&results), without_numbers(&table(&rows)));
-    if is == should {
+    let (is, should) = (lines(&results()?), lines(&table(&rows)));
+    if missing.is_empty() && is == should {
         return Ok(());
     }
     let first = is.iter().zip(&should).find(|(is, should)| is != should);
     Err(format!(
-        "outdated, write it by UPDATE_SERVERS=1 scripts/test --test servers; the first difference: {first:?}"
+        "outdated, write it by UPDATE_SERVERS=1 scripts/test --test servers, or with a server's name after `--`; \
+         missing: {missing:?}; the first difference: {first:?}"
     ))
+}
+
+fn results() -> Result<String, String> {
+    fs::read_to_string(folder("RESULTS.md")).map_err(|error| format!("RESULTS.md: {error}"))
+}
+
+/// The rows that the table has, by the titles of the servers.
+fn earlier_rows() -> Result<Rows, String> {
+    let results = results()?;
+    let without_marks = |cell: &str| cell.split(" [").next().unwrap_or_default().to_owned();
+    let cells = |line: &str| -> Option<Vec<String>> {
+        let line = line.strip_prefix("| ")?.strip_suffix(" |")?;
+        Some(line.split(" | ").map(without_marks).collect())
+    };
+    let lines: Vec<Vec<String>> = results.lines().filter_map(cells).collect();
+    let mut rows = Rows::new();
+    for name in servers() {
+        let manifest = manifest(&name)?;
+        let line = lines.iter().find(|cells| cells[0] == manifest.title);
+        if let Some(cells) = line.and_then(|cells| Cells::try_from(cells[1..].to_vec()).ok()) {
+            rows.insert(name, Row { manifest, cells });
+        }
+    }
+    Ok(rows)
 }
 
 fn manifest(name: &str) -> Result<Manifest, String> {
@@ -212,7 +244,17 @@ fn test(name: &str, rows: &Mutex<Rows>) -> Result<(), String> {
     };
     let naive = run("naive", &manifest.naive);
     let graceful = run("graceful", &manifest.graceful);
-    let row = Row { manifest, version, naive, graceful };
+    let cell = |outcome: &Option<Outcome>, show: &dyn Fn(&Outcome) -> String| {
+        outcome.as_ref().map_or_else(|| "–".to_owned(), show)
+    };
+    let new = |outcome: &Outcome| lost(&outcome.new);
+    let kept = |outcome: &Outcome| {
+        let keeps = |report: &Report| report.counts.connections < report.counts.requests;
+        if outcome.kept.iter().any(keeps) { lost(&outcome.kept) } else { CLOSES.to_owned() }
+    };
+    let [new_naive, kept_naive] = [cell(&naive, &new), cell(&naive, &kept)];
+    let cells = [version, new_naive, cell(&graceful, &new), kept_naive, cell(&graceful, &kept)];
+    let row = Row { manifest, cells };
     rows.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), row);
     if errors.is_empty() { Ok(()) } else { Err(errors.join("\n")) }
 }
@@ -245,20 +287,31 @@ fn reload_under_load(name: &str, manifest: &Manifest, variant: &Variant) -> Outc
         .map(|text| text.parse().expect("an address"))
         .collect();
 
+    let (protocol, path) = match &manifest.redis {
+        Some(command) => (Protocol::Redis, command.as_str()),
+        None => (Protocol::Http, "/"),
+    };
+
     let _leftovers = Leftovers;
     let mut command = reuse_run();
-    command.args(arguments(&format!("-n 2 {}", variant.options), &["sh", "-c", &variant.run]));
+    command.args(arguments(
+        &format!("-n 2 --ready-timeout 10m {}", variant.options),
+        &["sh", "-c", &variant.run],
+    ));
     command.current_dir(folder(name)).envs(&variables);
     let mut service = Service::spawn(command);
-    service.wait_for_line("generation 1 is ready");
+    service.wait_until_ready();
     // A worker is ready when it listens on one address. It may be another one: asyncio binds IPv4 and IPv6 in any order.
     for addr in &addresses {
-        wait_until(&format!("an answer at {addr}"), DEADLINE, || load::get(*addr, "/", DEADLINE).is_ok());
+        wait_until(&format!("an answer at {addr}"), DEADLINE, || {
+            load::ask(protocol, *addr, path, DEADLINE).is_ok()
+        });
     }
 
     let load = |mode: Mode, clients: usize, rate: Option<f64>| {
         let each = addresses.iter().map(|addr| {
-            Load::start(LoadOptions { rate, ..LoadOptions::new(*addr, clients) }.mode(mode).record())
+            let options = LoadOptions::new(*addr, clients).mode(mode).protocol(protocol).path(path).record();
+            Load::start(LoadOptions { rate, ..options }.timeout(DEADLINE))
         });
         each.collect::<Vec<Load>>()
     };
@@ -405,7 +458,8 @@ fn table(rows: &Rows) -> String {
          fails if it comes in the moment in which a server that stops closes its connection, with or without\n\
          reuse-run. That moment takes milliseconds when a signal kills the server, because the kernel frees its\n\
          memory before it closes its connections. {CLOSES:?} stands for servers that close each connection after one answer.\n\n\
-         {MEASURED}reuse-run {version} on Linux {kernel} with {cpus} CPUs.\n\n\
+         {MEASURED}reuse-run {version} on Linux {kernel} with {cpus} CPUs. A\n\
+         server that a run leaves out keeps its row.\n\n\
          | server | version | naive | graceful | keep-alive, naive | keep-alive, graceful |\n\
          |---|---|---|---|---|---|\n",
         think = THINK.as_millis(),
@@ -413,25 +467,19 @@ fn table(rows: &Rows) -> String {
         kernel = version(&kernel),
         cpus = thread::available_parallelism().map_or(0, NonZero::get),
     );
-    let new = |outcome: &Outcome| lost(&outcome.new);
-    let kept = |outcome: &Outcome| {
-        let keeps = |report: &Report| report.counts.connections < report.counts.requests;
-        if outcome.kept.iter().any(keeps) { lost(&outcome.kept) } else { CLOSES.to_owned() }
-    };
-    let cell = |outcome: &Option<Outcome>, show: &dyn Fn(&Outcome) -> String| {
-        outcome.as_ref().map_or_else(|| "–".to_owned(), show)
-    };
     let mut notes: Vec<&String> = Vec::new();
-    for Row { manifest, version, naive, graceful } in rows.values() {
-        let mut cells = vec![manifest.title.clone(), version.clone()];
-        let variants = [(&manifest.naive, naive), (&manifest.graceful, graceful)];
-        for (variant, outcome) in variants {
+    for Row { manifest, cells: [version, new_naive, new_graceful, kept_naive, kept_graceful] } in
+        rows.values()
+    {
+        let mut cells =
+            vec![manifest.title.clone() + &marks(&mut notes, manifest.by_hand.iter()), version.clone()];
+        for (variant, cell) in [(&manifest.naive, new_naive), (&manifest.graceful, new_graceful)] {
             let reasons = variant.iter().flat_map(|variant| &variant.loses);
-            cells.push(cell(outcome, &new) + &marks(&mut notes, reasons));
+            cells.push(cell.clone() + &marks(&mut notes, reasons));
         }
-        for (variant, outcome) in variants {
+        for (variant, cell) in [(&manifest.naive, kept_naive), (&manifest.graceful, kept_graceful)] {
             let reasons = variant.iter().flat_map(|variant| [&variant.loses_kept, &variant.note]).flatten();
-            cells.push(cell(outcome, &kept) + &marks(&mut notes, reasons));
+            cells.push(cell.clone() + &marks(&mut notes, reasons));
         }
         let _ = writeln!(text, "| {} |", cells.join(" | "));
     }

@@ -8,8 +8,9 @@ use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::IpBindAddressNoPort;
 use socket2::{SockAddr, Socket, Type};
 
-use super::http::{Parsed, parse};
+use super::http::{self, Parsed};
 use super::report::{Answer, Failure, Kind, Origin};
+use super::{Protocol, redis};
 
 /// How long a client waits until the server closes a connection after the last answer, which has been counted
 /// already. The side that closes first has the TIME_WAIT, and that should be the server.
@@ -19,6 +20,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 pub struct Connection {
     /// Or a Unix stream, on which read and write are the same calls.
     stream: TcpStream,
+    protocol: Protocol,
     connect_start: Instant,
     connected: Instant,
     /// No request may follow: the server closes the connection, or has said so.
@@ -28,7 +30,12 @@ pub struct Connection {
 }
 
 impl Connection {
-    pub fn open(addr: &SockAddr, source: Ipv4Addr, deadline: Instant) -> Result<Connection, Failure> {
+    pub fn open(
+        protocol: Protocol,
+        addr: &SockAddr,
+        source: Ipv4Addr,
+        deadline: Instant,
+    ) -> Result<Connection, Failure> {
         let connect_start = Instant::now();
         let connect = || -> io::Result<TcpStream> {
             let socket = Socket::new(addr.domain(), Type::STREAM.cloexec(), None)?;
@@ -49,7 +56,8 @@ impl Connection {
         };
         match connect() {
             Ok(stream) => {
-                Ok(Connection { stream, connect_start, connected: Instant::now(), last: false, ended: false })
+                let connected = Instant::now();
+                Ok(Connection { stream, protocol, connect_start, connected, last: false, ended: false })
             }
             Err(error) => Err(failure(kind_of(&error), format!("connect to {}: {error}", name(addr)))),
         }
@@ -75,9 +83,15 @@ impl Connection {
         close: bool,
         deadline: Instant,
     ) -> Result<Answer, Failure> {
-        let host = self.stream.peer_addr().map_or_else(|_| "localhost".to_owned(), |addr| addr.to_string());
-        let connection = if close { "close" } else { "keep-alive" };
-        let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: {connection}\r\n\r\n");
+        let request = match self.protocol {
+            Protocol::Http => {
+                let addr = self.stream.peer_addr();
+                let host = addr.map_or_else(|_| "localhost".to_owned(), |addr| addr.to_string());
+                let connection = if close { "close" } else { "keep-alive" };
+                format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: {connection}\r\n\r\n")
+            }
+            Protocol::Redis => redis::request(path, close),
+        };
         self.last = close;
         if let Err(error) = self.write(request.as_bytes(), deadline) {
             return Err(failure(kind_of(&error), format!("write the request: {error}")));
@@ -85,7 +99,11 @@ impl Connection {
 
         let mut bytes = Vec::with_capacity(512);
         let (body, end) = loop {
-            match parse(&bytes, self.ended) {
+            let parsed = match self.protocol {
+                Protocol::Http => http::parse(&bytes, self.ended),
+                Protocol::Redis => redis::parse(&bytes),
+            };
+            match parsed {
                 Parsed::Complete { body, keeps_open } => {
                     self.last |= !keeps_open;
                     break (body, Instant::now());

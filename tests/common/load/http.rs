@@ -103,6 +103,7 @@ fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     haystack.windows(needle.len()).position(|window| window == needle)
 }
 
-fn shown(bytes: &[u8]) -> String {
+/// The beginning of what came, for an error.
+pub fn shown(bytes: &[u8]) -> String {
     String::from_utf8_lossy(&bytes[..bytes.len().min(60)]).escape_debug().to_string()
 }

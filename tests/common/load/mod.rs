@@ -1,9 +1,10 @@
-//! A strict HTTP/1.1 load client. Each request needs a complete and correct answer; anything else is a failure,
+//! A strict load client, of HTTP/1.1 or Redis. Each request needs a complete and correct answer; anything else is a failure,
 //! counted by its kind. The client never retries.
 #![allow(dead_code, unused_imports)]
 
 mod connection;
 mod http;
+mod redis;
 mod report;
 
 use std::net::Ipv4Addr;
@@ -29,6 +30,13 @@ pub enum Mode {
     KeepAlive { think: Duration },
 }
 
+/// What the clients speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    Http,
+    Redis,
+}
+
 /// What to load, and how.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
@@ -37,7 +45,8 @@ pub struct LoadOptions {
     /// Concurrent clients, a thread each.
     pub clients: usize,
     pub mode: Mode,
-    /// The request's target. `{id}` in it is replaced by the request's id, and the answer must then contain
+    pub protocol: Protocol,
+    /// The request's target, or the command of Redis. `{id}` in it is replaced by the request's id, and the answer must then contain
     /// `work=<id>`.
     pub path: String,
     /// How long a request may take, with its connection.
@@ -59,6 +68,7 @@ impl LoadOptions {
             addr: addr.into(),
             clients,
             mode: Mode::NewConnection,
+            protocol: Protocol::Http,
             path: "/".to_owned(),
             timeout: Duration::from_secs(15),
             rate: None,
@@ -70,6 +80,10 @@ impl LoadOptions {
 
     pub fn mode(self, mode: Mode) -> Self {
         LoadOptions { mode, ..self }
+    }
+
+    pub fn protocol(self, protocol: Protocol) -> Self {
+        LoadOptions { protocol, ..self }
     }
 
     pub fn path(self, path: &str) -> Self {
@@ -213,10 +227,20 @@ fn next_source() -> Ipv4Addr {
     Ipv4Addr::new(127, 0, 1 + (n / 250 % 250) as u8, 1 + (n % 250) as u8)
 }
 
-/// Sends one request on a new connection.
+/// Sends one HTTP request on a new connection.
 pub fn get(addr: impl Into<SockAddr>, path: &str, timeout: Duration) -> Result<Answer, Failure> {
+    ask(Protocol::Http, addr, path, timeout)
+}
+
+/// Sends one request on a new connection.
+pub fn ask(
+    protocol: Protocol,
+    addr: impl Into<SockAddr>,
+    path: &str,
+    timeout: Duration,
+) -> Result<Answer, Failure> {
     let deadline = Instant::now() + timeout;
-    let mut connection = Connection::open(&addr.into(), next_source(), deadline)?;
+    let mut connection = Connection::open(protocol, &addr.into(), next_source(), deadline)?;
     let answer = connection.request(path, None, true, deadline)?;
     connection.finish();
     Ok(answer)
@@ -286,7 +310,7 @@ impl Client {
             Some(connection) => Ok(connection),
             None => {
                 lock(&self.tally).counts.connections += 1;
-                Connection::open(&self.options.addr, self.source, deadline)
+                Connection::open(self.options.protocol, &self.options.addr, self.source, deadline)
             }
         };
         let result = connection.and_then(|mut connection| {
