@@ -62,7 +62,7 @@
 //! | when the accept queues are sampled | `pool/accept_queues` |
 //! | connections that wait for no worker; listeners that a living worker has closed | `pool/unserved`; `pool/closed` |
 //! | other programs on our addresses; workers that can't be intercepted | `pool/foreign`; `pool/unintercepted` |
-//! | Unix sockets: sharing a path, and its hand-over to the next generation | `pool/paths` |
+//! | Unix sockets: sharing a path, and its hand-over to the next generation; what is done to its file | `pool/paths`; `pool/files` |
 //! | which system calls are stopped | `intercept/filter` |
 //! | what answers for processes that outlive the wrapper | `intercept/keeper` |
 //! | the answer to a bind of a port; to a bind or unlink of a Unix socket's path | `intercept/tcp`; `intercept/unix` |
@@ -85,7 +85,8 @@
 //! | what systemd is told; the PID file | `operate/systemd`; `operate/pidfile` |
 //! | labels before lines; how stdout and stderr are written; the log's form; lines that come once a second | `output/labels`; `output/sink`; `output/log`; `output/seldom` |
 //! | a system call (with `kernel/tracee` the only unsafe code); a file of /proc; a query to sock_diag | `kernel/sys`; `kernel/procfs`; `kernel/sockdiag` |
-//! | duplicates of workers' sockets; processes that do what may wait | `kernel/duplicate`; `kernel/helper` |
+//! | duplicates of workers' sockets | `kernel/duplicate` |
+//! | processes that do what may wait; their queues, and what becomes of one that is late | `kernel/helper`; `kernel/jobs` |
 //! | what hangs on a worker's socket in its table of descriptors; tracing a thread | `kernel/fdtable`; `kernel/tracee` |
 //! | sockets by which others may send descriptors; files that others may have replaced | `kernel/inbox`; `kernel/file` |
 //!

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 
 use common::load::{Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Service, User, Waiting, arguments, behind, behind_shell, free_address, free_port, get,
-    holds_for, kernel, naive, own_network, python, reload_under_load, reuse_run, script, send, ticks,
-    wait_until,
+    DEADLINE, Folder, Service, User, Waiting, app, arguments, assert_prompt, behind, behind_shell,
+    free_address, free_port, get, holds_for, kernel, naive, own_network, python, reload_under_load,
+    reuse_run, script, send, ticks, wait_until,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -304,12 +304,20 @@ fn a_listener_that_a_daemon_of_an_ended_worker_has_open_is_set_aside_until_the_d
 
 #[test]
 fn what_left_the_process_group_of_a_worker_is_killed_with_it() {
-    let (_, command) = resources("leaves", &[]);
-    let mut service = Service::run_ready("-n 1 --stop-timeout 100ms", &command);
+    let folder = Folder::new();
+    let (_, leaves) = resources("leaves", &[]);
+    let text = r#"[ "$REUSE_RUN_SLOT" = 0 ] || exec python3 "$0" "$1"; shift; exec "$@""#;
+    let command = ["sh", "-c", text, &app("python/unlinks.py"), &folder.path("")].map(str::to_owned);
+    let command: Vec<String> = command.into_iter().chain(leaves).collect();
+    let mut service = Service::run_ready("-n 2 --ready 200ms --stop-timeout 100ms", &command);
     wait_until("both have left", DEADLINE, || service.out.count_of("left") == 2);
-    service.reload();
+    let from = service.log.count();
+    service.signal(Signal::SIGUSR2);
+    service.wait_for_line_after(from, "killing it");
+    assert_prompt(&service, &folder);
+    service.wait_for_line_after(from, "reload done");
     wait_until("both have left", DEADLINE, || service.out.count_of("left") == 4);
-    wait_until("the first three are gone", DEADLINE, || service.descendants().len() == 3);
+    wait_until("the first three are gone", DEADLINE, || service.descendants().len() == 4);
     service.signal(Signal::SIGTERM);
     assert_eq!(service.wait_end().code(), Some(1), "{}", service.log.text());
     wait_until("all are gone", DEADLINE, || service.descendants().is_empty());

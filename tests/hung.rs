@@ -3,12 +3,16 @@
 
 mod common;
 
-use common::{DEADLINE, Folder, HungFileSystem, Service, app, assert_prompt, run, unlinking, wait_until};
+use std::os::unix::net::UnixListener;
+
+use common::{
+    DEADLINE, Folder, HungFileSystem, Service, app, assert_prompt, reuse_run_with, run, unlinking, wait_until,
+};
 use nix::sys::signal::Signal;
 
-/// Slot 0 runs hung.py, the others unlinks.py.
+/// Slot 1 runs unlinks.py, the others hung.py.
 fn workers(what: &str, folder: &Folder, file: &str) -> Vec<String> {
-    let text = r#"if [ "$REUSE_RUN_SLOT" = 0 ]; then exec python3 "$0" "$1" "$2" "$3"; fi
+    let text = r#"if [ "$REUSE_RUN_SLOT" != 1 ]; then exec python3 "$0" "$1" "$2" "$3"; fi
         shift 3; exec "$@""#;
     let first = ["sh", "-c", text, &app("python/hung.py"), what, &folder.path(""), file];
     first.iter().map(|word| (*word).to_owned()).chain(unlinking(folder)).collect()
@@ -29,15 +33,20 @@ fn stop(mut service: Service, mut hung: HungFileSystem) {
 
 #[test]
 fn a_call_whose_argument_lies_in_a_hung_file_system_keeps_no_other_worker_waiting() {
-    for (what, file) in [
-        ("bind", "file"),
-        ("early-option", "file"),
-        ("early-unlink", "file"),
-        ("early-unlink-path", "folder/socket"),
-        ("early-bind-path", "folder/socket"),
+    for (what, file, deaf_to) in [
+        ("bind", "file", ""),
+        ("early-option", "file", ""),
+        ("early-unlink", "file", ""),
+        ("early-unlink-path", "folder/socket", ""),
+        ("early-bind-path", "folder/socket", ""),
+        ("early-unlink-path", "folder/socket", "unlink"),
+        ("early-bind-path", "folder/socket", "mknod"),
     ] {
-        println!("{what}");
-        let (hung, folder) = (HungFileSystem::new(), Folder::new());
+        println!("{what} {deaf_to}");
+        let (hung, folder) = (HungFileSystem::deaf_to(deaf_to), Folder::new());
+        if deaf_to == "unlink" {
+            UnixListener::bind(hung.path(file)).expect("a socket to remove");
+        }
         let service =
             Service::run("-n 2 --ready notify --stop-timeout 1s", &workers(what, &folder, &hung.path(file)));
         wait_until_slot_1_unlinks(&folder);
@@ -49,6 +58,57 @@ fn a_call_whose_argument_lies_in_a_hung_file_system_keeps_no_other_worker_waitin
         assert_eq!(service.out.count_of("returns"), 0, "it didn't hang");
         stop(service, hung);
     }
+}
+
+/// Three workers, two of which listen on a path of this file system and one unlinks something else.
+fn serving(hung: &HungFileSystem, folder: &Folder, options: &str) -> Service {
+    let command = workers("early-serve-path", folder, &hung.path("folder/socket"));
+    let mut command = reuse_run_with(&format!("-n 3 --stop-timeout 1s {options}"), &command);
+    command.env("RUST_LOG", "debug");
+    let service = Service::spawn(command);
+    wait_until_slot_1_unlinks(folder);
+    wait_until("both have bound it", DEADLINE, || service.out.count_of("waits") == 2);
+    service
+}
+
+#[test]
+fn a_path_that_cannot_be_handed_over_keeps_nobody_waiting_and_the_reload_goes_on() {
+    let (hung, folder) = (HungFileSystem::deaf_to("rename"), Folder::new());
+    let service = serving(&hung, &folder, "--ready notify");
+    folder.raise("go");
+    service.wait_for_line("generation 1 is ready");
+    hung.hang();
+    service.signal(Signal::SIGUSR2);
+    service.wait_for_line("generation 2 is ready");
+    assert_prompt(&service, &folder);
+    service.wait_for_line("can't hand");
+    service.wait_for_line("reload done");
+    assert_prompt(&service, &folder);
+    stop(service, hung);
+}
+
+#[test]
+fn a_path_that_cannot_be_removed_keeps_nobody_waiting_and_holds_up_no_stop() {
+    let (hung, folder) = (HungFileSystem::deaf_to("unlink"), Folder::new());
+    let service = serving(&hung, &folder, "--ready notify");
+    folder.raise("go");
+    service.wait_for_line("generation 1 is ready");
+    hung.hang();
+    service.signal(Signal::SIGTERM);
+    service.wait_for_line("stopping");
+    assert_prompt(&service, &folder);
+    stop(service, hung);
+}
+
+#[test]
+fn a_path_to_which_no_request_can_be_sent_keeps_nobody_waiting() {
+    let (hung, folder) = (HungFileSystem::new(), Folder::new());
+    let service = serving(&hung, &folder, "--ready /");
+    hung.hang();
+    folder.raise("go");
+    service.wait_for_line("GET /");
+    assert_prompt(&service, &folder);
+    stop(service, hung);
 }
 
 /// Starts reuse-run with these options and a command, and asserts that in a reload, after the file system has begun to hang, nobody

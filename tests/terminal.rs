@@ -9,8 +9,8 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use common::{
-    DEADLINE, Folder, Lines, Service, User, arguments, assert_prompt, behind, run, send, terminal, ticks,
-    unlinking, wait_until,
+    DEADLINE, Folder, Lines, Service, User, arguments, assert_prompt, assert_prompt_of, behind, run, send,
+    terminal, ticks, unlinking, wait_until,
 };
 use nix::sys::signal::Signal;
 
@@ -93,6 +93,7 @@ fn a_terminal_that_stops_writers_in_the_background_lets_a_background_reuse_run_w
         let begun = std::time::Instant::now();
         wait_until("a second", DEADLINE, || begun.elapsed().as_secs() >= 1);
         assert!(ticks(pid) - before < 50, "it is busy");
+        assert_prompt_of(pid, &folder);
         send(pid, Signal::SIGTTOU);
         wait_for(&lines, "scaling done: 1");
         send(pid, Signal::SIGTERM);
@@ -110,6 +111,7 @@ fn a_terminal_that_stops_writers_in_the_background_lets_the_workers_of_a_foregro
         let of_workers = lines.wait_for_nth(2, 0, DEADLINE, |line| line.contains("begins"));
         assert!(of_workers.is_some(), "{}", lines.text());
         wait_for(&lines, "generation 1 is ready");
+        assert_prompt(&session.service, &folder);
         session.service.signal(Signal::SIGTERM);
         assert_eq!(session.service.wait_exit().code(), Some(0), "{}", lines.text());
     }

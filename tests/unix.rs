@@ -395,6 +395,25 @@ fn a_link_in_the_place_of_the_new_socket_is_not_followed_at_the_switch() {
     service.stop();
 }
 
+/// As another user may make one in a folder like /tmp, where the name can be known.
+#[test]
+fn a_folder_in_the_place_of_the_new_socket_fails_no_reload() {
+    let folder = Folder::new();
+    let path = folder.path("socket");
+    let mut service = Service::run_ready("-n 1 --ready notify", &held(&path));
+    let from = service.log.count();
+    service.signal(Signal::SIGUSR2);
+    let new = || names(&folder).into_iter().find_map(|name| Some(name.strip_suffix(".2")?.to_owned()));
+    wait_until("generation 2 has bound", DEADLINE, || new().is_some());
+    let taken = format!("{}.3", new().expect("a name"));
+    folder.raise("socket.go");
+    service.wait_for_line_after(from, "reload done");
+    fs::create_dir(folder.path(&taken)).expect("make a folder");
+    service.reload();
+    service.stop();
+    assert_eq!(names(&folder), [taken.as_str(), "socket.go"], "{}", service.log.text());
+}
+
 #[test]
 fn in_a_folder_that_was_replaced_the_next_generation_has_the_path() {
     let folder = Folder::new();

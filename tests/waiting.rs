@@ -5,22 +5,22 @@
 mod common;
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::net::{self, TcpStream};
-use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::symlink;
-use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::{
     DEADLINE, Folder, Service, all_children, app, behind, control_name, free_address, inline, kernel, naive,
-    own_network, python, reuse_run_with, run, status, wait_until,
+    own_network, python, reuse_run_with, run, status, status_time, wait_until,
 };
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
+use socket2::{Domain, Socket, Type};
 
 /// What is sent; see tests/apps/python/descriptors.py.
 const KINDS: [&str; 4] = ["linger", "nested", "flush", "write"];
@@ -48,25 +48,12 @@ fn unlink(addr: net::SocketAddr) -> Duration {
     Duration::from_secs_f64(answer.trim().parse::<f64>().expect("a time") / 1000.0)
 }
 
-/// The time that a status takes, without that of starting a command.
-fn status_time(service: &Service) -> Duration {
-    let address = SocketAddr::from_abstract_name(control_name(service.pid())).expect("a name");
-    let begun = Instant::now();
-    let mut client = UnixStream::connect_addr(&address).expect("connect");
-    client.set_read_timeout(Some(DEADLINE)).expect("a time-out");
-    client.write_all(b"{\"version\":1,\"request\":\"status\"}\n").expect("send the request");
-    let mut answer = String::new();
-    client.read_to_string(&mut answer).expect("an answer");
-    assert!(answer.starts_with("{\"status\""), "{answer}");
-    begun.elapsed()
-}
-
 /// Asserts that neither a status nor an unlink of the worker at this address waits for anything, in the best of some tries:
 /// the machine may be busy.
 #[track_caller]
 fn assert_waits_for_nothing(service: &Service, addr: net::SocketAddr) {
     const TRIES: usize = 100;
-    let times: Vec<Duration> = (0..TRIES).map(|_| status_time(service)).collect();
+    let times: Vec<Duration> = (0..TRIES).map(|_| status_time(service.pid())).collect();
     assert!(times.iter().any(|time| *time < SOON), "status took {times:?}");
     let times: Vec<Duration> = (0..TRIES).map(|_| unlink(addr)).collect();
     assert!(times.iter().any(|time| *time < SOON), "unlink took {times:?}");
@@ -203,6 +190,43 @@ fn the_control_socket_refuses_descriptors_where_the_kernel_can() {
         sender.wait_for_output("refused");
     }
     service.stop();
+}
+
+// Connections of the workers.
+
+/// Answers each connection with the time in ms that an unlink takes, and keeps it open if it comes from elsewhere.
+const LINGERS: &str = "import os, socket, struct, sys, time\n\
+    listener = socket.create_server(('127.0.0.1', int(sys.argv[1])))\n\
+    kept = []\n\
+    while True:\n\
+    \x20   connection, (host, _) = listener.accept()\n\
+    \x20   connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 3600))\n\
+    \x20   begun = time.monotonic()\n\
+    \x20   try: os.unlink('/nonexistent/socket')\n\
+    \x20   except FileNotFoundError: pass\n\
+    \x20   connection.sendall(b'%.3f\\n' % ((time.monotonic() - begun) * 1000))\n\
+    \x20   if host == '127.0.0.1': connection.close()\n\
+    \x20   else: kept.append(connection)";
+
+/// Its client can't be reached any more, and never acknowledges the end of the connection.
+#[test]
+fn a_connection_of_a_worker_that_lingers_makes_nobody_wait_at_a_reload() {
+    own_network();
+    let addr = free_address();
+    let service =
+        Service::run_ready("-n 1 --idle-after 100ms", &inline(LINGERS, &[&addr.port().to_string()]));
+    let client = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    client.bind(&net::SocketAddr::from(([127, 0, 0, 5], 0)).into()).expect("bind");
+    client.connect(&addr.into()).expect("connect");
+    (&client).read_exact(&mut [0]).expect("an answer");
+    let route = Command::new("ip").args("route add blackhole 127.0.0.5 table local".split(' ')).status();
+    assert!(route.expect("run ip").success());
+    service.signal(Signal::SIGUSR2);
+    service.wait_for_line("generation 2 is ready");
+    assert_waits_for_nothing(&service, addr);
+    service.wait_for_line("reload done");
+    assert_waits_for_nothing(&service, addr);
+    stop(service);
 }
 
 // Files that others have replaced.

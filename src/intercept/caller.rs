@@ -3,7 +3,7 @@
 //! The wrapper acts for a thread only where the kernel would have let the thread do the same, by its user, groups,
 //! capabilities, namespaces, mounts and the profile of its security module. It can't see the rules of Landlock.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -13,12 +13,13 @@ use nix::unistd::{self, Pid};
 
 use crate::ids::Borrower;
 use crate::intercept::errand::StoppedCall;
-use crate::intercept::reader::{Answer, Found, Question, parse_place};
+use crate::intercept::reader::{Found, Question, parse_place};
+use crate::kernel::jobs::Outcome;
 use crate::kernel::procfs;
 use crate::kernel::sys;
 use crate::kernel::tracee::SystemCall;
 use crate::pool::Owner;
-use crate::pool::paths::SocketPath;
+use crate::pool::paths::{self, CallId, SocketPath};
 
 /// The capability that ports below 1024 need (capabilities(7)).
 const NET_BIND_SERVICE: u64 = 1 << 10;
@@ -38,8 +39,12 @@ pub struct Caller<'a> {
 /// What was read about a call, and what has yet to be read before it can be answered.
 #[derive(Debug, Default)]
 pub struct Readings {
-    pub answers: Vec<(Question, Answer)>,
+    pub answers: Vec<(Question, Outcome)>,
     pub missing: RefCell<Vec<Question>>,
+    /// What has come of its path.
+    pub path: Option<paths::Outcome>,
+    /// Whether something has yet to be done with its path.
+    pub waits_for_path: Cell<bool>,
 }
 
 /// A socket of a caller.
@@ -94,6 +99,20 @@ impl<'a> Caller<'a> {
     pub fn deny_listening(&self, value: u64, len: u64) -> io::Result<()> {
         let (tid, id) = (self.tid.as_raw(), self.id);
         self.ask(Question::DenyListening { tid, id, value, len }).map(drop)
+    }
+
+    pub fn call(&self) -> CallId {
+        (self.borrower.worker, self.id)
+    }
+
+    /// What has come of the path of this call, if it had to wait for that.
+    pub fn path_outcome(&self) -> Option<paths::Outcome> {
+        self.readings.path
+    }
+
+    /// It has to wait until something is done with its path. Whatever is answered is void.
+    pub fn wait_for_path(&self) {
+        self.readings.waits_for_path.set(true);
     }
 
     /// Whether the thread still waits for the answer. If it was killed, its id may name another thread by

@@ -67,8 +67,8 @@ impl Complaints {
                  (start reuse-run as that user)"
             ),
             Complaint::Hung => warn!(
-                "worker {slot} binds an address in a file that can't be read in time, so reuse-run can't share its sockets (see \
-                 whether a file system hangs)"
+                "worker {slot} names a path, or memory of a file, that can't be reached in time, so reuse-run can't share its \
+                 sockets (see whether a file system hangs)"
             ),
             Complaint::Unreadable => warn!(
                 "worker {slot} can't be read by processes of its own user, so reuse-run can't share its sockets (make its \

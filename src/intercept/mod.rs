@@ -35,7 +35,8 @@ use crate::intercept::carry::{Errands, Unwatched};
 use crate::intercept::complaints::{Complaint, Complaints};
 use crate::intercept::filter::{Call, decode};
 use crate::intercept::options::NotedOptions;
-use crate::intercept::reader::{Answer, Question, Reader};
+use crate::intercept::reader::{Question, Reader};
+use crate::kernel::jobs::Outcome;
 use crate::kernel::procfs;
 use crate::kernel::sys::{self, NotifResponse};
 use crate::pool::Pool;
@@ -67,7 +68,7 @@ pub struct Interception {
     /// Whether the filter has stopped a `listen`.
     has_seen_listen: bool,
     worker_ended: bool,
-    /// Calls whose answer needs something that is being read, by the kernel's id.
+    /// Calls whose answer needs something that is being read or done, by the kernel's id.
     waiting: HashMap<u64, (libc::seccomp_notif, Readings)>,
 }
 
@@ -134,12 +135,23 @@ impl Interception {
     pub fn go_on(
         &mut self,
         id: u64,
-        answers: Vec<(Question, Answer)>,
+        answers: Vec<(Question, Outcome)>,
         at_hand: &mut AtHand,
     ) -> Option<ListenChange> {
         let (notif, mut readings) = self.waiting.remove(&id)?;
         readings.answers.extend(answers);
         self.answer(notif, readings, at_hand)
+    }
+
+    /// Goes on with a call for whose path this was done.
+    pub fn go_on_with_path(
+        &mut self,
+        id: u64,
+        outcome: paths::Outcome,
+        at_hand: &mut AtHand,
+    ) -> Option<ListenChange> {
+        let (notif, readings) = self.waiting.remove(&id)?;
+        self.answer(notif, Readings { path: Some(outcome), ..readings }, at_hand)
     }
 
     fn answer(
@@ -151,6 +163,10 @@ impl Interception {
         let slot = self.borrower.slot;
         let (response, change) = self.carry_out(&notif, &readings, at_hand);
         let missing = readings.missing.take();
+        if readings.waits_for_path.take() {
+            self.waiting.insert(notif.id, (notif, readings));
+            return None;
+        }
         if !missing.is_empty() {
             let writes = missing.iter().any(|question| matches!(question, Question::DenyListening { .. }));
             let notify_fd = writes.then(|| self.notify_fd.try_clone().ok()).flatten();
@@ -188,13 +204,11 @@ impl Interception {
     ) -> (NotifResponse, Option<ListenChange>) {
         const CONTINUE: (NotifResponse, Option<ListenChange>) = (NotifResponse::Continue, None);
         let AtHand { pool, unix, is_starting, .. } = at_hand;
-        let is_starting = *is_starting;
         let caller = Caller::new(self.notify_fd.as_fd(), notif, self.borrower, readings);
         let Known { options, bound, complaints, .. } = &mut self.known;
         match decode(&notif.data) {
-            Call::Unlink { .. } if unix.is_empty() && !is_starting => CONTINUE,
             Call::Unlink { from, path } => {
-                let (response, removed) = unix::unlink(&caller, from, path, is_starting, unix);
+                let (response, removed) = unix::unlink(&caller, from, path, *is_starting, complaints, unix);
                 (response, removed.map(ListenChange::StoppedListening))
             }
             _ if self.worker_ended => CONTINUE,

@@ -1,6 +1,5 @@
 //! `bind` and `unlink` of a Unix socket's path: the worker shares its generation's socket.
 
-use std::fs;
 use std::os::fd::AsFd;
 use std::path::Path;
 
@@ -11,11 +10,12 @@ use crate::address::Endpoint;
 use crate::intercept::Known;
 use crate::intercept::caller::{Caller, OwnSocket};
 use crate::intercept::carry::{NotReplaced, OwnDuplicate};
+use crate::intercept::complaints::{Complaint, Complaints};
 use crate::intercept::inherit;
 use crate::intercept::reader::Found;
 use crate::kernel::procfs;
 use crate::kernel::sys::NotifResponse;
-use crate::pool::paths::{self, Removal, UnixSockets};
+use crate::pool::paths::{self, Outcome, Removal, UnixSockets};
 
 /// Binds the caller's socket to a path. What isn't a stream socket, or a path that wrapper and caller see
 /// alike, is left to the kernel.
@@ -34,11 +34,6 @@ pub fn bind(
     let (Ok(flags), Ok(mask)) = (procfs::fd_flags(tid, own.fd), procfs::umask(tid)) else {
         return NotifResponse::Continue;
     };
-    let duplicate = match errands.duplicate(caller, own) {
-        OwnDuplicate::Here(duplicate) => Some(duplicate),
-        OwnDuplicate::Comes => return NotifResponse::Success, // which the caller never sees
-        OwnDuplicate::Refused => None,
-    };
     if !caller.still_waits() {
         return NotifResponse::Continue;
     }
@@ -49,13 +44,29 @@ pub fn bind(
     if unix.socket(own.inode).is_some() {
         return NotifResponse::Continue; // bound already: the kernel refuses it
     }
-    let inode = match unix.bind(&place, borrower, mask) {
-        Ok(inode) => inode,
+    let inode = match caller.path_outcome() {
+        Some(Outcome::Failed(errno)) => return not_done(caller, errno, complaints),
+        Some(Outcome::LeftToKernel) => return NotifResponse::Continue,
+        Some(Outcome::Again | Outcome::Removed { .. }) | None => {
+            unix.bind(&place, borrower, mask, caller.call())
+        }
+    };
+    let inode = match inode {
+        Ok(Some(inode)) => inode,
+        Ok(None) => {
+            caller.wait_for_path();
+            return NotifResponse::Continue;
+        }
         // An error without a number means that the wrapper can't do it. The kernel perhaps can.
         Err(error) => {
             complaints.make_if_too_many(borrower.slot, &error);
             return error.raw_os_error().map_or(NotifResponse::Continue, NotifResponse::Errno);
         }
+    };
+    let duplicate = match errands.duplicate(caller, own) {
+        OwnDuplicate::Here(duplicate) => Some(duplicate),
+        OwnDuplicate::Comes => return NotifResponse::Success, // which the caller never sees
+        OwnDuplicate::Refused => None,
     };
     let Some(socket) = unix.socket(inode) else { return NotifResponse::Continue };
     // All workers of the generation share the options and this flag, as they share the socket.
@@ -80,6 +91,16 @@ pub fn bind(
     }
 }
 
+/// The answer when what the caller wanted could not be done. What was not done in time may still happen, and the caller is to
+/// wait for it itself.
+fn not_done(caller: &Caller, errno: i32, complaints: &mut Complaints) -> NotifResponse {
+    if errno != libc::ETIMEDOUT {
+        return NotifResponse::Errno(errno);
+    }
+    complaints.make(caller.borrower.slot, Complaint::Hung);
+    NotifResponse::Continue
+}
+
 fn is_stream(caller: &Caller, own: OwnSocket) -> bool {
     match caller.protocol(own.fd).as_deref() {
         Ok("UNIX-STREAM") => true,
@@ -102,12 +123,18 @@ pub fn unlink(
     from: Option<u32>,
     path: u64,
     is_starting: bool,
+    complaints: &mut Complaints,
     unix: &mut UnixSockets,
 ) -> (NotifResponse, Option<Endpoint>) {
     const NOT_OURS: (NotifResponse, Option<Endpoint>) = (NotifResponse::Continue, None);
+    // A path that was removed for this call is none of ours any more.
+    let examines = is_starting || caller.path_outcome().is_some();
+    if !examines && unix.is_empty() {
+        return NOT_OURS;
+    }
     let path = caller.memory(path, libc::PATH_MAX as u64).ok();
     let path = path.and_then(|bytes| paths::path_of_bytes(&bytes));
-    let path = path.filter(|path| is_starting || unix.may_have(path));
+    let path = path.filter(|path| examines || unix.may_have(path));
     let Some((found, place)) = path.and_then(|path| caller.place(from, &path)) else {
         return NOT_OURS;
     };
@@ -119,12 +146,19 @@ pub fn unlink(
         Found::Nothing => return (NotifResponse::Errno(libc::ENOENT), None),
         Found::Other => return NOT_OURS,
     }
-    match unix.remove(&place, caller.borrower.worker) {
+    match caller.path_outcome() {
+        Some(Outcome::Removed { was_its_own }) => {
+            let endpoint = Endpoint::Unix(place.path().to_owned());
+            return (NotifResponse::Success, Some(endpoint).filter(|_| was_its_own));
+        }
+        Some(Outcome::Failed(errno)) => return (not_done(caller, errno, complaints), None),
+        Some(Outcome::Again | Outcome::LeftToKernel) | None => {}
+    }
+    match unix.remove(&place, caller.call()) {
         Removal::Kept => (NotifResponse::Success, None),
-        Removal::Removed => (NotifResponse::Success, Some(Endpoint::Unix(place.path().to_owned()))),
-        Removal::NotOurs => match fs::remove_file(place.path()) {
-            Ok(()) => (NotifResponse::Success, None),
-            Err(error) => (error.raw_os_error().map_or(NotifResponse::Continue, NotifResponse::Errno), None),
-        },
+        Removal::Pending => {
+            caller.wait_for_path();
+            NOT_OURS
+        }
     }
 }

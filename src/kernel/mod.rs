@@ -6,6 +6,7 @@ pub mod fdtable;
 pub mod file;
 pub mod helper;
 pub mod inbox;
+pub mod jobs;
 pub mod procfs;
 pub mod sockdiag;
 pub mod sys;

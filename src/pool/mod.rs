@@ -13,6 +13,7 @@
 
 pub mod accept_queues;
 mod closed;
+mod files;
 mod foreign;
 mod group;
 mod lend;

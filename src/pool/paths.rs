@@ -4,31 +4,36 @@
 //! If a worker could unlink the path, before it binds it or when it ends, the others would lose it. So the worker is told
 //! that it has unlinked the path, and the wrapper removes it when no worker serves it any more. A path that only one
 //! worker has bound is its own to unlink.
+//!
+//! Here it is decided what happens, at once. [`files`](super::files) does it, in the same order for each path, and a call of a
+//! worker that needs it done is answered then.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use log::{debug, warn};
-use nix::fcntl::AtFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::stat::{Mode, umask};
-use nix::unistd::{Gid, Pid, Uid, fchownat};
-use socket2::{Domain, SockAddr, Socket, Type};
+use nix::unistd::Pid;
+use socket2::{Domain, Socket, Type};
 
 use crate::ids::{Borrower, WorkerId};
+use crate::kernel::jobs::{Done, Jobs};
 use crate::kernel::sockdiag::{SockDiag, SocketFile, UnixSocket};
 use crate::kernel::{inbox, procfs, sys};
+use crate::pool::files::{self, FileId, Job, OwnFile};
 use crate::pool::lend::max_for_each_worker;
 
 /// After so many binds, those whose sockets are closed are forgotten if a worker has as many.
 const FORGET_CLOSED_EVERY: usize = 64;
+/// How long reuse-run waits in the end until the paths are removed.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The path of a socket without links, so that it is the same however a worker calls it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,24 +62,21 @@ impl SocketPath {
         &self.0
     }
 
+    fn bytes(&self) -> Vec<u8> {
+        self.0.as_os_str().as_bytes().to_vec()
+    }
+
     /// The name, in the same directory, of a newer generation's socket until it replaces the one at the path. It is
     /// short, since the addresses of Unix sockets are, and always the same, so that a file which a killed wrapper left
     /// is found.
-    fn temporary(&self, generation: u32) -> PathBuf {
+    fn temporary(&self, generation: u32) -> Self {
         // FNV-1a, so that each path in a directory has its own name.
         let bytes = self.0.as_os_str().as_bytes();
         let hash = bytes
             .iter()
             .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
-        self.0.with_file_name(format!(".{hash:08x}.{generation}"))
+        Self(self.0.with_file_name(format!(".{hash:08x}.{generation}")))
     }
-}
-
-/// Device and inode: which file it is, whatever its name.
-type FileId = (u64, u64);
-
-fn file_id(path: &Path) -> io::Result<FileId> {
-    fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// The path in a `struct sockaddr_un` (unix(7)). `None` for another family, and for a name that is no path.
@@ -91,65 +93,28 @@ pub fn path_of_bytes(bytes: &[u8]) -> Option<PathBuf> {
     (end > 0).then(|| PathBuf::from(OsString::from_vec(bytes[..end].to_vec())))
 }
 
-/// A bound socket.
+/// A call of a worker, with the kernel's id.
+pub type CallId = (WorkerId, u64);
+
+/// A socket with a path.
 #[derive(Debug)]
 struct Bound {
     socket: ManuallyDrop<Socket>,
     inode: u64,
-    /// Where its file is now.
-    path: PathBuf,
-    /// Its file. A worker may have put another file at the path.
-    file: FileId,
-    /// The name that it was bound to. The kernel keeps it for the socket and the connections that it accepts.
-    name: String,
+    /// `None` until it is bound.
+    file: Option<OwnFile>,
+    /// Whether it has a temporary name, since an older generation has the path.
+    is_aside: bool,
     /// The workers that have bound it, also those that died.
     borrowers: BTreeMap<WorkerId, Pid>,
 }
 
 impl Bound {
-    /// Binds a new socket to a path, with the permissions that it gets from a process with this umask.
-    ///
-    /// # Errors
-    /// What bind(2) says. Without an error number if the path is too long even by way of its directory.
-    fn new(path: PathBuf, mask: u32) -> io::Result<Self> {
+    fn new(is_aside: bool) -> io::Result<Self> {
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-        let (address, _directory) = short_address(&path)?;
-        let before = umask(Mode::from_bits_truncate(mask));
-        let result = socket.bind(&address);
-        umask(before);
-        result?;
-        let name = address.as_pathname().unwrap_or(&path).to_string_lossy().into_owned();
-        let (inode, file) = (procfs::inode(socket.as_fd())?, file_id(&path)?);
+        let inode = procfs::inode(socket.as_fd())?;
         let socket = ManuallyDrop::new(socket);
-        Ok(Self { socket, inode, path, file, name, borrowers: BTreeMap::new() })
-    }
-
-    /// Its file, without the right to read or write it (O_PATH). The directory may belong to a worker, and another user
-    /// may put anything there in between: so this follows no links, and is its own file or none.
-    fn open_file(&self) -> io::Result<fs::File> {
-        let own = fs::OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
-            .open(&self.path)?;
-        let metadata = own.metadata()?;
-        if (metadata.dev(), metadata.ino()) != self.file {
-            return Err(io::Error::other(format!("{} is another file by now", self.path.display())));
-        }
-        Ok(own)
-    }
-
-    /// Replaces the socket at a path, in one step, and takes over its owner and mode.
-    fn replace(&mut self, path: &Path) -> io::Result<()> {
-        let own = self.open_file()?;
-        let old = fs::symlink_metadata(path).ok().filter(|old| old.file_type().is_socket());
-        if let Some(old) = old {
-            let (uid, gid) = (Some(Uid::from_raw(old.uid())), Some(Gid::from_raw(old.gid())));
-            let _ = fchownat(&own, "", uid, gid, AtFlags::AT_EMPTY_PATH);
-            let _ = fs::set_permissions(format!("/proc/self/fd/{}", own.as_raw_fd()), old.permissions());
-        }
-        fs::rename(&self.path, path)?;
-        self.path = path.to_owned();
-        Ok(())
+        Ok(Self { socket, inode, file: None, is_aside, borrowers: BTreeMap::new() })
     }
 
     /// Whether a connection waits to be accepted.
@@ -158,22 +123,19 @@ impl Bound {
         let is_listening = self.socket.is_listener().unwrap_or(false);
         is_listening && poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
-}
 
-impl Bound {
-    /// Removes its file, if that is still where it was put.
-    fn remove_file(&self) {
-        if file_id(&self.path).is_ok_and(|file| file == self.file)
-            && let Err(error) = fs::remove_file(&self.path)
-        {
-            debug!("can't remove {}: {error}", self.path.display());
-        }
+    /// The name that it was bound to. The kernel keeps it for the socket and the connections that it accepts.
+    fn name(&self) -> Option<String> {
+        Some(self.socket.local_addr().ok()?.as_pathname()?.to_string_lossy().into_owned())
+    }
+
+    fn removal(&self) -> Option<Job> {
+        self.file.clone().map(|file| Job::Remove { file })
     }
 }
 
 impl Drop for Bound {
     fn drop(&mut self) {
-        self.remove_file();
         let waiting = self.has_waiting();
         let socket = sys::take_in_drop(&mut self.socket);
         if waiting {
@@ -182,89 +144,153 @@ impl Drop for Bound {
     }
 }
 
-/// The address of a path. If the path is longer than addresses can be (unix(7)), it goes by way of the fd of its
-/// directory, which has to stay open until the bind. (A worker gets around the limit by changing into the directory.)
-fn short_address(path: &Path) -> io::Result<(SockAddr, Option<fs::File>)> {
-    if let Ok(address) = SockAddr::unix(path) {
-        return Ok((address, None));
-    }
-    // Only a folder, because to open a FIFO would wait for a writer.
-    let flags = libc::O_PATH | libc::O_DIRECTORY;
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    let directory = fs::OpenOptions::new().read(true).custom_flags(flags).open(directory)?;
-    let name = path.file_name().unwrap_or_default();
-    let by_fd = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
-    Ok((SockAddr::unix(by_fd)?, Some(directory)))
-}
-
 /// What has become of a path that a worker wanted to remove.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Removal {
     /// It is still there, since other workers have bound it too.
     Kept,
-    Removed,
-    NotOurs,
+    /// It is being removed, or something else has to be done with it before.
+    Pending,
+}
+
+/// How it goes on with a call that had to wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Ask again. What was pending is done.
+    Again,
+    /// The path is removed. Whether the worker has bound it before.
+    Removed {
+        was_its_own: bool,
+    },
+    Failed(i32),
+    /// Only the kernel can do it.
+    LeftToKernel,
+}
+
+/// What has been done.
+#[derive(Debug)]
+pub enum News {
+    Call(CallId, Outcome),
+    /// See [`UnixSockets::reach`].
+    Reached(WorkerId, io::Result<()>),
+}
+
+/// What a job was for.
+#[derive(Debug)]
+enum Purpose {
+    Bind {
+        generation: u32,
+        call: CallId,
+    },
+    HandOver {
+        generation: u32,
+    },
+    /// The sockets are closed when their files are gone.
+    Remove {
+        _sockets: Vec<Bound>,
+    },
+    Unlink {
+        sockets: Vec<Bound>,
+        call: CallId,
+    },
+    Wait {
+        call: CallId,
+    },
+    Reach {
+        worker: WorkerId,
+    },
 }
 
 /// The sockets of all paths, by generation.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct UnixSockets {
     paths: BTreeMap<SocketPath, BTreeMap<u32, Bound>>,
     /// How many paths were bound since it was last found out which sockets are closed.
     unchecked: usize,
+    jobs: Jobs<SocketPath, Purpose, Job>,
 }
 
 impl UnixSockets {
+    /// # Errors
+    /// When there is no file descriptor left.
+    pub fn new() -> io::Result<Self> {
+        let jobs = Jobs::new(c"reuse-run-path", files::work)?;
+        Ok(Self { paths: BTreeMap::new(), unchecked: 0, jobs })
+    }
+
     pub fn is_empty(&self) -> bool {
         self.paths.is_empty()
     }
 
     /// Whether `path`, which isn't resolved yet, may be a path of ours: one of them has the same file name.
     pub fn may_have(&self, path: &Path) -> bool {
-        let bound_paths = self.bound().map(|bound| bound.path.as_path());
-        let mut ours = self.paths.keys().map(SocketPath::path).chain(bound_paths);
-        ours.any(|ours| ours.file_name() == path.file_name())
+        self.names().any(|ours| ours.file_name() == path.file_name())
+    }
+
+    /// All paths, and the names of the sockets that haven't replaced older ones yet.
+    fn names(&self) -> impl Iterator<Item = &Path> {
+        let aside = self.bound().filter(|bound| bound.is_aside).filter_map(|bound| bound.file.as_ref());
+        self.paths.keys().map(SocketPath::path).chain(aside.map(OwnFile::first_path))
     }
 
     /// Removes a path for a worker, and forgets its socket, unless other workers have bound it too.
-    pub fn remove(&mut self, path: &SocketPath, worker: WorkerId) -> Removal {
-        let Some(sockets) = self.paths.get(path) else {
-            // A socket that hasn't replaced the older one yet has a temporary name, which the worker may have asked for.
-            let is_ours = self.bound().any(|bound| bound.path == path.path());
-            return if is_ours { Removal::Kept } else { Removal::NotOurs };
-        };
-        if sockets.values().any(|bound| bound.borrowers.keys().any(|other| *other != worker)) {
+    pub fn remove(&mut self, path: &SocketPath, call: CallId) -> Removal {
+        let (worker, _) = call;
+        let sockets = self.paths.get(path);
+        let is_others = |bound: &Bound| bound.borrowers.keys().any(|other| *other != worker);
+        if sockets.is_some_and(|sockets| sockets.values().any(is_others)) {
             return Removal::Kept;
         }
-        self.paths.remove(path); // and the file, if it is still the socket's
-        if fs::symlink_metadata(path.path()).is_err() { Removal::Removed } else { Removal::NotOurs }
+        // A socket that hasn't replaced the older one yet has a temporary name, which the worker may have asked for.
+        if sockets.is_none() && self.names().any(|ours| ours == path.path()) {
+            return Removal::Kept;
+        }
+        if sockets.is_some_and(|sockets| sockets.values().any(|bound| bound.file.is_none())) {
+            self.jobs.ask(path.clone(), Purpose::Wait { call }, vec![Job::Nothing], None);
+            return Removal::Pending;
+        }
+        let sockets: Vec<Bound> =
+            self.paths.remove(path).into_iter().flat_map(BTreeMap::into_values).collect();
+        let own = sockets.iter().filter_map(Bound::removal);
+        let jobs = own.chain([Job::Unlink { path: path.bytes() }]).collect();
+        self.jobs.ask(path.clone(), Purpose::Unlink { sockets, call }, jobs, None);
+        Removal::Pending
     }
 
-    /// Binds a path for a worker, and returns the inode number of the socket that the worker's generation shares. If
-    /// another generation has the path, the socket has a temporary name until [`UnixSockets::switch`].
+    /// Binds a path for a call of a worker, and returns the inode number of the socket that the worker's generation shares;
+    /// `None` if that isn't bound yet. If another generation has the path, the socket has a temporary name until
+    /// [`UnixSockets::switch`].
     ///
     /// # Errors
-    /// What bind(2) would have said to the worker, whose umask is `mask`; QuotaExceeded, without a number, if it has
-    /// bound as many paths as it may.
-    pub fn bind(&mut self, path: &SocketPath, borrower: Borrower, mask: u32) -> io::Result<u64> {
+    /// QuotaExceeded if it has bound as many paths as it may, and those of socket(2).
+    pub fn bind(
+        &mut self,
+        path: &SocketPath,
+        borrower: Borrower,
+        mask: u32,
+        call: CallId,
+    ) -> io::Result<Option<u64>> {
         let Borrower { worker, pid, generation, .. } = borrower;
         if let Some(bound) = self.paths.get_mut(path).and_then(|sockets| sockets.get_mut(&generation)) {
+            if bound.file.is_none() {
+                self.jobs.ask(path.clone(), Purpose::Wait { call }, vec![Job::Nothing], None);
+                return Ok(None);
+            }
             bound.borrowers.insert(worker, pid);
-            return Ok(bound.inode);
+            return Ok(Some(bound.inode));
         }
         if self.has_too_many(borrower) {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
-        let mut file = path.path().to_owned();
-        if self.paths.contains_key(path) {
-            file = path.temporary(generation);
-            let _ = fs::remove_file(&file); // a killed wrapper may have left it
-        }
-        let mut bound = Bound::new(file, mask)?;
+        let is_aside = self.paths.contains_key(path);
+        let mut bound = Bound::new(is_aside)?;
         bound.borrowers.insert(worker, pid);
-        let inode = bound.inode;
+        let its_path = if is_aside { path.temporary(generation) } else { path.clone() };
+        let job = Job::Bind { path: its_path.bytes(), is_temporary: is_aside, mask };
+        let socket = bound.socket.try_clone()?;
+        self.jobs.ask(path.clone(), Purpose::Bind { generation, call }, vec![job], Some(socket.into()));
         self.paths.entry(path.clone()).or_default().insert(generation, bound);
-        Ok(inode)
+        Ok(None)
     }
 
     /// Whether a worker has bound as many paths as it may. Those that it alone has bound and has closed since are
@@ -277,11 +303,12 @@ impl UnixSockets {
         self.unchecked += 1;
         if has.min(self.unchecked) >= FORGET_CLOSED_EVERY - 1 {
             self.unchecked = 0;
-            let own = self.bound().filter(|bound| of_worker(bound) && bound.borrowers.len() == 1);
-            let own: HashSet<u64> = own.map(|bound| bound.inode).collect();
+            let may_be =
+                |bound: &&Bound| bound.file.is_some() && of_worker(bound) && bound.borrowers.len() == 1;
+            let own: HashSet<u64> = self.bound().filter(may_be).map(|bound| bound.inode).collect();
             let open = procfs::open_elsewhere(borrower.pid, &own);
             let is_closed = |bound: &Bound| own.contains(&bound.inode) && !open.contains(&bound.inode);
-            self.paths.retain(|_, sockets| sockets.len() > 1 || !sockets.values().all(is_closed));
+            self.retain(|sockets| sockets.len() > 1 || !sockets.values().all(is_closed), |_| true);
         }
         has >= max && count(self) >= max
     }
@@ -311,18 +338,18 @@ impl UnixSockets {
         })
     }
 
-    /// Begins to open a connection to the socket that a generation has for a path, whatever name it has now. Without
-    /// waiting: if its queue is full, that is the error WouldBlock.
+    /// Begins to open a connection to the socket that a worker's generation has for a path, whatever name it has now. It
+    /// is news when the connection is open, or why it is not: WouldBlock if the queue is full.
     ///
     /// # Errors
-    /// NotFound if it has none, and those of connect(2).
-    pub fn reach(&self, path: &Path, generation: u32) -> io::Result<Socket> {
+    /// NotFound if it has none, and those of socket(2).
+    pub fn reach(&mut self, path: &Path, generation: u32, worker: WorkerId) -> io::Result<Socket> {
         let mut of_path = self.paths.iter().filter(|(socket_path, _)| socket_path.path() == path);
-        let bound =
-            of_path.find_map(|(_, sockets)| sockets.get(&generation)).ok_or(io::ErrorKind::NotFound)?;
-        let own = bound.open_file()?;
+        let bound = of_path.find_map(|(path, sockets)| Some((path, sockets.get(&generation)?.file.clone()?)));
+        let (path, file) = bound.ok_or(io::ErrorKind::NotFound)?;
         let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
-        socket.connect(&SockAddr::unix(format!("/proc/self/fd/{}", own.as_raw_fd()))?)?;
+        let its = socket.try_clone()?.into();
+        self.jobs.ask(path.clone(), Purpose::Reach { worker }, vec![Job::Connect { file }], Some(its));
         Ok(socket)
     }
 
@@ -330,28 +357,130 @@ impl UnixSockets {
     /// changed those meant the path and not the socket.
     pub fn switch(&mut self, generation: u32) {
         for (path, sockets) in &mut self.paths {
-            let path = path.path();
-            let Some(bound) = sockets.get_mut(&generation).filter(|bound| bound.path != path) else {
-                continue;
-            };
-            match bound.replace(path) {
-                Ok(()) => debug!("{} belongs to generation {generation}", path.display()),
-                Err(error) => warn!("can't hand {} over to generation {generation}: {error}", path.display()),
-            }
+            let Some(bound) = sockets.get_mut(&generation).filter(|bound| bound.is_aside) else { continue };
+            let Some(file) = bound.file.clone() else { continue };
+            bound.is_aside = false;
+            let job = Job::HandOver { file, path: path.bytes() };
+            self.jobs.ask(path.clone(), Purpose::HandOver { generation }, vec![job], None);
         }
     }
 
     /// Removes all paths, so that no new connections come. The sockets serve those that have come.
-    pub fn remove_paths(&self) {
-        self.bound().for_each(Bound::remove_file);
+    pub fn remove_paths(&mut self) {
+        for (path, sockets) in &self.paths {
+            let jobs = sockets.values().filter_map(Bound::removal).collect();
+            self.jobs.ask(path.clone(), Purpose::Remove { _sockets: Vec::new() }, jobs, None);
+        }
     }
 
     /// Closes the sockets of all other generations, and removes the paths that no generation has any more.
     pub fn keep(&mut self, keep: impl Fn(u32) -> bool) {
-        self.paths.retain(|_, sockets| {
-            sockets.retain(|generation, _| keep(*generation));
-            !sockets.is_empty()
-        });
+        self.retain(|_| true, keep);
+    }
+
+    /// Closes the sockets for which one of these is false, and removes their files. What isn't bound yet is kept.
+    fn retain(
+        &mut self,
+        keep: impl Fn(&BTreeMap<u32, Bound>) -> bool,
+        keep_generation: impl Fn(u32) -> bool,
+    ) {
+        for (path, sockets) in &mut self.paths {
+            let keeps = keep(sockets);
+            let stays =
+                |generation, bound: &Bound| bound.file.is_none() || (keeps && keep_generation(generation));
+            let gone = sockets.iter().filter(|(generation, bound)| !stays(**generation, bound));
+            let gone: Vec<u32> = gone.map(|(generation, _)| *generation).collect();
+            let gone: Vec<Bound> = gone.iter().filter_map(|generation| sockets.remove(generation)).collect();
+            if !gone.is_empty() {
+                let jobs = gone.iter().filter_map(Bound::removal).collect();
+                self.jobs.ask(path.clone(), Purpose::Remove { _sockets: gone }, jobs, None);
+            }
+        }
+        self.paths.retain(|_, sockets| !sockets.is_empty());
+    }
+
+    /// What has been done. To be called when this is readable, and at its deadline.
+    pub fn take(&mut self, now: Instant) -> Vec<News> {
+        let done = self.jobs.take(now);
+        done.into_iter().filter_map(|done| self.follow(done)).collect()
+    }
+
+    fn follow(&mut self, done: Done<SocketPath, Purpose, Job>) -> Option<News> {
+        let Done { key: path, tag, outcomes } = done;
+        self.jobs.forgive(&path);
+        let failure = outcomes.iter().find_map(|(_, outcome)| outcome.clone().err());
+        match tag {
+            Purpose::Bind { generation, call } => {
+                let file =
+                    outcomes.iter().find_map(|(_, outcome)| files::parse_bound(outcome.as_ref().ok()?));
+                let outcome = match failure {
+                    _ if self.is_bound(&path, generation, file) => Outcome::Again,
+                    Some(errno) => Outcome::Failed(errno),
+                    None => Outcome::LeftToKernel,
+                };
+                Some(News::Call(call, outcome))
+            }
+            Purpose::HandOver { generation } => {
+                let name = path.path().display();
+                let Some(errno) = failure else {
+                    debug!("{name} belongs to generation {generation}");
+                    return None;
+                };
+                let why = match errno {
+                    libc::ESTALE => "it is another file by now".to_owned(),
+                    libc::ETIMEDOUT => "its file system does not answer".to_owned(),
+                    _ => io::Error::from_raw_os_error(errno).to_string(),
+                };
+                warn!("can't hand {name} over to generation {generation}: {why}");
+                let sockets = self.paths.get_mut(&path);
+                let bound = sockets.and_then(|sockets| sockets.get_mut(&generation));
+                bound.into_iter().for_each(|bound| bound.is_aside = true);
+                None
+            }
+            Purpose::Remove { .. } => None,
+            Purpose::Unlink { sockets, call } => {
+                let has_removed = outcomes.iter().any(|(_, outcome)| outcome.is_ok());
+                let removed = Outcome::Removed { was_its_own: !sockets.is_empty() };
+                Some(News::Call(call, failure.filter(|_| !has_removed).map_or(removed, Outcome::Failed)))
+            }
+            Purpose::Wait { call } => Some(News::Call(call, Outcome::Again)),
+            Purpose::Reach { worker } => {
+                let reached = failure.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)));
+                Some(News::Reached(worker, reached))
+            }
+        }
+    }
+
+    /// The socket of a generation has this file now, or could not be bound. Returns whether it is bound.
+    fn is_bound(&mut self, path: &SocketPath, generation: u32, file: Option<(FileId, Vec<u8>)>) -> bool {
+        let Some(sockets) = self.paths.get_mut(path) else { return false };
+        if let (Some(bound), Some((id, its_path))) = (sockets.get_mut(&generation), file) {
+            bound.file = Some(OwnFile { id, paths: [its_path, path.bytes()] });
+            return true;
+        }
+        sockets.remove(&generation);
+        if sockets.is_empty() {
+            self.paths.remove(path);
+        }
+        false
+    }
+
+    /// When to call [`UnixSockets::take`] at the latest.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.jobs.deadline()
+    }
+
+    /// Removes all paths, but doesn't wait long for that.
+    pub fn finish(&mut self) {
+        let until = Instant::now() + FINISH_TIMEOUT;
+        while self.jobs.wait(until) {
+            self.take(Instant::now());
+        }
+        self.keep(|_| false);
+        while self.jobs.wait(until) {
+            self.take(Instant::now());
+        }
+        self.jobs.finish();
     }
 
     /// The inode numbers of the connections that came by any of the sockets. A connection whose client is in another
@@ -387,10 +516,10 @@ impl UnixSockets {
     /// ours in other mounts.
     fn all_by_name(&self) -> HashMap<u64, Option<Came>> {
         let all = self.paths.values().flatten();
-        let generations: HashMap<&str, u32> =
-            all.map(|(generation, bound)| (bound.name.as_str(), *generation)).collect();
+        let generations: HashMap<String, u32> =
+            all.filter_map(|(generation, bound)| Some((bound.name()?, *generation))).collect();
         let came = |row: &procfs::UnixSocket| {
-            let generation = generations.get(row.name.as_str()).copied();
+            let generation = generations.get(&row.name).copied();
             let generation = generation.filter(|_| row.is_connected && row.inode != 0)?;
             Some(Came { generation, client: None })
         };
@@ -403,8 +532,15 @@ impl UnixSockets {
         if self.is_empty() || workers.is_empty() {
             return BTreeSet::new();
         }
+        // Until a path is handed over or removed, clients come by the old socket.
+        let is_change =
+            |purpose: &Purpose| matches!(purpose, Purpose::HandOver { .. } | Purpose::Remove { .. });
+        let changing = self.jobs.pending().filter(|(_, purpose)| is_change(purpose));
+        let generations =
+            |path| self.paths.get(path).into_iter().flatten().map(|(generation, _)| *generation);
         let waiting = self.paths.values().flatten().filter(|(_, bound)| bound.has_waiting());
         let mut busy_generations: BTreeSet<u32> = waiting.map(|(generation, _)| *generation).collect();
+        busy_generations.extend(changing.flat_map(|(path, _)| generations(path)));
         let known = self.all();
         let processes = procfs::tree(Pid::this()).into_iter().skip(1);
         let held: Held = processes.map(|process| (process, procfs::sockets(process).ok())).collect();
@@ -444,8 +580,15 @@ fn has_client(processes: &[Pid], held: &Held, known: &HashMap<u64, Option<Came>>
         || sockets().any(|(process, its)| its.iter().any(|(fd, inode)| is_of_client(process, *fd, *inode)))
 }
 
+impl AsFd for UnixSockets {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.jobs.as_fd()
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::{UnixListener, UnixStream};
 
@@ -474,6 +617,66 @@ mod tests {
         }
     }
 
+    fn sockets() -> UnixSockets {
+        UnixSockets::new().unwrap()
+    }
+
+    /// Waits until all is done.
+    fn settle(sockets: &mut UnixSockets) -> Vec<News> {
+        let mut news = Vec::new();
+        while sockets.jobs.wait(Instant::now() + Duration::from_secs(60)) {
+            news.extend(sockets.take(Instant::now()));
+        }
+        news
+    }
+
+    fn outcome(sockets: &mut UnixSockets) -> Outcome {
+        let outcomes = settle(sockets).into_iter().map(|news| match news {
+            News::Call(_, outcome) => outcome,
+            News::Reached(..) => panic!("{news:?}"),
+        });
+        outcomes.last().unwrap()
+    }
+
+    fn bind(sockets: &mut UnixSockets, path: &SocketPath, borrower: Borrower, mask: u32) -> io::Result<u64> {
+        loop {
+            if let Some(inode) = sockets.bind(path, borrower, mask, (borrower.worker, 0))? {
+                return Ok(inode);
+            }
+            match outcome(sockets) {
+                Outcome::Again => {}
+                Outcome::Failed(errno) => return Err(io::Error::from_raw_os_error(errno)),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Returns what has become of the path, unless it was kept.
+    fn remove(sockets: &mut UnixSockets, path: &SocketPath, worker: u32) -> Option<Outcome> {
+        match sockets.remove(path, (WorkerId(worker), 0)) {
+            Removal::Kept => None,
+            Removal::Pending => Some(outcome(sockets)),
+        }
+    }
+
+    fn reach(sockets: &mut UnixSockets, path: &Path, generation: u32) -> io::Result<Socket> {
+        let socket = sockets.reach(path, generation, WorkerId(0))?;
+        match settle(sockets).pop() {
+            Some(News::Reached(_, reached)) => reached.map(|()| socket),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn switch(sockets: &mut UnixSockets, generation: u32) {
+        sockets.switch(generation);
+        settle(sockets);
+    }
+
+    fn keep(sockets: &mut UnixSockets, keep: impl Fn(u32) -> bool) {
+        sockets.keep(keep);
+        settle(sockets);
+    }
+
     #[test]
     fn a_socket_path_is_the_same_however_a_worker_calls_it() {
         let folder = Folder::new("socket_path");
@@ -491,28 +694,32 @@ mod tests {
         let folder = Folder::new("generations");
         let path = folder.0.join("socket");
         let socket_path = SocketPath::resolve(Pid::this(), None, &path).unwrap();
-        let mut sockets = UnixSockets::default();
-        let first = sockets.bind(&socket_path, borrower(1, 1), 0o077).unwrap();
-        assert_eq!(sockets.bind(&socket_path, borrower(2, 1), 0o077).unwrap(), first, "siblings share it");
+        let mut sockets = sockets();
+        let first = bind(&mut sockets, &socket_path, borrower(1, 1), 0o077).unwrap();
+        assert_eq!(
+            bind(&mut sockets, &socket_path, borrower(2, 1), 0o077).unwrap(),
+            first,
+            "siblings share it"
+        );
         sockets.listen(first, 8).unwrap();
-        sockets.switch(1);
+        switch(&mut sockets, 1);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
         let _client = UnixStream::connect(&path).unwrap();
         let workers = [(WorkerId(1), Pid::this(), 1), (WorkerId(3), Pid::this(), 2)];
         assert_eq!(sockets.busy(&workers), BTreeSet::from([WorkerId(1)]), "a connection waits");
 
         fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
-        let second = sockets.bind(&socket_path, borrower(3, 2), 0o022).unwrap();
+        let second = bind(&mut sockets, &socket_path, borrower(3, 2), 0o022).unwrap();
         assert_ne!(second, first);
         sockets.listen(second, 8).unwrap();
-        sockets.switch(2);
+        switch(&mut sockets, 2);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o666, "the mode is kept");
-        sockets.keep(|generation| generation == 2);
+        keep(&mut sockets, |generation| generation == 2);
         let _client = UnixStream::connect(&path).unwrap();
         assert_eq!(sockets.busy(&workers), BTreeSet::from([WorkerId(3)]));
         assert_eq!(fs::read_dir(&folder.0).unwrap().count(), 1, "nothing else is left");
 
-        sockets.keep(|_| false);
+        keep(&mut sockets, |_| false);
         assert!(sockets.is_empty() && !path.exists());
     }
 
@@ -521,23 +728,23 @@ mod tests {
         let folder = Folder::new("reach");
         let path = folder.0.join("n".repeat(80)); // with its folder longer than an address
         let socket_path = SocketPath::resolve(Pid::this(), None, &path).unwrap();
-        let mut sockets = UnixSockets::default();
-        let first = sockets.bind(&socket_path, borrower(1, 1), 0).unwrap();
-        let second = sockets.bind(&socket_path, borrower(2, 2), 0).unwrap();
+        let mut sockets = sockets();
+        let first = bind(&mut sockets, &socket_path, borrower(1, 1), 0).unwrap();
+        let second = bind(&mut sockets, &socket_path, borrower(2, 2), 0).unwrap();
         for (inode, backlog) in [(first, 8), (second, 0)] {
             sockets.listen(inode, backlog).unwrap();
         }
         let has_waiting = |sockets: &UnixSockets| {
             [1, 2].map(|generation| sockets.paths[&socket_path][&generation].has_waiting())
         };
-        let _client = sockets.reach(&path, 2).unwrap();
+        let _client = reach(&mut sockets, &path, 2).unwrap();
         assert_eq!(has_waiting(&sockets), [false, true]);
-        let error = sockets.reach(&path, 2).unwrap_err();
+        let error = reach(&mut sockets, &path, 2).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "its queue is full");
-        assert_eq!(sockets.reach(&path, 3).unwrap_err().kind(), io::ErrorKind::NotFound);
-        sockets.switch(2);
+        assert_eq!(reach(&mut sockets, &path, 3).unwrap_err().kind(), io::ErrorKind::NotFound);
+        switch(&mut sockets, 2);
         sockets.socket(second).map(|socket| nix::sys::socket::accept(socket.as_raw_fd()).unwrap());
-        sockets.reach(&path, 2).unwrap();
+        reach(&mut sockets, &path, 2).unwrap();
     }
 
     #[test]
@@ -545,11 +752,11 @@ mod tests {
         let folder = Folder::new("fails");
         let path = folder.0.join("socket");
         let socket_path = SocketPath::resolve(Pid::this(), None, &path).unwrap();
-        let mut sockets = UnixSockets::default();
-        let first = sockets.bind(&socket_path, borrower(1, 1), 0).unwrap();
+        let mut sockets = sockets();
+        let first = bind(&mut sockets, &socket_path, borrower(1, 1), 0).unwrap();
         sockets.listen(first, 8).unwrap();
-        sockets.bind(&socket_path, borrower(2, 2), 0).unwrap();
-        sockets.keep(|generation| generation == 1);
+        bind(&mut sockets, &socket_path, borrower(2, 2), 0).unwrap();
+        keep(&mut sockets, |generation| generation == 1);
         assert_eq!(fs::read_dir(&folder.0).unwrap().count(), 1);
         UnixStream::connect(&path).unwrap();
     }
@@ -558,22 +765,54 @@ mod tests {
     fn a_worker_may_unlink_a_path_until_another_worker_has_bound_it() {
         let folder = Folder::new("own");
         let socket_path = SocketPath::resolve(Pid::this(), None, &folder.0.join("socket")).unwrap();
-        let mut sockets = UnixSockets::default();
-        let inode = sockets.bind(&socket_path, borrower(1, 1), 0).unwrap();
-        assert_eq!(sockets.remove(&socket_path, WorkerId(2)), Removal::Kept, "another worker has it");
-        assert_eq!(sockets.remove(&socket_path, WorkerId(1)), Removal::Removed);
+        let mut sockets = sockets();
+        let inode = bind(&mut sockets, &socket_path, borrower(1, 1), 0).unwrap();
+        let (removed, nothing) = (Outcome::Removed { was_its_own: true }, Outcome::Failed(libc::ENOENT));
+        assert_eq!(remove(&mut sockets, &socket_path, 2), None, "another worker has it");
+        assert_eq!(remove(&mut sockets, &socket_path, 1), Some(removed));
         assert!(sockets.socket(inode).is_none() && sockets.is_empty() && !socket_path.path().exists());
-        assert_eq!(sockets.remove(&socket_path, WorkerId(1)), Removal::NotOurs);
-        sockets.bind(&socket_path, borrower(1, 1), 0).unwrap();
-        sockets.bind(&socket_path, borrower(2, 2), 0).unwrap();
-        let temporary = SocketPath(socket_path.temporary(2));
-        for socket_path in [&socket_path, &temporary] {
-            assert_eq!(sockets.remove(socket_path, WorkerId(1)), Removal::Kept);
-            assert_eq!(sockets.remove(socket_path, WorkerId(2)), Removal::Kept);
+        assert_eq!(remove(&mut sockets, &socket_path, 1), Some(nothing));
+        bind(&mut sockets, &socket_path, borrower(1, 1), 0).unwrap();
+        bind(&mut sockets, &socket_path, borrower(2, 2), 0).unwrap();
+        for socket_path in [&socket_path, &socket_path.temporary(2)] {
+            assert_eq!(remove(&mut sockets, socket_path, 1), None);
+            assert_eq!(remove(&mut sockets, socket_path, 2), None);
         }
-        sockets.switch(2);
-        sockets.keep(|generation| generation == 2);
-        assert_eq!(sockets.remove(&socket_path, WorkerId(2)), Removal::Removed, "the others are gone");
+        switch(&mut sockets, 2);
+        keep(&mut sockets, |generation| generation == 2);
+        assert_eq!(remove(&mut sockets, &socket_path, 2), Some(removed), "the others are gone");
+    }
+
+    #[test]
+    fn calls_for_a_path_are_answered_as_if_each_had_been_carried_out_at_once() {
+        let folder = Folder::new("order");
+        let socket_path = SocketPath::resolve(Pid::this(), None, &folder.0.join("socket")).unwrap();
+        let mut sockets = sockets();
+        let [one, other] = [borrower(1, 1), borrower(2, 1)];
+        assert_eq!(sockets.bind(&socket_path, one, 0, (one.worker, 1)).unwrap(), None);
+        assert_eq!(
+            sockets.bind(&socket_path, other, 0, (other.worker, 2)).unwrap(),
+            None,
+            "it waits for the first"
+        );
+        assert_eq!(sockets.remove(&socket_path, (one.worker, 3)), Removal::Pending);
+        sockets.keep(|_| false);
+        let calls = settle(&mut sockets).into_iter().map(|news| match news {
+            News::Call((_, id), outcome) => (id, outcome),
+            News::Reached(..) => panic!("{news:?}"),
+        });
+        assert_eq!(calls.collect::<Vec<_>>(), [1, 2, 3].map(|id| (id, Outcome::Again)));
+        let shared = bind(&mut sockets, &socket_path, one, 0).unwrap();
+        assert_eq!(bind(&mut sockets, &socket_path, other, 0).unwrap(), shared);
+        // A removal and a bind behind it.
+        keep(&mut sockets, |_| false);
+        bind(&mut sockets, &socket_path, one, 0).unwrap();
+        assert_eq!(sockets.remove(&socket_path, (one.worker, 4)), Removal::Pending);
+        let new = bind(&mut sockets, &socket_path, one, 0).unwrap();
+        assert_ne!(new, shared);
+        UnixStream::connect(socket_path.path()).unwrap_err(); // it doesn't listen
+        sockets.finish();
+        assert!(!socket_path.path().exists());
     }
 
     #[test]
@@ -581,11 +820,11 @@ mod tests {
         let folder = Folder::new("others");
         let path = folder.0.join("socket");
         let socket_path = SocketPath::resolve(Pid::this(), None, &path).unwrap();
-        let mut sockets = UnixSockets::default();
-        sockets.bind(&socket_path, borrower(1, 1), 0).unwrap();
+        let mut sockets = sockets();
+        bind(&mut sockets, &socket_path, borrower(1, 1), 0).unwrap();
         fs::remove_file(&path).unwrap();
         let _other = UnixListener::bind(&path).unwrap();
-        sockets.keep(|_| false);
+        keep(&mut sockets, |_| false);
         assert!(path.exists(), "another worker has it");
     }
 
@@ -594,28 +833,28 @@ mod tests {
         let folder = Folder::new("link");
         let (path, victim) = (folder.0.join("socket"), folder.0.join("victim"));
         let socket_path = SocketPath::resolve(Pid::this(), None, &path).unwrap();
-        let mut sockets = UnixSockets::default();
-        sockets.bind(&socket_path, borrower(1, 1), 0).unwrap();
-        sockets.bind(&socket_path, borrower(2, 2), 0).unwrap();
+        let mut sockets = sockets();
+        bind(&mut sockets, &socket_path, borrower(1, 1), 0).unwrap();
+        bind(&mut sockets, &socket_path, borrower(2, 2), 0).unwrap();
         fs::write(&victim, "").unwrap();
         fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
-        let temporary = socket_path.temporary(2);
+        let temporary = socket_path.temporary(2).0;
         fs::remove_file(&temporary).unwrap();
         std::os::unix::fs::symlink(&victim, &temporary).unwrap();
-        sockets.switch(2);
+        switch(&mut sockets, 2);
         assert_eq!(fs::metadata(&victim).unwrap().permissions().mode() & 0o777, 0o600);
     }
 
     #[test]
     fn sockets_that_their_workers_have_closed_are_forgotten() {
         let folder = Folder::new("many");
-        let mut sockets = UnixSockets::default();
+        let mut sockets = sockets();
         for number in 0..3 * FORGET_CLOSED_EVERY {
             let path = folder.0.join(number.to_string());
             let socket_path = SocketPath::resolve(Pid::this(), None, &path).unwrap();
             let dead = Pid::from_raw(i32::MAX);
-            sockets.bind(&socket_path, Borrower { pid: dead, ..borrower(1, 1) }, 0).unwrap();
+            bind(&mut sockets, &socket_path, Borrower { pid: dead, ..borrower(1, 1) }, 0).unwrap();
         }
         assert!(sockets.paths.len() <= FORGET_CLOSED_EVERY, "{}", sockets.paths.len());
     }
@@ -626,7 +865,7 @@ mod tests {
         let path = folder.0.join("socket");
         let _other = UnixListener::bind(&path).unwrap();
         let socket_path = SocketPath::resolve(Pid::this(), None, &path).unwrap();
-        let error = UnixSockets::default().bind(&socket_path, borrower(1, 1), 0).unwrap_err();
+        let error = bind(&mut sockets(), &socket_path, borrower(1, 1), 0).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EADDRINUSE));
     }
 

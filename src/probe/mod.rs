@@ -96,7 +96,7 @@ impl Probes {
     pub fn proceed(
         &mut self,
         pool: &mut Pool,
-        unix: &UnixSockets,
+        unix: &mut UnixSockets,
         watch: impl Fn(&Socket, WorkerId) -> io::Result<()>,
         now: Instant,
     ) -> Vec<(WorkerId, Outcome)> {
@@ -108,7 +108,7 @@ impl Probes {
                 Endpoint::Tcp(address) => {
                     pool.reach(worker, *address).map(|(socket, reach)| (socket, Some(reach)))
                 }
-                Endpoint::Unix(path) => unix.reach(path, generation).map(|socket| (socket, None)),
+                Endpoint::Unix(path) => unix.reach(path, generation, worker).map(|socket| (socket, None)),
             };
             let begun = opened.and_then(|(socket, reach)| {
                 let attempt = Try { socket, begun: now, stage: Stage::Opening(reach) };
@@ -129,6 +129,28 @@ impl Probes {
             ended.extend(self.end(worker, End::TimedOut, pool));
         }
         ended
+    }
+
+    /// A connection to the Unix socket of a worker is open, or can't be. Returns the request if that was its end.
+    pub fn reached(
+        &mut self,
+        worker: WorkerId,
+        reached: io::Result<()>,
+        pool: &mut Pool,
+        now: Instant,
+    ) -> Option<(WorkerId, Outcome)> {
+        let Err(error) = reached else { return self.advance(worker, pool, now) };
+        let attempt = self.tries.get(&worker)?;
+        matches!(attempt.stage, Stage::Opening(None)).then_some(())?;
+        let request = self.request();
+        let outcome = match error.kind() {
+            io::ErrorKind::WouldBlock => {
+                format!("took no connection for {request}: its accept queue is full")
+            }
+            _ => describe(&request, &error),
+        };
+        self.forget(worker, pool);
+        Some((worker, Err(outcome)))
     }
 
     /// Something has happened on a worker's socket. Returns the request if that was its end.
@@ -183,12 +205,9 @@ impl Probes {
     /// What a worker did, or couldn't be asked, when the connection could not even be begun.
     fn not_sent(&self, endpoint: &Endpoint, error: &io::Error) -> String {
         let request = self.request();
-        match (error.kind(), endpoint) {
-            (io::ErrorKind::NotFound, _) => {
+        match error.kind() {
+            io::ErrorKind::NotFound => {
                 format!("has no listener of its own on {endpoint} to which {request} could be sent")
-            }
-            (io::ErrorKind::WouldBlock, Endpoint::Unix(_)) => {
-                format!("took no connection for {request}: its accept queue is full")
             }
             _ => describe(&request, error),
         }

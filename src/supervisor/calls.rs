@@ -7,8 +7,10 @@ use nix::sys::epoll::EpollFlags;
 use super::Supervisor;
 use crate::fleet::{Event, UdpChange};
 use crate::ids::WorkerId;
-use crate::intercept::reader::Read;
 use crate::intercept::{AtHand, Interception, ListenChange};
+use crate::kernel::jobs::Done;
+use crate::pool::paths::News;
+use crate::probe::Outcome;
 
 impl Supervisor {
     /// The filter of a worker has stopped a call, or its last process has ended.
@@ -17,16 +19,45 @@ impl Supervisor {
             self.answer(worker, Interception::take);
         } else {
             self.interceptions.remove(&worker);
-            self.reader.forget(worker);
+            self.reader.forget(&worker);
             self.pool.nobody_is_left(worker);
         }
     }
 
     /// What calls wait for was read.
     pub(super) fn take_readings(&mut self) {
-        for Read { worker, id, answers } in self.reader.take(Instant::now()) {
-            self.answer(worker, |interception, at_hand| interception.go_on(id, answers, at_hand));
+        for Done { key: worker, tag: id, outcomes } in self.reader.take(Instant::now()) {
+            self.answer(worker, |interception, at_hand| interception.go_on(id, outcomes, at_hand));
         }
+    }
+
+    /// What calls and probes wait for was done with paths. Returns the probes that have come to their end.
+    pub(super) fn take_paths(&mut self) -> Vec<(WorkerId, Outcome)> {
+        let (mut probed, mut is_anyone_gone) = (Vec::new(), false);
+        for news in self.unix.take(Instant::now()) {
+            match news {
+                News::Call((worker, id), outcome) => {
+                    is_anyone_gone |= !self.processes.contains_key(&worker);
+                    self.answer(worker, |it, at_hand| it.go_on_with_path(id, outcome, at_hand));
+                }
+                News::Reached(worker, reached) => {
+                    probed.extend(self.probes.reached(worker, reached, &mut self.pool, Instant::now()));
+                }
+            }
+        }
+        if is_anyone_gone {
+            self.forget_paths();
+        }
+        probed
+    }
+
+    /// What has not been read or done in time.
+    pub(super) fn take_late(&mut self, now: Instant) -> Vec<(WorkerId, Outcome)> {
+        let is_over = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        if is_over(self.reader.deadline()) {
+            self.take_readings();
+        }
+        if is_over(self.unix.deadline()) { self.take_paths() } else { Vec::new() }
     }
 
     fn answer(

@@ -26,7 +26,7 @@ use crate::fleet::{
     Action, Announcement, Command, Endpoints, Event, Fleet, ReloadOptions, Target, UdpChange,
 };
 use crate::ids::WorkerId;
-use crate::intercept::reader::Reader;
+use crate::intercept::reader::{self, Reader};
 use crate::intercept::udp::{Seen, UdpBinds};
 use crate::intercept::{self, Answers, Interception, keeper};
 use crate::kernel::{helper, inbox, procfs};
@@ -184,10 +184,11 @@ impl Supervisor {
         let inherited: Rc<[(u64, Endpoint)]> = starter.inherited().into();
         let mut pool = Pool::new(balance, options.probe_path.is_some())?;
         listen.iter().try_for_each(|address| pool.take(*address))?;
-        let (epoll, reader) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Reader::new()?);
+        let (epoll, reader) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, reader::start()?);
+        let unix = UnixSockets::new()?;
         watch(&epoll, &signals, Source::Signals)?;
         watch(&epoll, &pool, Source::Pool)?;
-        watch(&epoll, &reader, Source::Reader)?;
+        watch(&epoll, &reader, Source::Reader).and_then(|()| watch(&epoll, &unix, Source::Paths))?;
         let control = control();
         control.as_ref().map_or(Ok(()), |control| watch(&epoll, control, Source::Control))?;
         labels.iter().try_for_each(|labels| watch(&epoll, labels, Source::Labels))?;
@@ -198,7 +199,7 @@ impl Supervisor {
         Ok(Self {
             fleet,
             pool,
-            unix: UnixSockets::default(),
+            unix,
             probes: Probes::new(options.probe_path.unwrap_or_default()),
             drain: Drain::new(options.idle_rule),
             signal_effect: SignalEffect::default(),
@@ -231,7 +232,7 @@ impl Supervisor {
 
     /// Removes what is left, and tells the clients that wait for the end.
     fn finish(mut self, status: u8) {
-        self.unix.keep(|_| false);
+        self.unix.finish();
         self.stop_ended(status);
         self.labels.into_iter().for_each(Labels::finish);
         drop(self.pool);
@@ -267,6 +268,7 @@ impl Supervisor {
                 Source::Labels => self.labels.iter_mut().for_each(Labels::read),
                 Source::Filter(worker) => self.take_call(worker, event.events()),
                 Source::Reader => self.take_readings(),
+                Source::Paths => probed.extend(self.take_paths()),
                 Source::Environment(generation) => self.take_environment(generation),
                 Source::Start(worker) => self.advance_start(worker),
                 Source::Probe(worker) => {
@@ -277,9 +279,7 @@ impl Supervisor {
                 }
             }
         }
-        if self.reader.deadline().is_some_and(|at| at <= Instant::now()) {
-            self.take_readings();
-        }
+        probed.extend(self.take_late(Instant::now()));
         self.fail_late_starts(Instant::now());
         let changed = self.pool.sample_queues(Instant::now());
         self.look_at_health(Instant::now());
@@ -317,7 +317,7 @@ impl Supervisor {
             let token = Source::Probe(worker).to_token();
             Ok(self.epoll.add(socket, EpollEvent::new(flags, token))?)
         };
-        ended.extend(self.probes.proceed(&mut self.pool, &self.unix, watch, Instant::now()));
+        ended.extend(self.probes.proceed(&mut self.pool, &mut self.unix, watch, Instant::now()));
         for (worker, outcome) in ended {
             if let Some(pid) = self.pid(worker) {
                 let what = outcome.as_ref().map_or_else(String::as_str, |()| "has answered");
@@ -360,6 +360,7 @@ impl Supervisor {
             self.udp_binds.deadline(),
             self.health.deadline(),
             self.reader.deadline(),
+            self.unix.deadline(),
             self.starts.deadline(),
             self.systemd.deadline(),
             self.control.as_ref().and_then(Control::deadline),
@@ -451,6 +452,12 @@ impl Supervisor {
         }
     }
 
+    /// Closes the Unix sockets of generations that are gone.
+    fn forget_paths(&mut self) {
+        let alive = |generation| self.processes.values().any(|process| process.generation == generation);
+        self.unix.keep(|generation| self.fleet.crew().has_slot_of(generation) || alive(generation));
+    }
+
     /// The process of a worker, until it is reaped.
     fn pid(&self, worker: WorkerId) -> Option<Pid> {
         self.processes.get(&worker).map(|process| process.pid)
@@ -526,8 +533,7 @@ impl Supervisor {
             self.drain.forget(worker);
             self.udp_binds.remove_worker(worker);
             self.handle(Event::Ended { worker, end: reaped.end });
-            let alive = |generation| self.processes.values().any(|process| process.generation == generation);
-            self.unix.keep(|generation| self.fleet.crew().has_slot_of(generation) || alive(generation));
+            self.forget_paths();
         }
     }
 }

@@ -21,6 +21,8 @@ pub enum Source {
     Start(WorkerId),
     /// What was read of workers.
     Reader,
+    /// What was done with paths of Unix sockets.
+    Paths,
     /// READY_FD's pipe.
     Pipe(WorkerId),
     /// Node's IPC channel.
@@ -46,6 +48,7 @@ impl Source {
             Self::Labels => token(8, 0),
             Self::Probe(WorkerId(id)) => token(9, id),
             Self::Reader => token(10, 0),
+            Self::Paths => token(13, 0),
             Self::Environment(generation) => token(11, generation),
             Self::Start(WorkerId(id)) => token(12, id),
         }
@@ -64,6 +67,7 @@ impl Source {
             7 => Self::Client(ClientId(token as u32)),
             9 => Self::Probe(id),
             10 => Self::Reader,
+            13 => Self::Paths,
             11 => Self::Environment(token as u32),
             12 => Self::Start(id),
             _ => Self::Labels,
@@ -86,6 +90,7 @@ mod tests {
             Source::Labels,
             Source::Filter(worker),
             Source::Reader,
+            Source::Paths,
             Source::Environment(u32::MAX),
             Source::Start(worker),
             Source::Pipe(worker),

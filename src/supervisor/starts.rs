@@ -162,7 +162,7 @@ impl Supervisor {
         if let Some(child) = self.starts.children.remove(&worker) {
             worker::kill_tree(child.starting.pid);
             self.interceptions.remove(&worker);
-            self.reader.forget(worker);
+            self.reader.forget(&worker);
         }
     }
 

@@ -19,11 +19,17 @@ pub struct HungFileSystem {
 impl HungFileSystem {
     /// A file system that answers. It is mounted for this thread, and all that it starts from now on, alone.
     pub fn new() -> HungFileSystem {
+        HungFileSystem::deaf_to("")
+    }
+
+    /// One that will answer everything but this: `mknod`, `unlink` or `rename`; nothing if it is empty.
+    pub fn deaf_to(what: &str) -> HungFileSystem {
         unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace (needs root)");
         run("mount", &["--make-rprivate", "/"]);
         let folder = Folder::new();
         let mut command = Command::new("python3");
         command.args(&python("hung_fs.py", &[&folder.path("")])[1..]);
+        command.args(what.split_whitespace());
         let server = Service::spawn(command);
         server.wait_for_output("mounted");
         HungFileSystem { folder, server: Some(server) }
@@ -33,7 +39,7 @@ impl HungFileSystem {
         self.folder.path(name)
     }
 
-    /// From now on it answers nothing.
+    /// From now on it answers nothing, or not what it is deaf to.
     pub fn hang(&self) {
         let server = self.server.as_ref().expect("it has not ended");
         send(server.pid(), Signal::SIGUSR1);

@@ -255,13 +255,12 @@ impl Drop for Service {
         }
         if self.exited().is_none() {
             let _ = self.child.kill();
-            let _ = self.child.wait();
         }
-        // A process may start another before it is killed, hence the loop.
+        // A process may start another before it is killed, hence the loop. A file system may keep one alive.
         let end = Instant::now() + Duration::from_secs(10);
         loop {
             let left = self.descendants();
-            if left.is_empty() || Instant::now() > end {
+            if (left.is_empty() && self.exited().is_some()) || Instant::now() > end {
                 break;
             }
             for pid in left {

@@ -284,9 +284,9 @@ fn the_owner_of_the_folder_for_temporary_files_gets_no_other_file() {
     for _ in 0..20 {
         let mut service = with_temporary(&folder, "-n 2");
         service.reload();
+        assert_eq!(fs::read_dir(&victims.0).expect("a folder").count(), 1, "nothing else is there");
         service.stop();
     }
     assert!(swapper.out.count_of("swapped") > 0);
     assert_eq!(fs::metadata(&victim).expect("the victim").permissions().mode() & 0o777, 0o600);
-    assert_eq!(fs::read_dir(&victims.0).expect("a folder").count(), 1, "nothing else is there");
 }

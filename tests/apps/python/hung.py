@@ -1,6 +1,7 @@
 """hung.py WHAT FOLDER FILE: says that it is ready, and once FOLDER/go exists makes a system call whose argument is in a file system
 that doesn't answer: in the memory of a mapped FILE, or the path FILE itself. With `early` in WHAT it isn't ready before.
-Prints `waits` in the beginning, `calls` before the call and `returns` after it."""
+Prints `waits` in the beginning, `calls` before the call and `returns` after it. With `serve` it has bound FILE before, and
+listens instead of the call."""
 import ctypes
 import mmap
 import os
@@ -17,13 +18,18 @@ if 'path' not in what:
     fd = os.open(path, os.O_RDONLY)
     address = libc.mmap(None, 4096, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, 0)
 tcp = socket.socket()
+if 'serve' in what:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
 print('waits', flush=True)
 if 'early' not in what:
     os.write(int(os.environ['READY_FD']), b'\n')
 while not os.path.exists(os.path.join(folder, 'go')):
     time.sleep(0.01)
 print('calls', flush=True)
-if 'bind-path' in what:
+if 'serve' in what:
+    listener.listen()
+elif 'bind-path' in what:
     unix = socket.socket(socket.AF_UNIX)
     name = path.encode() + b'\0'
     sockaddr = ctypes.create_string_buffer(b'\1\0' + name)

@@ -1,5 +1,6 @@
-"""hung_fs.py FOLDER: mounts a file system on FOLDER and prints `mounted`. It has a script named `file`, which runs its arguments,
-a file named `env`, and a folder named `folder`. After SIGUSR1 (it prints `hangs`) it answers no request any more. None can be interrupted: SIGKILL doesn't
+"""hung_fs.py FOLDER [WHAT]: mounts a file system on FOLDER and prints `mounted`. It has a script named `file`, which runs its arguments,
+a file named `env`, and a folder named `folder` for sockets. After SIGUSR1 (it prints `hangs`) it answers no request any more, or
+none to WHAT: `mknod`, `unlink` or `rename`. None can be interrupted: SIGKILL doesn't
 end a process that waits. The file system goes away with this program, and all that waits for it gets an error. Needs root
 and /dev/fuse."""
 import ctypes
@@ -9,11 +10,15 @@ import signal
 import struct
 import sys
 
-LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS, RELEASE, INIT, OPENDIR, ACCESS = 1, 2, 3, 14, 15, 17, 18, 26, 27, 34
+LOOKUP, FORGET, GETATTR, SETATTR, MKNOD, UNLINK, RENAME = 1, 2, 3, 4, 8, 10, 12
+OPEN, READ, STATFS, RELEASE, INIT, OPENDIR, ACCESS = 14, 15, 17, 18, 26, 27, 34
 SIZE = 4096
 TEXTS = {2: b'#!/bin/sh\nexec "$@"\n', 4: b'NAME=value\n'}
+names = {1: {b'file': 2, b'folder': 3, b'env': 4}, 3: {}}
+new = 5
 
-folder = sys.argv[1]
+folder, *what = sys.argv[1:]
+deaf_to = {'mknod': MKNOD, 'unlink': UNLINK, 'rename': RENAME}[what[0]] if what else None
 libc = ctypes.CDLL(None, use_errno=True)
 fuse = os.open('/dev/fuse', os.O_RDWR)
 options = 'fd={},rootmode=40755,user_id=0,group_id=0,allow_other'.format(fuse)
@@ -33,7 +38,7 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
 
 def attributes(inode):
-    mode = {2: 0o100755, 4: 0o100600}.get(inode, 0o40755)
+    mode = {1: 0o40755, 2: 0o100755, 3: 0o40755, 4: 0o100600}.get(inode, 0o140755)
     size = SIZE if inode in TEXTS else 0
     return struct.pack('<QQQQQQIIIIIIIIII', inode, size, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
 
@@ -45,17 +50,33 @@ def reply(unique, body=b'', error=0):
         pass  # interrupted meanwhile
 
 
+def entry(inode):
+    return struct.pack('<QQQQII', inode, 0, 0, 0, 0, 0) + attributes(inode)
+
+
 def answer(opcode, unique, node, body):
+    global new
     if opcode == INIT:
         _, _, readahead, _ = struct.unpack('<IIII', body[:16])
         reply(unique, struct.pack('<IIIIHHIIHHIIHIIHHI4x', 7, 31, readahead, 0, 0, 0, 4096, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)[:64].ljust(64, b'\0'))
     elif opcode == LOOKUP:
-        inode = {b'file': 2, b'folder': 3, b'env': 4}.get(body.split(b'\0')[0]) if node == 1 else None
+        inode = names[node].get(body.split(b'\0')[0])
         if inode is None:
             reply(unique, error=errno.ENOENT)
         else:
-            reply(unique, struct.pack('<QQQQII', inode, 0, 0, 0, 0, 0) + attributes(inode))
-    elif opcode == GETATTR:
+            reply(unique, entry(inode))
+    elif opcode == MKNOD:
+        names[node][body[16:].split(b'\0')[0]] = new
+        reply(unique, entry(new))
+        new += 1
+    elif opcode == UNLINK:
+        names[node].pop(body.split(b'\0')[0])
+        reply(unique)
+    elif opcode == RENAME:
+        old, name = body[8:].split(b'\0')[:2]
+        names[node][name] = names[node].pop(old)
+        reply(unique)
+    elif opcode in (GETATTR, SETATTR):
         reply(unique, struct.pack('<QII', 0, 0, 0) + attributes(node))
     elif opcode in (OPEN, OPENDIR):
         reply(unique, struct.pack('<QII', 0, 0, 0))
@@ -79,7 +100,7 @@ while True:
             break  # unmounted
         continue
     _, opcode, unique, node = struct.unpack('<IIQQ', request[:24])
-    if not hangs:
+    if not hangs or deaf_to not in (None, opcode):
         answer(opcode, unique, node, request[40:])
     if first:
         first = False
