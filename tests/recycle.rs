@@ -9,8 +9,9 @@ use std::net::{SocketAddr, TcpStream};
 
 use common::load::{Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Outcome, Service, Waiting, answered_more, app, free_address, freeze, get, get_path,
-    naive, python, python_packages, reuse_run_with, run, run_words, send, serving, wait_until, workers_where,
+    DEADLINE, Deployment, Folder, Outcome, Service, Waiting, answered_more, app, free_address, freeze, get,
+    get_path, naive, python, python_packages, reuse_run_with, run, run_words, send, serving, wait_until,
+    workers_where,
 };
 use nix::sys::signal::Signal;
 use socket2::SockAddr;
@@ -364,4 +365,69 @@ fn a_sync_worker_whose_requests_are_longer_than_the_time_out_is_replaced_and_fin
 #[test]
 fn a_sync_worker_whose_requests_are_shorter_than_the_time_out_is_left_alone() {
     assert!(!gunicorn_is_replaced("--hung-timeout 25s"));
+}
+
+/// Both take connections from one socket then, until the old one is stopped in a moment in which it has none.
+#[test]
+fn a_worker_that_works_again_after_its_successor_serves_loses_no_request() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 1 --hung-timeout 1s", &naive(addr));
+    let load = Load::start(LoadOptions::new(addr, 4).timeout(DEADLINE));
+    answered_more(&load);
+    for round in 1..=10 {
+        let worker = pids(&service)[0];
+        freeze(worker);
+        let client = Waiting::new(addr);
+        wait_until("its successor serves", DEADLINE, || service.log.count_of(" serves instead of ") == round);
+        send(worker, Signal::SIGCONT);
+        wait_until("it has ended", DEADLINE, || service.log.count_of("recycling done") == round);
+        client.outcome().expect("an answer");
+        answered_more(&load);
+    }
+    load.stop().assert_nothing_failed();
+    service.stop();
+}
+
+#[test]
+fn if_the_successor_of_a_worker_that_hangs_fails_after_it_has_its_socket_that_one_serves_on() {
+    let addr = free_address();
+    let deployment = Deployment::new(&format!("--listen {addr} --ready-after 0"));
+    let options = "-n 1 --ready notify --ready-timeout 3s --hung-timeout 1s";
+    let mut service = Service::run_ready(options, &deployment.command());
+    deployment.replace(&format!("--listen {addr}")); // takes connections, and is never ready
+    let worker = pids(&service)[0];
+    freeze(worker);
+    let waiting: Vec<Waiting> = (0..8).map(|_| Waiting::new(addr)).collect();
+    service.wait_for_line("serves on, and the next try comes after 1s");
+    for client in waiting {
+        client.outcome().expect("an answer of the successor");
+    }
+    send(worker, Signal::SIGCONT);
+    wait_until("only the worker is left", DEADLINE, || service.workers() == [worker]);
+    let load = load(addr);
+    answered_more(&load);
+    load.stop().assert_nothing_failed();
+    assert_eq!(pids(&service), [worker]);
+    service.stop();
+}
+
+#[test]
+fn if_a_worker_that_hangs_is_killed_its_successor_takes_its_place_and_its_connections() {
+    let addr = free_address();
+    let deployment = Deployment::new(&format!("--listen {addr} --ready-after 0"));
+    let options = "-n 1 --ready notify --hung-timeout 1s";
+    let mut service = Service::run_ready(options, &deployment.command());
+    deployment.replace(&format!("--listen {addr} --ready-after 2000"));
+    let worker = pids(&service)[0];
+    freeze(worker);
+    let mut waiting: Vec<Waiting> = (0..8).map(|_| Waiting::new(addr)).collect();
+    service.wait_for_line("recycling: starting a successor");
+    send(worker, Signal::SIGKILL);
+    service.wait_for_line("was killed by SIGKILL");
+    waiting.extend((0..8).map(|_| Waiting::new(addr)));
+    for client in waiting {
+        assert_ne!(client.outcome().expect("an answer").pid, Some(worker));
+    }
+    wait_until("the successor serves", DEADLINE, || run(&service, "status").code == Some(0));
+    service.stop();
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use argh::{ArgsInfo, FromArgs};
 use nix::sys::signal::Signal;
 
-use super::values::{Percent, Period, Ready, Size, StopSignal, Workers};
+use super::values::{Patience, Percent, Period, Ready, Size, StopSignal, Workers};
 use crate::address::Address;
 use crate::fleet::{Readiness, Rollout};
 use crate::operate::protocol::{How, Request, Target};
@@ -70,7 +70,7 @@ pub struct RunArgs {
     /// replace a worker that does nothing for so long while a connection waits for it; should be longer than the longest
     /// request of a program that serves one after the other (default: never)
     #[argh(option, arg_name = "duration")]
-    pub hung_timeout: Option<Period>,
+    pub hung_timeout: Option<Patience>,
 
     /// replace a worker that uses more memory than this, with all processes that it has started: the RSS of
     /// reuse-run status, looked at every 10s, three times in a row; 500M, 2G (default: no limit)
@@ -80,7 +80,7 @@ pub struct RunArgs {
     /// time that a worker serves before it is replaced as by reuse-run recycle, or up to a tenth less, so that they don't
     /// end together (default: no limit)
     #[argh(option, arg_name = "duration")]
-    pub max_age: Option<Period>,
+    pub max_age: Option<Patience>,
 
     /// signal that tells a worker to stop (default INT)
     #[argh(option, default = "StopSignal(Signal::SIGINT)", arg_name = "signal")]

@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use argh::{ArgsInfo, EarlyExit, FromArgs, SubCommands};
 use nix::sys::signal::Signal;
@@ -37,7 +36,6 @@ pub struct Options {
     pub listen: Vec<Address>,
     pub idle_rule: IdleRule,
     pub balance: Balancing,
-    pub hung_timeout: Option<Duration>,
     /// In KiB.
     pub max_memory: Option<u64>,
     pub retire_signal: Option<Signal>,
@@ -130,6 +128,7 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
             stop_timeout: args.stop_timeout.0,
             stop_within: args.stop_within.0,
             stop_signal: args.stop_signal.0.as_str(),
+            hung_timeout: args.hung_timeout.map(|timeout| timeout.0),
             max_age: args.max_age.map(|age| age.0),
             max_failures: args.max_failures,
             rollout: args.batch.map_or(Rollout::AllAtOnce, |most| Rollout::Batches(most.get())),
@@ -139,7 +138,6 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
         listen: args.listen,
         idle_rule: IdleRule { idle_after: args.idle_after.map(|after| after.0), is_stopping: false },
         balance: args.balance,
-        hung_timeout: args.hung_timeout.map(|timeout| timeout.0),
         max_memory: args.max_memory.map(|size| size.0),
         retire_signal: args.retire_signal.map(|signal| signal.0),
         pidfile: args.pidfile,
@@ -257,7 +255,6 @@ mod tests {
             listen,
             idle_rule,
             balance,
-            hung_timeout,
             max_memory,
             retire_signal,
             pidfile,
@@ -275,7 +272,7 @@ mod tests {
         assert_eq!(policy.drain, Duration::from_millis(250));
         assert_eq!([policy.stop_timeout, policy.stop_within].map(|time| time.as_secs()), [60, 25]);
         assert_eq!(idle_rule.idle_after, Some(Duration::from_secs(2)));
-        assert_eq!([hung_timeout, policy.max_age], [8, 3600].map(|it| Some(Duration::from_secs(it))));
+        assert_eq!([policy.hung_timeout, policy.max_age], [8, 3600].map(|it| Some(Duration::from_secs(it))));
         assert_eq!((max_memory, retire_signal), (Some(500 * 1024), Some(Signal::SIGUSR2)));
         assert_eq!((policy.stop_signal, policy.max_failures), ("SIGTERM", 3));
         assert_eq!(policy.rollout, Rollout::Batches(2));

@@ -122,7 +122,24 @@ impl FromStr for Size {
             let number: u64 = word.strip_suffix(unit)?.trim_end().parse().ok()?;
             number.checked_mul(*kib).filter(|size| *size > 0)
         });
-        size.map(Self).ok_or_else(|| format!("{text:?} is not an amount of memory such as 500M or 2G"))
+        size.map(Self)
+            .ok_or_else(|| format!("{text:?} is not an amount of memory in K, M or G such as 500M or 2G"))
+    }
+}
+
+/// A duration of at least a second, for what should not happen again and again.
+#[derive(Debug, PartialEq)]
+pub struct Patience(pub Duration);
+
+impl FromStr for Patience {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let Period(duration) = text.parse()?;
+        match duration < Duration::from_secs(1) {
+            true => Err(format!("{text:?} is shorter than a second")),
+            false => Ok(Self(duration)),
+        }
     }
 }
 
@@ -185,7 +202,7 @@ impl FromStr for StopSignal {
         let numbered = || text.parse::<i32>().ok().and_then(|number| Signal::try_from(number).ok());
         match Signal::from_str(&name).ok().or_else(numbered) {
             Some(Signal::SIGSTOP | Signal::SIGCONT | Signal::SIGCHLD) | None => {
-                Err(format!("{text:?} is not a signal that stops a worker, such as INT, TERM or QUIT"))
+                Err(format!("{text:?} is not a signal that a worker can take, such as INT, TERM or USR2"))
             }
             Some(signal) => Ok(Self(signal)),
         }
@@ -267,6 +284,18 @@ mod tests {
     fn a_stop_signal_is_a_name_or_a_number_of_a_signal_that_can_stop() {
         let right = ["TERM", "sigterm", "15"].map(|text| (text, StopSignal(Signal::SIGTERM)));
         assert_all(&right, &["STOP", "SIGCONT", "17", "99", "", "stop now"]);
+    }
+
+    #[test]
+    fn an_amount_of_memory_has_a_unit() {
+        let right =
+            [("500M", Size(512_000)), ("2g", Size(2 << 20)), ("64 KiB", Size(64)), ("3MB", Size(3072))];
+        assert_all(&right, &["", "500", "0M", "1.5G", "-1M", "1T", "M", "99999999999999999999G"]);
+    }
+
+    #[test]
+    fn what_should_not_happen_again_and_again_takes_a_second() {
+        assert_all(&[("1s", Patience(Duration::from_secs(1)))], &["0s", "999ms", "x"]);
     }
 
     mod fuzz {

@@ -2,7 +2,6 @@
 //! operation it belongs to.
 
 use std::collections::BTreeSet;
-use std::mem;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -12,7 +11,6 @@ use super::gate::{self, Lack};
 use super::phase::Phase;
 use super::policy::{Policy, Readiness};
 use super::roster::Roster;
-use super::slot::Slot;
 use super::story;
 use super::timers::{SlotTimer, Timer, Timers, WorkerTimer};
 use super::udp::{UdpChange, UdpPorts};
@@ -103,6 +101,11 @@ impl Crew {
     /// The workers that have yet to become ready.
     pub fn starting(&self) -> Vec<WorkerId> {
         self.roster.ids(|worker| worker.state == State::Starting)
+    }
+
+    /// Whether a retired worker is killed when it has finished its work, since its successor has its sockets.
+    pub fn is_killed(&self, worker: WorkerId) -> bool {
+        self.roster.get(worker).is_some_and(|worker| worker.is_killed)
     }
 
     /// How long a worker has been ready, if it starts or serves.
@@ -433,14 +436,12 @@ impl Crew {
         }
         self.enter(id, State::Ready, now);
         let worker = self.roster.get(id)?;
-        if let Some(age) = self.policy.age_limit(worker.slot) {
-            self.timers.set(Timer::Worker(id, WorkerTimer::MaxAge), now + age);
-        }
         let (name, slot, generation) = (worker.to_string(), worker.slot, worker.generation);
         let (took, serves) = (millis(now - worker.started), self.roster.serves(worker));
         self.log(log::Level::Debug, format!("{name} is ready after {took}"));
         if serves {
             self.timers.cancel(Timer::Slot(slot, SlotTimer::ResetQueue));
+            self.begin_to_age(id, now);
         }
         if serves && !is_first_start {
             let is_new = self.roster.slots[slot.index()].restarts == 0;
@@ -448,6 +449,32 @@ impl Crew {
             self.info(format!("{name} is ready, {what}, after {took}"));
         }
         Some((generation, serves))
+    }
+
+    /// A ready worker serves from now on.
+    fn begin_to_age(&mut self, id: WorkerId, now: Instant) {
+        if let Some(age) = self.roster.get(id).and_then(|worker| self.policy.age_limit(worker.slot)) {
+            self.timers.set(Timer::Worker(id, WorkerTimer::MaxAge), now + age);
+        }
+    }
+
+    /// The worker of a slot has ended, and this one, which has started already, takes its place.
+    pub(super) fn promote(&mut self, slot: SlotId, successor: WorkerId, now: Instant) {
+        let of_slot = &mut self.roster.slots[slot.index()];
+        (of_slot.serving, of_slot.restarts) = (Some(successor), of_slot.restarts + 1);
+        self.endpoints.forget_later(slot);
+        self.timers.set_if_unset(Timer::Slot(slot, SlotTimer::ResetQueue), now + MAX_QUEUE_WAIT);
+    }
+
+    pub(super) fn let_kill(&mut self, id: WorkerId, is_killed: bool) {
+        if let Some(worker) = self.roster.get_mut(id) {
+            worker.is_killed = is_killed;
+        }
+    }
+
+    /// Whether a worker's process was started.
+    pub(super) fn has_process(&self, id: WorkerId) -> bool {
+        self.roster.get(id).is_some_and(|worker| worker.pid.is_some())
     }
 
     /// What a ready worker has not taken over from its predecessor by now it never will. After the steering: until then
@@ -473,14 +500,16 @@ impl Crew {
     }
 
     /// Has the ready workers that wait for their turn serve in these slots.
-    pub(super) fn replace_slots(&mut self, slots: Range<usize>) {
+    pub(super) fn replace_slots(&mut self, slots: Range<usize>, now: Instant) {
         let waits = |worker: &Worker| worker.state == State::Ready && !self.roster.serves(worker);
         for id in self.roster.ids(|worker| slots.contains(&worker.slot.index()) && waits(worker)) {
             let Some(Worker { slot, generation, .. }) = self.roster.get(id) else { continue };
-            let (slot, new) = (*slot, Slot::new(*generation, Some(id)));
-            let replaced = mem::replace(&mut self.roster.slots[slot.index()], new);
+            let (slot, generation) = (*slot, *generation);
+            let replaced = &mut self.roster.slots[slot.index()];
             self.actions.push(Action::Unreserve { slot, generation: replaced.generation });
+            replaced.replace(generation, id);
             self.timers.cancel_slot(slot);
+            self.begin_to_age(id, now);
         }
         self.require_endpoints(slots);
     }

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
-use humantime::format_duration;
 use nix::sys::signal::Signal;
 
 use super::policy::{Rollout, Target};
@@ -70,6 +69,8 @@ pub enum Event {
     WentIntoBackground { worker: WorkerId, pid: i32, instead: String },
     /// A worker should be replaced.
     Sick { worker: WorkerId, sickness: Sickness },
+    /// For as long as [`super::Policy::hung_timeout`] says, or else 10 s, a connection has waited for a worker, and that has done nothing.
+    Hangs { worker: WorkerId },
     /// A worker that hung does something again.
     Recovered { worker: WorkerId },
     /// A worker's process has ended.
@@ -83,8 +84,6 @@ pub enum Event {
 /// Why a worker should be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sickness {
-    /// For so long a connection waited for it, and it took none and sent nothing.
-    Hung(Duration),
     /// It uses so much memory, in MiB.
     Memory(u64),
     Old,
@@ -94,10 +93,6 @@ pub enum Sickness {
 impl fmt::Display for Sickness {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
-            Self::Hung(since) => {
-                let since = format_duration(*since);
-                write!(f, "has taken no connection for {since} and sent nothing (see --hung-timeout)")
-            }
             Self::Memory(mib) => write!(f, "uses {mib} MiB of memory (see --max-memory)"),
             Self::Old => f.write_str("has served for long enough (see --max-age)"),
         }
@@ -179,11 +174,10 @@ pub enum Action {
         slot: SlotId,
         generation: u32,
     },
-    /// Have the worker `with` borrow the sockets of a worker that takes no connections, when it asks for their addresses: it
-    /// takes what waits there.
-    Share {
-        worker: WorkerId,
-        with: WorkerId,
+    /// Have a worker, which starts next, accept what waits for one that hangs.
+    LetInherit {
+        heir: WorkerId,
+        of: WorkerId,
     },
     /// Have the kernel send new connections where this plan says; [`Event::SteerFailed`] answers if it doesn't.
     Steer(Plan),
@@ -213,7 +207,7 @@ pub enum Action {
     SignalBehind {
         worker: WorkerId,
     },
-    /// Send SIGKILL to its process group.
+    /// Send SIGKILL to it and to what it has started.
     Kill {
         worker: WorkerId,
     },

@@ -24,7 +24,7 @@ mod udp;
 mod views;
 mod worker;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::time::Instant;
 
@@ -63,6 +63,8 @@ pub struct Fleet {
     failures: Failures,
     /// The workers that should be replaced without a command.
     sick: BTreeMap<WorkerId, Sickness>,
+    /// The workers that serve and hang.
+    hung: BTreeSet<WorkerId>,
 }
 
 impl Fleet {
@@ -77,6 +79,7 @@ impl Fleet {
             last_reload: None,
             failures: Failures::default(),
             sick: BTreeMap::new(),
+            hung: BTreeSet::new(),
         };
         for slot in (0..fleet.crew.policy.workers).map(SlotId) {
             fleet.crew.start(slot, now);
@@ -101,13 +104,14 @@ impl Fleet {
             Event::Switched { outcome } => self.switched(outcome, now),
             Event::SteerFailed { why } => self.steer_failed(&why, now),
             Event::Drained { worker } if self.crew.roster.state(worker) == Some(State::Draining) => {
-                self.stop(&[worker], now);
+                self.drained(worker, now);
             }
             Event::Drained { .. } => {} // stopped meanwhile
             Event::WentIntoBackground { worker, pid, instead } => {
                 self.went_into_background(worker, pid, &instead, now);
             }
             Event::Sick { worker, sickness } => self.sick(worker, sickness),
+            Event::Hangs { worker } => self.hangs(worker),
             Event::Recovered { worker } => self.recovered(worker),
             Event::Ended { worker, end } => self.ended(worker, end, now),
             Event::StopSignal { signal } => self.stop_signal(signal, now),
@@ -122,7 +126,10 @@ impl Fleet {
             return (Err(Refusal::Stopping), Vec::new());
         }
         let ticket = match command {
-            Command::Reload(options) => self.queue.push_reload(options, self.crew.policy.rollout),
+            Command::Reload(options) => {
+                self.put_recycling_off(now);
+                self.queue.push_reload(options, self.crew.policy.rollout)
+            }
             Command::Scale(target) => self.queue_scaling(target),
             Command::Recycle(ref slots) => self.queue_recycling(slots.clone()),
             Command::Abort => {
@@ -304,6 +311,17 @@ impl Fleet {
         self.stop(&restarts, now);
     }
 
+    /// A retired worker has finished its work, or has had its time for that.
+    fn drained(&mut self, id: WorkerId, now: Instant) {
+        if self.crew.is_killed(id) && !self.phase.is_stopping() {
+            let name = self.crew.roster.name(id);
+            self.crew.info(format!("{name} hung, and is killed, since its successor has its sockets"));
+            self.kill(id, now);
+        } else {
+            self.stop(&[id], now);
+        }
+    }
+
     /// Sends workers the stop signal, each once.
     fn stop(&mut self, workers: &[WorkerId], now: Instant) {
         let stopped = self.crew.stop(workers, now);
@@ -338,7 +356,8 @@ impl Fleet {
         let Some(worker) = self.crew.roster.get(id) else { return };
         let is_rolling = self.phase.is_rolling(self.crew.slots());
         let at_once = worker.ready_at.is_none_or(|since| now - since < policy::AT_ONCE);
-        let is_restarted = self.crew.roster.slots.get(slot.index()).is_none_or(|slot| slot.restarts > 0);
+        let is_other = |slot: &Slot| slot.restarts > 0 || slot.is_recycled;
+        let is_restarted = self.crew.roster.slots.get(slot.index()).is_none_or(is_other);
         if self.is_on_trial(worker) {
             self.abandon(&what, Some(id), now);
         } else if is_restarted || !at_once {
@@ -380,7 +399,7 @@ impl Fleet {
             if worker.ready_at.is_none() {
                 self.failures.add(status);
             }
-            if !self.succeeds(worker) {
+            if !self.succeeds(worker, now) {
                 self.crew.restart(worker, now);
             }
             self.steer();
@@ -524,7 +543,7 @@ impl Fleet {
             WorkerTimer::MaxAge => self.sick(id, Sickness::Old),
             WorkerTimer::DrainTimeout => {
                 self.crew.info(story::not_idle(&name, &self.crew.policy));
-                self.stop(&[id], now);
+                self.drained(id, now);
             }
             WorkerTimer::ForwardGrace => self.crew.actions.push(Action::SignalBehind { worker: id }),
             WorkerTimer::StopTimeout => {

@@ -34,6 +34,8 @@ impl Reload {
 pub struct Recycling {
     pub slot: SlotId,
     pub successor: WorkerId,
+    /// Whether it accepts what waits for the worker, which hangs.
+    pub inherits: bool,
     pub since: Instant,
     /// `None` if no command asked for it.
     pub ticket: Option<Ticket>,

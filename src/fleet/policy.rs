@@ -55,6 +55,8 @@ pub struct Policy {
     pub stop_timeout: Duration,
     /// How long a stop of everything may take, until the workers that are left are killed.
     pub stop_within: Duration,
+    /// After what time a worker that does nothing while a connection waits for it is replaced; `None`: never.
+    pub hung_timeout: Option<Duration>,
     /// How long a worker serves before it is replaced; `None`: as long as it lives.
     pub max_age: Option<Duration>,
     /// The name of the stop signal.
@@ -172,6 +174,7 @@ pub fn example(readiness: Readiness) -> Policy {
         drain: Duration::from_secs(10),
         stop_timeout: Duration::from_secs(30),
         stop_within: Duration::from_secs(9),
+        hung_timeout: Some(Duration::from_secs(10)),
         max_age: None,
         stop_signal: "SIGINT",
         max_failures: 10,

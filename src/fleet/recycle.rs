@@ -27,19 +27,27 @@ impl Fleet {
         Ok(self.queue.push_recycling(slots))
     }
 
-    /// A worker that hung does something again. What grows or ages doesn't recover.
-    pub(super) fn recovered(&mut self, id: WorkerId) {
-        if matches!(self.sick.get(&id), Some(Sickness::Hung(_))) {
-            self.sick.remove(&id);
-        }
-    }
-
     /// A worker should be replaced.
     pub(super) fn sick(&mut self, id: WorkerId, sickness: Sickness) {
         if self.crew.slot_served_by(id).is_some() && self.sick.insert(id, sickness).is_none() {
             let name = self.crew.roster.name(id);
-            self.crew.warn(format!("{name} {sickness}: it will be replaced"));
+            let level = if sickness == Sickness::Old { log::Level::Info } else { log::Level::Warn };
+            self.crew.log(level, format!("{name} {sickness}: it will be replaced"));
         }
+    }
+
+    pub(super) fn hangs(&mut self, id: WorkerId) {
+        let is_new = self.crew.slot_served_by(id).is_some() && self.hung.insert(id);
+        if let Some(timeout) = self.crew.policy.hung_timeout.filter(|_| is_new) {
+            let (name, timeout) = (self.crew.roster.name(id), format_duration(timeout));
+            self.crew.warn(format!(
+                "{name} has taken no connection for {timeout} and done nothing else (see --hung-timeout): it will be replaced"
+            ));
+        }
+    }
+
+    pub(super) fn recovered(&mut self, id: WorkerId) {
+        self.hung.remove(&id);
     }
 
     /// Begins to replace the worker that is next, if there is one.
@@ -47,15 +55,22 @@ impl Fleet {
         while let Some((slot, ticket)) = self.queue.take_recycling() {
             match self.crew.ready_in(slot) {
                 Some(id) => return self.recycle(id, Some(ticket), now),
-                None => self.recycling_ended(ticket), // its next worker is on the way
+                None => {
+                    let why = format!("slot {slot} has no ready worker to replace");
+                    self.fail_recycling(ticket, why, None);
+                }
             }
         }
-        self.sick.retain(|id, _| self.crew.slot_served_by(*id).is_some());
+        let serves = |id: &WorkerId| self.crew.slot_served_by(*id).is_some();
+        self.sick.retain(|id, _| serves(id));
+        self.hung.retain(serves);
         let may_try = |id: &WorkerId| {
             let slot = self.crew.slot_served_by(*id);
             slot.is_some_and(|slot| !self.crew.timers.is_set(Timer::Slot(slot, SlotTimer::Recycle)))
         };
-        if let Some(id) = self.sick.keys().copied().find(may_try) {
+        let replaces_hung = self.crew.policy.hung_timeout.is_some();
+        let hung = self.hung.iter().filter(|_| replaces_hung);
+        if let Some(id) = hung.chain(self.sick.keys()).copied().find(may_try) {
             self.recycle(id, None, now);
         }
     }
@@ -68,10 +83,12 @@ impl Fleet {
         self.crew.actions.push(Action::FindForeignListeners);
         let before_start = self.crew.actions.len();
         let successor = self.crew.start_beside(slot, generation, now);
-        if matches!(self.sick.get(&id), Some(Sickness::Hung(_))) {
-            self.crew.actions.insert(before_start, Action::Share { worker: id, with: successor });
+        let inherits = self.hung.contains(&id);
+        if inherits {
+            self.crew.actions.insert(before_start, Action::LetInherit { heir: successor, of: id });
         }
-        self.phase = Phase::Recycling(Recycling { slot, successor, since: now, ticket, step: Step::Starts });
+        let step = Step::Starts;
+        self.phase = Phase::Recycling(Recycling { slot, successor, inherits, since: now, ticket, step });
     }
 
     /// The kernel is asked to send the share of the worker to its successor, which is ready.
@@ -96,8 +113,9 @@ impl Fleet {
         let slot = recycling.slot.index();
         let retired = self.crew.serving_in(slot..slot + 1);
         self.phase = Phase::Recycling(Recycling { step: Step::Retires, ..recycling });
+        retired.iter().for_each(|id| self.crew.let_kill(*id, recycling.inherits));
         self.crew.retire(&retired, now);
-        self.crew.replace_slots(slot..slot + 1);
+        self.crew.replace_slots(slot..slot + 1, now);
         self.failures.clear();
         self.steer();
         let name = self.crew.roster.name(recycling.successor);
@@ -106,6 +124,13 @@ impl Fleet {
             self.crew.info(format!("{name} serves instead of {old}, which drains"));
         }
         self.end_retired(&retired, now);
+    }
+
+    /// A reload comes before what nobody has asked for.
+    pub(super) fn put_recycling_off(&mut self, now: Instant) {
+        if let Phase::Recycling(recycling @ Recycling { ticket: None, step: Step::Starts, .. }) = self.phase {
+            self.abandon_recycling("a reload comes first", recycling, None, now);
+        }
     }
 
     /// The successor has failed; the worker never notices.
@@ -118,11 +143,14 @@ impl Fleet {
     ) {
         self.phase = Phase::Abandoning;
         let Recycling { slot, successor, ticket, .. } = recycling;
-        let had_connections = self.crew.roster.state(successor) == Some(State::Ready);
-        if had_connections {
+        let is_ready = self.crew.roster.state(successor) == Some(State::Ready);
+        if is_ready {
+            self.crew.let_kill(successor, recycling.inherits);
             self.crew.retire(&[successor], now);
             self.steer();
             self.end_retired(&[successor], now);
+        } else if recycling.inherits && self.crew.has_process(successor) {
+            self.kill(successor, now); // it might shut the sockets down that the worker has
         } else {
             self.stop(&[successor], now);
         }
@@ -135,39 +163,52 @@ impl Fleet {
             return;
         };
         self.crew.warn(format!("{why}; recycling abandoned, {serving} serves on"));
-        self.queue.forget_recycling(ticket);
-        self.end_operation(ticket, "recycling", Err(why.to_owned()), culprit);
+        self.fail_recycling(ticket, why.to_owned(), culprit);
     }
 
-    /// A worker has ended that serves in the slot whose successor is on the way. Returns whether that takes its place.
-    pub(super) fn succeeds(&mut self, ended: &Worker) -> bool {
-        let Phase::Recycling(Recycling { slot, successor, ticket, step: Step::Starts, .. }) = self.phase
-        else {
+    /// A worker has ended that serves in the slot whose successor is on the way. Returns whether that takes its place. One that
+    /// has sockets of its own already can't: nobody would take what waits on those of the worker.
+    pub(super) fn succeeds(&mut self, ended: &Worker, now: Instant) -> bool {
+        let Phase::Recycling(recycling @ Recycling { slot, step: Step::Starts, .. }) = self.phase else {
             return false;
         };
-        let is_on_the_way = slot == ended.slot && self.crew.roster.get(successor).is_some();
-        if is_on_the_way {
-            let slot = &mut self.crew.roster.slots[slot.index()];
-            (slot.serving, slot.restarts) = (Some(successor), slot.restarts + 1);
-            self.serve();
-            ticket.into_iter().for_each(|ticket| self.recycling_ended(ticket));
+        let Recycling { successor, inherits, ticket, .. } = recycling;
+        if slot != ended.slot || self.crew.roster.get(successor).is_none() {
+            return false;
         }
-        is_on_the_way
+        let takes_over = inherits || self.crew.addresses(successor).is_empty();
+        if takes_over {
+            self.crew.promote(slot, successor, now);
+            self.serve();
+        } else {
+            self.phase = Phase::Abandoning;
+            self.stop(&[successor], now);
+        }
+        let why = "the worker has ended before its successor was ready".to_owned();
+        ticket.into_iter().for_each(|ticket| self.fail_recycling(ticket, why.clone(), None));
+        takes_over
     }
 
     /// The retired worker has ended.
     pub(super) fn recycled(&mut self, recycling: Recycling, now: Instant) {
         let Recycling { successor, since, ticket, .. } = recycling;
-        let (name, took) = (self.crew.roster.name(successor), millis(now - since));
-        self.crew.info(format!("recycling done after {took}: {name} serves alone"));
         self.serve();
-        ticket.into_iter().for_each(|ticket| self.recycling_ended(ticket));
-    }
-
-    /// One slot of those that a command named is done.
-    fn recycling_ended(&mut self, ticket: Ticket) {
-        if !self.queue.has(ticket) {
+        let lives = self.crew.roster.get(successor).is_some();
+        if lives {
+            let (name, took) = (self.crew.roster.name(successor), millis(now - since));
+            self.crew.info(format!("recycling done after {took}: {name} serves alone"));
+        }
+        let Some(ticket) = ticket else { return };
+        if !lives {
+            self.fail_recycling(ticket, "the new worker has ended".to_owned(), None);
+        } else if !self.queue.has(ticket) {
             self.end_operation(ticket, "recycling", Ok(()), None);
         }
+    }
+
+    /// What a command asked for has failed in one slot, and isn't tried in the others.
+    fn fail_recycling(&mut self, ticket: Ticket, why: String, culprit: Option<WorkerId>) {
+        self.queue.forget_recycling(ticket);
+        self.end_operation(ticket, "recycling", Err(why), culprit);
     }
 }

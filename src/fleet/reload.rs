@@ -71,7 +71,7 @@ impl Fleet {
         let last = self.crew.roster.slots[from].generation;
         self.phase = Phase::Retiring { reload, next: batch.end };
         self.crew.retire(&retired, now);
-        self.crew.replace_slots(batch.clone());
+        self.crew.replace_slots(batch.clone(), now);
         self.failures.clear();
         self.steer();
         self.crew.info(story::switched(self.newest, last, &batch, slots));

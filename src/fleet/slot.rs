@@ -25,13 +25,22 @@ pub struct Slot {
     pub restarts: u32,
     /// How long the next restart waits.
     delay: Duration,
+    /// Whether its worker was recycled since the last reload.
+    pub is_recycled: bool,
     /// How long the next recycling waits if this one fails.
     put_off: Duration,
 }
 
 impl Slot {
     pub fn new(generation: u32, serving: Option<WorkerId>) -> Self {
-        Self { generation, serving, restarts: 0, delay: Duration::ZERO, put_off: FIRST_PUT_OFF }
+        Self {
+            generation,
+            serving,
+            restarts: 0,
+            delay: Duration::ZERO,
+            is_recycled: false,
+            put_off: FIRST_PUT_OFF,
+        }
     }
 
     /// Its worker has ended, after it was ready for so long if it ever was. Returns how long the next one waits.
@@ -43,6 +52,15 @@ impl Slot {
         let delay = self.delay;
         self.delay = (delay * 2).clamp(FIRST_DELAY, MAX_DELAY);
         delay
+    }
+
+    /// Another worker, of this generation, serves here from now on. By recycling nothing else changes.
+    pub fn replace(&mut self, generation: u32, serving: WorkerId) {
+        if generation == self.generation {
+            (self.serving, self.is_recycled, self.put_off) = (Some(serving), true, FIRST_PUT_OFF);
+        } else {
+            *self = Self::new(generation, Some(serving));
+        }
     }
 
     /// The successor of its worker has failed. Returns how long the next one waits.

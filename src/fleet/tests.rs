@@ -150,7 +150,7 @@ impl World {
                 }
                 Action::Probe { worker, endpoint } => drop(self.probed.insert(worker, endpoint)),
                 Action::BeginGeneration { .. }
-                | Action::Share { .. }
+                | Action::LetInherit { .. }
                 | Action::Explain { .. }
                 | Action::FindForeignListeners
                 | Action::Announce(_) => {}
@@ -248,11 +248,7 @@ fn recycle(slots: impl IntoIterator<Item = u32>) -> Command {
 }
 
 fn sickness() -> impl Strategy<Value = Sickness> {
-    prop_oneof![
-        Just(Sickness::Hung(Duration::from_secs(10))),
-        Just(Sickness::Memory(500)),
-        Just(Sickness::Old)
-    ]
+    prop_oneof![Just(Sickness::Memory(500)), Just(Sickness::Old)]
 }
 
 fn reload_by(rollout: Rollout) -> Command {
@@ -1601,14 +1597,22 @@ fn the_successor_of_a_sick_worker_that_fails_is_tried_again_later_each_time() {
 fn a_worker_that_hung_and_works_again_is_not_replaced_and_one_that_leaks_is() {
     let mut world = serving();
     world.command(reload());
-    for (worker, sickness) in [(0, Sickness::Hung(Duration::from_secs(10))), (1, Sickness::Old)] {
-        world.event(Event::Sick { worker: WorkerId(worker), sickness });
-        world.event(Event::Recovered { worker: WorkerId(worker) });
+    world.event(Event::Hangs { worker: WorkerId(0) });
+    for id in [1, 2] {
+        world.event(Event::Hangs { worker: WorkerId(id) });
+        world.event(Event::Sick { worker: WorkerId(id), sickness: Sickness::Old });
+    }
+    for id in [0, 1] {
+        world.event(Event::Recovered { worker: WorkerId(id) });
     }
     world.command(Command::Abort);
     world.obey();
     assert_eq!(world.fleet.activity(), Activity::Recycling);
-    assert_eq!(world.places[&WorkerId(6)], (1, 1));
+    assert_eq!(world.places[&WorkerId(6)], (2, 1), "the one that hangs is first");
+    world.ready_all();
+    world.drain_all();
+    world.obey();
+    assert_eq!(world.places[&WorkerId(7)], (1, 1));
 }
 
 #[test]
@@ -1617,12 +1621,33 @@ fn the_successor_of_a_worker_that_ends_meanwhile_takes_its_place() {
     world.command(recycle([1]));
     world.end(WorkerId(1), End::Killed(9));
     assert_eq!(world.ids(), [0, 2, 3].map(WorkerId));
-    assert_eq!((world.recyclings.as_slice(), world.fleet.activity()), ([true].as_slice(), Activity::Serving));
+    assert_eq!(
+        (world.recyclings.as_slice(), world.fleet.activity()),
+        ([false].as_slice(), Activity::Serving)
+    );
     world.event(Event::SaysReady { worker: WorkerId(3) });
     assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
     world.end(WorkerId(3), End::Killed(9));
+    world.command(recycle([1]));
+    assert_eq!(world.recyclings, [false, false], "there is nobody to replace");
     world.pass(Duration::from_secs(1));
     assert_eq!(world.alive.len(), 3, "it is restarted as any other");
+}
+
+#[test]
+fn a_successor_with_sockets_of_its_own_does_not_take_the_place_of_a_worker_that_ends() {
+    let mut world = serving();
+    for worker in world.ids() {
+        world.event(Event::Listens { worker, endpoint: address(1) });
+    }
+    world.command(recycle([1]));
+    world.event(Event::Listens { worker: WorkerId(3), endpoint: address(2) });
+    world.end(WorkerId(1), End::Killed(9));
+    assert!(world.reserved.contains(&(1, 1)), "its sockets are for the next one");
+    assert_eq!(world.recyclings, [false]);
+    world.obey();
+    world.pass(Duration::from_secs(1));
+    assert_eq!(world.ids(), [0, 2, 4].map(WorkerId));
 }
 
 #[test]
@@ -1660,6 +1685,7 @@ enum Step {
     Scale(u32),
     Recycle(BTreeSet<u32>),
     Sick(prop::sample::Index, Sickness),
+    Hangs(prop::sample::Index),
     Recovers(prop::sample::Index),
     Stop,
 }
@@ -1681,6 +1707,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (1..=MOST_WORKERS).prop_map(Step::Scale),
         2 => btree_set(0..MOST_WORKERS, 0..3).prop_map(Step::Recycle),
         2 => (who(), sickness()).prop_map(|(who, sickness)| Step::Sick(who, sickness)),
+        2 => who().prop_map(Step::Hangs),
         1 => who().prop_map(Step::Recovers),
         1 => Just(Step::Stop),
     ]
@@ -1752,6 +1779,11 @@ impl World {
                     self.event(Event::Sick { worker, sickness });
                 }
             }
+            Step::Hangs(who) => {
+                if let Some(worker) = choose(who, self.ids()) {
+                    self.event(Event::Hangs { worker });
+                }
+            }
             Step::Recovers(who) => {
                 if let Some(worker) = choose(who, self.ids()) {
                     self.event(Event::Recovered { worker });
@@ -1806,7 +1838,7 @@ proptest! {
         }
         let phase = world.fleet.phase;
         // The successor of a sick worker is tried again for as long as that is sick.
-        let is_sick = !world.fleet.sick.is_empty();
+        let is_sick = !world.fleet.sick.is_empty() || !world.fleet.hung.is_empty();
         let tries = matches!(phase, Phase::Recycling(Recycling { ticket: None, .. }) | Phase::Abandoning);
         let rests = matches!(phase, Phase::Starting | Phase::Serving) || is_sick && tries;
         prop_assert!(world.exit.is_some() || rests, "{phase:?}");

@@ -31,6 +31,8 @@ pub struct Worker {
     /// Since when it has been in that state.
     pub since: Instant,
     pub shown: Shown,
+    /// Whether another worker has its sockets, which it might shut down at its end: then it is killed instead of stopped.
+    pub is_killed: bool,
     /// Whether it need not listen where the worker that it replaces does.
     pub ports_may_change: bool,
 }
@@ -68,6 +70,7 @@ impl Worker {
             state: State::Starting,
             since: now,
             shown: Shown::default(),
+            is_killed: false,
             ports_may_change: false,
         }
     }

@@ -15,7 +15,7 @@ use super::{Pool, foreign};
 use crate::address::Address;
 use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
 use crate::kernel::procfs;
-use crate::pool::member::{BindRequest, Holder, MinTtl, Overlap, Owner};
+use crate::pool::member::{BindRequest, Heir, Holder, MinTtl, Overlap, Owner};
 
 /// After so many binds, the sockets that a worker has closed are taken back if it has as many.
 const TAKE_BACK_EVERY: usize = 64;
@@ -39,6 +39,9 @@ impl Pool {
     /// # Errors
     /// What bind(2) or listen(2) says.
     pub fn give(&mut self, borrower: Borrower, address: Address) -> io::Result<OwnedFd> {
+        if let Some(id) = self.inherit(borrower, address, true) {
+            return self.members[id].socket.as_fd().try_clone_to_owned();
+        }
         let id = self.spare_or_new(borrower, address, Owner::this_process())?;
         let listens = match self.members[id].listening {
             true => self.members[id].socket.listen(GIVEN_BACKLOG), // its queue may have been short
@@ -74,7 +77,10 @@ impl Pool {
         let id = match self.members.lent_again(borrower, request) {
             Ok(Some(id)) => id,
             Ok(None) if self.has_too_many(borrower) => return Err(io::ErrorKind::QuotaExceeded.into()),
-            Ok(None) => self.spare_or_new(borrower, request.address, request.owner)?,
+            Ok(None) => match self.inherit(borrower, request.address, false) {
+                Some(id) => id,
+                None => self.spare_or_new(borrower, request.address, request.owner)?,
+            },
             Err(Overlap(id)) => {
                 self.warn_of_given(borrower, id, request.address);
                 return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
@@ -82,6 +88,9 @@ impl Pool {
         };
         let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
         member.socket.set_nonblocking(request.nonblocking)?;
+        if member.is_heir(borrower.worker) {
+            return Ok(member.inode); // the rest is as its predecessor has it
+        }
         member.set_min_ttl(request.min_ttl)?;
         member.is_listened_on = member.given;
         member.given = false;
@@ -126,26 +135,25 @@ impl Pool {
         }
     }
 
-    /// Has a worker that is about to start borrow the sockets of one that takes no connections, so that it takes what waits
-    /// there.
-    pub fn share(&mut self, worker: WorkerId, with: WorkerId) {
-        self.heirs.insert(with, worker);
+    /// Has a worker that is about to start be the heir of one that hangs: it accepts from the sockets of that one, so that it
+    /// takes what waits there. They become its own when it serves.
+    pub fn let_inherit(&mut self, heir: WorkerId, of: WorkerId) {
+        self.heirs.insert(heir, of);
     }
 
-    /// The socket that this borrower takes from another worker.
-    fn inherited_alive(&mut self, borrower: Borrower, address: Address) -> Option<MemberId> {
-        let id = self.members.of(*self.heirs.get(&borrower.worker)?, address)?;
+    /// Makes a worker the heir of the socket that its predecessor, which hangs, has at this address.
+    fn inherit(&mut self, borrower: Borrower, address: Address, listens: bool) -> Option<MemberId> {
+        let id = self.members.heritable(*self.heirs.get(&borrower.worker)?, address)?;
         let member = self.members.get_mut(id)?;
-        member.shared_by = member.borrower();
+        let was_nonblocking = member.socket.nonblocking().ok()?;
+        member.heir = Some(Heir { borrower, listens, was_nonblocking });
+        member.lends += 1;
         Some(id)
     }
 
     /// # Errors
     /// EADDRINUSE if a foreign listener is in the way, and what bind(2) says.
     fn spare_or_new(&mut self, borrower: Borrower, address: Address, owner: Owner) -> io::Result<MemberId> {
-        if let Some(id) = self.inherited_alive(borrower, address) {
-            return Ok(id);
-        }
         let spares = self.groups.get(&address).map(|group| group.spares(borrower, &self.members));
         for id in spares.unwrap_or_default() {
             if self.is_left_open(id) {
@@ -189,6 +197,8 @@ impl Pool {
             return false;
         };
         member.holder = Holder::Free; // also if it was reserved
+        self.unserved.add(id);
+        let Some(member) = self.members.get_mut(id) else { return false };
         if !mem::replace(&mut member.is_aside, true) {
             warn!(
                 "a process that an ended worker left behind has a listener of {} open, which is set aside: {} (pid {pid})",
@@ -252,6 +262,9 @@ impl Pool {
     /// Takes back a socket that never reached its borrower, or that the borrower has closed.
     pub fn take_back(&mut self, inode: u64) {
         let Some(id) = self.members.id(inode) else { return };
+        if let Some(member) = self.members.get_mut(id).filter(|member| member.heir.is_some()) {
+            return member.disinherit(); // of its predecessor, it is found out later
+        }
         if self.members[id].borrower().is_none() {
             return;
         }
@@ -277,10 +290,13 @@ impl Pool {
         self.handle_events(None);
         self.left_open = None;
         self.heirs.remove(&worker);
-        self.members.end_sharing(|other| other == worker);
         let lent: Vec<MemberId> = self.members.lent_to(worker).map(|(id, _)| id).collect();
         for id in lent {
             if let Some(member) = self.members.get_mut(id) {
+                if member.is_heir(worker) {
+                    member.disinherit();
+                    continue;
+                }
                 member.left_by = Some(worker);
             }
             let borrower = self.members[id].borrower().filter(|_| successor);
@@ -304,18 +320,20 @@ impl Pool {
     pub fn reset_reserved(&mut self, slot: SlotId, generation: u32) {
         for id in self.members.reserved_for(slot, generation) {
             if let Some(member) = self.members.get_mut(id) {
+                if member.heir.is_some_and(|heir| heir.listens) {
+                    continue; // it takes them
+                }
                 member.holder = Holder::Reserved { slot, generation, overdue: true };
             }
             self.unserved.add(id);
         }
     }
 
-    /// A socket has no borrower any more. It goes back to the one that shared it, is `reserved`, or becomes free.
+    /// A socket has no borrower any more. It is `reserved`, or becomes free.
     fn vacate(&mut self, id: MemberId, reserved: Option<Holder>) {
         let Some(member) = self.members.get_mut(id) else { return };
-        if let Some(other) = member.shared_by.take() {
-            member.holder = Holder::Lent(other);
-            return;
+        if reserved.is_none() {
+            member.heir = None;
         }
         let address = member.address;
         if !member.listening {

@@ -74,6 +74,17 @@ pub enum Holder {
     Lent(Borrower),
 }
 
+/// The successor of a worker that hangs: it accepts what waits on that one's socket, and the socket becomes its own when it
+/// serves.
+#[derive(Debug, Clone, Copy)]
+pub struct Heir {
+    pub borrower: Borrower,
+    /// Whether it has called listen(2), or was given the socket.
+    pub listens: bool,
+    /// O_NONBLOCK of the socket before. Both have the same open file description.
+    pub was_nonblocking: bool,
+}
+
 /// A socket of the pool.
 #[derive(Debug)]
 pub struct Member {
@@ -93,8 +104,8 @@ pub struct Member {
     is_limited: bool,
     /// Whether the borrower asked for SO_REUSEPORT itself.
     pub shares: bool,
-    /// A worker that has taken no connections, and had it before the borrower.
-    pub shared_by: Option<Borrower>,
+    /// The successor of a borrower that hangs. It has the socket open as well.
+    pub heir: Option<Heir>,
     /// The last borrower, if that or processes that it left behind may have the socket open.
     pub left_by: Option<WorkerId>,
     /// Whether it was logged that somebody has it open.
@@ -144,7 +155,7 @@ impl Member {
             given: false,
             lends: 0,
             is_listened_on: false,
-            shared_by: None,
+            heir: None,
             left_by: None,
             is_aside: false,
         })
@@ -157,13 +168,22 @@ impl Member {
         }
     }
 
+    /// Whether the worker borrows it, or is the heir.
     pub fn is_lent_to(&self, worker: WorkerId) -> bool {
-        self.borrower().is_some_and(|borrower| borrower.worker == worker)
+        self.borrower().is_some_and(|borrower| borrower.worker == worker) || self.is_heir(worker)
     }
 
-    /// Whether its borrower listens on this address by it.
-    pub fn is_listener_on(&self, address: Address) -> bool {
-        self.listening && self.is_listened_on && self.address == address
+    pub fn is_heir(&self, worker: WorkerId) -> bool {
+        self.heir.is_some_and(|heir| heir.borrower.worker == worker)
+    }
+
+    /// Whether the worker, to which it is lent, listens on this address by it.
+    pub fn is_listener_on(&self, worker: WorkerId, address: Address) -> bool {
+        let listens = self
+            .heir
+            .filter(|heir| heir.borrower.worker == worker)
+            .map_or(self.is_listened_on, |it| it.listens);
+        self.listening && listens && self.address == address
     }
 
     pub fn is_reserved_for(&self, slot: SlotId, generation: u32) -> bool {
@@ -172,13 +192,33 @@ impl Member {
 
     pub fn role(&self, plan: &Plan) -> Role {
         match self.holder {
+            _ if self.successor(plan).is_some() => Role::Ready,
             Holder::Free => Role::Free,
             Holder::Reserved { .. } => Role::Reserved,
-            Holder::Lent(_) if !self.is_listened_on && self.shared_by.is_none() => Role::Starting,
-            Holder::Lent(borrower) => match (plan.role(borrower.worker), self.shared_by) {
-                (Role::Starting, Some(other)) => plan.role(other.worker), // it has connections, so it can't be held
-                (role, _) => role,
-            },
+            Holder::Lent(_) if !self.is_listened_on => Role::Starting,
+            Holder::Lent(borrower) => plan.role(borrower.worker),
+        }
+    }
+
+    /// The heir, if it gets new connections by this plan, and its predecessor gets none.
+    fn successor(&self, plan: &Plan) -> Option<Heir> {
+        let has_left = self.borrower().is_none_or(|borrower| plan.role(borrower.worker).is_leaving());
+        self.heir.filter(|heir| has_left && heir.listens && plan.role(heir.borrower.worker) == Role::Ready)
+    }
+
+    /// The heir that serves by this plan gets the socket.
+    fn succeed(&mut self, plan: &Plan) {
+        if let Some(heir) = self.successor(plan) {
+            self.heir = None;
+            self.left_by = self.borrower().map(|borrower| borrower.worker).or(self.left_by);
+            (self.holder, self.is_listened_on) = (Holder::Lent(heir.borrower), true);
+        }
+    }
+
+    /// The heir has gone, or hasn't got the socket.
+    pub fn disinherit(&mut self) {
+        if let Some(heir) = self.heir.take() {
+            let _ = self.socket.set_nonblocking(heir.was_nonblocking);
         }
     }
 
@@ -350,24 +390,17 @@ impl Members {
         self.iter().filter(move |(_, member)| member.is_lent_to(worker))
     }
 
-    /// The sockets whose connections the worker is to take.
-    pub fn queues_of(&self, worker: WorkerId) -> impl Iterator<Item = (MemberId, &Member)> {
-        self.iter().filter(move |(_, member)| {
-            member.is_lent_to(worker) || member.shared_by.is_some_and(|other| other.worker == worker)
-        })
+    /// A worker's socket of this address that has no heir.
+    pub fn heritable(&self, worker: WorkerId, address: Address) -> Option<MemberId> {
+        let is_one = |member: &Member| {
+            member.heir.is_none() && member.is_listener_on(worker, address) && !member.is_limited()
+        };
+        self.lent_to(worker).find(|(_, member)| is_one(member)).map(|(id, _)| id)
     }
 
-    /// A worker's socket of this address.
-    pub fn of(&self, worker: WorkerId, address: Address) -> Option<MemberId> {
-        let mut lent = self.lent_to(worker);
-        lent.find(|(_, member)| member.address == address && member.listening).map(|(id, _)| id)
-    }
-
-    /// The borrower has become the only one.
-    pub fn end_sharing(&mut self, is_over: impl Fn(WorkerId) -> bool) {
-        for member in self.by_id.values_mut() {
-            member.shared_by.take_if(|other| is_over(other.worker));
-        }
+    /// The heirs that serve by this plan get their sockets.
+    pub fn succeed(&mut self, plan: &Plan) {
+        self.by_id.values_mut().for_each(|member| member.succeed(plan));
     }
 
     /// The socket of this address that the worker was given, or that it borrowed earlier and has closed since.
@@ -383,7 +416,11 @@ impl Members {
             if member.given && member.address == request.address {
                 return Ok(Some(id));
             }
-            if procfs::is_open_elsewhere(borrower.pid, member.inode) {
+            let is_open = match member.is_heir(borrower.worker) {
+                true => !procfs::first_holders(borrower.pid, &|inode| inode == member.inode).is_empty(),
+                false => procfs::is_open_elsewhere(borrower.pid, member.inode),
+            };
+            if is_open {
                 return Err(Overlap(id));
             }
             if member.address == request.address {
@@ -417,8 +454,12 @@ impl Members {
     /// Notes the process of a worker that was lent sockets before it was started.
     pub fn set_pid(&mut self, worker: WorkerId, pid: Pid) {
         for member in self.by_id.values_mut() {
-            match &mut member.holder {
-                Holder::Lent(borrower) if borrower.worker == worker => borrower.pid = pid,
+            match (&mut member.heir, &mut member.holder) {
+                (Some(Heir { borrower, .. }), _) | (_, Holder::Lent(borrower))
+                    if borrower.worker == worker =>
+                {
+                    borrower.pid = pid;
+                }
                 _ => {}
             }
         }

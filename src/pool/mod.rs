@@ -82,7 +82,7 @@ pub struct Pool {
     unchecked: usize,
     /// Which sockets processes have open that ended workers have left behind, and until when that is good enough.
     left_open: Option<(Instant, HashMap<u64, Pid>)>,
-    /// Workers that are to borrow the sockets of others, which take no connections.
+    /// Workers that start, and their predecessors, which hang.
     heirs: BTreeMap<WorkerId, WorkerId>,
     /// For [`Pool::stopped_listening`].
     stopped: Vec<StoppedListening>,
@@ -184,7 +184,10 @@ impl Pool {
         }
         let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
         member.socket.listen(backlog)?; // sets the backlog of a socket that listens already
-        member.is_listened_on = true;
+        match &mut member.heir {
+            Some(heir) => heir.listens = true,
+            None => member.is_listened_on = true,
+        }
         Ok(member.address)
     }
 
@@ -267,7 +270,8 @@ impl Pool {
         let member = &self.members[id];
         let (address, listened) = (member.address, member.is_listened_on);
         let Some(Borrower { worker, .. }) = member.borrower().filter(|_| listened) else { return };
-        let is_another = |(other, member): (MemberId, &Member)| other != id && member.is_listener_on(address);
+        let is_another =
+            |(other, member): (MemberId, &Member)| other != id && member.is_listener_on(worker, address);
         if !self.members.lent_to(worker).any(is_another) {
             self.stopped.push(StoppedListening { worker, address });
         }
@@ -429,19 +433,19 @@ impl Pool {
 
     /// How many connections wait to be accepted by the worker.
     pub fn accept_queue(&self, worker: WorkerId) -> u32 {
-        let infos = self.members.queues_of(worker).filter_map(|(_, member)| member.listen_info().ok());
+        let infos = self.members.lent_to(worker).filter_map(|(_, member)| member.listen_info().ok());
         infos.filter(|info| info.listening).map(|info| info.accept_queue).sum()
     }
 
     /// The workers for which connections have waited for [`LONG`] without being taken.
     pub fn awaited_for_long(&self) -> BTreeSet<WorkerId> {
         let members = self.watcher.queues.slow().filter_map(|id| self.members.get(id));
-        members.filter_map(|member| member.shared_by.or(member.borrower())).map(|it| it.worker).collect()
+        members.filter_map(Member::borrower).map(|borrower| borrower.worker).collect()
     }
 
     /// The load of the worker, on the address where it is greatest.
     pub fn load(&self, worker: WorkerId) -> Load {
-        self.members.queues_of(worker).map(|(id, _)| self.tracker.load(id)).max().unwrap_or(Load::Free)
+        self.members.lent_to(worker).map(|(id, _)| self.tracker.load(id)).max().unwrap_or(Load::Free)
     }
 }
 

@@ -21,7 +21,8 @@ impl Pool {
     /// Why the kernel has refused it for some address. There it steers as before.
     pub fn steer(&mut self, plan: Plan) -> Result<(), String> {
         self.plan = plan;
-        self.members.end_sharing(|worker| self.plan.role(worker).is_leaving());
+        self.members.succeed(&self.plan);
+        self.heirs.retain(|heir, _| self.plan.role(*heir) == Role::Starting);
         self.steer_all()
     }
 

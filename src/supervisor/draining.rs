@@ -13,6 +13,7 @@ use crate::drain::idle::{self, EndWatch};
 use crate::drain::signal_effect::{self, Treatment};
 use crate::fleet::Event;
 use crate::ids::WorkerId;
+use crate::kernel::procfs;
 use crate::worker;
 
 impl Supervisor {
@@ -42,6 +43,12 @@ impl Supervisor {
             // If something has come on an idle connection since, the worker waits for the next poll.
             let is_idle = if close { idle::close(&idle) } else { !stop || !idle::have_new_data(&idle) };
             if !is_idle || !stop {
+                self.thaw(worker);
+                continue;
+            }
+            if self.fleet.crew().is_killed(worker) && self.frozen.insert(worker) {
+                // It has sockets on which connections come: one may have come since. The next poll is sure.
+                self.pid(worker).into_iter().for_each(|pid| drop(worker::freeze(pid)));
                 continue;
             }
             let watch = watch.then(|| EndWatch::hold(generation, &idle, self.stop_signal));
@@ -53,6 +60,14 @@ impl Supervisor {
             }
         }
         self.drain.polled(begun, Instant::now(), cpu_time().saturating_sub(cpu_before));
+    }
+
+    /// Has a worker go on that is stopped by [`Supervisor::stop_drained`].
+    pub(super) fn thaw(&mut self, worker: WorkerId) {
+        if self.frozen.remove(&worker) {
+            let processes = self.pid(worker).into_iter().flat_map(procfs::tree);
+            processes.for_each(|pid| worker::signal(pid, libc::SIGCONT));
+        }
     }
 
     fn learn_signal_effect(&mut self) {

@@ -33,8 +33,6 @@ struct Suspect {
 #[derive(Debug)]
 pub struct Health {
     hangs_after: Duration,
-    /// Whether those that hang are to be replaced.
-    replaces: bool,
     /// In KiB.
     max_memory: Option<u64>,
     suspects: BTreeMap<WorkerId, Suspect>,
@@ -47,7 +45,6 @@ impl Health {
     pub fn new(hung_timeout: Option<Duration>, max_memory: Option<u64>, now: Instant) -> Self {
         Self {
             hangs_after: hung_timeout.unwrap_or(HANGS_AFTER),
-            replaces: hung_timeout.is_some(),
             max_memory,
             suspects: BTreeMap::new(),
             looks: BTreeMap::new(),
@@ -97,8 +94,7 @@ impl Health {
                 *suspect = new();
             } else if is_late && !suspect.hangs {
                 suspect.hangs = true;
-                let sickness = Sickness::Hung(self.hangs_after);
-                events.extend(self.replaces.then_some(Event::Sick { worker, sickness }));
+                events.push(Event::Hangs { worker });
             }
         }
         events
@@ -113,7 +109,7 @@ impl Health {
         for (worker, kib) in memory.iter().filter(|(_, kib)| **kib > max) {
             let looks = self.looks.entry(*worker).or_default();
             *looks += 1;
-            if *looks == MEMORY_LOOKS {
+            if *looks >= MEMORY_LOOKS {
                 events.push(Event::Sick { worker: *worker, sickness: Sickness::Memory(kib / 1024) });
             }
         }
@@ -188,7 +184,7 @@ mod tests {
             let due = health.due(&awaited, now).into_iter();
             let work: Vec<_> = due.map(|id| (id, Work::from([(1, work.unwrap_or(0))]))).collect();
             let events = health.look(&awaited, work, now);
-            told.extend(events.iter().map(|event| (second, matches!(event, Event::Sick { .. }))));
+            told.extend(events.iter().map(|event| (second, matches!(event, Event::Hangs { .. }))));
         }
         told
     }
@@ -213,15 +209,11 @@ mod tests {
     }
 
     #[test]
-    fn without_a_time_out_it_is_known_that_a_worker_hangs_and_nothing_follows() {
+    fn without_a_time_out_a_worker_hangs_after_ten_seconds() {
         let mut health = Health::new(None, None, Instant::now());
         assert_eq!(health.deadline(), None);
-        assert_eq!(events(&mut health, &[Some(7); 10]), []);
-        assert!(!health.hangs(WORKER) && health.deadline().is_some());
-        assert_eq!(events(&mut health, &[Some(7)]), []);
-        let mut health = Health::new(None, None, Instant::now());
-        assert_eq!(events(&mut health, &[Some(7); 12]), []);
-        assert!(health.hangs(WORKER));
+        assert_eq!(events(&mut health, &[Some(7); 12]), [(10, true)]);
+        assert!(health.hangs(WORKER) && health.deadline().is_some());
     }
 
     #[test]
@@ -237,6 +229,6 @@ mod tests {
             );
             assert_eq!(health.deadline(), Some(now + MEMORY_INTERVAL));
         }
-        assert_eq!(told, [5]);
+        assert_eq!(told, [5, 6], "the fleet may not have heard of it as long as it didn't serve");
     }
 }

@@ -86,6 +86,8 @@ pub struct Supervisor {
     drain: Drain,
     signal_effect: SignalEffect,
     end_watch: Option<EndWatch>,
+    /// Workers that are stopped by SIGSTOP, to be sure that they have finished their work.
+    frozen: BTreeSet<WorkerId>,
     listener_watch: ListenerWatch,
     systemd: Systemd,
     /// `None` when the socket could not be bound.
@@ -179,7 +181,7 @@ impl Supervisor {
             // No core dump of this process may hold them (PR_SET_DUMPABLE(2const)).
             nix::sys::prctl::set_dumpable(false)?;
         }
-        let stop_signal = settings.stop_signal;
+        let (stop_signal, hung_timeout) = (settings.stop_signal, policy.hung_timeout);
         let starter = Starter::new(settings, listen.len())?;
         let inherited: Rc<[(u64, Endpoint)]> = starter.inherited().into();
         let mut pool = Pool::new(balance, options.probe_path.is_some())?;
@@ -221,7 +223,8 @@ impl Supervisor {
             interceptions: BTreeMap::new(),
             reader,
             udp_binds: UdpBinds::default(),
-            health: Health::new(options.hung_timeout, options.max_memory, Instant::now()),
+            health: Health::new(hung_timeout, options.max_memory, Instant::now()),
+            frozen: BTreeSet::new(),
             pids: HashMap::new(),
             background: BTreeSet::new(),
             epoll,
@@ -379,7 +382,7 @@ impl Supervisor {
         while let Some(action) = self.actions.pop_front() {
             match action {
                 Action::Start { worker, slot, generation } => self.start(worker, slot, generation),
-                Action::Share { worker, with } => self.pool.share(worker, with),
+                Action::LetInherit { heir, of } => self.pool.let_inherit(heir, of),
                 Action::Steer(plan) => {
                     self.steer_paths(&plan);
                     if let Err(why) = self.pool.steer(plan) {
@@ -405,6 +408,7 @@ impl Supervisor {
                     self.drain.forget(worker);
                     self.note_server(worker);
                     self.send_stop_signal(self.pid(worker));
+                    self.thaw(worker);
                 }
                 Action::SignalBehind { worker } => self.send_stop_signal(self.behind(worker)),
                 Action::Kill { worker } => {
@@ -531,6 +535,7 @@ impl Supervisor {
             }
             self.probes.forget(worker, &mut self.pool);
             self.drain.forget(worker);
+            self.frozen.remove(&worker);
             self.udp_binds.remove_worker(worker);
             self.handle(Event::Ended { worker, end: reaped.end });
             self.forget_paths();

@@ -284,6 +284,12 @@ pub fn signal(pid: Pid, signal: c_int) {
 /// Sends SIGKILL to the worker, to its descendants also if they left its process group, and to everything that it started
 /// and that stayed in its group. A daemon, which has left the group and whose parent has ended, is left alone.
 pub fn kill_tree(pid: Pid) {
+    freeze(pid).into_iter().for_each(|pid| signal(pid, libc::SIGKILL));
+    kill_group(pid);
+}
+
+/// Stops a worker and its descendants, and returns them.
+pub fn freeze(pid: Pid) -> BTreeSet<Pid> {
     const MAX_PASSES: usize = 16;
     let mut found = BTreeSet::new();
     for _ in 0..MAX_PASSES {
@@ -294,8 +300,7 @@ pub fn kill_tree(pid: Pid) {
             break;
         }
     }
-    found.into_iter().for_each(|pid| signal(pid, libc::SIGKILL));
-    kill_group(pid);
+    found
 }
 
 /// Sends SIGKILL to the worker and to everything that it started and that stayed in its process group.

@@ -128,6 +128,7 @@ impl World {
             proof: Duration::ZERO,
             drain: Duration::from_secs(10),
             stop_timeout: Duration::from_secs(30),
+            hung_timeout: None,
             max_age: None,
             stop_within: Duration::from_secs(9),
             stop_signal: "SIGINT",
