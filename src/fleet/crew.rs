@@ -383,6 +383,11 @@ impl Crew {
         let delay = self.roster.slots[ended.slot.index()].restart(was_ready_for);
         self.endpoints.forget_later(ended.slot);
         self.timers.set(Timer::Slot(ended.slot, SlotTimer::Restart), now + delay);
+        self.wait_for_next(ended, now);
+    }
+
+    /// Has clients wait for the next worker of a slot, for a while.
+    fn wait_for_next(&mut self, ended: &Worker, now: Instant) {
         let start_took = ended.ready_at.map_or(Duration::ZERO, |ready_at| ready_at - ended.started);
         let wait = (start_took * 2).clamp(QUEUE_WAIT[0], QUEUE_WAIT[1]);
         self.timers.set_if_unset(Timer::Slot(ended.slot, SlotTimer::ResetQueue), now + wait);
@@ -458,12 +463,12 @@ impl Crew {
         }
     }
 
-    /// The worker of a slot has ended, and this one, which has started already, takes its place.
-    pub(super) fn promote(&mut self, slot: SlotId, successor: WorkerId, now: Instant) {
-        let of_slot = &mut self.roster.slots[slot.index()];
-        (of_slot.serving, of_slot.restarts) = (Some(successor), of_slot.restarts + 1);
-        self.endpoints.forget_later(slot);
-        self.timers.set_if_unset(Timer::Slot(slot, SlotTimer::ResetQueue), now + MAX_QUEUE_WAIT);
+    /// A worker that serves has ended, and this one, which has started already, takes its place.
+    pub(super) fn promote(&mut self, ended: &Worker, successor: WorkerId, now: Instant) {
+        let slot = &mut self.roster.slots[ended.slot.index()];
+        (slot.serving, slot.restarts) = (Some(successor), slot.restarts + 1);
+        self.endpoints.forget_later(ended.slot);
+        self.wait_for_next(ended, now);
     }
 
     pub(super) fn let_kill(&mut self, id: WorkerId, is_killed: bool) {

@@ -178,7 +178,7 @@ impl Fleet {
         }
         let takes_over = inherits || self.crew.addresses(successor).is_empty();
         if takes_over {
-            self.crew.promote(slot, successor, now);
+            self.crew.promote(ended, successor, now);
             self.serve();
         } else {
             self.phase = Phase::Abandoning;

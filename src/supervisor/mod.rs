@@ -177,25 +177,23 @@ impl Supervisor {
         let (labels, listener_watch) = (Labels::if_wanted(options.label)?, listener_watch(&options)?);
         let Options { program, mut settings, policy, sources, listen, balance, .. } = options;
         settings.intercept = matches!(listener_watch, ListenerWatch::Interception(_));
-        if sources.has_values() {
-            // No core dump of this process may hold them (PR_SET_DUMPABLE(2const)).
-            nix::sys::prctl::set_dumpable(false)?;
-        }
+        // No core dump of this process may hold secrets (PR_SET_DUMPABLE(2const)).
+        sources.has_values().then(|| nix::sys::prctl::set_dumpable(false)).transpose()?;
         let (stop_signal, hung_timeout) = (settings.stop_signal, policy.hung_timeout);
         let starter = Starter::new(settings, listen.len())?;
         let inherited: Rc<[(u64, Endpoint)]> = starter.inherited().into();
         let mut pool = Pool::new(balance, options.probe_path.is_some())?;
         listen.iter().try_for_each(|address| pool.take(*address))?;
-        let (epoll, reader) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, reader::start()?);
-        let unix = UnixSockets::new()?;
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let (reader, unix) = (reader::start()?, UnixSockets::new()?);
         watch(&epoll, &signals, Source::Signals)?;
         watch(&epoll, &pool, Source::Pool)?;
         watch(&epoll, &reader, Source::Reader).and_then(|()| watch(&epoll, &unix, Source::Paths))?;
         let control = control();
-        control.as_ref().map_or(Ok(()), |control| watch(&epoll, control, Source::Control))?;
+        control.iter().try_for_each(|control| watch(&epoll, control, Source::Control))?;
         labels.iter().try_for_each(|labels| watch(&epoll, labels, Source::Labels))?;
-        // A scan can't tell them from a worker's own.
-        let shared = inherited.iter().filter(|_| settings.intercept).map(|(_, endpoint)| endpoint.clone());
+        let intercepts = inherited.iter().filter(|_| settings.intercept); // a scan can't tell them from a worker's own
+        let shared = intercepts.map(|(_, endpoint)| endpoint.clone());
         let endpoints = Endpoints::new(listen.iter().copied().collect(), shared.collect());
         let (fleet, actions) = Fleet::new(policy, endpoints, Instant::now());
         Ok(Self {
