@@ -5,7 +5,7 @@
 //! that it has unlinked the path, and the wrapper removes it when no worker serves it any more. A path that only one
 //! worker has bound is its own to unlink.
 //!
-//! Here it is decided what happens, at once. [`files`](super::files) does it, in the same order for each path, and a call of a
+//! Here it is decided what happens, at once. [`super::files`] does it, in the same order for each path, and a call of a
 //! worker that needs it done is answered then.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
