@@ -51,8 +51,8 @@ fn wrong_requests_on_the_control_socket_are_answered_or_dropped_and_disturb_noth
         }
         let answer = rest(say(&service, b"{\"version\":1,\"request\":\"frobnicate\"}\n"));
         assert!(answer.contains("not a request"), "{answer}");
-        let answer = rest(say(&service, b"{\"version\":3,\"request\":\"status\"}\n"));
-        assert!(answer.contains("speaks versions 1 to 2") && answer.contains("not 3"), "{answer}");
+        let answer = rest(say(&service, b"{\"version\":4,\"request\":\"status\"}\n"));
+        assert!(answer.contains("speaks versions 1 to 3") && answer.contains("not 4"), "{answer}");
         assert_eq!(rest(say(&service, &[b'x'; 100_000])), "");
         let half = say(&service, b"{\"version\":1,");
         half.shutdown(Shutdown::Write).expect("shut down");
