@@ -155,7 +155,8 @@ fn listener_watch(options: &Options) -> io::Result<ListenerWatch> {
 
 /// The control socket, if there can be one.
 fn control() -> Option<Control> {
-    let warning = |error| warn!("no control socket, so reload, status, scale, recycle and stop can't work: {error}");
+    let warning =
+        |error| warn!("no control socket, so reload, status, scale, recycle and stop can't work: {error}");
     Control::new().map_err(warning).ok()
 }
 
