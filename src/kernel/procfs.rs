@@ -440,6 +440,11 @@ fn others() -> impl Iterator<Item = Pid> {
     pids.filter(|pid| *pid != Pid::this() && !helper::is_helper(*pid))
 }
 
+/// The inode numbers of the sockets that a process and its descendants have open, as far as these can be read.
+pub fn sockets_of_tree(root: Pid) -> impl Iterator<Item = u64> {
+    tree(root).into_iter().flat_map(|pid| socket_inodes(pid).unwrap_or_default())
+}
+
 /// Which of these sockets, given by inode number, other processes may have open. These are all of them if
 /// `suspect` or one of its descendants can't be read.
 pub fn open_elsewhere(suspect: Pid, inodes: &HashSet<u64>) -> HashSet<u64> {

@@ -223,10 +223,7 @@ impl Supervisor {
             .collect();
         let mut owners: HashMap<u64, Pid> = HashMap::new();
         for (_, worker) in workers() {
-            for process in procfs::tree(worker) {
-                let sockets = procfs::socket_inodes(process).unwrap_or_default();
-                owners.extend(sockets.into_iter().map(|inode| (inode, worker)));
-            }
+            owners.extend(procfs::sockets_of_tree(worker).map(|inode| (inode, worker)));
         }
         let mut inodes: Vec<u64> = self.unix.connections();
         if let Ok(mut diag) = SockDiag::new() {

@@ -130,14 +130,9 @@ impl Supervisor {
             events.into_iter().for_each(|event| self.handle(event));
         }
         if self.health.next_memory.is_some_and(|at| at <= now) {
-            let views = self.fleet.crew().views();
-            let processes = views.iter().filter_map(|view| view.process);
-            let ready = processes.filter(|process| process.state == State::Ready);
-            let memory = ready.filter_map(|process| {
-                let pid = self.pid(process.worker)?;
-                Some((process.worker, procfs::usage(pid).rss_kib))
-            });
-            let memory = memory.collect();
+            let is_ready = |id: &WorkerId| self.fleet.crew().state(*id) == Some(State::Ready);
+            let ready = self.processes.iter().filter(|(id, _)| is_ready(id));
+            let memory = ready.map(|(id, process)| (*id, procfs::usage(process.pid).rss_kib)).collect();
             let events = self.health.look_at_memory(&memory, now);
             events.into_iter().for_each(|event| self.handle(event));
         }
@@ -146,10 +141,7 @@ impl Supervisor {
     fn work(&self, worker: WorkerId) -> Work {
         let mut work = Work::new();
         let (Some(pid), Ok(mut diag)) = (self.pid(worker), SockDiag::new()) else { return work };
-        let open: HashSet<u64> = procfs::tree(pid)
-            .into_iter()
-            .flat_map(|pid| procfs::socket_inodes(pid).unwrap_or_default())
-            .collect();
+        let open: HashSet<u64> = procfs::sockets_of_tree(pid).collect();
         for address in self.fleet.crew().addresses(worker) {
             for connection in diag.connections(address.socket).unwrap_or_default() {
                 let inode = u64::from(connection.inode);
