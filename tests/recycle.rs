@@ -10,8 +10,7 @@ use std::net::{SocketAddr, TcpStream};
 use common::load::{Load, LoadOptions};
 use common::{
     DEADLINE, Deployment, Folder, Outcome, Service, Waiting, answered_more, app, free_address, freeze, get,
-    get_path, naive, python, python_packages, reuse_run_with, run, run_words, send, serving, wait_until,
-    workers_where,
+    get_path, naive, packaged, python, run, run_words, send, serving, wait_until, workers_where,
 };
 use nix::sys::signal::Signal;
 use socket2::SockAddr;
@@ -336,15 +335,9 @@ fn a_python_worker_ends_its_jobs_when_it_is_retired() {
 /// One gunicorn sync worker, which gets a request of 20 s, and another one meanwhile. Neither may fail. Returns whether the
 /// worker was replaced.
 fn gunicorn_is_replaced(options: &str) -> bool {
-    let (addr, folder) = (free_address(), Folder::new());
-    let app = "import time\ndef application(environ, start):\n    time.sleep(20 if environ['PATH_INFO'] == '/work' else 0)\n    \
-               start('200 OK', [('Content-Length', '2')])\n    return [b'ok']\n";
-    folder.write("slow.py", app);
-    let words =
-        ["python3", "-m", "gunicorn", "--timeout", "0", "--bind", &addr.to_string(), "slow:application"];
-    let mut command = reuse_run_with(options, &words);
-    command.env("PYTHONPATH", python_packages("gunicorn")).current_dir(&folder.0);
-    let mut service = Service::spawn_ready(command);
+    let addr = free_address();
+    let bind = addr.to_string();
+    let mut service = packaged(options, "gunicorn", &["--timeout", "0", "--bind", &bind, "slow:application"]);
     let worker = pids(&service)[0];
     for mut client in [ask(addr, "/work"), ask(addr, "/")] {
         let mut answer = String::new();
