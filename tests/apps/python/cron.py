@@ -7,17 +7,22 @@ import threading
 import time
 
 retired = os.environ.get('REUSE_RUN_SLOT') != '0'
+one_job = threading.Lock()
 
 
 def retire(*_):
     global retired
-    retired = True
-    print('retired', os.getpid(), flush=True)
+    with one_job:
+        retired = True
+        print('retired', os.getpid(), flush=True)
 
 
 def jobs():
-    while not retired:
-        print('job', os.getpid(), flush=True)
+    while True:
+        with one_job:
+            if retired:
+                return
+            print('job', os.getpid(), flush=True)
         time.sleep(0.02)
 
 
