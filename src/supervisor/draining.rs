@@ -46,12 +46,14 @@ impl Supervisor {
                 self.thaw(worker);
                 continue;
             }
-            if self.fleet.crew().is_killed(worker) && self.frozen.insert(worker) {
+            let is_killed = self.fleet.crew().is_killed(worker);
+            if is_killed && self.frozen.insert(worker) {
                 // It has sockets on which connections come: one may have come since. The next poll is sure.
                 self.pid(worker).into_iter().for_each(|pid| drop(worker::freeze(pid)));
                 continue;
             }
-            let watch = watch.then(|| EndWatch::hold(generation, &idle, self.stop_signal));
+            // What SIGKILL does tells nothing of the stop signal.
+            let watch = (watch && !is_killed).then(|| EndWatch::hold(generation, &idle, self.stop_signal));
             self.handle(Event::Drained { worker });
             if let Some(mut watch) = watch {
                 watch.begin();
