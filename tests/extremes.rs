@@ -38,7 +38,7 @@ fn ends_a_reload(service: &Service) -> bool {
 // Floods.
 
 #[test]
-fn after_400_shutdowns_of_listeners_under_load_both_workers_serve() {
+fn after_400_shutdowns_of_listeners_under_load_both_workers_serve_and_reloads_lose_nothing() {
     let _turn = turn();
     let (addr, command) = extreme("shutdowns", &[]);
     let mut service = Service::run_ready("-n 2", &command);
@@ -50,6 +50,8 @@ fn after_400_shutdowns_of_listeners_under_load_both_workers_serve() {
         wait_until("each serves", DEADLINE, || get(addr).slot == Some(slot));
     }
     assert!(service.fds() < MAX_FDS, "{} fds", service.fds());
+    // Each has changed the order of the kernel's array of listeners, in which the next generations are found.
+    reload_under_load(&service, LoadOptions::new(addr, 2), 3);
     service.stop();
 }
 
