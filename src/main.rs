@@ -42,7 +42,7 @@
 //! | which workers hang or use too much memory | `supervisor/health` |
 //! | processes behind a worker's main one; programs that go into the background | `supervisor/behind` |
 //! | hints where users get stuck; what follows from a message of a worker | `supervisor/hints`; `supervisor/messages` |
-//! | the steps of a reload; of a recycling; of a stop; of a scaling, and what happens when a worker ends | `fleet/reload`; `fleet/recycle`; `fleet/stop`; `fleet/mod` |
+//! | the steps of a reload; of a recycling; of a stop; of a scaling; what happens when a worker ends | `fleet/reload`; `fleet/recycle`; `fleet/stop`; `fleet/scale`; `fleet/mod` |
 //! | what is the same for every worker, in whichever operation | `fleet/crew` |
 //! | what the fleet can be told and can decide; tickets and refusals | `fleet/events` |
 //! | time-outs, also after the stop signal and SIGKILL; limits of numbers | `fleet/policy` |

@@ -76,6 +76,10 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
     if args.version {
         return Ok(Invocation::Print(concat!("reuse-run ", env!("CARGO_PKG_VERSION"), "\n").to_owned()));
     }
+    if args.batch.is_some() && args.balance == Balancing::Queue {
+        let why = "a generation with one queue is replaced as a whole";
+        return Err(format!("--batch can't be combined with --balance queue: {why}"));
+    }
     let mut command = command.into_iter();
     let Some(program) = command.next() else {
         return Err("no command to run, as in reuse-run -n 4 -- node app.js".to_owned());
@@ -132,6 +136,7 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
             max_age: args.max_age.map(|age| age.0),
             max_failures: args.max_failures,
             rollout: args.batch.map_or(Rollout::AllAtOnce, |most| Rollout::Batches(most.get())),
+            shares_queue: args.balance == Balancing::Queue,
         },
         probe_path: args.ready.path,
         sources: Sources { env_files: args.env_file, secrets: args.secret, directory: args.chdir },
@@ -296,6 +301,7 @@ mod tests {
             ("--max-failures x y", "--max-failures: "),
             ("--ready soon x", "--ready: \"soon\" is neither listen nor notify"),
             ("--frobnicate 1 x", "unrecognized argument: --frobnicate"),
+            ("--batch 1 --balance queue x", "--batch can't be combined with --balance queue"),
             ("--frobnicate", "unrecognized argument: --frobnicate"),
             ("--drain 1s --drain 2s x", "--drain: duplicate values"),
             ("--label reload", "put reload first"),

@@ -40,7 +40,8 @@ impl FromStr for Balancing {
         match text {
             "load" => Ok(Self::Load),
             "random" => Ok(Self::Random),
-            _ => Err(format!("{text:?} is neither load nor random")),
+            "queue" => Ok(Self::Queue),
+            _ => Err(format!("{text:?} is none of load, random and queue")),
         }
     }
 }
@@ -331,7 +332,7 @@ mod tests {
                 check(&text, |address: Address| address.socket.port() != 0)?;
                 check(&text, |Period(duration)| duration <= MAX_DURATION)?;
                 check(&text, |_: Percent| true)?;
-                check(&text, |_: Balancing| ["load", "random"].contains(&text.as_str()))?;
+                check(&text, |_: Balancing| ["load", "random", "queue"].contains(&text.as_str()))?;
                 check(&text, |StopSignal(signal)| ![Signal::SIGSTOP, Signal::SIGCONT, Signal::SIGCHLD].contains(&signal))?;
                 check(&text, |ready: Ready| ready.path.is_none_or(|path| {
                     path.starts_with('/') && path.len() <= 1000 && path.bytes().all(|byte| byte.is_ascii_graphic())

@@ -147,7 +147,10 @@ impl Crew {
     /// Who gets new connections. Ready workers that don't serve get the canary's share, if there is one.
     pub(super) fn plan(&self, phase: Phase) -> Plan {
         let canary = phase.canary();
+        // A worker that isn't ready yet would take connections from the queue that it shares.
+        let all_wait = self.policy.shares_queue && phase == Phase::Starting;
         let role = |worker: &Worker| match self.role(worker) {
+            Some(Role::Ready) if all_wait => None,
             None if worker.state == State::Ready && canary.is_some() => Some(Role::Canary),
             role => role,
         };

@@ -16,6 +16,7 @@ mod queue;
 mod recycle;
 mod reload;
 mod roster;
+mod scale;
 mod slot;
 mod stop;
 mod story;
@@ -45,7 +46,7 @@ pub use self::worker::State;
 use self::worker::{Shown, Worker};
 use crate::address::Endpoint;
 use crate::ids::{SlotId, WorkerId};
-use crate::words::{count, millis};
+use crate::words::millis;
 
 /// Of an operation: why it failed.
 type Outcome = Result<(), String>;
@@ -126,6 +127,12 @@ impl Fleet {
             return (Err(Refusal::Stopping), Vec::new());
         }
         let ticket = match command {
+            Command::Reload(ReloadOptions { rollout: Some(Rollout::Batches(_)), .. })
+                if self.crew.policy.shares_queue =>
+            {
+                let why = "with --balance queue, all workers are replaced together";
+                Err(Refusal::Limit(why.to_owned()))
+            }
             Command::Reload(options) => {
                 self.put_recycling_off(now);
                 self.queue.push_reload(options, self.crew.policy.rollout)
@@ -273,9 +280,12 @@ impl Fleet {
                 self.crew.require_endpoints(0..slots);
                 self.crew.log_generation_ready(generation, self.begun, now);
                 self.serve();
+                if self.crew.policy.shares_queue {
+                    self.steer(); // until now none got connections: see Crew::plan
+                }
             }
             Phase::Replacing { reload, from }
-                if self.crew.roster.are_ready(reload.batch(from, slots), self.newest) =>
+                if self.crew.roster.are_ready(reload.filled(from, slots), self.newest) =>
             {
                 self.crew.log_generation_ready(generation, reload.since, now);
                 self.replaced(reload, from, now);
@@ -415,17 +425,6 @@ impl Fleet {
         self.phase.is_on_trial(worker, self.crew.roster.serves(worker), self.newest)
     }
 
-    fn queue_scaling(&mut self, target: Target) -> Result<Ticket, Refusal> {
-        let now = self.queue.workers().unwrap_or(self.crew.slots() as u32);
-        let workers = target.workers(now).map_err(Refusal::Limit)?;
-        let (ticket, superseded) = self.queue.push_scaling(workers);
-        if let Some(ticket) = superseded {
-            let outcome = Err(format!("superseded by a scaling to {}", count(workers as usize, "worker")));
-            self.crew.actions.push(Action::Ended { ticket, outcome, culprit: None });
-        }
-        Ok(ticket)
-    }
-
     /// Ends what has nothing left to wait for, and begins what is queued.
     fn settle(&mut self, now: Instant) {
         let slots = self.crew.slots();
@@ -435,9 +434,10 @@ impl Fleet {
             }
             Phase::Retiring { reload, .. } if !self.crew.roster.has_others() => {
                 let (generation, took) = (self.crew.generation(), millis(now - reload.since));
-                self.crew.info(format!("reload done after {took}: generation {generation} serves alone"));
+                let name = reload.name();
+                self.crew.info(format!("{name} done after {took}: generation {generation} serves alone"));
                 self.serve();
-                self.end_reload(reload.ticket, Ok(()), None, now);
+                self.end_reload(reload, Ok(()), None, now);
             }
             Phase::Recycling(recycling @ Recycling { step: Step::Retires, .. })
                 if !self.crew.roster.has_others() =>
@@ -476,36 +476,14 @@ impl Fleet {
         } else if let Some((options, ticket)) = self.queue.take_reload() {
             let rollout = options.rollout.unwrap_or(self.crew.policy.rollout);
             let ports_may_change = options.ports_may_change;
-            self.reload(Reload { rollout, since: now, ticket, ports_may_change }, options.command, now);
+            let reload = Reload { rollout, since: now, ticket, ports_may_change, shrinks_to: None };
+            self.reload(reload, options.command, now);
         } else if self.failures.are_too_many(self.crew.policy.max_failures) && !self.crew.has_ready() {
             self.give_up(&self.failures.to_string(), self.failures.last_status, now);
             self.settle(now);
         } else {
             self.recycle_next(now);
         }
-    }
-
-    /// Adds slots, or removes the last ones.
-    fn scale(&mut self, workers: usize, ticket: Ticket, now: Instant) {
-        let before = self.crew.slots();
-        self.crew.info(format!("scaling from {before} to {}", count(workers, "worker")));
-        self.phase = Phase::Scaling { from: before.min(workers), ticket };
-        if workers < before {
-            self.remove_slots(workers, now);
-        }
-        for slot in before..workers {
-            self.crew.roster.slots.push(Slot::new(self.crew.generation(), None));
-            self.crew.start(SlotId::of_index(slot), now);
-        }
-    }
-
-    /// Removes all slots from this one on.
-    fn remove_slots(&mut self, from: usize, now: Instant) {
-        let retired = self.crew.serving_in(from..self.crew.slots());
-        self.crew.retire(&retired, now);
-        self.crew.remove_slots(from);
-        self.steer();
-        self.end_retired(&retired, now);
     }
 
     fn end_operation(&mut self, ticket: Ticket, what: &str, result: Outcome, culprit: Option<WorkerId>) {

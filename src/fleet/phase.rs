@@ -16,9 +16,22 @@ pub struct Reload {
     pub since: Instant,
     pub ticket: Ticket,
     pub ports_may_change: bool,
+    /// It is a scaling to fewer slots, of workers that are replaced together.
+    pub shrinks_to: Option<usize>,
 }
 
 impl Reload {
+    /// "reload"
+    pub fn name(&self) -> &'static str {
+        if self.shrinks_to.is_some() { "scaling" } else { "reload" }
+    }
+
+    /// The slots of a batch that get a new worker.
+    pub fn filled(&self, from: usize, slots: usize) -> Range<usize> {
+        let Range { start, end } = self.batch(from, slots);
+        start..end.min(self.shrinks_to.unwrap_or(slots))
+    }
+
     /// The slots that are replaced together, from this one on, when there are so many slots.
     pub fn batch(&self, from: usize, slots: usize) -> Range<usize> {
         let most = match self.rollout {
@@ -185,6 +198,7 @@ mod tests {
     fn reload() -> Reload {
         Reload {
             rollout: Rollout::Batches(1),
+            shrinks_to: None,
             since: Instant::now(),
             ticket: Ticket(7),
             ports_may_change: false,

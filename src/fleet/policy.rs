@@ -65,6 +65,9 @@ pub struct Policy {
     pub max_failures: u32,
     /// How the workers are replaced when a reload doesn't say it.
     pub rollout: Rollout,
+    /// Whether the workers of a generation take their connections from one queue. Then none of them can get no more while
+    /// others do: they are replaced together.
+    pub shares_queue: bool,
 }
 
 impl Policy {
@@ -179,6 +182,7 @@ pub fn example(readiness: Readiness) -> Policy {
         stop_signal: "SIGINT",
         max_failures: 10,
         rollout: Rollout::AllAtOnce,
+        shares_queue: false,
     }
 }
 

@@ -10,7 +10,7 @@ use super::events::{Action, Refusal, Ticket};
 use super::phase::{Phase, Recycling, Step};
 use super::timers::{SlotTimer, Timer};
 use super::worker::{State, Worker};
-use super::{Fleet, Sickness};
+use super::{Fleet, ReloadOptions, Rollout, Sickness};
 use crate::ids::{SlotId, WorkerId};
 use crate::words::millis;
 
@@ -24,7 +24,10 @@ impl Fleet {
         if slots.is_empty() {
             slots = (0..there).map(SlotId::of_index).collect();
         }
-        Ok(self.queue.push_recycling(slots))
+        match self.crew.policy.shares_queue {
+            true => self.queue.push_reload(ReloadOptions::default(), Rollout::AllAtOnce),
+            false => Ok(self.queue.push_recycling(slots)),
+        }
     }
 
     /// A worker should be replaced.
@@ -70,8 +73,22 @@ impl Fleet {
         };
         let replaces_hung = self.crew.policy.hung_timeout.is_some();
         let hung = self.hung.iter().filter(|_| replaces_hung);
-        if let Some(id) = hung.chain(self.sick.keys()).copied().find(may_try) {
-            self.recycle(id, None, now);
+        match hung.chain(self.sick.keys()).copied().find(may_try) {
+            Some(id) if self.crew.policy.shares_queue && !self.hung.contains(&id) => {
+                self.replace_all(id, now);
+            }
+            Some(id) => self.recycle(id, None, now),
+            None => {}
+        }
+    }
+
+    /// The worker can't be replaced alone.
+    fn replace_all(&mut self, id: WorkerId, now: Instant) {
+        let Some(slot) = self.crew.slot_served_by(id) else { return };
+        let delay = self.crew.roster.slots[slot.index()].put_off(); // for the case that this reload fails
+        self.crew.timers.set(Timer::Slot(slot, SlotTimer::Recycle), now + delay);
+        if self.queue.push_reload(ReloadOptions::default(), Rollout::AllAtOnce).is_ok() {
+            self.begin_next(now);
         }
     }
 

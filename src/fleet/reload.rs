@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use humantime::format_duration;
 
-use super::events::{Action, Announcement, CommandId, Refusal, Ticket};
+use super::events::{Action, Announcement, CommandId, Refusal};
 use super::phase::{Phase, Reload};
 use super::policy::Rollout;
 use super::timers::Timer;
@@ -16,7 +16,8 @@ impl Fleet {
         self.newest += 1;
         let (generation, like) = (self.newest, self.crew.generation());
         self.crew.actions.push(Action::BeginGeneration { generation, command, like });
-        self.crew.info(story::reload_begins(self.newest, self.crew.slots(), reload.rollout));
+        let workers = reload.shrinks_to.unwrap_or(self.crew.slots());
+        self.crew.info(story::reload_begins(self.newest, workers, reload.rollout));
         self.crew.actions.push(Action::Announce(Announcement::Reloading));
         self.crew.actions.push(Action::FindForeignListeners);
         self.start_batch(reload, 0, now);
@@ -24,7 +25,7 @@ impl Fleet {
 
     pub(super) fn start_batch(&mut self, reload: Reload, from: usize, now: Instant) {
         self.phase = Phase::Replacing { reload, from };
-        for slot in reload.batch(from, self.crew.slots()) {
+        for slot in reload.filled(from, self.crew.slots()) {
             let id = self.crew.start_beside(SlotId::of_index(slot), self.newest, now);
             self.crew.allow_other_ports(id, reload.ports_may_change);
         }
@@ -71,7 +72,10 @@ impl Fleet {
         let last = self.crew.roster.slots[from].generation;
         self.phase = Phase::Retiring { reload, next: batch.end };
         self.crew.retire(&retired, now);
-        self.crew.replace_slots(batch.clone(), now);
+        if let Some(slots) = reload.shrinks_to {
+            self.crew.remove_slots(slots);
+        }
+        self.crew.replace_slots(reload.filled(from, slots), now);
         self.failures.clear();
         self.steer();
         self.crew.info(story::switched(self.newest, last, &batch, slots));
@@ -100,7 +104,7 @@ impl Fleet {
             self.end_operation(ticket, "scaling", Err(why.to_owned()), culprit);
             return;
         }
-        let Some(ticket) = self.phase.ticket() else { return };
+        let Some(reload) = self.phase.reload() else { return };
         let tried = self.crew.roster.ids(|worker| self.is_on_trial(worker));
         let had_connections = self.phase.has_tried();
         self.phase = Phase::Abandoning;
@@ -117,7 +121,7 @@ impl Fleet {
             false => self.crew.who_serves(),
         };
         self.crew.warn(format!("{why}; reload abandoned, {rest} on"));
-        self.end_reload(ticket, Err(why.to_owned()), culprit, now);
+        self.end_reload(reload, Err(why.to_owned()), culprit, now);
     }
 
     pub(super) fn abort(&mut self, now: Instant) -> Result<(), Refusal> {
@@ -135,13 +139,13 @@ impl Fleet {
 
     pub(super) fn end_reload(
         &mut self,
-        ticket: Ticket,
+        reload: Reload,
         result: Outcome,
         culprit: Option<WorkerId>,
         now: Instant,
     ) {
         let generation = self.newest;
         self.last_reload = Some(LastReload { generation, result: result.clone(), ended: now });
-        self.end_operation(ticket, "reload", result, culprit);
+        self.end_operation(reload.ticket, reload.name(), result, culprit);
     }
 }

@@ -38,6 +38,7 @@ struct World {
     most_alive: usize,
     /// Operations that were accepted and haven't ended.
     pending: BTreeMap<Ticket, Command>,
+    ended: BTreeSet<Ticket>,
     /// Whether the reloads that have ended succeeded.
     reloads: Vec<bool>,
     scalings: Vec<bool>,
@@ -74,6 +75,7 @@ impl World {
             starts_fail: false,
             most_alive: 0,
             pending: BTreeMap::new(),
+            ended: BTreeSet::new(),
             reloads: Vec::new(),
             scalings: Vec::new(),
             recyclings: Vec::new(),
@@ -138,12 +140,16 @@ impl World {
                 Action::Unreserve { slot, generation } => {
                     self.reserved.remove(&(slot.0, generation));
                 }
-                Action::Ended { ticket, outcome, .. } => match self.pending.remove(&ticket) {
-                    Some(Command::Reload(_)) => self.reloads.push(outcome.is_ok()),
-                    Some(Command::Scale(_)) => self.scalings.push(outcome.is_ok()),
-                    Some(Command::Recycle(_)) => self.recyclings.push(outcome.is_ok()),
-                    other => panic!("{ticket:?} of {other:?} has ended"),
-                },
+                Action::Ended { ticket, outcome, .. } => {
+                    assert!(self.ended.insert(ticket), "{ticket:?} has ended twice");
+                    match self.pending.remove(&ticket) {
+                        Some(Command::Reload(_)) => self.reloads.push(outcome.is_ok()),
+                        Some(Command::Scale(_)) => self.scalings.push(outcome.is_ok()),
+                        Some(Command::Recycle(_)) => self.recyclings.push(outcome.is_ok()),
+                        None if self.fleet.crew.policy.shares_queue => {} // a reload that nobody asked for
+                        other => panic!("{ticket:?} of {other:?} has ended"),
+                    }
+                }
                 Action::Switch(_) => {
                     let outcome = mem::replace(&mut self.next_switch, Ok(()));
                     actions.extend(self.fleet.handle(Event::Switched { outcome }, self.now));
@@ -1798,6 +1804,90 @@ impl World {
     }
 }
 
+/// Three ready workers that share a queue.
+fn sharing() -> World {
+    let mut world = World::new(Policy { shares_queue: true, ..policy(Readiness::Notify) });
+    world.ready_all();
+    world
+}
+
+#[test]
+fn with_one_queue_nobody_gets_connections_until_the_whole_first_generation_is_ready() {
+    let mut world = World::new(Policy { shares_queue: true, ..policy(Readiness::Notify) });
+    for worker in world.ids() {
+        assert_eq!(world.steered_to(), []);
+        world.event(Event::SaysReady { worker });
+    }
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+}
+
+#[test]
+fn with_one_queue_a_scaling_to_fewer_workers_replaces_all_of_them() {
+    let mut world = sharing();
+    world.command(Command::Scale(Target::Exactly(2)));
+    assert_eq!(world.alive.len(), 5, "two more");
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+    world.ready_all();
+    assert_eq!(world.steered_to(), [(0, 2), (1, 2)]);
+    world.drain_all();
+    world.obey();
+    assert_eq!((world.alive.len(), world.scalings.clone()), (2, vec![true]));
+    assert_eq!(world.fleet.crew.slots(), 2);
+}
+
+#[test]
+fn with_one_queue_a_scaling_to_fewer_workers_that_fails_changes_nothing() {
+    let mut world = sharing();
+    world.command(Command::Scale(Target::Exactly(1)));
+    let new = world.ids()[3];
+    world.end(new, End::Exited(1));
+    assert_eq!((world.scalings.clone(), world.fleet.crew.slots()), (vec![false], 3));
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+}
+
+#[test]
+fn with_one_queue_a_recycling_is_a_reload_and_a_reload_in_batches_is_refused() {
+    let mut world = sharing();
+    world.command(recycle([1]));
+    world.ready_all();
+    assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
+    world.drain_all();
+    world.obey();
+    assert_eq!(world.recyclings, [true]);
+    let refusal = world.refusal(reload_by(Rollout::Batches(1))).expect("it is refused");
+    assert!(refusal.to_string().contains("--balance queue"), "{refusal}");
+}
+
+#[test]
+fn with_one_queue_a_sick_worker_has_all_replaced_and_the_next_try_waits_if_that_fails() {
+    let mut world = sharing();
+    let sick = world.ids()[1];
+    world.event(Event::Sick { worker: sick, sickness: Sickness::Memory(500) });
+    assert_eq!(world.alive.len(), 6);
+    let new = world.ids()[3];
+    world.end(new, End::Exited(1));
+    world.obey();
+    assert_eq!((world.alive.len(), world.steered_to()), (3, vec![(0, 1), (1, 1), (2, 1)]));
+    world.pass(Duration::from_millis(900));
+    assert_eq!(world.alive.len(), 3);
+    world.pass(Duration::from_millis(200));
+    assert_eq!(world.alive.len(), 6);
+    world.ready_all();
+    assert_eq!(world.steered_to(), [(0, 3), (1, 3), (2, 3)]);
+}
+
+#[test]
+fn with_one_queue_a_worker_that_hangs_is_replaced_alone() {
+    let mut world = sharing();
+    let hung = world.ids()[1];
+    world.fleet.crew.policy.hung_timeout = Some(Duration::from_secs(1));
+    world.event(Event::Hangs { worker: hung });
+    assert_eq!(world.alive.len(), 4);
+    world.ready_all();
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+    assert!(world.draining.contains(&hung));
+}
+
 fn readiness() -> impl Strategy<Value = Readiness> {
     prop_oneof![
         Just(Readiness::Listen),
@@ -1812,9 +1902,9 @@ proptest! {
     /// itself checks that no action names a dead worker.)
     #[test]
     fn whatever_happens_a_reload_and_a_stop_come_to_an_end(
-        readiness in readiness(), steps in vec(step(), 0..60)
+        readiness in readiness(), shares_queue: bool, steps in vec(step(), 0..60)
     ) {
-        let mut world = World::new(policy(readiness));
+        let mut world = World::new(Policy { shares_queue, ..policy(readiness) });
         for step in steps {
             world.take(step, false);
             prop_assert!(world.most_alive <= 2 * MOST_WORKERS as usize, "{} alive", world.most_alive);
@@ -1839,7 +1929,8 @@ proptest! {
         let phase = world.fleet.phase;
         // The successor of a sick worker is tried again for as long as that is sick.
         let is_sick = !world.fleet.sick.is_empty() || !world.fleet.hung.is_empty();
-        let tries = matches!(phase, Phase::Recycling(Recycling { ticket: None, .. }) | Phase::Abandoning);
+        let tries = matches!(phase, Phase::Recycling(Recycling { ticket: None, .. }) | Phase::Abandoning)
+            || shares_queue && phase.reload().is_some();
         let rests = matches!(phase, Phase::Starting | Phase::Serving) || is_sick && tries;
         prop_assert!(world.exit.is_some() || rests, "{phase:?}");
         world.event(Event::StopSignal { signal: "SIGTERM" });
@@ -1852,8 +1943,10 @@ proptest! {
 
     /// Each ticket is answered once, unless a stop begins before. (The world checks that none is answered twice.)
     #[test]
-    fn every_accepted_command_is_told_how_it_ended(readiness in readiness(), steps in vec(step(), 0..60)) {
-        let mut world = World::new(policy(readiness));
+    fn every_accepted_command_is_told_how_it_ended(
+        readiness in readiness(), shares_queue: bool, steps in vec(step(), 0..60)
+    ) {
+        let mut world = World::new(Policy { shares_queue, ..policy(readiness) });
         for step in steps {
             world.take(step, false);
             let is_known = |ticket: &Ticket| {
@@ -1903,13 +1996,33 @@ proptest! {
         }
     }
 
+    /// One that does goes on to accept from the queue of the others. (One that hangs doesn't.)
+    #[test]
+    fn with_one_queue_no_worker_drains_while_another_of_its_generation_gets_connections(
+        readiness in readiness(), steps in vec(step(), 0..60)
+    ) {
+        let mut world = World::new(Policy { shares_queue: true, ..policy(readiness) });
+        for step in steps {
+            if matches!(step, Step::Hangs(_)) {
+                continue;
+            }
+            world.take(step, false);
+            let plan = world.plan();
+            let generations = |role| -> BTreeSet<u32> {
+                let of_role = world.places.iter().filter(|(id, _)| plan.role(**id) == role);
+                of_role.map(|(_, (_, generation))| *generation).collect()
+            };
+            prop_assert!(generations(Role::Ready).is_disjoint(&generations(Role::Draining)));
+        }
+    }
+
     /// From the moment that a worker is ready, through all reloads and scalings, unless serving workers end by
     /// themselves or everything is stopped.
     #[test]
     fn at_every_moment_some_worker_gets_connections(
-        readiness in readiness(), steps in vec(step(), 0..60)
+        readiness in readiness(), shares_queue: bool, steps in vec(step(), 0..60)
     ) {
-        let mut world = World::new(policy(readiness));
+        let mut world = World::new(Policy { shares_queue, ..policy(readiness) });
         let mut begun = false;
         let is_rolling = |step: &Step| matches!(step, Step::Reload(Rollout::Batches(_)));
         let rolling = steps.iter().any(is_rolling);

@@ -292,7 +292,7 @@ fn listen(
         return (NotifResponse::Continue, Some(endpoint.clone()));
     }
     let listens = if pool.lent(caller.borrower.worker, inode).is_some() {
-        pool.listen(inode, backlog).map(Endpoint::Tcp)
+        pool.listen(caller.borrower.worker, inode, backlog).map(Endpoint::Tcp)
     } else if unix.socket(inode).is_some() {
         unix.listen(inode, backlog).map(Endpoint::Unix)
     } else {

@@ -71,7 +71,7 @@ pub fn bind(
     {
         debug!("worker {} can't have a socket of the pool: {error}", borrower.slot);
         complaints.make(borrower.slot, Complaint::LimitedSocket);
-        pool.take_back(inode);
+        pool.take_back(borrower.worker, inode);
         return NotifResponse::Continue;
     }
     match errands.replace(caller, own, socket, bind.close_on_exec) {

@@ -145,7 +145,7 @@ pub fn run(program: &[sock_filter], mut load: impl FnMut(u32, usize) -> u32) -> 
             code if code == BPF_LD | BPF_H | BPF_ABS => accumulator = load(k, 2),
             code if code == BPF_LD | BPF_B | BPF_ABS => accumulator = load(k, 1),
             code if code == BPF_ALU | BPF_MOD | BPF_K => accumulator %= k,
-            code if code == BPF_ALU | BPF_ADD | BPF_K => accumulator += k,
+            code if code == BPF_ALU | BPF_ADD | BPF_K => accumulator = accumulator.wrapping_add(k),
             code if code == BPF_JMP | BPF_JA => next += k as usize,
             code if code == BPF_JMP | BPF_JEQ | BPF_K => jump_if(accumulator == k),
             code if code == BPF_JMP | BPF_JGE | BPF_K => jump_if(accumulator >= k),

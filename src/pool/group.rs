@@ -13,7 +13,7 @@ use crate::ids::{Borrower, MemberId};
 use crate::kernel::sockdiag::Listener;
 use crate::kernel::sys;
 use crate::pool::foreign::{self, ForeignMembers};
-use crate::pool::member::{Holder, Member, Members, Owner};
+use crate::pool::member::{Member, Members, Owner};
 use crate::steering::load::{Load, least_loaded};
 use crate::steering::order::Order;
 use crate::steering::program::{Aim, MAX_AIMS, Targets, program};
@@ -76,14 +76,14 @@ impl Group {
 
     /// Whether nobody borrows a member of it and no successor is awaited.
     pub fn is_free(&self, members: &Members) -> bool {
-        self.ids.iter().all(|id| members[*id].holder == Holder::Free)
+        self.ids.iter().all(|id| members[*id].is_free())
     }
 
     /// Members for the borrower, the best first: those with which its predecessor in slot and generation died, and free
     /// ones.
     pub fn spares(&self, borrower: Borrower, members: &Members) -> Vec<MemberId> {
         let is_reserved = |id: &MemberId| members[*id].is_reserved_for(borrower.slot, borrower.generation);
-        let is_free = |id: &MemberId| members[*id].holder == Holder::Free;
+        let is_free = |id: &MemberId| members[*id].is_free();
         let ids = || self.ids.iter().copied();
         ids().filter(is_reserved).chain(ids().filter(is_free)).collect()
     }
@@ -159,9 +159,10 @@ impl Group {
             .filter_map(|all| all.last())
             .max()
             .copied();
+        let weighted = |indices: &[u32]| self.weighted(indices, |id| members[id].serving(plan));
         let all_indices = Targets {
-            primary: primary_indices,
-            canary: canary_indices,
+            primary: weighted(&primary_indices),
+            canary: weighted(&canary_indices),
             share: plan.share,
             aims: self.aims(),
         };
@@ -174,7 +175,7 @@ impl Group {
                 if least.len() == members.len() {
                     return all;
                 }
-                let indices = self.order.indices(&least);
+                let indices = weighted(&self.order.indices(&least));
                 if indices.is_empty() { all } else { indices }
             };
             let mut targets = all_indices;
@@ -190,6 +191,16 @@ impl Group {
         }
         let leaving = decisions.iter().filter(|(_, role, _)| role.is_leaving()).count();
         Ok(self.order.spares_lacking(last, leaving))
+    }
+
+    /// These indices, each as often as workers serve its member's queue.
+    fn weighted(&self, indices: &[u32], serving: impl Fn(MemberId) -> usize) -> Vec<u32> {
+        let weight = |index: &u32| self.order.member(*index).map_or(1, |id| serving(id).max(1));
+        let weights: Vec<usize> = indices.iter().map(weight).collect();
+        if weights.iter().all(|weight| *weight == weights[0]) {
+            return indices.to_vec();
+        }
+        indices.iter().zip(weights).flat_map(|(index, weight)| vec![*index; weight]).collect()
     }
 
     /// Has a connection of our own, from `source`, go to a member from the next [`Group::steer`] on.

@@ -15,7 +15,8 @@ use super::{Pool, foreign};
 use crate::address::Address;
 use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
 use crate::kernel::procfs;
-use crate::pool::member::{BindRequest, Heir, Holder, MinTtl, Overlap, Owner};
+use crate::pool::member::{BindRequest, Heir, Loan, MinTtl, Overlap, Owner, Reserved};
+use crate::steering::load::Balancing;
 
 /// After so many binds, the sockets that a worker has closed are taken back if it has as many.
 const TAKE_BACK_EVERY: usize = 64;
@@ -42,20 +43,15 @@ impl Pool {
         if let Some(id) = self.inherit(borrower, address, true) {
             return self.members[id].socket.as_fd().try_clone_to_owned();
         }
-        let id = self.spare_or_new(borrower, address, Owner::this_process())?;
-        let listens = match self.members[id].listening {
-            true => self.members[id].socket.listen(GIVEN_BACKLOG), // its queue may have been short
-            false => self.begin_to_listen(id, GIVEN_BACKLOG),
-        };
-        if let Err(error) = listens {
-            self.vacate(id, None);
+        let id = self.any_socket(borrower, address, Owner::this_process())?;
+        if let Err(error) = self.listen_on(id, GIVEN_BACKLOG) {
+            if !self.members[id].is_lent() {
+                self.vacate(id, None);
+            }
             return Err(error);
         }
         let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
-        member.holder = Holder::Lent(borrower);
-        member.given = true;
-        member.lends += 1;
-        member.is_listened_on = true;
+        member.lend(Loan { listens: true, given: true, ..Loan::new(borrower) });
         member.set_min_ttl(MinTtl::default())?;
         member.socket.set_nonblocking(false)?;
         let socket = member.socket.as_fd().try_clone_to_owned()?;
@@ -79,7 +75,7 @@ impl Pool {
             Ok(None) if self.has_too_many(borrower) => return Err(io::ErrorKind::QuotaExceeded.into()),
             Ok(None) => match self.inherit(borrower, request.address, false) {
                 Some(id) => id,
-                None => self.spare_or_new(borrower, request.address, request.owner)?,
+                None => self.any_socket(borrower, request.address, request.owner)?,
             },
             Err(Overlap(id)) => {
                 self.warn_of_given(borrower, id, request.address);
@@ -88,15 +84,13 @@ impl Pool {
         };
         let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
         member.socket.set_nonblocking(request.nonblocking)?;
-        if member.is_heir(borrower.worker) {
+        let loan = member.loan(borrower.worker);
+        if loan.is_some_and(|loan| loan.heir.is_some()) {
             return Ok(member.inode); // the rest is as its predecessor has it
         }
+        let listens = loan.is_some_and(|loan| loan.given);
         member.set_min_ttl(request.min_ttl)?;
-        member.is_listened_on = member.given;
-        member.given = false;
-        member.lends += 1;
-        member.holder = Holder::Lent(borrower);
-        member.shares = request.shares;
+        member.lend(Loan { listens, shares: request.shares, ..Loan::new(borrower) });
         let inode = member.inode;
         self.watch(id);
         Ok(inode)
@@ -120,11 +114,11 @@ impl Pool {
         let lent = self.members.lent_to(borrower.worker);
         let inodes: HashSet<u64> = lent.map(|(_, member)| member.inode).collect();
         let open = procfs::open_elsewhere(borrower.pid, &inodes);
-        inodes.difference(&open).for_each(|inode| self.take_back(*inode));
+        inodes.difference(&open).for_each(|inode| self.take_back(borrower.worker, *inode));
     }
 
     fn warn_of_given(&mut self, borrower: Borrower, id: MemberId, address: Address) {
-        if self.members[id].given
+        if self.members[id].loan(borrower.worker).is_some_and(|loan| loan.given)
             && let Some(more) = self.warnings.take(Instant::now())
         {
             warn!(
@@ -143,12 +137,22 @@ impl Pool {
 
     /// Makes a worker the heir of the socket that its predecessor, which hangs, has at this address.
     fn inherit(&mut self, borrower: Borrower, address: Address, listens: bool) -> Option<MemberId> {
-        let id = self.members.heritable(*self.heirs.get(&borrower.worker)?, address)?;
+        let of = *self.heirs.get(&borrower.worker)?;
+        let id = self.members.heritable(of, address)?;
         let member = self.members.get_mut(id)?;
-        let was_nonblocking = member.socket.nonblocking().ok()?;
-        member.heir = Some(Heir { borrower, listens, was_nonblocking });
-        member.lends += 1;
+        let heir = Some(Heir { of, was_nonblocking: member.socket.nonblocking().ok()? });
+        member.lend(Loan { listens, heir, ..Loan::new(borrower) });
         Some(id)
+    }
+
+    /// With one queue for a generation, the socket that others of it have; else one that nobody has.
+    ///
+    /// # Errors
+    /// As [`Pool::spare_or_new`].
+    fn any_socket(&mut self, borrower: Borrower, address: Address, owner: Owner) -> io::Result<MemberId> {
+        let shares = self.balancing == Balancing::Queue;
+        let shared = shares.then(|| self.members.sharable(borrower, address, &self.plan)).flatten();
+        shared.map_or_else(|| self.spare_or_new(borrower, address, owner), Ok)
     }
 
     /// # Errors
@@ -164,7 +168,7 @@ impl Pool {
                 self.shut_down(id);
                 continue;
             }
-            let is_free = self.members[id].holder == Holder::Free;
+            let is_free = self.members[id].is_free();
             if !self.is_exact || !is_free || !self.members[id].listening || self.locate(address, id) {
                 return Ok(id);
             }
@@ -182,7 +186,7 @@ impl Pool {
     /// Whether a process that an ended worker left behind has the socket open, or a worker whose bind has failed since. It
     /// may accept connections from it. Such a socket is lent to nobody, so it gets none.
     fn is_left_open(&mut self, id: MemberId) -> bool {
-        if self.members.get(id).is_none_or(|member| member.left_by.is_none()) {
+        if self.members.get(id).is_none_or(|member| member.left_by.is_empty()) {
             return false;
         }
         let now = Instant::now();
@@ -193,10 +197,10 @@ impl Pool {
         let holder = self.left_open.as_ref().and_then(|(_, open)| open.get(&self.members[id].inode).copied());
         let Some(member) = self.members.get_mut(id) else { return false };
         let Some(pid) = holder else {
-            member.left_by = None;
+            member.left_by.clear();
             return false;
         };
-        member.holder = Holder::Free; // also if it was reserved
+        member.reserved = None;
         self.unserved.add(id);
         let Some(member) = self.members.get_mut(id) else { return false };
         if !mem::replace(&mut member.is_aside, true) {
@@ -217,7 +221,7 @@ impl Pool {
     /// The socket with this inode number, if it is lent to `worker`.
     pub fn lent(&self, worker: WorkerId, inode: u64) -> Option<BorrowedFd<'_>> {
         let member = self.members.get(self.members.id(inode)?)?;
-        member.is_lent_to(worker).then(|| member.socket.as_fd())
+        member.loan(worker).map(|_| member.socket.as_fd())
     }
 
     /// Whether nobody but its present borrower had the socket with this inode number.
@@ -228,13 +232,13 @@ impl Pool {
     /// Whether the socket with this inode number is lent to `worker` because that has bound its address.
     pub fn is_bound_by(&self, worker: WorkerId, inode: u64) -> bool {
         let member = self.members.id(inode).and_then(|id| self.members.get(id));
-        member.is_some_and(|member| member.is_lent_to(worker) && !member.given)
+        member.and_then(|member| member.loan(worker)).is_some_and(|loan| !loan.given)
     }
 
     /// Closes a socket that can't be lent any more, although another process may have it open.
     fn shut_down(&mut self, id: MemberId) {
         let Some(member) = self.members.get_mut(id) else { return };
-        member.holder = Holder::Free;
+        (member.loans, member.reserved) = (Vec::new(), None);
         let address = member.address;
         let left = member.socket.shutdown(Shutdown::Both).is_ok();
         self.watch(id);
@@ -259,19 +263,16 @@ impl Pool {
         }
     }
 
-    /// Takes back a socket that never reached its borrower, or that the borrower has closed.
-    pub fn take_back(&mut self, inode: u64) {
+    /// Takes back a socket that never reached the worker, or that it has closed.
+    pub fn take_back(&mut self, worker: WorkerId, inode: u64) {
         let Some(id) = self.members.id(inode) else { return };
-        if let Some(member) = self.members.get_mut(id).filter(|member| member.heir.is_some()) {
-            return member.disinherit(); // of its predecessor, it is found out later
-        }
-        if self.members[id].borrower().is_none() {
+        if self.members[id].loan(worker).is_none() {
             return;
         }
         if self.members[id].listening {
-            self.note_stopped(id);
+            self.note_stopped(id, worker);
         }
-        self.vacate(id, None);
+        self.end_loan(id, worker, None);
     }
 
     /// Takes back a socket that its borrower has open, although it was not to get it. As long as it has, nobody else gets
@@ -279,9 +280,9 @@ impl Pool {
     pub fn take_back_open(&mut self, worker: WorkerId, inode: u64) {
         self.left_open = None;
         if let Some(member) = self.members.id(inode).and_then(|id| self.members.get_mut(id)) {
-            member.left_by = Some(worker);
+            member.left_by.insert(worker);
         }
-        self.take_back(inode);
+        self.take_back(worker, inode);
     }
 
     /// A worker has died. If it will have a `successor`, the next worker of its slot and generation, its sockets are
@@ -292,19 +293,17 @@ impl Pool {
         self.heirs.remove(&worker);
         let lent: Vec<MemberId> = self.members.lent_to(worker).map(|(id, _)| id).collect();
         for id in lent {
-            if let Some(member) = self.members.get_mut(id) {
-                if member.is_heir(worker) {
-                    member.disinherit();
-                    continue;
-                }
-                member.left_by = Some(worker);
-            }
-            let borrower = self.members[id].borrower().filter(|_| successor);
-            let reserved = borrower.map(|Borrower { slot, generation, .. }| {
-                let overdue = false;
-                Holder::Reserved { slot, generation, overdue }
+            let Some(member) = self.members.get_mut(id) else { continue };
+            let Some(Loan { borrower, heir, .. }) = member.loan(worker).copied() else { continue };
+            let reserved = (successor && heir.is_none()).then_some(Reserved {
+                slot: borrower.slot,
+                generation: borrower.generation,
+                overdue: false,
             });
-            self.vacate(id, reserved);
+            if heir.is_none() {
+                member.left_by.insert(worker);
+            }
+            self.end_loan(id, worker, reserved);
         }
     }
 
@@ -320,26 +319,37 @@ impl Pool {
     pub fn reset_reserved(&mut self, slot: SlotId, generation: u32) {
         for id in self.members.reserved_for(slot, generation) {
             if let Some(member) = self.members.get_mut(id) {
-                if member.heir.is_some_and(|heir| heir.listens) {
+                if member.loans.iter().any(|loan| loan.listens) {
                     continue; // it takes them
                 }
-                member.holder = Holder::Reserved { slot, generation, overdue: true };
+                member.reserved = Some(Reserved { slot, generation, overdue: true });
             }
             self.unserved.add(id);
         }
     }
 
-    /// A socket has no borrower any more. It is `reserved`, or becomes free.
-    fn vacate(&mut self, id: MemberId, reserved: Option<Holder>) {
+    /// A worker has a socket no more. If nobody else has, but perhaps its heir, it is `reserved`, or becomes free.
+    fn end_loan(&mut self, id: MemberId, worker: WorkerId, reserved: Option<Reserved>) {
+        let Some(member) = self.members.get_mut(id) else { return };
+        let was_heir = member.loan(worker).is_some_and(|loan| loan.heir.is_some());
+        member.end_loan(worker);
+        let has_others = member.loans.iter().any(|loan| loan.heir.is_none());
+        if !has_others && !was_heir {
+            self.vacate(id, reserved);
+        }
+    }
+
+    /// A socket has no borrower any more, but perhaps an heir. It is `reserved`, or becomes free.
+    fn vacate(&mut self, id: MemberId, reserved: Option<Reserved>) {
         let Some(member) = self.members.get_mut(id) else { return };
         if reserved.is_none() {
-            member.heir = None;
+            member.loans.clear();
         }
         let address = member.address;
         if !member.listening {
             self.remove(id);
         } else {
-            member.holder = reserved.unwrap_or(Holder::Free);
+            member.reserved = reserved;
             if reserved.is_none() {
                 self.unserved.add(id);
             }

@@ -1,6 +1,6 @@
 //! The pool's sockets, and who borrows each of them.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Index;
@@ -61,28 +61,37 @@ impl MinTtl {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Holder {
-    Free,
-    /// The borrower died. Its successor, the next worker of the same slot and generation, inherits the socket.
-    Reserved {
-        slot: SlotId,
-        generation: u32,
-        /// Whether the successor takes so long that connections shouldn't wait for it.
-        overdue: bool,
-    },
-    Lent(Borrower),
+/// That a worker has a socket of the pool.
+#[derive(Debug, Clone, Copy)]
+pub struct Loan {
+    pub borrower: Borrower,
+    /// Whether it has called listen(2), or was given the socket. A program may bind a socket only to keep its port, and
+    /// accept from another one.
+    pub listens: bool,
+    /// Whether it was given the socket at its start. If it binds the address, it gets this socket again.
+    pub given: bool,
+    /// Whether it asked for SO_REUSEPORT itself.
+    pub shares: bool,
+    /// The borrower succeeds a worker that hangs: it accepts what waits on that one's socket, which becomes its own when it
+    /// serves.
+    pub heir: Option<Heir>,
 }
 
-/// The successor of a worker that hangs: it accepts what waits on that one's socket, and the socket becomes its own when it
-/// serves.
 #[derive(Debug, Clone, Copy)]
 pub struct Heir {
-    pub borrower: Borrower,
-    /// Whether it has called listen(2), or was given the socket.
-    pub listens: bool,
+    /// The worker that hangs.
+    pub of: WorkerId,
     /// O_NONBLOCK of the socket before. Both have the same open file description.
     pub was_nonblocking: bool,
+}
+
+/// The borrower died. Its successor, the next worker of the same slot and generation, inherits the socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reserved {
+    pub slot: SlotId,
+    pub generation: u32,
+    /// Whether the successor takes so long that connections shouldn't wait for it.
+    pub overdue: bool,
 }
 
 /// A socket of the pool.
@@ -91,7 +100,9 @@ pub struct Member {
     pub address: Address,
     pub socket: Socket,
     pub inode: u64,
-    pub holder: Holder,
+    /// The workers that have it. Several are of one generation, but for heirs.
+    pub loans: Vec<Loan>,
+    pub reserved: Option<Reserved>,
     /// Whether it listens, and so is in the array of its reuseport group.
     pub listening: bool,
     /// Whether it drops SYNs.
@@ -102,21 +113,14 @@ pub struct Member {
     device: u32,
     /// Whether a borrower has set what can't be taken back.
     is_limited: bool,
-    /// Whether the borrower asked for SO_REUSEPORT itself.
-    pub shares: bool,
-    /// The successor of a borrower that hangs. It has the socket open as well.
-    pub heir: Option<Heir>,
-    /// The last borrower, if that or processes that it left behind may have the socket open.
-    pub left_by: Option<WorkerId>,
+    /// The borrowers that have ended, if they or processes that they left behind may have the socket open.
+    pub left_by: BTreeSet<WorkerId>,
     /// Whether it was logged that somebody has it open.
     pub is_aside: bool,
-    /// Whether the borrower was given it at its start. If the borrower binds the address, it gets this socket again.
-    pub given: bool,
     /// How often it was lent.
     pub lends: u32,
-    /// Whether the borrower has called listen(2), or was given the socket. A program may bind a socket only to keep its
-    /// port, and accept from another one.
-    pub is_listened_on: bool,
+    /// Of the last call of listen(2).
+    pub backlog: i32,
 }
 
 impl Member {
@@ -146,80 +150,104 @@ impl Member {
             device,
             socket,
             inode,
-            holder: Holder::Free,
+            loans: Vec::new(),
+            reserved: None,
             listening: false,
             held: false,
             min_ttl: MinTtl::default(),
             is_limited: false,
-            shares: false,
-            given: false,
-            lends: 0,
-            is_listened_on: false,
-            heir: None,
-            left_by: None,
+            left_by: BTreeSet::new(),
             is_aside: false,
+            lends: 0,
+            backlog: 0,
         })
     }
 
-    pub fn borrower(&self) -> Option<Borrower> {
-        match self.holder {
-            Holder::Lent(borrower) => Some(borrower),
-            Holder::Free | Holder::Reserved { .. } => None,
-        }
+    pub fn is_lent(&self) -> bool {
+        !self.loans.is_empty()
     }
 
-    /// Whether the worker borrows it, or is the heir.
-    pub fn is_lent_to(&self, worker: WorkerId) -> bool {
-        self.borrower().is_some_and(|borrower| borrower.worker == worker) || self.is_heir(worker)
+    /// Whether nobody accepts from it, unless an heir does of which that isn't known.
+    pub fn is_unserved(&self) -> bool {
+        self.loans.iter().all(|loan| loan.heir.is_some())
     }
 
-    pub fn is_heir(&self, worker: WorkerId) -> bool {
-        self.heir.is_some_and(|heir| heir.borrower.worker == worker)
+    /// Whether nobody borrows it and no successor is awaited.
+    pub fn is_free(&self) -> bool {
+        !self.is_lent() && self.reserved.is_none()
+    }
+
+    pub fn loan(&self, worker: WorkerId) -> Option<&Loan> {
+        self.loans.iter().find(|loan| loan.borrower.worker == worker)
+    }
+
+    pub fn loan_mut(&mut self, worker: WorkerId) -> Option<&mut Loan> {
+        self.loans.iter_mut().find(|loan| loan.borrower.worker == worker)
     }
 
     /// Whether the worker, to which it is lent, listens on this address by it.
     pub fn is_listener_on(&self, worker: WorkerId, address: Address) -> bool {
-        let listens = self
-            .heir
-            .filter(|heir| heir.borrower.worker == worker)
-            .map_or(self.is_listened_on, |it| it.listens);
-        self.listening && listens && self.address == address
+        self.listening && self.address == address && self.loan(worker).is_some_and(|loan| loan.listens)
     }
 
     pub fn is_reserved_for(&self, slot: SlotId, generation: u32) -> bool {
-        matches!(self.holder, Holder::Reserved { slot: s, generation: g, .. } if (s, g) == (slot, generation))
+        self.reserved.is_some_and(|reserved| (reserved.slot, reserved.generation) == (slot, generation))
     }
 
+    /// What it is to steering: what the borrower is for which it matters most that connections come here.
     pub fn role(&self, plan: &Plan) -> Role {
-        match self.holder {
-            _ if self.successor(plan).is_some() => Role::Ready,
-            Holder::Free => Role::Free,
-            Holder::Reserved { .. } => Role::Reserved,
-            Holder::Lent(_) if !self.is_listened_on => Role::Starting,
-            Holder::Lent(borrower) => plan.role(borrower.worker),
-        }
+        const BEFORE_RESERVED: [Role; 2] = [Role::Ready, Role::Canary];
+        const OTHERS: [Role; 3] = [Role::Draining, Role::Leaving, Role::Starting];
+        let is_there = |role: &Role| self.loans.iter().any(|loan| loan.role(plan) == *role);
+        let reserved = self.reserved.map(|_| Role::Reserved);
+        let first = BEFORE_RESERVED.into_iter().find(is_there);
+        first.or(reserved).or_else(|| OTHERS.into_iter().find(is_there)).unwrap_or(Role::Free)
     }
 
-    /// The heir, if it gets new connections by this plan, and its predecessor gets none.
-    fn successor(&self, plan: &Plan) -> Option<Heir> {
-        let has_left = self.borrower().is_none_or(|borrower| plan.role(borrower.worker).is_leaving());
-        self.heir.filter(|heir| has_left && heir.listens && plan.role(heir.borrower.worker) == Role::Ready)
+    /// How many borrowers get connections by this plan.
+    pub fn serving(&self, plan: &Plan) -> usize {
+        let serves = |loan: &&Loan| matches!(loan.role(plan), Role::Ready | Role::Canary);
+        self.loans.iter().filter(serves).count()
+    }
+
+    /// Whether another worker of its generation may share it: it doesn't get connections yet.
+    fn may_be_shared_with(&self, borrower: Borrower, plan: &Plan) -> bool {
+        let is_sibling = |loan: &Loan| {
+            let other = loan.borrower;
+            let starts = plan.role(other.worker) == Role::Starting && loan.heir.is_none();
+            other.generation == borrower.generation && other.worker != borrower.worker && starts
+        };
+        self.is_lent() && self.reserved.is_none() && self.loans.iter().all(is_sibling)
     }
 
     /// The heir that serves by this plan gets the socket.
     fn succeed(&mut self, plan: &Plan) {
-        if let Some(heir) = self.successor(plan) {
-            self.heir = None;
-            self.left_by = self.borrower().map(|borrower| borrower.worker).or(self.left_by);
-            (self.holder, self.is_listened_on) = (Holder::Lent(heir.borrower), true);
+        let serves = |loan: &&mut Loan| loan.heir.is_some() && loan.role(plan) == Role::Ready;
+        let Some(loan) = self.loans.iter_mut().find(serves) else { return };
+        let Some(heir) = loan.heir.take() else { return };
+        self.reserved = None;
+        if self.loan(heir.of).is_some() {
+            self.left_by.insert(heir.of);
+            self.loans.retain(|loan| loan.borrower.worker != heir.of);
         }
     }
 
-    /// The heir has gone, or hasn't got the socket.
-    pub fn disinherit(&mut self) {
-        if let Some(heir) = self.heir.take() {
+    /// A worker gets it, or gets it again.
+    pub fn lend(&mut self, loan: Loan) {
+        self.loans.retain(|other| other.borrower.worker != loan.borrower.worker);
+        self.loans.push(loan);
+        if loan.heir.is_none() {
+            self.reserved = None;
+        }
+        self.lends += 1;
+    }
+
+    /// The worker has gone, or hasn't got the socket.
+    pub fn end_loan(&mut self, worker: WorkerId) {
+        if let Some(heir) = self.loan(worker).and_then(|loan| loan.heir) {
             let _ = self.socket.set_nonblocking(heir.was_nonblocking);
         }
+        self.loans.retain(|loan| loan.borrower.worker != worker);
     }
 
     /// The state of the socket.
@@ -336,6 +364,22 @@ impl Member {
     }
 }
 
+impl Loan {
+    pub fn new(borrower: Borrower) -> Self {
+        Self { borrower, listens: false, given: false, shares: false, heir: None }
+    }
+
+    /// An heir has none until that worker gets no more connections.
+    fn role(&self, plan: &Plan) -> Role {
+        let waits =
+            |heir: Heir| !matches!(plan.role(heir.of), Role::Draining | Role::Leaving | Role::Starting);
+        match self.listens && !self.heir.is_some_and(waits) {
+            true => plan.role(self.borrower.worker),
+            false => Role::Starting,
+        }
+    }
+}
+
 /// A socket that is in the way of a bind.
 #[derive(Debug)]
 pub struct Overlap(pub MemberId);
@@ -387,15 +431,24 @@ impl Members {
     }
 
     pub fn lent_to(&self, worker: WorkerId) -> impl Iterator<Item = (MemberId, &Member)> {
-        self.iter().filter(move |(_, member)| member.is_lent_to(worker))
+        self.iter().filter(move |(_, member)| member.loan(worker).is_some())
     }
 
     /// A worker's socket of this address that has no heir.
     pub fn heritable(&self, worker: WorkerId, address: Address) -> Option<MemberId> {
         let is_one = |member: &Member| {
-            member.heir.is_none() && member.is_listener_on(worker, address) && !member.is_limited()
+            let has_heir = member.loans.iter().any(|loan| loan.heir.is_some());
+            !has_heir && member.is_listener_on(worker, address) && !member.is_limited()
         };
         self.lent_to(worker).find(|(_, member)| is_one(member)).map(|(id, _)| id)
+    }
+
+    /// A socket of this address that another worker of the generation has, and that gets no connections yet.
+    pub fn sharable(&self, borrower: Borrower, address: Address, plan: &Plan) -> Option<MemberId> {
+        let is_one = |member: &Member| {
+            member.address == address && member.may_be_shared_with(borrower, plan) && !member.is_limited()
+        };
+        self.iter().find(|(_, member)| is_one(member)).map(|(id, _)| id)
     }
 
     /// The heirs that serve by this plan get their sockets.
@@ -410,13 +463,14 @@ impl Members {
     pub fn lent_again(&self, borrower: Borrower, request: BindRequest) -> Result<Option<MemberId>, Overlap> {
         let mut again = None;
         for (id, member) in self.lent_to(borrower.worker) {
-            if !member.address.overlaps(&request.address) || member.shares && request.shares {
+            let Some(loan) = member.loan(borrower.worker) else { continue };
+            if !member.address.overlaps(&request.address) || loan.shares && request.shares {
                 continue;
             }
-            if member.given && member.address == request.address {
+            if loan.given && member.address == request.address {
                 return Ok(Some(id));
             }
-            let is_open = match member.is_heir(borrower.worker) {
+            let is_open = match member.loans.len() > 1 {
                 true => !procfs::first_holders(borrower.pid, &|inode| inode == member.inode).is_empty(),
                 false => procfs::is_open_elsewhere(borrower.pid, member.inode),
             };
@@ -441,27 +495,20 @@ impl Members {
 
     /// The inode numbers of the sockets that processes may have open which ended workers have left behind.
     pub fn left_behind(&self) -> HashSet<u64> {
-        self.by_id.values().filter(|member| member.left_by.is_some()).map(|member| member.inode).collect()
+        self.by_id.values().filter(|member| !member.left_by.is_empty()).map(|member| member.inode).collect()
     }
 
     /// No process of an ended worker lives any more.
     pub fn nobody_is_left(&mut self, worker: WorkerId) {
-        for member in self.by_id.values_mut().filter(|member| member.left_by == Some(worker)) {
-            member.left_by = None;
+        for member in self.by_id.values_mut() {
+            member.left_by.remove(&worker);
         }
     }
 
     /// Notes the process of a worker that was lent sockets before it was started.
     pub fn set_pid(&mut self, worker: WorkerId, pid: Pid) {
-        for member in self.by_id.values_mut() {
-            match (&mut member.heir, &mut member.holder) {
-                (Some(Heir { borrower, .. }), _) | (_, Holder::Lent(borrower))
-                    if borrower.worker == worker =>
-                {
-                    borrower.pid = pid;
-                }
-                _ => {}
-            }
+        for loan in self.by_id.values_mut().filter_map(|member| member.loan_mut(worker)) {
+            loan.borrower.pid = pid;
         }
     }
 }

@@ -39,12 +39,12 @@ use nix::unistd::Pid;
 use self::closed::ClosedListeners;
 use self::group::Group;
 pub use self::member::{BindRequest, MinTtl, Owner};
-use self::member::{Holder, Member, Members};
+use self::member::{Loan, Member, Members, Reserved};
 pub use self::reach::Reach;
 use self::unserved::Unserved;
 use self::watcher::{Interest, Watcher};
 use crate::address::Address;
-use crate::ids::{Borrower, MemberId, WorkerId};
+use crate::ids::{MemberId, WorkerId};
 use crate::kernel::duplicate::close_without_waiting;
 use crate::kernel::procfs;
 use crate::kernel::sockdiag::Listener;
@@ -86,6 +86,8 @@ pub struct Pool {
     heirs: BTreeMap<WorkerId, WorkerId>,
     /// For [`Pool::stopped_listening`].
     stopped: Vec<StoppedListening>,
+    /// The sockets of several workers that one of them has shut down.
+    shut: Vec<MemberId>,
     plan: Plan,
 }
 
@@ -96,7 +98,7 @@ impl Pool {
     /// Those of epoll_create(2) and epoll_ctl(2).
     pub fn new(balancing: Balancing, is_exact: bool) -> io::Result<Self> {
         let sample_interval = match balancing {
-            Balancing::Load => SAMPLE_INTERVAL,
+            Balancing::Load | Balancing::Queue => SAMPLE_INTERVAL,
             Balancing::Random => closed::SECOND_CHECK, // samples then show closed listeners only
         };
         Ok(Self {
@@ -113,6 +115,7 @@ impl Pool {
             left_open: None,
             heirs: BTreeMap::new(),
             stopped: Vec::new(),
+            shut: Vec::new(),
             plan: Plan::default(),
         })
     }
@@ -176,19 +179,22 @@ impl Pool {
     ///
     /// # Errors
     /// What listen(2) would have said to the worker.
-    pub fn listen(&mut self, inode: u64, backlog: i32) -> io::Result<Address> {
+    pub fn listen(&mut self, worker: WorkerId, inode: u64, backlog: i32) -> io::Result<Address> {
         let id = self.members.id(inode).ok_or(io::ErrorKind::NotFound)?;
         self.handle_events(None);
-        if self.members.get(id).is_some_and(|member| !member.listening) {
-            self.begin_to_listen(id, backlog)?;
-        }
+        self.listen_on(id, backlog)?;
         let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
-        member.socket.listen(backlog)?; // sets the backlog of a socket that listens already
-        match &mut member.heir {
-            Some(heir) => heir.listens = true,
-            None => member.is_listened_on = true,
+        if let Some(loan) = member.loan_mut(worker) {
+            loan.listens = true;
         }
         Ok(member.address)
+    }
+
+    fn listen_on(&mut self, id: MemberId, backlog: i32) -> io::Result<()> {
+        match self.members[id].listening {
+            true => self.members[id].socket.listen(backlog), // its queue may have been shorter
+            false => self.begin_to_listen(id, backlog),
+        }
     }
 
     fn begin_to_listen(&mut self, id: MemberId, backlog: i32) -> io::Result<()> {
@@ -201,7 +207,7 @@ impl Pool {
         // The order of the kernel's array is that of the calls of listen(2). Members that were known to have left did so
         // before this call. Those that are found to have left after it may have done so before or after.
         member.socket.listen(backlog)?;
-        member.listening = true;
+        (member.listening, member.backlog) = (true, backlog);
         self.handle_events(Some(id));
         self.watch(id);
         Ok(())
@@ -257,19 +263,25 @@ impl Pool {
     /// Notes which workers shut their listeners down, and drops such sockets that nobody borrows.
     fn forget_departed(&mut self, ids: &BTreeSet<MemberId>) {
         for id in ids {
-            match self.members.get(*id).map(Member::borrower) {
-                Some(Some(_)) => self.note_stopped(*id),
-                Some(None) => self.remove(*id),
-                None => {}
+            let Some(member) = self.members.get(*id) else { continue };
+            let borrowers: Vec<WorkerId> = member.loans.iter().map(|loan| loan.borrower.worker).collect();
+            match borrowers[..] {
+                [] => self.remove(*id),
+                [worker] => self.note_stopped(*id, worker),
+                // One of several has shut it down for all. The others go on to accept from it.
+                [..] if member.role(&self.plan) == Role::Ready => self.shut.push(*id),
+                [..] => borrowers.iter().for_each(|worker| self.note_stopped(*id, *worker)),
             }
         }
     }
 
     /// A worker has closed a listener, or shut it down. It still listens on the address if it has another one there.
-    fn note_stopped(&mut self, id: MemberId) {
+    fn note_stopped(&mut self, id: MemberId, worker: WorkerId) {
         let member = &self.members[id];
-        let (address, listened) = (member.address, member.is_listened_on);
-        let Some(Borrower { worker, .. }) = member.borrower().filter(|_| listened) else { return };
+        let address = member.address;
+        if !member.loan(worker).is_some_and(|loan| loan.listens && loan.heir.is_none()) {
+            return;
+        }
         let is_another =
             |(other, member): (MemberId, &Member)| other != id && member.is_listener_on(worker, address);
         if !self.members.lent_to(worker).any(is_another) {
@@ -307,16 +319,17 @@ impl Pool {
         let begun = cpu_time();
         let socket = |id| self.members.get(id).map(|member| member.socket.as_fd());
         let lengths = self.watcher.queues.sample(now, socket);
-        let load_changed = self.balancing == Balancing::Load && self.update_load(&lengths, now);
+        let load_changed = self.balancing != Balancing::Random && self.update_load(&lengths, now);
         let is_open = |id| {
-            let member = self.members.get(id)?;
-            Some(procfs::is_open_elsewhere(member.borrower()?.pid, member.inode))
+            let member = self.members.get(id).filter(|member| member.is_lent())?;
+            let is_open = |loan: &Loan| procfs::is_open_elsewhere(loan.borrower.pid, member.inode);
+            Some(member.loans.iter().any(is_open))
         };
         let closed = self.closed.check(&lengths, is_open, now);
         for id in &closed {
-            if let Some(inode) = self.members.get(*id).map(|member| member.inode) {
-                self.take_back(inode);
-            }
+            let Some(Member { inode, loans, .. }) = self.members.get(*id) else { continue };
+            let (inode, loans) = (*inode, loans.clone());
+            loans.iter().for_each(|loan| self.take_back(loan.borrower.worker, inode));
         }
         if let Err(error) = self.watcher.rearm() {
             warn!("can't watch accept queues: {error}");
@@ -340,25 +353,30 @@ impl Pool {
             matches!(role, Some(Role::Ready | Role::Canary))
         };
         let lengths = lengths.iter().filter(|(id, _)| is_ready(id)).map(|(id, length)| (*id, *length));
-        let is_busy = |id| procfs::is_main_thread_busy(self.members.get(id)?.borrower()?.pid);
+        let is_busy = |id| {
+            let loans = self.members.get(id)?.loans.iter();
+            let mut busy = loans.map(|loan| procfs::is_main_thread_busy(loan.borrower.pid));
+            busy.try_fold(true, |all, is_busy| Some(all && is_busy?))
+        };
         let changes = self.tracker.sample(&lengths.collect(), is_busy, now);
         changes.iter().for_each(|(id, change)| self.log_change(*id, *change));
         changes.iter().any(|(_, change)| *change != Change::StuckLong)
     }
 
     fn log_change(&self, id: MemberId, change: Change) {
-        let Some(Member { address, holder: Holder::Lent(borrower), .. }) = self.members.get(id) else {
-            return;
-        };
-        match change {
-            Change::To(Load::Stuck, _) => debug!("{borrower} takes no connections on {address}: skipped"),
-            Change::To(Load::Busy, _) => debug!("{borrower} is busy: skipped"),
-            Change::To(Load::Free, lasted) if lasted >= LONG => {
-                info!("{borrower} takes connections on {address} again, after {:.1} s", lasted.as_secs_f64());
-            }
-            Change::To(Load::Free, _) => debug!("{borrower} is no longer skipped"),
-            Change::StuckLong => {
-                info!("{borrower} has taken no connection on {address} for {} s", LONG.as_secs());
+        let Some(Member { address, loans, .. }) = self.members.get(id) else { return };
+        for Loan { borrower, .. } in loans {
+            match change {
+                Change::To(Load::Stuck, _) => debug!("{borrower} takes no connections on {address}: skipped"),
+                Change::To(Load::Busy, _) => debug!("{borrower} is busy: skipped"),
+                Change::To(Load::Free, lasted) if lasted >= LONG => {
+                    let lasted = lasted.as_secs_f64();
+                    info!("{borrower} takes connections on {address} again, after {lasted:.1} s");
+                }
+                Change::To(Load::Free, _) => debug!("{borrower} is no longer skipped"),
+                Change::StuckLong => {
+                    info!("{borrower} has taken no connection on {address} for {} s", LONG.as_secs());
+                }
             }
         }
     }
@@ -366,12 +384,12 @@ impl Pool {
     /// Has epoll report what matters of a socket.
     fn watch(&mut self, id: MemberId) {
         let Some(member) = self.members.get(id) else { return };
-        let interest = match member.holder {
+        let interest = match member.reserved {
             _ if !member.listening => Interest::Changes,
-            Holder::Lent(_) => Interest::AcceptQueue,
+            None if member.is_lent() => Interest::AcceptQueue,
             _ if self.unserved.contains(id) => Interest::ShutDown,
-            Holder::Reserved { overdue: false, .. } => Interest::ShutDown,
-            Holder::Free | Holder::Reserved { overdue: true, .. } => Interest::Connections,
+            Some(Reserved { overdue: false, .. }) => Interest::ShutDown,
+            None | Some(Reserved { overdue: true, .. }) => Interest::Connections,
         };
         if interest != Interest::AcceptQueue {
             self.tracker.forget(id);
@@ -391,7 +409,7 @@ impl Pool {
     }
 
     fn reset_queue(&mut self, id: MemberId) -> Option<(Address, usize)> {
-        let member = self.members.get(id).filter(|member| member.borrower().is_none())?;
+        let member = self.members.get(id).filter(|member| member.is_unserved())?;
         let (address, (connections, result)) = (member.address, member.reset_queue());
         if let Err(error) = result {
             warn!("can't reset the connections that wait on {address}: {error}");
@@ -416,12 +434,30 @@ impl Pool {
         if is_reported {
             self.handle_events(None);
         }
+        self.listen_again();
         mem::take(&mut self.stopped)
+    }
+
+    /// What one of several workers has shut down goes on to serve the others.
+    fn listen_again(&mut self) {
+        let shut = mem::take(&mut self.shut);
+        for id in &shut {
+            let Some(member) = self.members.get(*id).filter(|member| !member.listening) else { continue };
+            let (address, backlog) = (member.address, member.backlog);
+            if let Err(error) = self.begin_to_listen(*id, backlog) {
+                warn!("can't listen on {address} again: {error}");
+            }
+        }
+        if !shut.is_empty()
+            && let Err(why) = self.steer_all()
+        {
+            warn!("{why}");
+        }
     }
 
     /// Whether there is a reason to call [`Pool::stopped_listening`] or [`Pool::reset_unserved`].
     pub fn has_news(&self) -> bool {
-        !self.stopped.is_empty() || self.unserved.has_pending()
+        !self.stopped.is_empty() || !self.shut.is_empty() || self.unserved.has_pending()
     }
 
     /// Whether no connection waits to be accepted by the worker.
@@ -440,7 +476,7 @@ impl Pool {
     /// The workers for which connections have waited for [`LONG`] without being taken.
     pub fn awaited_for_long(&self) -> BTreeSet<WorkerId> {
         let members = self.watcher.queues.slow().filter_map(|id| self.members.get(id));
-        members.filter_map(Member::borrower).map(|borrower| borrower.worker).collect()
+        members.flat_map(|member| &member.loans).map(|loan| loan.borrower.worker).collect()
     }
 
     /// The load of the worker, on the address where it is greatest.

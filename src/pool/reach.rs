@@ -14,7 +14,8 @@ use log::{debug, warn};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Holder, Pool};
+use super::Pool;
+use super::member::Member;
 use crate::address::Address;
 use crate::ids::{MemberId, WorkerId};
 use crate::kernel::sys;
@@ -69,7 +70,7 @@ impl Pool {
     pub(super) fn locate(&mut self, address: Address, member: MemberId) -> bool {
         let Some(group) = self.groups.get(&address) else { return false };
         for (index, candidates) in group.places(member) {
-            let is_free = |id: &MemberId| self.members.get(*id).is_some_and(|it| it.holder == Holder::Free);
+            let is_free = |id: &MemberId| self.members.get(*id).is_some_and(Member::is_free);
             if !candidates.iter().all(is_free) {
                 continue;
             }

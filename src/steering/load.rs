@@ -26,6 +26,8 @@ pub enum Balancing {
     Load,
     /// Any ready worker.
     Random,
+    /// As `Load`, but the workers that a generation started with take their connections from one queue.
+    Queue,
 }
 
 /// How loaded a member is. New connections go to the members with the least load.

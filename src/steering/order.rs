@@ -76,6 +76,12 @@ impl Order {
         self.indices(&BTreeSet::from([member])).first().copied()
     }
 
+    /// The member that has this index, if that is known.
+    pub fn member(&self, index: u32) -> Option<MemberId> {
+        let place = self.candidates.get(index as usize).filter(|place| place.len() == 1)?;
+        place.first().copied()
+    }
+
     /// The indices at which a member may stand, each with all members that may stand there.
     pub fn places(&self, member: MemberId) -> Vec<(u32, BTreeSet<MemberId>)> {
         let places = (0..).zip(&self.candidates).filter(|(_, place)| place.contains(&member));

@@ -9,7 +9,7 @@ use crate::kernel::bpf::{
 };
 use crate::steering::Share;
 
-/// The indices that a program chooses from. Both lists ascend.
+/// The indices that a program chooses from, each as often as it stands here. Both lists ascend.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Targets {
     pub primary: Vec<u32>,
@@ -41,7 +41,7 @@ const fn ip_header(offset: u32) -> u32 {
     (libc::SKF_NET_OFF as u32).wrapping_add(offset)
 }
 
-/// A program that chooses one of the indices at random, each of a list with the same probability, in O(log n) steps.
+/// A program that chooses one of the indices at random, each entry of a list with the same probability, in O(log n) steps.
 /// Without any index, its result is out of range: then the kernel chooses among all members by the connection's hash.
 /// A connection from the source of an aim goes to the index of that aim.
 ///
@@ -151,8 +151,8 @@ fn runs(indices: &[u32]) -> Vec<Run> {
 fn choose(runs: &[Run], program: &mut Vec<sock_filter>) {
     let Some((&first, rest)) = runs.split_first() else { return };
     if rest.is_empty() {
-        // start >= before, since the indices ascend.
-        program.push(add(first.start - first.before));
+        // Less than 0 where indices stand several times; the kernel's sums wrap too.
+        program.push(add(first.start.wrapping_sub(first.before)));
         program.push(ret_accumulator());
         return;
     }

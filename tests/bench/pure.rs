@@ -134,6 +134,7 @@ impl World {
             stop_signal: "SIGINT",
             max_failures: 10,
             rollout: Rollout::AllAtOnce,
+            shares_queue: false,
         };
         let now = Instant::now();
         let (fleet, actions) = Fleet::new(policy, Endpoints::default(), now);
