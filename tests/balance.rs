@@ -276,9 +276,114 @@ fn reloads_while_a_worker_is_stuck_lose_no_request() {
     service.stop();
 }
 
+/// A crash, reloads, a canary, scalings and recyclings under load, without a failed request, with this --balance.
+#[track_caller]
+fn operations_lose_nothing(how: &str) {
+    let _turn = turn();
+    let addr = free_address();
+    let mut service = Service::run_ready(&format!("-n 4 --balance {how}"), &naive(addr));
+    let command = |words: &str| run_words(&words.replace("PID", &service.pid().to_string()));
+    // It has accepted nothing, and what waits for it is answered by its successor.
+    let worker = service.workers()[1];
+    freeze(worker);
+    let load = load(addr);
+    wait_for_answers(&load, 30);
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(worker as i32), Signal::SIGKILL).expect("kill");
+    service.wait_for_line("a replacement");
+    wait_for_answers(&load, 100);
+
+    for _ in 0..3 {
+        service.reload();
+        wait_for_answers(&load, 50);
+    }
+    command("reload --canary 50 --for 300ms PID").assert_done("4 workers of generation 5 serve");
+    command("scale 6 PID").assert_done("6 workers");
+    wait_for_answers(&load, 50);
+    command("scale 3 PID").assert_done("3 workers");
+    wait_for_answers(&load, 50);
+    command("recycle --pid PID 1").assert_done("3 workers");
+    command("recycle --pid PID --all").assert_done("3 workers");
+    wait_for_answers(&load, 50);
+    command("reload PID -- false").assert_failed(&["exited with status 1"]);
+    wait_for_answers(&load, 50);
+    load.stop().assert_nothing_failed();
+    service.stop();
+}
+
+#[test]
+fn with_balance_load_no_operation_loses_a_request() {
+    operations_lose_nothing("load");
+}
+
+#[test]
+fn with_balance_random_no_operation_loses_a_request() {
+    operations_lose_nothing("random");
+}
+
+#[test]
+fn with_balance_queue_no_operation_loses_a_request() {
+    operations_lose_nothing("queue");
+}
+
+#[test]
+fn with_balance_queue_no_connection_waits_for_a_stopped_worker() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 3 --balance queue", &naive(addr));
+    let stopped = Stopped::new(service.workers()[0]);
+    let pids: Vec<u32> = (0..60).filter_map(|_| get(addr).pid).collect(); // each would fail after 30 s
+    assert!(pids.len() == 60 && !pids.contains(&stopped.0), "{pids:?}");
+    drop(stopped);
+    service.stop();
+}
+
+/// Some servers shut a listener down before they close it.
+#[test]
+fn with_balance_queue_a_worker_that_shuts_its_listener_down_leaves_it_to_the_others() {
+    let addr = free_address();
+    let program = r#"
+import os, signal, socket, sys, time
+listener = socket.socket()
+listener.bind(('127.0.0.1', int(sys.argv[1])))
+listener.listen(64)
+def leave(number, frame):
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    os.write(1, b'shut down\n')
+signal.signal(signal.SIGUSR1, leave)
+body = 'pid={} generation={} slot={}\n'.format(
+    os.getpid(), os.environ['REUSE_RUN_GENERATION'], os.environ['REUSE_RUN_SLOT'])
+head = 'HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n'.format(len(body))
+while listener.fileno() >= 0:
+    try:
+        client = listener.accept()[0]
+    except OSError:
+        continue
+    client.recv(65536)
+    client.sendall((head + body).encode())
+    client.close()
+while True:
+    time.sleep(60)
+"#;
+    let port = addr.port().to_string();
+    let mut service = Service::run_ready("-n 3 --balance queue", &inline(program, &[&port]));
+    let worker = service.workers()[0];
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(worker as i32), Signal::SIGUSR1).expect("signal");
+    wait_until("the shutdown", DEADLINE, || service.out.count_of("shut down") == 1);
+    wait_until("the others serve", DEADLINE, || {
+        workers_where(&service, |_| true).len() == 3 && std::net::TcpStream::connect(addr).is_ok()
+    });
+    let load = load(addr);
+    wait_for_answers(&load, 60);
+    let report = load.stop();
+    report.assert_nothing_failed();
+    service.reload();
+    assert_eq!(get(addr).generation, Some(2));
+    service.stop();
+}
+
 #[test]
 fn a_wrong_value_of_balance_is_refused() {
     let outcome = run_words("--balance fair true");
     assert_eq!(outcome.code, Some(2), "{outcome:?}");
-    assert!(outcome.err.contains("neither load nor random"), "{outcome:?}");
+    assert!(outcome.err.contains("none of load, random and queue"), "{outcome:?}");
 }
