@@ -14,12 +14,17 @@ use crate::{Context, Options, Result, in_turn, isolated, length, process};
 const WORKERS: u32 = 4;
 const THINK: Duration = Duration::from_millis(10);
 
+#[derive(Clone)]
 struct Experiment {
-    name: &'static str,
-    what: &'static str,
+    name: String,
+    what: String,
+    program: Program,
+    workers: u32,
     clients: usize,
     mode: Mode,
     pause: Duration,
+    /// Requests a second of all clients together; `None` is full speed.
+    rate: Option<f64>,
     /// How much later than the client before it each client begins.
     stagger: Duration,
     /// How many workers block now and then.
@@ -28,83 +33,111 @@ struct Experiment {
     stops: bool,
     /// The number of turns. Each opens all connections again.
     turns: u32,
+    /// One of many, by number of workers: shorter, and without the peers that are never nearly the best.
+    is_one_of_many: bool,
 }
 
-const EXPERIMENTS: [Experiment; 6] = [
-    Experiment {
-        name: "blocking",
-        what: "Two of four workers block for 200 ms in 2 % of their requests; 16 clients, a new connection \
-               for each request, 10 ms between an answer and the next request.",
+/// More than the CPUs can do.
+const SATURATED: usize = 32;
+/// The numbers of workers that are compared.
+const NUMBERS: [u32; 5] = [2, 4, 8, 16, 32];
+/// About 5 and 50 % of what two CPUs can do.
+const LIGHT: f64 = 500.0;
+const MEDIUM: f64 = 5000.0;
+
+fn experiments() -> Vec<Experiment> {
+    let new = |name: &str, what: &str| Experiment {
+        name: name.to_owned(),
+        what: what.to_owned(),
+        program: Program::Naive,
+        workers: WORKERS,
         clients: 16,
         mode: Mode::NewConnection,
-        pause: THINK,
+        pause: Duration::ZERO,
+        rate: None,
         stagger: Duration::ZERO,
-        heavy: 2,
+        heavy: 0,
         stops: false,
         turns: 1,
-    },
-    Experiment {
-        name: "stopped",
-        what: "One of four workers is stopped (SIGSTOP) for 2 s (1 s with --quick); clients as above.",
-        clients: 16,
-        mode: Mode::NewConnection,
-        pause: THINK,
-        stagger: Duration::ZERO,
-        heavy: 0,
-        stops: true,
-        turns: 1,
-    },
-    Experiment {
-        name: "long-lived",
-        what: "20 connections to four workers, opened at once and kept, 10 ms between an answer and the next request; ten \
-               times.",
+        is_one_of_many: false,
+    };
+    let long_lived = |stagger, name: &str, what: &str| Experiment {
         clients: 20,
         mode: Mode::KeepAlive { think: THINK },
-        pause: Duration::ZERO,
-        stagger: Duration::ZERO,
-        heavy: 0,
-        stops: false,
+        stagger,
         turns: 10,
-    },
-    Experiment {
-        name: "long-lived, gradually",
-        what: "The same, but each connection is opened 20 ms after the one before, so that the first ones carry a bit \
-               more load: five for each worker in turn would be 26 to 24 %.",
-        clients: 20,
-        mode: Mode::KeepAlive { think: THINK },
-        pause: Duration::ZERO,
-        stagger: Duration::from_millis(20),
-        heavy: 0,
-        stops: false,
-        turns: 10,
-    },
-    Experiment {
-        name: "saturated, new connections",
-        what: "More load than the CPUs can do: 32 clients at full speed, a new connection for each request.",
-        clients: 32,
-        mode: Mode::NewConnection,
-        pause: Duration::ZERO,
-        stagger: Duration::ZERO,
-        heavy: 0,
-        stops: false,
-        turns: 10,
-    },
-    Experiment {
-        name: "saturated, keep-alive",
-        what: "More load than the CPUs can do: 32 clients at full speed, each on one connection.",
-        clients: 32,
-        mode: Mode::KeepAlive { think: Duration::ZERO },
-        pause: Duration::ZERO,
-        stagger: Duration::ZERO,
-        heavy: 0,
-        stops: false,
-        turns: 10,
-    },
-];
+        ..new(name, what)
+    };
+    let saturated =
+        |mode, name: &str, what: &str| Experiment { clients: SATURATED, mode, turns: 10, ..new(name, what) };
+    let mut experiments = vec![
+        Experiment {
+            pause: THINK,
+            heavy: 2,
+            ..new(
+                "blocking",
+                "Two of four workers block for 200 ms in 2 % of their requests; 16 clients, a new connection for each \
+                 request, 10 ms between an answer and the next request.",
+            )
+        },
+        Experiment {
+            pause: THINK,
+            stops: true,
+            ..new(
+                "stopped",
+                "One of four workers is stopped (SIGSTOP) for 2 s (1 s with --quick); clients as above.",
+            )
+        },
+        long_lived(
+            Duration::ZERO,
+            "long-lived",
+            "20 connections to four workers, opened at once and kept, 10 ms between an answer and the next request; ten \
+             times.",
+        ),
+        long_lived(
+            Duration::from_millis(20),
+            "long-lived, gradually",
+            "The same, but each connection is opened 20 ms after the one before, so that the first ones carry a bit more \
+             load: five for each worker in turn would be 26 to 24 %.",
+        ),
+        saturated(
+            Mode::NewConnection,
+            "saturated, new connections",
+            "More load than the CPUs can do: 32 clients at full speed, a new connection for each request.",
+        ),
+        saturated(
+            Mode::KeepAlive { think: Duration::ZERO },
+            "saturated, keep-alive",
+            "More load than the CPUs can do: 32 clients at full speed, each on one connection.",
+        ),
+    ];
+    for (program, kind) in [(Program::Naive, "Node"), (Program::Trivial, "a thread for each connection")] {
+        for workers in NUMBERS {
+            for (rate, load) in [(Some(LIGHT), "light"), (Some(MEDIUM), "medium"), (None, "full")] {
+                let requests = rate.map_or("as many as they can".to_owned(), |rate| format!("{rate:.0}"));
+                let what = format!(
+                    "{workers} workers ({kind}), {SATURATED} clients, a new connection for each request, {requests} a second."
+                );
+                let name = format!("{kind}, {workers} workers, {load} load");
+                let (clients, turns, is_one_of_many) = (SATURATED, 3, true);
+                experiments.push(Experiment {
+                    program,
+                    workers,
+                    clients,
+                    rate,
+                    turns,
+                    is_one_of_many,
+                    ..new(&name, &what)
+                });
+            }
+        }
+    }
+    experiments
+}
 
 #[derive(Serialize)]
 struct Run {
-    experiment: &'static str,
+    experiment: String,
     peer: String,
     run: u32,
     requests: u64,
@@ -113,6 +146,8 @@ struct Run {
     latency_ms: Latencies,
     /// CPU time of all processes of the server.
     cpu_us_per_request: f64,
+    /// Of this, what reuse-run itself took.
+    wrapper_percent: Option<f64>,
     /// The workers' shares of all requests, the largest first; the mean over all turns.
     shares_of_workers: Vec<f64>,
 }
@@ -137,8 +172,12 @@ fn peers(options: &Options) -> Result<Vec<Peer>> {
 pub fn run(options: &Options) -> Result<()> {
     let peers = peers(options)?;
     let mut runs = Vec::new();
-    for experiment in &EXPERIMENTS {
-        let wanted = |peer: &&Peer| options.wants(&format!("{}, {}", experiment.name, peer.name()));
+    for experiment in &experiments() {
+        let is_near = |peer: &Peer| !matches!(peer, Peer::Cluster | Peer::Pm2 { .. });
+        let wanted = |peer: &&Peer| {
+            let name = format!("{}, {}", experiment.name, peer.name());
+            options.wants(&name) && (!experiment.is_one_of_many || is_near(peer))
+        };
         let peers: Vec<Peer> = peers.iter().filter(wanted).cloned().collect();
         if peers.is_empty() {
             continue;
@@ -154,11 +193,12 @@ pub fn run(options: &Options) -> Result<()> {
 
 fn measure(experiment: &Experiment, peers: &[Peer], run: u32, options: &Options) -> Result<Vec<Run>> {
     let seed = options.seed.wrapping_mul(1000).wrapping_add(run);
-    let mut app = App::new(Program::Naive, WORKERS);
+    let mut app = App::new(experiment.program, experiment.workers);
     app.environment = vec![("BENCH_HEAVY", experiment.heavy.to_string()), ("BENCH_SEED", seed.to_string())];
     let servers = Server::start_side_by_side(peers, &app, options)?;
     let load = |server: &Server, mode| {
-        LoadOptions::new(server.address(), experiment.clients).mode(mode).path("/?id={id}")
+        let path = if experiment.program == Program::Naive { "/?id={id}" } else { "/" };
+        LoadOptions::new(server.address(), experiment.clients).mode(mode).path(path)
     };
     let warm_up = |server| {
         // Node compiles code while it runs.
@@ -168,25 +208,29 @@ fn measure(experiment: &Experiment, peers: &[Peer], run: u32, options: &Options)
     };
     let workers: Vec<Vec<i32>> = servers.iter().map(warm_up).collect();
 
+    let (long, quick) = if experiment.is_one_of_many { (3.0, 0.3) } else { (10.0, 1.5) };
     let length =
-        length(options, 10.0, 1.5) / experiment.turns + experiment.stagger * experiment.clients as u32;
-    let mut measured: Vec<(Vec<Report>, Duration)> = servers.iter().map(|_| Default::default()).collect();
+        length(options, long, quick) / experiment.turns + experiment.stagger * experiment.clients as u32;
+    let mut measured: Vec<(Vec<Report>, [Duration; 2])> =
+        servers.iter().map(|_| Default::default()).collect();
     for turn in 0..experiment.turns {
         for index in in_turn(run + turn, servers.len()) {
             let (server, (reports, cpu)) = (&servers[index], &mut measured[index]);
-            let cpu_before = process::cpu_time(&server.pids());
-            let load = Load::start(
-                load(server, experiment.mode).pause(experiment.pause).stagger(experiment.stagger),
-            );
+            let cpu_time = || [process::cpu_time(&server.pids()), process::cpu_time(server.main())];
+            let before = cpu_time();
+            let load = load(server, experiment.mode).pause(experiment.pause).stagger(experiment.stagger);
+            let load = Load::start(LoadOptions { rate: experiment.rate, ..load });
             match experiment.stops {
                 true => stop_one(workers[index][0], length, options),
                 false => thread::sleep(length),
             }
             reports.push(load.stop());
-            *cpu += process::cpu_time(&server.pids()) - cpu_before;
+            for ((cpu, before), after) in cpu.iter_mut().zip(before).zip(cpu_time()) {
+                *cpu += after - before;
+            }
         }
     }
-    let figures = |(peer, (reports, cpu)): (&Peer, &(Vec<Report>, Duration))| {
+    let figures = |(peer, (reports, cpu)): (&Peer, &(Vec<Report>, [Duration; 2]))| {
         figures(experiment, peer, run, reports, *cpu)
     };
     Ok(peers.iter().zip(&measured).map(figures).collect())
@@ -203,11 +247,17 @@ fn stop_one(worker: i32, time: Duration, options: &Options) {
     thread::sleep(pause);
 }
 
-fn figures(experiment: &Experiment, peer: &Peer, run: u32, reports: &[Report], cpu: Duration) -> Run {
+fn figures(
+    experiment: &Experiment,
+    peer: &Peer,
+    run: u32,
+    reports: &[Report],
+    [cpu, of_main]: [Duration; 2],
+) -> Run {
     let all = Latencies::of(reports);
     let requests = reports.iter().map(|report| report.counts.requests).sum();
     let seconds: f64 = reports.iter().map(|report| report.elapsed.as_secs_f64()).sum();
-    let mut shares = vec![0.0; WORKERS as usize];
+    let mut shares = vec![0.0; experiment.workers as usize];
     for report in reports {
         let mut of_workers: Vec<u64> = report.counts.pids.values().copied().collect();
         of_workers.sort_by(|a, b| b.cmp(a));
@@ -216,7 +266,7 @@ fn figures(experiment: &Experiment, peer: &Peer, run: u32, reports: &[Report], c
         }
     }
     Run {
-        experiment: experiment.name,
+        experiment: experiment.name.clone(),
         peer: peer.name(),
         run,
         requests,
@@ -224,16 +274,18 @@ fn figures(experiment: &Experiment, peer: &Peer, run: u32, reports: &[Report], c
         requests_per_second: requests as f64 / seconds,
         latency_ms: all,
         cpu_us_per_request: cpu.as_secs_f64() * 1e6 / requests as f64,
+        wrapper_percent: matches!(peer, Peer::ReuseRun(_))
+            .then(|| 100.0 * of_main.as_secs_f64() / cpu.as_secs_f64()),
         shares_of_workers: shares,
     }
 }
 
 fn markdown(peers: &[Peer], runs: &[Run]) -> String {
     let mut text =
-        "Four workers of each peer, side by side on one machine and loaded in turns. Figures are medians over \
+        "The workers of each peer, side by side on one machine and loaded in turns. Figures are medians over \
                     all runs, but `longest` is the maximum and `failed` the sum. Each run starts the servers again.\n\n"
             .to_owned();
-    for experiment in &EXPERIMENTS {
+    for experiment in &experiments() {
         let of = |peer: &Peer| -> Vec<&Run> {
             let name = peer.name();
             runs.iter().filter(|run| run.experiment == experiment.name && run.peer == name).collect()
@@ -255,6 +307,7 @@ fn markdown(peers: &[Peer], runs: &[Run]) -> String {
             "busiest worker's share",
             "least busy worker's share",
             "CPU µs per request",
+            "of this, reuse-run",
             "failed",
         ];
         text += &format!("### {}\n\n{}\n\n{}\n", experiment.name, experiment.what, table(&header, &rows));
@@ -293,8 +346,11 @@ fn row(peer: &Peer, own: &[&Run], all: &[Run]) -> Vec<String> {
         ratio(tail_ratio.collect()),
         format!("{:.0}", own.iter().map(|run| run.latency_ms.longest).fold(0.0, f64::max)),
         format!("{:.0} %", share(0)),
-        format!("{:.0} %", share(WORKERS as usize - 1)),
+        format!("{:.0} %", share(own[0].shares_of_workers.len() - 1)),
         format!("{:.0}", of(|run| run.cpu_us_per_request)),
+        own[0].wrapper_percent.map_or("–".to_owned(), |_| {
+            format!("{:.1} %", of(|run| run.wrapper_percent.unwrap_or_default()))
+        }),
         own.iter().map(|run| run.failed).sum::<u64>().to_string(),
     ]
 }

@@ -214,6 +214,11 @@ impl Server<'_> {
         self.main.iter().copied().chain(descendants).collect()
     }
 
+    /// The process that survives a reload, or the workers if there is none.
+    pub fn main(&self) -> &[i32] {
+        &self.main
+    }
+
     /// The processes that a reload replaces.
     fn replaceable(&self) -> Vec<i32> {
         match self.peer {
