@@ -521,3 +521,81 @@ impl Index<MemberId> for Members {
         &self.by_id[&id]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ANY: &str = "127.0.0.1:0";
+
+    fn worker(number: u32, generation: u32) -> Borrower {
+        Borrower { worker: WorkerId(number), pid: Pid::this(), slot: SlotId(number), generation }
+    }
+
+    fn listening(number: u32) -> Loan {
+        Loan { listens: true, ..Loan::new(worker(number, 1)) }
+    }
+
+    fn heir(number: u32, of: u32) -> Loan {
+        Loan { heir: Some(Heir { of: WorkerId(of), was_nonblocking: false }), ..listening(number) }
+    }
+
+    fn plan<const N: usize>(roles: [(u32, Role); N]) -> Plan {
+        Plan { roles: roles.map(|(id, role)| (WorkerId(id), role)).into(), ..Plan::default() }
+    }
+
+    fn member(loans: impl IntoIterator<Item = Loan>) -> Member {
+        let address = Address::new(ANY.parse().unwrap(), false, 0);
+        let mut member = Member::bind(address, Owner::this_process()).unwrap();
+        loans.into_iter().for_each(|loan| member.lend(loan));
+        member
+    }
+
+    #[test]
+    fn a_socket_of_several_workers_serves_as_long_as_one_of_them_does() {
+        use Role::{Canary, Draining, Free, Leaving, Ready, Starting};
+        let mut member = member([listening(1), listening(2), Loan::new(worker(3, 1))]);
+        let role = |member: &Member, first, second, third| {
+            let plan = plan([(1, first), (2, second), (3, third)]);
+            (member.role(&plan), member.serving(&plan))
+        };
+        assert_eq!(role(&member, Ready, Ready, Ready), (Ready, 2), "the third doesn't listen");
+        assert_eq!(role(&member, Ready, Leaving, Leaving), (Ready, 1));
+        assert_eq!(role(&member, Canary, Canary, Canary), (Canary, 2));
+        assert_eq!(role(&member, Draining, Leaving, Ready), (Draining, 0));
+        assert_eq!(role(&member, Leaving, Leaving, Starting), (Leaving, 0));
+        assert_eq!(role(&member, Starting, Starting, Ready), (Starting, 0));
+        [1, 2, 3].into_iter().for_each(|id| member.end_loan(WorkerId(id)));
+        assert_eq!(role(&member, Ready, Ready, Ready), (Free, 0));
+        member.reserved = Some(Reserved { slot: SlotId(1), generation: 1, overdue: false });
+        assert_eq!(role(&member, Ready, Ready, Ready), (Role::Reserved, 0));
+        assert!(!member.is_free() && member.is_unserved());
+    }
+
+    #[test]
+    fn an_heir_counts_when_its_predecessor_gets_no_more_connections_and_then_the_socket_is_its_own() {
+        use Role::{Draining, Ready, Starting};
+        let mut member = member([listening(1), heir(2, 1)]);
+        let before = plan([(1, Ready), (2, Starting)]);
+        assert_eq!((member.role(&before), member.serving(&before)), (Ready, 1));
+        member.succeed(&before);
+        assert_eq!(member.loans.len(), 2);
+        assert_eq!(member.role(&plan([(1, Draining), (2, Starting)])), Draining);
+        let after = plan([(1, Draining), (2, Ready)]);
+        assert_eq!((member.role(&after), member.serving(&after)), (Ready, 1));
+        member.succeed(&after);
+        assert!(member.loan(WorkerId(1)).is_none() && member.left_by.contains(&WorkerId(1)));
+        assert!(member.loan(WorkerId(2)).is_some_and(|loan| loan.heir.is_none()));
+    }
+
+    #[test]
+    fn a_socket_is_shared_within_a_generation_until_it_gets_connections() {
+        let member = member([listening(1), Loan::new(worker(2, 1))]);
+        let nobody = plan([]);
+        assert!(member.may_be_shared_with(worker(3, 1), &nobody));
+        assert!(!member.may_be_shared_with(worker(2, 1), &nobody), "a second socket of its own");
+        assert!(!member.may_be_shared_with(worker(3, 2), &nobody));
+        assert!(!member.may_be_shared_with(worker(3, 1), &plan([(1, Role::Ready)])));
+        assert!(!member.may_be_shared_with(worker(3, 1), &plan([(1, Role::Draining)])));
+    }
+}

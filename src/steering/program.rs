@@ -205,6 +205,15 @@ mod tests {
     }
 
     #[test]
+    fn an_index_is_chosen_as_often_as_it_stands_in_the_list() {
+        for indices in [&[0, 0, 0, 4][..], &[2, 5, 5], &[1; 32], &[0, 0, 1, 1, 2, 7, 7]] {
+            let program = program(&primary(indices));
+            let chosen: Vec<u32> = (0..indices.len() as u32).map(|n| run(&program, n).0).collect();
+            assert_eq!(chosen, indices);
+        }
+    }
+
+    #[test]
     fn a_program_for_a_thousand_scattered_members_fits_the_kernels_limit_and_takes_few_steps() {
         let scattered: Vec<u32> = (0..1000).map(|i| i * 2).collect();
         let program = program(&primary(&scattered));
