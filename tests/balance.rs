@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use common::load::{Load, LoadOptions, Origin, Record, Report};
 use common::{
-    DEADLINE, Outcome, Service, Waiting, free_address, freeze, get, holds_for, inline, naive, reuse_run_with,
-    run, run_words, turn, wait_for_answers, wait_until, wake_ups, workers_where,
+    DEADLINE, Outcome, Service, Waiting, free_address, freeze, get, holds_for, inline, naive, naive_with,
+    reuse_run_with, run, run_words, turn, wait_for_answers, wait_until, wake_ups, workers_where,
 };
 use nix::sys::signal::Signal;
 
@@ -281,7 +281,8 @@ fn reloads_while_a_worker_is_stuck_lose_no_request() {
 fn operations_lose_nothing(how: &str) {
     let _turn = turn();
     let addr = free_address();
-    let mut service = Service::run_ready(&format!("-n 4 --balance {how}"), &naive(addr));
+    let server = naive_with(addr, &["--non-blocking"]);
+    let mut service = Service::run_ready(&format!("-n 4 --balance {how}"), &server);
     let command = |words: &str| run_words(&words.replace("PID", &service.pid().to_string()));
     // It has accepted nothing, and what waits for it is answered by its successor.
     let worker = service.workers()[1];
@@ -328,7 +329,7 @@ fn with_balance_queue_no_operation_loses_a_request() {
 #[test]
 fn with_balance_queue_no_connection_waits_for_a_stopped_worker() {
     let addr = free_address();
-    let mut service = Service::run_ready("-n 3 --balance queue", &naive(addr));
+    let mut service = Service::run_ready("-n 3 --balance queue", &naive_with(addr, &["--non-blocking"]));
     let stopped = Stopped::new(service.workers()[0]);
     let pids: Vec<u32> = (0..60).filter_map(|_| get(addr).pid).collect(); // each would fail after 30 s
     assert!(pids.len() == 60 && !pids.contains(&stopped.0), "{pids:?}");
@@ -341,8 +342,9 @@ fn with_balance_queue_no_connection_waits_for_a_stopped_worker() {
 fn with_balance_queue_a_worker_that_shuts_its_listener_down_leaves_it_to_the_others() {
     let addr = free_address();
     let program = r#"
-import os, signal, socket, sys, time
+import os, select, signal, socket, sys, time
 listener = socket.socket()
+listener.setblocking(False)
 listener.bind(('127.0.0.1', int(sys.argv[1])))
 listener.listen(64)
 def leave(number, frame):
@@ -355,9 +357,11 @@ body = 'pid={} generation={} slot={}\n'.format(
 head = 'HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n'.format(len(body))
 while listener.fileno() >= 0:
     try:
+        select.select([listener], [], [], 0.1)
         client = listener.accept()[0]
-    except OSError:
+    except (OSError, ValueError):
         continue
+    client.setblocking(True)
     client.recv(65536)
     client.sendall((head + body).encode())
     client.close()

@@ -148,7 +148,9 @@ impl Crew {
     pub(super) fn plan(&self, phase: Phase) -> Plan {
         let canary = phase.canary();
         // A worker that isn't ready yet would take connections from the queue that it shares.
-        let all_wait = self.policy.shares_queue && phase == Phase::Starting;
+        let is_first_start = phase == Phase::Starting;
+        let all_wait =
+            self.policy.shares_queue && is_first_start && !self.roster.are_ready(0..self.slots(), 1);
         let role = |worker: &Worker| match self.role(worker) {
             Some(Role::Ready) if all_wait => None,
             None if worker.state == State::Ready && canary.is_some() => Some(Role::Canary),

@@ -280,9 +280,6 @@ impl Fleet {
                 self.crew.require_endpoints(0..slots);
                 self.crew.log_generation_ready(generation, self.begun, now);
                 self.serve();
-                if self.crew.policy.shares_queue {
-                    self.steer(); // until now none got connections: see Crew::plan
-                }
             }
             Phase::Replacing { reload, from }
                 if self.crew.roster.are_ready(reload.filled(from, slots), self.newest) =>

@@ -43,11 +43,9 @@ impl Pool {
         if let Some(id) = self.inherit(borrower, address, true) {
             return self.members[id].socket.as_fd().try_clone_to_owned();
         }
-        let id = self.any_socket(borrower, address, Owner::this_process())?;
+        let id = self.spare_or_new(borrower, address, Owner::this_process())?;
         if let Err(error) = self.listen_on(id, GIVEN_BACKLOG) {
-            if !self.members[id].is_lent() {
-                self.vacate(id, None);
-            }
+            self.vacate(id, None);
             return Err(error);
         }
         let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
@@ -75,7 +73,10 @@ impl Pool {
             Ok(None) if self.has_too_many(borrower) => return Err(io::ErrorKind::QuotaExceeded.into()),
             Ok(None) => match self.inherit(borrower, request.address, false) {
                 Some(id) => id,
-                None => self.any_socket(borrower, request.address, request.owner)?,
+                None => match self.sharable(borrower, request) {
+                    Some(id) => id,
+                    None => self.spare_or_new(borrower, request.address, request.owner)?,
+                },
             },
             Err(Overlap(id)) => {
                 self.warn_of_given(borrower, id, request.address);
@@ -145,14 +146,11 @@ impl Pool {
         Some(id)
     }
 
-    /// With one queue for a generation, the socket that others of it have; else one that nobody has.
-    ///
-    /// # Errors
-    /// As [`Pool::spare_or_new`].
-    fn any_socket(&mut self, borrower: Borrower, address: Address, owner: Owner) -> io::Result<MemberId> {
-        let shares = self.balancing == Balancing::Queue;
-        let shared = shares.then(|| self.members.sharable(borrower, address, &self.plan)).flatten();
-        shared.map_or_else(|| self.spare_or_new(borrower, address, owner), Ok)
+    /// With one queue for a generation, the socket that others of it have. Of two workers that hear of a connection, one is
+    /// late: its accept(2) must not wait, because it may have other listeners.
+    fn sharable(&self, borrower: Borrower, request: BindRequest) -> Option<MemberId> {
+        let shares = self.balancing == Balancing::Queue && request.nonblocking;
+        shares.then(|| self.members.sharable(borrower, request.address, &self.plan)).flatten()
     }
 
     /// # Errors

@@ -111,7 +111,8 @@ fn experiments() -> Vec<Experiment> {
             "More load than the CPUs can do: 32 clients at full speed, each on one connection.",
         ),
     ];
-    for (program, kind) in [(Program::Naive, "Node"), (Program::Trivial, "a thread for each connection")] {
+    for (program, kind) in [(Program::Naive, "Node"), (Program::NonBlocking, "a thread for each connection")]
+    {
         for workers in NUMBERS {
             for (rate, load) in [(Some(LIGHT), "light"), (Some(MEDIUM), "medium"), (None, "full")] {
                 let requests = rate.map_or("as many as they can".to_owned(), |rate| format!("{rate:.0}"));

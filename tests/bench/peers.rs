@@ -74,6 +74,8 @@ pub enum Program {
     Nginx,
     /// tests/tools/server.rs.
     Trivial,
+    /// The same with a non-blocking listener.
+    NonBlocking,
 }
 
 impl Program {
@@ -86,6 +88,7 @@ impl Program {
             Program::Uvicorn => "uvicorn",
             Program::Nginx => "nginx",
             Program::Trivial => "trivial server",
+            Program::NonBlocking => "trivial server, non-blocking",
         }
     }
 
@@ -145,9 +148,12 @@ impl App {
                 fs::write(&file, nginx_conf(&workers, &port, &options.work)).context("nginx.conf")?;
                 words(&format!("nginx -c {}", file.display()))
             }
-            Program::Trivial => {
+            Program::Trivial | Program::NonBlocking => {
                 let server = options.binary_folder.join("examples/server").display().to_string();
-                [server, "--listen".to_owned(), format!("0.0.0.0:{port}"), "--keep-alive".to_owned()].into()
+                let more =
+                    if self.program == Program::NonBlocking { "--non-blocking" } else { "--keep-alive" };
+                let listen = format!("0.0.0.0:{port}");
+                [server.as_str(), "--listen", &listen, "--keep-alive", more].map(str::to_owned).into()
             }
         })
     }

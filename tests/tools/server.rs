@@ -11,7 +11,7 @@ use std::env;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::path::PathBuf;
 use std::process::exit;
 use std::sync::Arc;
@@ -19,12 +19,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use signal_hook::consts::SIGINT;
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 use socket2::{Domain, Socket, Type};
 
-const USAGE: &str = "usage: server [--listen HOST:PORT]... [--share] [--given] [--listen-after MS] [--ready-after MS] \
+const USAGE: &str = "usage: server [--listen HOST:PORT]... [--share] [--non-blocking] [--given] [--listen-after MS] [--ready-after MS] \
     [--exit-after MS] [--exit-status N] [--shutdown-on-int] [--ignore-int] [--exit-on-int] [--die-of-int MS] \
     [--hang] \
     [--keep-alive] [--announce] [--deaf-while FILE]";
@@ -33,6 +34,7 @@ const USAGE: &str = "usage: server [--listen HOST:PORT]... [--share] [--given] [
 struct Options {
     listen: Vec<String>,
     share: bool,
+    non_blocking: bool,
     given: bool,
     listen_after: Duration,
     ready_after: Option<Duration>,
@@ -56,6 +58,7 @@ fn parse() -> Options {
         match arg.as_str() {
             "--listen" => options.listen.push(value()),
             "--share" => options.share = true,
+            "--non-blocking" => options.non_blocking = true,
             "--given" => options.given = true,
             "--listen-after" => options.listen_after = milliseconds(&value()),
             "--ready-after" => options.ready_after = Some(milliseconds(&value())),
@@ -143,7 +146,12 @@ fn main() {
     let mut listeners = Vec::new();
     if !options.hang {
         for addr in &options.listen {
-            match if options.share { bind_shared(addr) } else { TcpListener::bind(addr) } {
+            let (share, non_blocking) = (options.share, options.non_blocking);
+            match if share || non_blocking {
+                bind_with(addr, share, non_blocking)
+            } else {
+                TcpListener::bind(addr)
+            } {
                 Ok(listener) => listeners.push(listener),
                 Err(error) => {
                     eprintln!("server: bind {addr}: {error}");
@@ -201,15 +209,22 @@ fn main() {
     }
 }
 
-/// As `TcpListener::bind`, and with SO_REUSEPORT.
-fn bind_shared(addr: &str) -> io::Result<TcpListener> {
-    let addr: SocketAddr = addr.parse().unwrap_or_else(|_| wrong("--share needs an address in numbers"));
+/// As `TcpListener::bind`, and with SO_REUSEPORT or O_NONBLOCK.
+fn bind_with(addr: &str, share: bool, non_blocking: bool) -> io::Result<TcpListener> {
+    let addr: SocketAddr =
+        addr.parse().unwrap_or_else(|_| wrong("--share and --non-blocking need an address in numbers"));
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
-    socket.set_reuse_port(true)?;
+    socket.set_reuse_port(share)?;
+    socket.set_nonblocking(non_blocking)?;
     socket.bind(&addr.into())?;
     socket.listen(128)?;
     Ok(socket.into())
+}
+
+fn wait_for_connection(listener: &TcpListener) {
+    let mut readable = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+    let _ = poll(&mut readable, PollTimeout::NONE);
 }
 
 fn accept(server: &Arc<Server>, listener: &TcpListener) {
@@ -237,6 +252,7 @@ fn accept(server: &Arc<Server>, listener: &TcpListener) {
                     }
                 });
             }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait_for_connection(listener),
             // The listener was shut down. Requests in progress continue.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return,
             Err(error) => eprintln!("server: accept: {error}"),
