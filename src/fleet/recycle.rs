@@ -229,3 +229,6 @@ impl Fleet {
         self.end_operation(ticket, "recycling", Err(why), culprit);
     }
 }
+
+#[cfg(test)]
+mod tests;
