@@ -28,15 +28,16 @@ pub struct SignalEffect {
 impl SignalEffect {
     /// The first worker of a generation that has idle connections is watched: another version may handle the signal.
     /// Until it has shown that, it is assumed to be like the last one.
-    /// `is_watching`: a worker that was sent the signal hasn't shown it yet.
-    pub fn treatment(&self, worker: &Arrived, is_watching: bool) -> Treatment {
+    /// `is_watching`: a worker that was sent the signal hasn't shown it yet. `is_killed`: this one gets SIGKILL instead, which
+    /// shows nothing of the stop signal.
+    pub fn treatment(&self, worker: &Arrived, is_watching: bool, is_killed: bool) -> Treatment {
         let is_known = self.last.is_some_and(|(generation, _)| generation == worker.generation);
         let has_idle = !worker.idle.is_empty();
         let nothing_is_known = is_watching && self.last.is_none();
         Treatment {
             close: self.last.is_some_and(|(_, kills)| kills),
             stop: worker.is_done && !(nothing_is_known && has_idle),
-            watch: !is_watching && !is_known && has_idle,
+            watch: !is_watching && !is_known && has_idle && !is_killed,
         }
     }
 
@@ -78,7 +79,7 @@ mod tests {
         let mut effect = SignalEffect::default();
         let told = |effect: &SignalEffect, generation, connections| {
             let Treatment { close, stop, watch } =
-                effect.treatment(&arrived(1, generation, connections), false);
+                effect.treatment(&arrived(1, generation, connections), false, false);
             assert!(stop);
             (close, watch)
         };
@@ -95,12 +96,21 @@ mod tests {
     #[test]
     fn while_nothing_is_known_and_one_is_watched_the_others_with_idle_connections_wait() {
         let mut effect = SignalEffect::default();
-        let stops =
-            |effect: &SignalEffect, connections| effect.treatment(&arrived(1, 1, connections), true).stop;
+        let stops = |effect: &SignalEffect, connections| {
+            effect.treatment(&arrived(1, 1, connections), true, false).stop
+        };
         assert!(!stops(&effect, 1) && stops(&effect, 0));
         effect.learn(0, true);
         assert!(stops(&effect, 1), "it is as the last version");
-        assert!(!effect.treatment(&arrived(1, 1, 1), true).watch, "another one is watched");
+        assert!(!effect.treatment(&arrived(1, 1, 1), true, false).watch, "another one is watched");
+    }
+
+    #[test]
+    fn a_worker_that_is_killed_shows_nothing_and_the_next_one_does() {
+        let effect = SignalEffect::default();
+        let [killed, next] =
+            [true, false].map(|is_killed| effect.treatment(&arrived(1, 1, 1), false, is_killed));
+        assert!(killed.stop && !killed.watch && next.watch);
     }
 
     #[test]
@@ -109,7 +119,7 @@ mod tests {
         let mut effect = SignalEffect::default();
         for kills in [None, Some(false), Some(true)] {
             kills.into_iter().for_each(|kills| effect.learn(0, kills));
-            let Treatment { close, stop, .. } = effect.treatment(&busy, false);
+            let Treatment { close, stop, .. } = effect.treatment(&busy, false, false);
             assert_eq!((close, stop), (kills == Some(true), false));
         }
     }

@@ -37,8 +37,9 @@ impl Supervisor {
         let mut arrived = self.drain.poll(&self.pool, &self.unix, begun);
         signal_effect::order(&mut arrived);
         for arrived in arrived {
+            let is_killed = self.fleet.crew().is_killed(arrived.worker);
             let Treatment { close, stop, watch } =
-                self.signal_effect.treatment(&arrived, self.end_watch.is_some());
+                self.signal_effect.treatment(&arrived, self.end_watch.is_some(), is_killed);
             let Arrived { worker, generation, idle, .. } = arrived;
             // If something has come on an idle connection since, the worker waits for the next poll.
             let is_idle = if close { idle::close(&idle) } else { !stop || !idle::have_new_data(&idle) };
@@ -46,14 +47,12 @@ impl Supervisor {
                 self.thaw(worker);
                 continue;
             }
-            let is_killed = self.fleet.crew().is_killed(worker);
             if is_killed && self.frozen.insert(worker) {
                 // It has sockets on which connections come: one may have come since. The next poll is sure.
                 self.pid(worker).into_iter().for_each(|pid| drop(worker::freeze(pid)));
                 continue;
             }
-            // What SIGKILL does tells nothing of the stop signal.
-            let watch = (watch && !is_killed).then(|| EndWatch::hold(generation, &idle, self.stop_signal));
+            let watch = watch.then(|| EndWatch::hold(generation, &idle, self.stop_signal));
             self.handle(Event::Drained { worker });
             if let Some(mut watch) = watch {
                 watch.begin();
