@@ -17,7 +17,7 @@ use crate::worker::environment::Sources;
 use crate::worker::{Program, Settings};
 use args::{CommandArgs, RunArgs, ScaleArgs, StatusArgs, StopArgs};
 use split::Split;
-use values::Period;
+use values::{Period, StopSignal};
 
 mod args;
 mod split;
@@ -80,6 +80,7 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
         let why = "a generation with one queue is replaced as a whole";
         return Err(format!("--batch can't be combined with --balance queue: {why}"));
     }
+    check_retire_signal(&args)?;
     let mut command = command.into_iter();
     let Some(program) = command.next() else {
         return Err("no command to run, as in reuse-run -n 4 -- node app.js".to_owned());
@@ -88,6 +89,21 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
         return Err(format!("put {name} first; to run a program of that name write -- {name}"));
     }
     Ok(Invocation::Run(Box::new(options_of(args, program, command.collect()))))
+}
+
+/// # Errors
+/// When a worker couldn't do what the signal asks for.
+fn check_retire_signal(args: &RunArgs) -> Result<(), String> {
+    match &args.retire_signal {
+        Some(StopSignal(Signal::SIGKILL)) => {
+            Err("--retire-signal KILL ends a worker before it has finished its requests".to_owned())
+        }
+        Some(signal) if *signal == args.stop_signal => {
+            let name = signal.0.as_str();
+            Err(format!("--retire-signal {name} is also the stop signal: a worker can't tell them apart"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The words of a command before "--", and those after it: what a reload starts.
@@ -303,6 +319,10 @@ mod tests {
             ("--frobnicate 1 x", "unrecognized argument: --frobnicate"),
             ("--batch 1 --balance queue x", "--batch can't be combined with --balance queue"),
             ("--frobnicate", "unrecognized argument: --frobnicate"),
+            ("--retire-signal INT x", "--retire-signal SIGINT is also the stop signal"),
+            ("--stop-signal TERM --retire-signal 15 x", "--retire-signal SIGTERM is also the stop signal"),
+            ("--retire-signal KILL x", "--retire-signal KILL ends a worker before"),
+            ("--retire-signal STOP x", "--retire-signal: \"STOP\" is not a signal that a worker can take"),
             ("--drain 1s --drain 2s x", "--drain: duplicate values"),
             ("--label reload", "put reload first"),
             ("scale", "required positional arguments not provided: workers"),
