@@ -111,7 +111,7 @@ impl Fleet {
             Event::WentIntoBackground { worker, pid, instead } => {
                 self.went_into_background(worker, pid, &instead, now);
             }
-            Event::Sick { worker, sickness } => self.sick(worker, sickness),
+            Event::Sick { worker, sickness } => self.sick(worker, sickness, now),
             Event::Hangs { worker } => self.hangs(worker),
             Event::Recovered { worker } => self.recovered(worker),
             Event::Ended { worker, end } => self.ended(worker, end, now),
@@ -515,7 +515,7 @@ impl Fleet {
             WorkerTimer::Moment => self.check(&[id], now),
             WorkerTimer::Probe => self.crew.probe(id),
             WorkerTimer::ReadyTimeout => self.late(id, now),
-            WorkerTimer::MaxAge => self.sick(id, Sickness::Old),
+            WorkerTimer::MaxAge => self.sick(id, Sickness::Old, now),
             WorkerTimer::DrainTimeout => {
                 self.crew.info(story::not_idle(&name, &self.crew.policy));
                 self.drained(id, now);

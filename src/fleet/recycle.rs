@@ -8,6 +8,7 @@ use humantime::format_duration;
 
 use super::events::{Action, Refusal, Ticket};
 use super::phase::{Phase, Recycling, Step};
+use super::slot::{MAX_REST, SOON, Slot};
 use super::timers::{SlotTimer, Timer};
 use super::worker::{State, Worker};
 use super::{Fleet, ReloadOptions, Rollout, Sickness};
@@ -31,12 +32,32 @@ impl Fleet {
     }
 
     /// A worker should be replaced.
-    pub(super) fn sick(&mut self, id: WorkerId, sickness: Sickness) {
+    pub(super) fn sick(&mut self, id: WorkerId, sickness: Sickness, now: Instant) {
+        if matches!(sickness, Sickness::Memory(_)) && !self.outgrows(id, sickness, now) {
+            return;
+        }
         if self.crew.slot_served_by(id).is_some() && self.sick.insert(id, sickness).is_none() {
             let name = self.crew.roster.name(id);
             let level = if sickness == Sickness::Old { log::Level::Info } else { log::Level::Warn };
             self.crew.log(level, format!("{name} {sickness}: it will be replaced"));
         }
+    }
+
+    /// Whether a worker that uses too much memory should be replaced now. One warning says so if workers need more than they may.
+    fn outgrows(&mut self, id: WorkerId, sickness: Sickness, now: Instant) -> bool {
+        let ready_at = self.crew.roster.get(id).and_then(|worker| worker.ready_at);
+        let (Some(slot), Some(ready_at)) = (self.crew.slot_served_by(id), ready_at) else { return false };
+        let is_known = self.crew.roster.slots.iter().any(Slot::needs_more_memory);
+        let slot = &mut self.crew.roster.slots[slot.index()];
+        let is_due = slot.outgrows(id, now - ready_at);
+        if slot.needs_more_memory() && !is_known {
+            let (name, soon, most) =
+                (self.crew.roster.name(id), format_duration(SOON), format_duration(MAX_REST));
+            self.crew.warn(format!(
+                "{name} {sickness} less than {soon} after it was ready, as the one before it: a fresh worker needs more, and the next ones are replaced later each time, up to {most}"
+            ));
+        }
+        is_due
     }
 
     pub(super) fn hangs(&mut self, id: WorkerId) {

@@ -12,6 +12,10 @@ const MAX_DELAY: Duration = Duration::from_secs(5);
 /// After the successor of a recycled worker has failed, the next one waits for this; each failure doubles it.
 const FIRST_PUT_OFF: Duration = Duration::from_secs(1);
 const MAX_PUT_OFF: Duration = Duration::from_secs(60);
+/// A worker that uses too much memory sooner after it was ready may have done so from its start on.
+pub const SOON: Duration = Duration::from_secs(60);
+/// If the one before it did too, it is replaced after [`SOON`]; each further one doubles it.
+pub const MAX_REST: Duration = Duration::from_secs(600);
 /// A worker that was ready for so long is restarted at once again.
 pub const PROVEN_AFTER: Duration = Duration::from_secs(10);
 
@@ -29,6 +33,10 @@ pub struct Slot {
     pub is_recycled: bool,
     /// How long the next recycling waits if this one fails.
     put_off: Duration,
+    /// The worker that was last found to use too much memory.
+    outgrown: Option<WorkerId>,
+    /// If that was soon: how long it has to be ready before it is replaced.
+    rest: Option<Duration>,
 }
 
 impl Slot {
@@ -40,6 +48,8 @@ impl Slot {
             delay: Duration::ZERO,
             is_recycled: false,
             put_off: FIRST_PUT_OFF,
+            outgrown: None,
+            rest: None,
         }
     }
 
@@ -68,6 +78,21 @@ impl Slot {
         let delay = self.put_off;
         self.put_off = (delay * 2).min(MAX_PUT_OFF);
         delay
+    }
+
+    /// Its worker, which has been ready for so long, uses too much memory. Returns whether it should be replaced now: another
+    /// one doesn't help if each needs as much from its start on.
+    pub fn outgrows(&mut self, worker: WorkerId, ready_for: Duration) -> bool {
+        if self.outgrown.replace(worker) != Some(worker) {
+            let longer = |rest: Duration| (rest * 2).clamp(SOON, MAX_REST);
+            self.rest = (ready_for < SOON).then(|| self.rest.map_or(Duration::ZERO, longer));
+        }
+        ready_for >= self.rest.unwrap_or_default()
+    }
+
+    /// Whether two workers in a row used too much memory soon.
+    pub fn needs_more_memory(&self) -> bool {
+        self.rest > Some(Duration::ZERO)
     }
 }
 

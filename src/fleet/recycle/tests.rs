@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::super::policy::{Readiness, example as policy};
 use super::super::tests::{World, address, recycle, reload, serving};
 use super::super::{Activity, Command, End, Event, Policy, Refusal, Sickness};
-use crate::ids::WorkerId;
+use crate::ids::{SlotId, WorkerId};
 use crate::steering::Role;
 
 #[test]
@@ -89,6 +89,43 @@ fn the_successor_of_a_sick_worker_that_fails_is_tried_again_later_each_time() {
     assert_eq!(world.ids(), [0, 2, 10].map(WorkerId));
     world.pass(Duration::from_secs(600));
     assert_eq!(world.alive.len(), 3);
+}
+
+/// The worker of this slot uses too much memory from so many seconds after it was ready on. Returns after how many it is
+/// replaced.
+fn replaced_after(world: &mut World, slot: u32, seconds: u64) -> u64 {
+    let worker = world.fleet.crew.ready_in(SlotId(slot)).unwrap();
+    let (ready_at, workers) = (world.now, world.alive.len());
+    world.pass(Duration::from_secs(seconds));
+    while world.alive.len() == workers {
+        world.event(Event::Sick { worker, sickness: Sickness::Memory(500) });
+        if world.alive.len() == workers {
+            world.pass(Duration::from_secs(10));
+        }
+    }
+    let after = world.now - ready_at;
+    world.ready_all();
+    world.drain_all();
+    world.obey();
+    after.as_secs()
+}
+
+#[test]
+fn workers_that_use_too_much_memory_from_their_start_on_are_replaced_later_each_time_and_one_warning_says_so()
+{
+    let mut world = serving();
+    let seconds: Vec<u64> = (0..8).map(|_| replaced_after(&mut world, 1, 30)).collect();
+    assert_eq!(seconds, [30, 60, 120, 240, 480, 600, 600, 600]);
+    let seconds: Vec<u64> = (0..3).map(|_| replaced_after(&mut world, 2, 30)).collect();
+    assert_eq!(seconds, [30, 30, 60], "its first worker was ready for long before");
+    let warnings = world.log.iter().filter(|line| line.contains("a fresh worker needs more"));
+    assert_eq!(warnings.count(), 1);
+    assert_eq!([100, 59, 59].map(|found| replaced_after(&mut world, 1, found)), [100, 59, 69]);
+    world.command(reload());
+    world.ready_all();
+    world.drain_all();
+    world.obey();
+    assert_eq!([30, 30].map(|found| replaced_after(&mut world, 1, found)), [30, 60], "it is another program");
 }
 
 #[test]
