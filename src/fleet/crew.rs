@@ -382,10 +382,10 @@ impl Crew {
         self.info(story::generation_ready(generation, now - since, &self.roster, &self.endpoints));
     }
 
-    /// Has the next worker start in the slot of one that has ended, at once or later.
-    pub(super) fn restart(&mut self, ended: &Worker, now: Instant) {
+    /// Has the next worker start in the slot of one that has ended with this status, at once or later.
+    pub(super) fn restart(&mut self, ended: &Worker, status: u8, now: Instant) {
         let was_ready_for = ended.ready_at.map(|ready_at| now - ready_at);
-        let delay = self.roster.slots[ended.slot.index()].restart(was_ready_for);
+        let delay = self.roster.slots[ended.slot.index()].restart(was_ready_for, status);
         self.endpoints.forget_later(ended.slot);
         self.timers.set(Timer::Slot(ended.slot, SlotTimer::Restart), now + delay);
         self.wait_for_next(ended, now);

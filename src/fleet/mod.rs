@@ -407,7 +407,7 @@ impl Fleet {
                 self.failures.add(status);
             }
             if !self.succeeds(worker, now) {
-                self.crew.restart(worker, now);
+                self.crew.restart(worker, status, now);
             }
             self.steer();
             if is_new { self.abandon(&what, Some(id), now) } else { self.crew.warn(what) }

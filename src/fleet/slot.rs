@@ -18,6 +18,8 @@ pub const SOON: Duration = Duration::from_secs(60);
 pub const MAX_REST: Duration = Duration::from_secs(600);
 /// A worker that was ready for so long is restarted at once again.
 pub const PROVEN_AFTER: Duration = Duration::from_secs(10);
+/// The same if it ends with status 0, as one does that is to handle so many requests.
+const DONE_AFTER: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub struct Slot {
@@ -53,10 +55,12 @@ impl Slot {
         }
     }
 
-    /// Its worker has ended, after it was ready for so long if it ever was. Returns how long the next one waits.
-    pub fn restart(&mut self, was_ready_for: Option<Duration>) -> Duration {
+    /// Its worker has ended with this status, after it was ready for so long if it ever was. Returns how long the next one
+    /// waits.
+    pub fn restart(&mut self, was_ready_for: Option<Duration>, status: u8) -> Duration {
         self.restarts += 1;
-        if was_ready_for.is_some_and(|ready_for| ready_for >= PROVEN_AFTER) {
+        let enough = if status == 0 { DONE_AFTER } else { PROVEN_AFTER };
+        if was_ready_for.is_some_and(|ready_for| ready_for >= enough) {
             self.delay = Duration::ZERO;
         }
         let delay = self.delay;
@@ -145,11 +149,13 @@ mod tests {
     #[test]
     fn restarts_wait_twice_as_long_each_time_until_a_worker_has_proven_itself() {
         let mut slot = Slot::new(1, None);
-        let mut wait = |was_ready_for| slot.restart(was_ready_for).as_millis();
+        let mut wait = |was_ready_for| slot.restart(was_ready_for, 1).as_millis();
         let waits: Vec<u128> = (0..8).map(|_| wait(None)).collect();
         assert_eq!(waits, [0, 100, 200, 400, 800, 1600, 3200, 5000]);
         assert_eq!(wait(Some(PROVEN_AFTER - Duration::from_nanos(1))), 5000);
         assert_eq!([wait(Some(PROVEN_AFTER)), wait(Some(Duration::ZERO))], [0, 100]);
         assert_eq!(slot.restarts, 11);
+        let mut done = |was_ready_for| slot.restart(Some(was_ready_for), 0).as_millis();
+        assert_eq!([done(DONE_AFTER / 2), done(DONE_AFTER), done(DONE_AFTER)], [200, 0, 0]);
     }
 }
