@@ -8,6 +8,7 @@ pub mod helper;
 pub mod inbox;
 pub mod jobs;
 pub mod procfs;
+pub mod scheduling;
 pub mod sockdiag;
 pub mod sys;
 pub mod tracee;

@@ -3,10 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::{Duration, Instant};
 
+use nix::unistd::Pid;
+
 use super::Supervisor;
 use crate::fleet::{Event, Sickness, State};
 use crate::ids::WorkerId;
 use crate::kernel::procfs;
+use crate::kernel::scheduling::{self, Turns};
 use crate::kernel::sockdiag::SockDiag;
 
 /// A worker that takes no connections for so long hangs, if the command line names no time.
@@ -16,16 +19,39 @@ const MEMORY_INTERVAL: Duration = Duration::from_secs(10);
 /// At so many looks in a row a worker has to use too much.
 const MEMORY_LOOKS: u32 = 3;
 
-/// What a worker has done: on each of its connections, how many bytes it has read, and written so that the client has them.
-type Work = BTreeMap<u64, u64>;
+/// What a worker has done.
+#[derive(Debug, Clone, Default)]
+struct Work {
+    /// On each of its connections, how many bytes it has read, and written so that the client has them.
+    moved: BTreeMap<u64, u64>,
+    /// Of each of its threads.
+    turns: BTreeMap<Pid, Turns>,
+}
+
+impl Work {
+    /// How much of the time since the work before it was missing: the longest for which one of its threads waited for a CPU.
+    fn starved_since(&self, before: &Work, elapsed: Duration) -> Duration {
+        let waited = self.turns.iter().filter_map(|(tid, now)| {
+            let before = before.turns.get(tid)?;
+            // A wait is known when it is over. Until then, a thread that is runnable waited unless it ran.
+            Some(match before.is_runnable && now.is_runnable {
+                true => elapsed.saturating_sub(now.ran.saturating_sub(before.ran)),
+                false => now.waited.saturating_sub(before.waited),
+            })
+        });
+        waited.max().unwrap_or_default().min(elapsed)
+    }
+}
 
 /// Of workers for which connections wait that they don't take. A worker that serves slowly takes one now and then, or sends
 /// something; nothing tells one that computes for long from an endless loop.
 #[derive(Debug)]
 struct Suspect {
-    /// Since when it has done nothing.
-    since: Instant,
+    /// For how long it has done nothing though it could: a thread that waits for a CPU may be about to.
+    idle: Duration,
+    /// At the last look.
     work: Work,
+    looked: Instant,
     next_look: Instant,
     hangs: bool,
 }
@@ -85,16 +111,22 @@ impl Health {
         });
         for (worker, work) in work {
             let next_look = now + interval;
-            let new = || Suspect { since: now, work: work.clone(), next_look, hangs: false };
-            let suspect = self.suspects.entry(worker).or_insert_with(new);
-            suspect.next_look = next_look;
-            let is_late = now - suspect.since >= self.hangs_after;
-            if suspect.work != work {
-                events.extend(suspect.hangs.then_some(Event::Recovered { worker }));
-                *suspect = new();
-            } else if is_late && !suspect.hangs {
-                suspect.hangs = true;
-                events.push(Event::Hangs { worker });
+            let new = Suspect { idle: Duration::ZERO, work, looked: now, next_look, hangs: false };
+            let Some(suspect) = self.suspects.get_mut(&worker) else {
+                self.suspects.insert(worker, new);
+                continue;
+            };
+            let elapsed = now - suspect.looked;
+            let idle = suspect.idle + (elapsed - new.work.starved_since(&suspect.work, elapsed));
+            let (works, hung) = (suspect.work.moved != new.work.moved, suspect.hangs);
+            *suspect = match works {
+                true => new,
+                false => Suspect { idle, hangs: idle >= self.hangs_after, ..new },
+            };
+            match (hung, suspect.hangs) {
+                (false, true) => events.push(Event::Hangs { worker }),
+                (true, false) => events.push(Event::Recovered { worker }),
+                _ => {}
             }
         }
         events
@@ -139,15 +171,15 @@ impl Supervisor {
     }
 
     fn work(&self, worker: WorkerId) -> Work {
-        let mut work = Work::new();
-        let (Some(pid), Ok(mut diag)) = (self.pid(worker), SockDiag::new()) else { return work };
+        let (Some(pid), Ok(mut diag)) = (self.pid(worker), SockDiag::new()) else { return Work::default() };
+        let mut work = Work { turns: scheduling::of_tree(pid), ..Work::default() };
         let open: HashSet<u64> = procfs::sockets_of_tree(pid).collect();
         for address in self.fleet.crew().addresses(worker) {
             for connection in diag.connections(address.socket).unwrap_or_default() {
                 let inode = u64::from(connection.inode);
                 if open.contains(&inode) {
                     let read = connection.traffic.received.saturating_sub(connection.unread.into());
-                    work.insert(inode, read + connection.traffic.acknowledged);
+                    work.moved.insert(inode, read + connection.traffic.acknowledged);
                 }
             }
         }
@@ -174,7 +206,8 @@ mod tests {
             let awaited = work.iter().map(|_| WORKER).collect();
             let now = start + seconds(second as u64);
             let due = health.due(&awaited, now).into_iter();
-            let work: Vec<_> = due.map(|id| (id, Work::from([(1, work.unwrap_or(0))]))).collect();
+            let moved = BTreeMap::from([(1, work.unwrap_or(0))]);
+            let work: Vec<_> = due.map(|id| (id, Work { moved: moved.clone(), ..Work::default() })).collect();
             let events = health.look(&awaited, work, now);
             told.extend(events.iter().map(|event| (second, matches!(event, Event::Hangs { .. }))));
         }
@@ -198,6 +231,40 @@ mod tests {
         assert_eq!(events(&mut new(), &recovers), [(4, true), (6, false)]);
         recovers[6..].fill(Some(9));
         assert_eq!(events(&mut new(), &recovers), [(4, true), (6, false), (10, true)]);
+    }
+
+    /// After how many seconds a worker hangs whose thread shows these turns at each second, of milliseconds, and 4 s are allowed.
+    fn hangs_after(turns: impl Fn(u64) -> (u64, u64, bool)) -> Option<u64> {
+        let start = Instant::now();
+        let mut health = Health::new(Some(seconds(4)), None, start);
+        let awaited = BTreeSet::from([WORKER]);
+        (0..40).find(|second| {
+            let (ran, waited, is_runnable) = turns(*second);
+            let [ran, waited] = [ran, waited].map(Duration::from_millis);
+            let turns = BTreeMap::from([(Pid::this(), Turns { ran, waited, is_runnable })]);
+            let work = [(WORKER, Work { turns, ..Work::default() })];
+            !health.look(&awaited, work, start + seconds(*second)).is_empty()
+        })
+    }
+
+    #[test]
+    fn time_in_which_a_worker_waits_for_a_cpu_does_not_count() {
+        assert_eq!(hangs_after(|_| (7, 7, false)), Some(4), "it sleeps, or is stopped");
+        assert_eq!(hangs_after(|second| (second * 1000, 7, true)), Some(4), "it computes");
+        assert_eq!(
+            hangs_after(|second| (second * 250, second * 750, true)),
+            Some(16),
+            "it computes, with a fourth of a CPU"
+        );
+        assert_eq!(hangs_after(|_| (7, 7, true)), None, "it gets no CPU");
+        let once_in_ten = |second| (second / 10, second / 10 * 10_000, true);
+        assert_eq!(
+            hangs_after(once_in_ten),
+            None,
+            "it waits for ten seconds each time, and that is known later"
+        );
+        let woken = |second| (7, 7, second == 2);
+        assert_eq!(hangs_after(woken), Some(4), "a thread was woken a moment ago");
     }
 
     #[test]
