@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 pub struct WorkerId(pub u32);
 
 /// A place for one serving worker, from 0; its replacements have the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SlotId(pub u32);
 
 impl SlotId {

@@ -53,7 +53,7 @@
 //! | a log line of the fleet; the facts about workers for status | `fleet/story`; `fleet/views` |
 //! | what each role of a worker means for new connections | `steering/mod` |
 //! | which worker is stuck and skipped | `steering/load` |
-//! | the model of the kernel's array of members; the BPF instructions that choose one | `steering/order`; `steering/program` |
+//! | the model of the kernel's array of members; the BPF instructions that choose one; those that choose by the client's address | `steering/order`; `steering/program`; `steering/by_client` |
 //! | lending a socket and taking it back; the sockets' states | `pool/lend`; `pool/member` |
 //! | what epoll reports about the sockets | `pool/mod` |
 //! | carrying out a plan; attaching the BPF program to a group | `pool/steer`; `pool/group` |

@@ -327,6 +327,11 @@ fn with_balance_queue_no_operation_loses_a_request() {
 }
 
 #[test]
+fn with_balance_client_no_operation_loses_a_request() {
+    operations_lose_nothing("client");
+}
+
+#[test]
 fn with_balance_queue_no_connection_waits_for_a_stopped_worker() {
     let addr = free_address();
     let mut service = Service::run_ready("-n 3 --balance queue", &naive_with(addr, &["--non-blocking"]));
@@ -389,5 +394,5 @@ while True:
 fn a_wrong_value_of_balance_is_refused() {
     let outcome = run_words("--balance fair true");
     assert_eq!(outcome.code, Some(2), "{outcome:?}");
-    assert!(outcome.err.contains("none of load, random and queue"), "{outcome:?}");
+    assert!(outcome.err.contains("none of load, random, queue and client"), "{outcome:?}");
 }

@@ -96,8 +96,9 @@ pub struct RunArgs {
     pub max_failures: u32,
 
     /// which worker gets a new connection. load: a random one, but not a worker that is stuck (connections wait and
-    /// it takes none). random: any ready worker. queue: the first that takes it from the queue of all (default load)
-    #[argh(option, default = "Balancing::Load", arg_name = "load|random|queue")]
+    /// it takes none). random: any ready worker. queue: the first that takes it from the queue of all. client: the same
+    /// one for all connections from one address, as long as it serves (default load)
+    #[argh(option, default = "Balancing::Load", arg_name = "load|random|queue|client")]
     pub balance: Balancing,
 
     // Not a doc comment: rustdoc takes the brackets for a link.

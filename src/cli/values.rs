@@ -41,7 +41,8 @@ impl FromStr for Balancing {
             "load" => Ok(Self::Load),
             "random" => Ok(Self::Random),
             "queue" => Ok(Self::Queue),
-            _ => Err(format!("{text:?} is none of load, random and queue")),
+            "client" => Ok(Self::Client),
+            _ => Err(format!("{text:?} is none of load, random, queue and client")),
         }
     }
 }
@@ -332,7 +333,7 @@ mod tests {
                 check(&text, |address: Address| address.socket.port() != 0)?;
                 check(&text, |Period(duration)| duration <= MAX_DURATION)?;
                 check(&text, |_: Percent| true)?;
-                check(&text, |_: Balancing| ["load", "random", "queue"].contains(&text.as_str()))?;
+                check(&text, |_: Balancing| ["load", "random", "queue", "client"].contains(&text.as_str()))?;
                 check(&text, |StopSignal(signal)| ![Signal::SIGSTOP, Signal::SIGCONT, Signal::SIGCHLD].contains(&signal))?;
                 check(&text, |ready: Ready| ready.path.is_none_or(|path| {
                     path.starts_with('/') && path.len() <= 1000 && path.bytes().all(|byte| byte.is_ascii_graphic())

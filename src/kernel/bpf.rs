@@ -26,6 +26,48 @@ pub const fn add(k: u32) -> sock_filter {
     op(libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K, 0, 0, k)
 }
 
+pub const fn multiply(k: u32) -> sock_filter {
+    op(libc::BPF_ALU | libc::BPF_MUL | libc::BPF_K, 0, 0, k)
+}
+
+pub const fn shift_right(k: u32) -> sock_filter {
+    op(libc::BPF_ALU | libc::BPF_RSH | libc::BPF_K, 0, 0, k)
+}
+
+pub const fn xor(k: u32) -> sock_filter {
+    op(libc::BPF_ALU | libc::BPF_XOR | libc::BPF_K, 0, 0, k)
+}
+
+/// The accumulator and the index register.
+pub const fn xor_index() -> sock_filter {
+    op(libc::BPF_ALU | libc::BPF_XOR | libc::BPF_X, 0, 0, 0)
+}
+
+/// Copies the accumulator to the index register.
+pub const fn to_index() -> sock_filter {
+    op(libc::BPF_MISC | libc::BPF_TAX, 0, 0, 0)
+}
+
+/// Loads a constant into the accumulator.
+pub const fn load_constant(k: u32) -> sock_filter {
+    op(libc::BPF_LD | libc::BPF_IMM, 0, 0, k)
+}
+
+/// Loads a word of the program's memory into the accumulator.
+pub const fn load_memory(word: u32) -> sock_filter {
+    op(libc::BPF_LD | libc::BPF_MEM, 0, 0, word)
+}
+
+/// Stores the accumulator in a word of the program's memory.
+pub const fn store(word: u32) -> sock_filter {
+    op(libc::BPF_ST, 0, 0, word)
+}
+
+/// Skips `jt` instructions if the accumulator is greater than the index register, and `jf` if it isn't.
+pub const fn jump_greater_than_index(jt: u8, jf: u8) -> sock_filter {
+    op(libc::BPF_JMP | libc::BPF_JGT | libc::BPF_X, jt, jf, 0)
+}
+
 pub const fn modulo(k: u32) -> sock_filter {
     op(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, 0, 0, k)
 }
@@ -134,8 +176,13 @@ impl Assembler {
 #[cfg(test)]
 pub fn run(program: &[sock_filter], mut load: impl FnMut(u32, usize) -> u32) -> (u32, usize) {
     use libc::{BPF_A, BPF_ABS, BPF_ADD, BPF_ALU, BPF_B, BPF_H, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_K};
-    use libc::{BPF_LD, BPF_MOD, BPF_RET, BPF_W};
+    use libc::{
+        BPF_IMM, BPF_JGT, BPF_LD, BPF_MEM, BPF_MISC, BPF_MOD, BPF_MUL, BPF_RET, BPF_RSH, BPF_ST, BPF_TAX,
+    };
+    use libc::{BPF_W, BPF_X, BPF_XOR};
     let (mut accumulator, mut next, mut steps) = (0u32, 0usize, 0usize);
+    // The kernel refuses a program that loads a word before it has stored it.
+    let (mut index, mut memory) = (0u32, [None; libc::BPF_MEMWORDS as usize]);
     loop {
         let sock_filter { code, jt, jf, k } = program[next];
         (next, steps) = (next + 1, steps + 1);
@@ -146,9 +193,18 @@ pub fn run(program: &[sock_filter], mut load: impl FnMut(u32, usize) -> u32) -> 
             code if code == BPF_LD | BPF_B | BPF_ABS => accumulator = load(k, 1),
             code if code == BPF_ALU | BPF_MOD | BPF_K => accumulator %= k,
             code if code == BPF_ALU | BPF_ADD | BPF_K => accumulator = accumulator.wrapping_add(k),
+            code if code == BPF_ALU | BPF_MUL | BPF_K => accumulator = accumulator.wrapping_mul(k),
+            code if code == BPF_ALU | BPF_RSH | BPF_K => accumulator >>= k,
+            code if code == BPF_ALU | BPF_XOR | BPF_K => accumulator ^= k,
+            code if code == BPF_ALU | BPF_XOR | BPF_X => accumulator ^= index,
+            code if code == BPF_MISC | BPF_TAX => index = accumulator,
+            code if code == BPF_LD | BPF_IMM => accumulator = k,
+            code if code == BPF_LD | BPF_MEM => accumulator = memory[k as usize].expect("it was stored"),
+            code if code == BPF_ST => memory[k as usize] = Some(accumulator),
             code if code == BPF_JMP | BPF_JA => next += k as usize,
             code if code == BPF_JMP | BPF_JEQ | BPF_K => jump_if(accumulator == k),
             code if code == BPF_JMP | BPF_JGE | BPF_K => jump_if(accumulator >= k),
+            code if code == BPF_JMP | BPF_JGT | BPF_X => jump_if(accumulator > index),
             code if code == BPF_RET | BPF_K => return (k, steps),
             code if code == BPF_RET | BPF_A => return (accumulator, steps),
             code => panic!("unexpected instruction {code:#x}"),

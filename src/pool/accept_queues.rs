@@ -29,6 +29,9 @@ const CPU_SHARE_WHEN_SOON: u32 = 50;
 /// The next sample is put off by at most this much for the sake of the CPU's time.
 const MAX_PAUSE: Duration = Duration::from_millis(50);
 
+/// The interval while the next sample should come soon, at most.
+const SOON: Duration = Duration::from_millis(2);
+
 /// See the module's comment.
 #[derive(Debug)]
 pub struct AcceptQueues {
@@ -158,7 +161,9 @@ impl AcceptQueues {
         let share = if soon { CPU_SHARE_WHEN_SOON } else { CPU_SHARE };
         let earliest = now + (took * share).min(MAX_PAUSE);
         let needed = is_needed.then_some(now + SLOW_INTERVAL);
-        self.next_sample = self.next_sample.or(needed).map(|next| next.max(earliest));
+        let is_early = soon && self.len() > 1;
+        let next = self.next_sample.map(|next| if is_early { next.min(now + SOON) } else { next });
+        self.next_sample = next.or(needed).map(|next| next.max(earliest));
     }
 
     fn set_slow(&mut self, id: MemberId, listener: BorrowedFd, is_slow: bool) {
@@ -185,12 +190,12 @@ mod tests {
 
     use super::*;
 
-    /// When the next sample comes after one that took 0.1 ms, with connections waiting at so many of these listeners,
+    /// When the next sample comes at this interval, after one that took 0.1 ms, with connections waiting at so many of these listeners,
     /// and whether some queue is empty.
-    fn next_sample(count: usize, filled: usize, soon: bool) -> (Duration, bool) {
+    fn next_sample(interval: Duration, count: usize, filled: usize, soon: bool) -> (Duration, bool) {
         let listeners: Vec<TcpListener> =
             (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-        let mut queues = AcceptQueues::new(Duration::from_millis(1)).unwrap();
+        let mut queues = AcceptQueues::new(interval).unwrap();
         for (id, listener) in (0..).map(MemberId).zip(&listeners) {
             queues.watch(id, listener.as_fd()).unwrap();
         }
@@ -212,13 +217,17 @@ mod tests {
     #[test]
     fn samples_take_a_share_of_a_cpu_and_a_larger_one_if_the_next_should_come_soon() {
         let (seldom, often) = (Duration::from_millis(20), Duration::from_millis(5));
-        assert_eq!(next_sample(2, 1, false), (seldom, true));
-        assert_eq!(next_sample(2, 1, true), (often, true));
-        assert_eq!(next_sample(2, 2, true), (often, false));
+        let interval = Duration::from_millis(1);
+        assert_eq!(next_sample(interval, 2, 1, false), (seldom, true));
+        assert_eq!(next_sample(interval, 2, 1, true), (often, true));
+        assert_eq!(next_sample(interval, 2, 2, true), (often, false));
+        let interval = Duration::from_millis(200);
+        assert_eq!(next_sample(interval, 2, 1, false), (interval, true));
+        assert_eq!(next_sample(interval, 2, 1, true), (often, true), "whatever the interval is");
     }
 
     #[test]
     fn a_queue_that_is_the_only_one_is_sampled_slowly() {
-        assert_eq!(next_sample(1, 1, true), (SLOW_INTERVAL, false));
+        assert_eq!(next_sample(Duration::from_millis(1), 1, 1, true), (SLOW_INTERVAL, false));
     }
 }

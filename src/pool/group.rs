@@ -9,14 +9,15 @@ use std::time::Instant;
 use log::{debug, warn};
 
 use crate::address::Address;
-use crate::ids::{Borrower, MemberId};
+use crate::ids::{Borrower, MemberId, SlotId};
 use crate::kernel::sockdiag::Listener;
 use crate::kernel::sys;
 use crate::pool::foreign::{self, ForeignMembers};
 use crate::pool::member::{Member, Members, Owner};
-use crate::steering::load::{Load, least_loaded};
+use crate::steering::by_client::Key;
+use crate::steering::load::{Balancing, Load, least_loaded};
 use crate::steering::order::Order;
-use crate::steering::program::{Aim, MAX_AIMS, Targets, program};
+use crate::steering::program::{Aim, Choice, MAX_AIMS, Targets, program};
 use crate::steering::{self, Decision, Plan, Role};
 
 #[derive(Debug)]
@@ -35,7 +36,8 @@ pub struct Group {
     aims: BTreeMap<SocketAddr, AimedAt>,
     /// Whether the attached program may know connections of our own.
     has_aims: bool,
-    /// Whether connections of our own may go to any member that is lent or reserved, so that none of these may move.
+    balancing: Balancing,
+    /// Whether the indices of all members that are lent or reserved have to be known, so that none of these may move.
     is_exact: bool,
 }
 
@@ -47,7 +49,7 @@ enum AimedAt {
 }
 
 impl Group {
-    pub fn new(address: Address, owner: Owner, is_exact: bool) -> Self {
+    pub fn new(address: Address, owner: Owner, balancing: Balancing, is_exact: bool) -> Self {
         Self {
             address,
             owner,
@@ -57,6 +59,7 @@ impl Group {
             targets: None,
             aims: BTreeMap::new(),
             has_aims: false,
+            balancing,
             is_exact,
         }
     }
@@ -154,16 +157,14 @@ impl Group {
         primary.extend(known.min_by_key(|id| self.order.index(*id)));
         let (primary_indices, canary_indices) = (self.order.indices(&primary), self.order.indices(&canary));
         let kept = if self.is_exact { self.order.indices(&kept(&decisions)) } else { Vec::new() };
-        let last = [&primary_indices, &canary_indices, &kept]
-            .into_iter()
-            .filter_map(|all| all.last())
-            .max()
-            .copied();
+        let lasts = [&primary_indices, &canary_indices, &kept].into_iter().filter_map(|all| all.last());
+        let last = lasts.max().copied();
         let weighted = |indices: &[u32]| self.weighted(indices, |id| members[id].serving(plan));
         let all_indices = Targets {
             primary: weighted(&primary_indices),
             canary: weighted(&canary_indices),
             share: plan.share,
+            choice: self.choice([&primary, &canary], members),
             aims: self.aims(),
         };
         // Without a target the program stays as it is, unless it knows connections of our own.
@@ -201,6 +202,25 @@ impl Group {
             return indices.to_vec();
         }
         indices.iter().zip(weights).flat_map(|(index, weight)| vec![*index; weight]).collect()
+    }
+
+    /// How one of the primary members is chosen, and of the canary's.
+    fn choice(&self, lists: [&BTreeSet<MemberId>; 2], members: &Members) -> Choice {
+        if self.balancing != Balancing::Client {
+            return Choice::Random;
+        }
+        let mut keys: BTreeMap<u32, Key> = BTreeMap::new();
+        for list in lists {
+            let mut numbers: BTreeMap<SlotId, u32> = BTreeMap::new();
+            let of_slot = list.iter().filter_map(|id| Some((*id, members.get(*id)?.slot()?)));
+            let by_id = of_slot.map(|(id, slot)| {
+                let next = numbers.entry(slot).or_default();
+                *next += 1;
+                (id, Key { slot, number: *next - 1 })
+            });
+            keys.extend(self.order.assign(by_id.collect()));
+        }
+        Choice::Client(keys)
     }
 
     /// Has a connection of our own, from `source`, go to a member from the next [`Group::steer`] on.

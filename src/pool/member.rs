@@ -172,6 +172,12 @@ impl Member {
         self.loans.iter().all(|loan| loan.heir.is_some())
     }
 
+    /// The slot of the worker that borrows it, or will.
+    pub fn slot(&self) -> Option<SlotId> {
+        let borrower = self.loans.first().map(|loan| loan.borrower.slot);
+        borrower.or(self.reserved.map(|reserved| reserved.slot))
+    }
+
     /// Whether nobody borrows it and no successor is awaited.
     pub fn is_free(&self) -> bool {
         !self.is_lent() && self.reserved.is_none()

@@ -70,7 +70,7 @@ pub struct Pool {
     groups: BTreeMap<Address, Group>,
     watcher: Watcher,
     balancing: Balancing,
-    /// Whether there are calls of [`Pool::reach`].
+    /// Whether the indices of all members have to be known: for calls of [`Pool::reach`], or for a choice by client.
     is_exact: bool,
     /// All members are free in it if `balancing` is random.
     tracker: LoadTracker,
@@ -99,15 +99,16 @@ impl Pool {
     pub fn new(balancing: Balancing, is_exact: bool) -> io::Result<Self> {
         let sample_interval = match balancing {
             Balancing::Load | Balancing::Queue => SAMPLE_INTERVAL,
-            Balancing::Random => closed::SECOND_CHECK, // samples then show closed listeners only
+            // Samples then show only closed listeners, and those that may have been stuck for long.
+            Balancing::Random | Balancing::Client => closed::SECOND_CHECK,
         };
         Ok(Self {
             members: Members::default(),
             groups: BTreeMap::new(),
             watcher: Watcher::new(sample_interval)?,
             balancing,
-            is_exact,
-            tracker: LoadTracker::default(),
+            is_exact: is_exact || balancing == Balancing::Client,
+            tracker: LoadTracker::new(balancing),
             closed: ClosedListeners::default(),
             unserved: Unserved::default(),
             warnings: Seldom::default(),
@@ -171,7 +172,10 @@ impl Pool {
     fn add(&mut self, address: Address, owner: Owner) -> io::Result<MemberId> {
         let owner = self.groups.get(&address).map_or(owner, |group| group.owner);
         let id = self.members.bind(address, owner)?;
-        self.groups.entry(address).or_insert_with(|| Group::new(address, owner, self.is_exact)).add(id);
+        self.groups
+            .entry(address)
+            .or_insert_with(|| Group::new(address, owner, self.balancing, self.is_exact))
+            .add(id);
         Ok(id)
     }
 
@@ -360,7 +364,8 @@ impl Pool {
         };
         let changes = self.tracker.sample(&lengths.collect(), is_busy, now);
         changes.iter().for_each(|(id, change)| self.log_change(*id, *change));
-        changes.iter().any(|(_, change)| *change != Change::StuckLong)
+        let is_patient = self.balancing == Balancing::Client;
+        changes.iter().any(|(_, change)| is_patient || *change != Change::StuckLong)
     }
 
     fn log_change(&self, id: MemberId, change: Change) {

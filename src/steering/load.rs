@@ -28,6 +28,8 @@ pub enum Balancing {
     Random,
     /// As `Load`, but the workers that a generation started with take their connections from one queue.
     Queue,
+    /// The one that the client's address stands for, if it hasn't been stuck for [`LONG`].
+    Client,
 }
 
 /// How loaded a member is. New connections go to the members with the least load.
@@ -55,6 +57,16 @@ pub enum Change {
     StuckLong,
 }
 
+impl Change {
+    /// Whether it is about a member that was stuck for [`LONG`].
+    fn is_long(self) -> bool {
+        match self {
+            Self::To(load, lasted) => load == Load::Free && lasted >= LONG,
+            Self::StuckLong => true,
+        }
+    }
+}
+
 /// A member that is stuck for this long is reported, and its queue is sampled more seldom.
 pub const LONG: Duration = Duration::from_secs(1);
 /// A member is stuck when its queue didn't move at this many samples in a row.
@@ -75,6 +87,9 @@ const SUSPECT_TIME: Duration = Duration::from_secs(10);
 #[derive(Debug, Default)]
 pub struct LoadTracker {
     members: BTreeMap<MemberId, Tracked>,
+    /// Whether a member counts as free until it has been stuck for [`LONG`], and is never a suspect: its clients have to come
+    /// back to it.
+    is_patient: bool,
 }
 
 #[derive(Debug)]
@@ -100,6 +115,10 @@ struct Tracked {
 }
 
 impl LoadTracker {
+    pub fn new(balancing: Balancing) -> Self {
+        Self { is_patient: balancing == Balancing::Client, ..Self::default() }
+    }
+
     /// Takes a sample: how many connections wait in each queue that isn't empty. `is_busy` is called for suspects only,
     /// and returns `None` if it can't be known. Returns what has changed.
     pub fn sample(
@@ -113,13 +132,19 @@ impl LoadTracker {
         }
         let of_member = |(id, member): (&MemberId, &mut Tracked)| {
             let length = queues.get(id).copied().unwrap_or(0);
-            Some((*id, member.sample(length, || is_busy(*id), now)?))
+            let change = member.sample(length, || is_busy(*id), now)?;
+            if self.is_patient {
+                member.last_stuck = None;
+            }
+            let is_seen = !self.is_patient || change.is_long();
+            is_seen.then_some((*id, change))
         };
         self.members.iter_mut().filter_map(of_member).collect()
     }
 
     pub fn load(&self, id: MemberId) -> Load {
-        self.members.get(&id).map_or(Load::Free, |member| member.load)
+        let is_seen = |member: &&Tracked| !self.is_patient || member.is_reported;
+        self.members.get(&id).filter(is_seen).map_or(Load::Free, |member| member.load)
     }
 
     /// Whether a member is a suspect: it was stuck for at least 50 ms, and that was less than 10 s ago.
@@ -127,7 +152,8 @@ impl LoadTracker {
         self.members.values().any(|member| member.is_suspect(now))
     }
 
-    /// Whether a member is skipped that has been stuck for less than [`LONG`], so that the next sample should come soon.
+    /// Whether a member has been stuck for less than [`LONG`], so that the next sample should come soon: to send it
+    /// connections again, or to be sure that it is stuck all the time.
     /// `members` is how many there are: if all of them are stuck, none is skipped. (The members of all addresses are
     /// counted together.)
     pub fn skips_some(&self, members: usize, now: Instant) -> bool {
@@ -255,6 +281,32 @@ mod tests {
     }
 
     use Load::*;
+
+    #[test]
+    fn for_a_choice_by_client_a_member_counts_as_free_until_it_has_been_stuck_for_long() {
+        let mut world = World { tracker: LoadTracker::new(Balancing::Client), now: Instant::now() };
+        let queues = BTreeMap::from([(ID, 1)]);
+        let mut changes = Vec::new();
+        let begun = world.now;
+        while world.now < begun + LONG + 4 * EVERY {
+            world.now += EVERY;
+            let change = world.tracker.sample(&queues, |_| Some(true), world.now);
+            changes.extend(
+                change.into_iter().map(|(_, change)| (world.now - begun, change, world.tracker.load(ID))),
+            );
+            let looks_stuck = world.now >= begun + 2 * EVERY && world.now < begun + 2 * EVERY + LONG;
+            assert_eq!(world.tracker.skips_some(2, world.now), looks_stuck, "the next sample comes soon");
+        }
+        assert_eq!(changes, [(LONG + 2 * EVERY, Change::StuckLong, Stuck)]);
+        world.now += EVERY;
+        let change = world.tracker.sample(&BTreeMap::new(), |_| Some(true), world.now);
+        assert!(matches!(change[..], [(ID, Change::To(Free, lasted))] if lasted >= LONG), "{change:?}");
+        assert!(!world.tracker.has_suspects(world.now) && !world.tracker.has_busy());
+        for _ in 0..100 {
+            assert_eq!(world.sample(1, true), Free, "it is no suspect");
+        }
+        assert_eq!(world.sample(0, true), Free);
+    }
 
     #[test]
     fn a_member_is_stuck_from_the_second_sample_at_which_its_queue_does_not_move_until_it_moves() {

@@ -2,8 +2,10 @@
 //!
 //! The fleet says what each worker is ([`Plan`]). [`decide`] turns that into a decision for each member of a reuseport
 //! group, [`load`] finds members that take no connections, [`order`] keeps track of the kernel's array of the group,
-//! and [`program`] writes the instructions that choose an index of that array. The pool carries it out.
+//! and [`program`] writes the instructions that choose an index of that array: at random, or [`by_client`]. The pool carries it
+//! out.
 
+pub mod by_client;
 pub mod load;
 pub mod order;
 pub mod program;

@@ -4,7 +4,7 @@
 //! the last one takes its place (`__reuseport_detach_sock`, net/core/sock_reuseport.c). The program that
 //! SO_ATTACH_REUSEPORT_CBPF attaches returns an index into that array.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use crate::ids::MemberId;
@@ -69,6 +69,20 @@ impl Order {
     pub fn indices(&self, members: &BTreeSet<MemberId>) -> Vec<u32> {
         let places = (0..).zip(&self.candidates);
         places.filter(|(_, place)| place.is_subset(members)).map(|(i, _)| i).collect()
+    }
+
+    /// What belongs to each of these members, by its index. Where some indices are unknown, what belongs to these members is
+    /// assigned to the indices at which they stand, in any order.
+    pub fn assign<T>(&self, mut of_members: BTreeMap<MemberId, T>) -> BTreeMap<u32, T> {
+        let indices = self.indices(&of_members.keys().copied().collect());
+        let mut assigned = BTreeMap::new();
+        for index in &indices {
+            let known = self.member(*index).and_then(|id| of_members.remove(&id));
+            assigned.extend(known.map(|it| (*index, it)));
+        }
+        let unknown: Vec<u32> = indices.into_iter().filter(|index| !assigned.contains_key(index)).collect();
+        assigned.extend(unknown.into_iter().zip(of_members.into_values()));
+        assigned
     }
 
     /// The index of this member; `None` if it is unknown.
@@ -143,6 +157,19 @@ mod tests {
         assert_eq!(order.indices(&ids(&[2, 3, 4])), [0, 1, 2]);
         assert_eq!(order.indices(&ids(&[3, 4])), [0, 1]);
         assert_eq!(order.indices(&ids(&[2, 3])), [2]);
+    }
+
+    #[test]
+    fn what_belongs_to_members_is_assigned_to_their_indices_also_where_these_are_unknown() {
+        let mut order = order(&[0, 1, 2, 3, 4]);
+        let of = |numbers: &[u32]| numbers.iter().map(|n| (MemberId(*n), n * 10)).collect::<BTreeMap<_, _>>();
+        let assign =
+            |order: &Order, numbers: &[u32]| order.assign(of(numbers)).into_iter().collect::<Vec<_>>();
+        assert_eq!(assign(&order, &[4, 1]), [(1, 10), (4, 40)]);
+        order.leave(&ids(&[0, 1]));
+        assert_eq!(assign(&order, &[2, 3, 4]), [(0, 30), (1, 40), (2, 20)], "3 or 4 stands at 0");
+        assert_eq!(assign(&order, &[2, 3]), [(2, 20)]);
+        assert_eq!(assign(&order, &[2, 3, 9]), [(2, 20)], "9 is in no group");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The instructions that choose the member for a new connection.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use libc::sock_filter;
@@ -8,6 +9,7 @@ use crate::kernel::bpf::{
     add, jump, jump_at_least, jump_equal, load, load_byte, load_half, modulo, ret, ret_accumulator,
 };
 use crate::steering::Share;
+use crate::steering::by_client::{self, Key};
 
 /// The indices that a program chooses from, each as often as it stands here. Both lists ascend.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -16,8 +18,18 @@ pub struct Targets {
     pub canary: Vec<u32>,
     /// What `canary` gets, if there is also a `primary`.
     pub share: Share,
+    pub choice: Choice,
     /// Connections of our own, which go elsewhere.
     pub aims: Vec<Aim>,
+}
+
+/// How a program chooses one of several indices.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Choice {
+    #[default]
+    Random,
+    /// By the client's address, and these keys of the indices.
+    Client(BTreeMap<u32, Key>),
 }
 
 /// The connection from one source address goes to one index.
@@ -37,20 +49,21 @@ const BPF_MAXINSNS: usize = 4096;
 const RANDOM: u32 = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
 
 /// Where a load finds a byte of the packet's IP header. (The packet itself begins behind the TCP header.)
-const fn ip_header(offset: u32) -> u32 {
+pub(super) const fn ip_header(offset: u32) -> u32 {
     (libc::SKF_NET_OFF as u32).wrapping_add(offset)
 }
 
-/// A program that chooses one of the indices at random, each entry of a list with the same probability, in O(log n) steps.
-/// Without any index, its result is out of range: then the kernel chooses among all members by the connection's hash.
+/// A program that chooses one of the indices: at random, each entry of a list with the same probability, in O(log n) steps;
+/// or by the client's address, in O(n) steps. Without any index, its result is out of range: then the kernel chooses among
+/// all members by the connection's hash.
 /// A connection from the source of an aim goes to the index of that aim.
 ///
 /// It chooses at random and not by the hash, since a retransmitted SYN finds its request socket by its addresses
-/// before the kernel looks for a listener. If the indices are so scattered that the program would be too long for the
-/// kernel, it chooses among those that fit.
+/// before the kernel looks for a listener. If there are so many
+/// indices, or so scattered ones, that the program would be too long for the kernel, it chooses among those that fit.
 pub fn program(targets: &Targets) -> Vec<sock_filter> {
     let mut program: Vec<sock_filter> = targets.aims.iter().take(MAX_AIMS).flat_map(aim_at).collect();
-    let choose = choose_at_random(targets, BPF_MAXINSNS - program.len());
+    let choose = choose(targets, BPF_MAXINSNS - program.len());
     program.extend(choose);
     program
 }
@@ -85,33 +98,44 @@ fn aim_at(aim: &Aim) -> Vec<sock_filter> {
     code
 }
 
-/// A program of at most `max_len` instructions that chooses at random.
-fn choose_at_random(targets: &Targets, max_len: usize) -> Vec<sock_filter> {
-    let Targets { primary, canary, share, .. } = targets;
+/// A program of at most `max_len` instructions that chooses one of the indices.
+fn choose(targets: &Targets, max_len: usize) -> Vec<sock_filter> {
+    let Targets { primary, canary, share, choice, .. } = targets;
+    let (mut program, number) = match choice {
+        Choice::Random => (Vec::new(), vec![load(RANDOM)]),
+        Choice::Client(_) => (by_client::hash_client(), by_client::number_for_canary()),
+    };
+    let choose_one = |indices: &[u32], max_len| match choice {
+        Choice::Random => choose_one(indices, max_len),
+        Choice::Client(keys) => by_client::choose_one(indices, keys, max_len),
+    };
+    let max_len = max_len - program.len();
     match (primary.is_empty(), canary.is_empty()) {
-        (true, true) => vec![ret(u32::MAX)],
-        (true, false) => choose_one(canary, max_len),
-        (false, true) => choose_one(primary, max_len),
+        (true, true) => program.push(ret(u32::MAX)),
+        (true, false) => program.extend(choose_one(canary, max_len)),
+        (false, true) => program.extend(choose_one(primary, max_len)),
         (false, false) => {
-            // The load and the jump over the canary's half, which may take two instructions, need room too.
-            let choose_canary = choose_one(canary, max_len / 2 - 2);
-            let mut program = vec![load(RANDOM)];
+            // The jump over the canary's half may take two instructions.
+            let max_len = max_len - number.len() - 2;
+            let choose_canary = choose_one(canary, max_len / 2);
+            let max_len = max_len - choose_canary.len();
+            program.extend(number);
             jump_if_at_least(share.of_random_numbers(), choose_canary.len(), &mut program);
             program.extend(choose_canary);
-            program.extend(choose_one(primary, max_len / 2 - 2));
-            program
+            program.extend(choose_one(primary, max_len));
         }
     }
+    program
 }
 
-/// A program of at most `max_len` instructions that returns one of `indices`.
+/// A program of at most `max_len` instructions that returns one of `indices` at random.
 fn choose_one(indices: &[u32], max_len: usize) -> Vec<sock_filter> {
     let mut runs = runs(indices);
     // Each run takes two instructions, each inner node of the tree above them at most two.
     runs.truncate((max_len - 2) / 4);
     let total: u32 = runs.iter().map(|run| run.len).sum();
     let mut program = vec![load(RANDOM), modulo(total)];
-    choose(&runs, &mut program);
+    search(&runs, &mut program);
     program
 }
 
@@ -148,7 +172,7 @@ fn runs(indices: &[u32]) -> Vec<Run> {
 
 /// Appends a binary search. The accumulator holds n, and the program returns the n-th of the chosen indices, counted
 /// from 0.
-fn choose(runs: &[Run], program: &mut Vec<sock_filter>) {
+fn search(runs: &[Run], program: &mut Vec<sock_filter>) {
     let Some((&first, rest)) = runs.split_first() else { return };
     if rest.is_empty() {
         // Less than 0 where indices stand several times; the kernel's sums wrap too.
@@ -158,10 +182,10 @@ fn choose(runs: &[Run], program: &mut Vec<sock_filter>) {
     }
     let (low, high) = runs.split_at(runs.len() / 2);
     let mut lower = Vec::new();
-    choose(low, &mut lower);
+    search(low, &mut lower);
     jump_if_at_least(high[0].before, lower.len(), program);
     program.append(&mut lower);
-    choose(high, program);
+    search(high, program);
 }
 
 #[cfg(test)]
@@ -267,8 +291,9 @@ mod tests {
                 let chosen = |first: u32| -> BTreeSet<u32> {
                     (0..1000).map(|second| run_with(&program, &[first, second]).0).collect()
                 };
-                let fitting = |indices: &[u32]| indices.iter().take(511).copied().collect();
-                assert_eq!((chosen(0), chosen(border)), (fitting(canary), fitting(primary)));
+                let fitting = |indices: &[u32]| indices.iter().take(511).copied().collect::<BTreeSet<u32>>();
+                assert_eq!(chosen(0), fitting(canary));
+                assert!(chosen(border).is_superset(&fitting(primary)));
                 for second in 0..10 {
                     assert!(canary.contains(&run_with(&program, &[0, second]).0));
                     assert!(canary.contains(&run_with(&program, &[border - 1, second]).0));

@@ -158,7 +158,9 @@ fn peers(options: &Options) -> Result<Vec<Peer>> {
     let help = std::process::Command::new(&options.binary).arg("--help").output();
     let help = help.context(&options.binary.display().to_string())?.stdout;
     let ours = match String::from_utf8_lossy(&help).contains("--balance") {
-        true => ["random", "load", "queue"].map(|way| Peer::ReuseRun(vec!["--balance", way])).into(),
+        true => {
+            ["random", "load", "queue", "client"].map(|way| Peer::ReuseRun(vec!["--balance", way])).into()
+        }
         false => vec![Peer::ReuseRun(Vec::new())],
     };
     let others = [

@@ -1,8 +1,10 @@
 //! Clients: one request, and what a load has to show.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Duration;
+
+use socket2::{Domain, Socket, Type};
 
 use super::load::{self, Load, LoadOptions, Report};
 use super::service::Service;
@@ -68,7 +70,23 @@ impl Waiting {
     /// Connects, for which a listener with room in its accept queue is enough, and sends a request.
     #[track_caller]
     pub fn new(addr: SocketAddr) -> Waiting {
-        let mut stream = TcpStream::connect(addr).expect("connect");
+        Waiting::on(TcpStream::connect(addr).expect("connect"))
+    }
+
+    /// From an address of this machine, or of a route to it.
+    #[track_caller]
+    pub fn from(client: IpAddr, addr: SocketAddr) -> Waiting {
+        let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None).expect("a socket");
+        if client.is_ipv6() {
+            socket.set_freebind_v6(true).expect("set IPV6_FREEBIND");
+        }
+        socket.bind(&SocketAddr::new(client, 0).into()).expect("bind");
+        socket.connect(&addr.into()).expect("connect");
+        Waiting::on(socket.into())
+    }
+
+    #[track_caller]
+    fn on(mut stream: TcpStream) -> Waiting {
         stream.write_all(b"GET / HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").expect("ask");
         stream.set_nonblocking(true).expect("set non-blocking");
         Waiting(stream)
