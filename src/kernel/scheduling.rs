@@ -24,7 +24,8 @@ pub fn of_tree(root: Pid) -> BTreeMap<Pid, Turns> {
     threads.filter_map(|tid| Some((tid, of(tid)?))).collect()
 }
 
-fn of(tid: Pid) -> Option<Turns> {
+/// Of one thread.
+pub fn of(tid: Pid) -> Option<Turns> {
     let text = |file: &str| fs::read_to_string(format!("/proc/{tid}/{file}")).ok();
     parse(&text("schedstat")?, &text("stat")?)
 }

@@ -46,10 +46,10 @@ use self::watcher::{Interest, Watcher};
 use crate::address::Address;
 use crate::ids::{MemberId, WorkerId};
 use crate::kernel::duplicate::close_without_waiting;
-use crate::kernel::procfs;
 use crate::kernel::sockdiag::Listener;
+use crate::kernel::{procfs, scheduling};
 use crate::output::seldom::Seldom;
-use crate::steering::load::{Balancing, Change, LONG, Load, LoadTracker};
+use crate::steering::load::{Balancing, Change, LONG, Load, LoadTracker, Turn};
 use crate::steering::{Plan, Role};
 
 /// A worker has shut down or closed its last listener on an address.
@@ -362,7 +362,14 @@ impl Pool {
             let mut busy = loans.map(|loan| procfs::is_main_thread_busy(loan.borrower.pid));
             busy.try_fold(true, |all, is_busy| Some(all && is_busy?))
         };
-        let changes = self.tracker.sample(&lengths.collect(), is_busy, now);
+        let turn = |id| {
+            let turn = |loan: &Loan| {
+                let turns = scheduling::of(loan.borrower.pid)?;
+                Some(Turn { ran: turns.ran, is_runnable: turns.is_runnable })
+            };
+            self.members.get(id)?.loans.iter().find_map(turn)
+        };
+        let changes = self.tracker.sample(&lengths.collect(), is_busy, turn, now);
         changes.iter().for_each(|(id, change)| self.log_change(*id, *change));
         let is_patient = self.balancing == Balancing::Client;
         changes.iter().any(|(_, change)| is_patient || *change != Change::StuckLong)

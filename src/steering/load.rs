@@ -10,6 +10,8 @@
 //!   stuck after two such samples in a row.
 //! - If all queues are always filled, two such samples may be chance. A member that turns out not to have been stuck (a
 //!   false alarm) needs twice as many samples the next time: hysteresis with a back-off.
+//! - A worker that waits for a CPU takes no connections either, and then the others wait as well. One that could run is
+//!   stuck only if it has run for half of the time since it was first suspected.
 //! - A member that was stuck for at least 50 ms is a suspect for 10 s: one sample is enough to find it stuck again, and
 //!   it is also skipped while it is busy, before any connection waits.
 
@@ -46,6 +48,15 @@ pub enum Load {
 pub fn least_loaded(members: &BTreeSet<MemberId>, load: impl Fn(MemberId) -> Load) -> BTreeSet<MemberId> {
     let least = members.iter().map(|id| load(*id)).min();
     members.iter().copied().filter(|id| Some(load(*id)) == least).collect()
+}
+
+/// What the thread that accepts connections does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Turn {
+    /// How long it has had a CPU since it was started.
+    pub ran: Duration,
+    /// Whether it has one or waits for one.
+    pub is_runnable: bool,
 }
 
 /// What a sample has changed for a member.
@@ -103,6 +114,8 @@ struct Tracked {
     length: u32,
     /// At how many samples in a row its queue didn't move.
     unmoved: u32,
+    /// When its worker was first looked at since, and how long that had run then.
+    looked_at: Option<(Instant, Duration)>,
     /// At how many samples it was stuck, after the one that found it so.
     still_stuck: u32,
     /// How many false alarms count, at most as many as matter, and when the last one was.
@@ -120,11 +133,12 @@ impl LoadTracker {
     }
 
     /// Takes a sample: how many connections wait in each queue that isn't empty. `is_busy` is called for suspects only,
-    /// and returns `None` if it can't be known. Returns what has changed.
+    /// `turn` for those that seem to be stuck; they return `None` if it can't be known. Returns what has changed.
     pub fn sample(
         &mut self,
         queues: &BTreeMap<MemberId, u32>,
         is_busy: impl Fn(MemberId) -> Option<bool>,
+        turn: impl Fn(MemberId) -> Option<Turn>,
         now: Instant,
     ) -> Vec<(MemberId, Change)> {
         for id in queues.keys() {
@@ -132,7 +146,7 @@ impl LoadTracker {
         }
         let of_member = |(id, member): (&MemberId, &mut Tracked)| {
             let length = queues.get(id).copied().unwrap_or(0);
-            let change = member.sample(length, || is_busy(*id), now)?;
+            let change = member.sample(length, || is_busy(*id), || turn(*id), now)?;
             if self.is_patient {
                 member.last_stuck = None;
             }
@@ -181,6 +195,7 @@ impl Tracked {
             is_reported: false,
             length: 0,
             unmoved: 0,
+            looked_at: None,
             still_stuck: 0,
             false_alarms: 0,
             last_false_alarm: now,
@@ -189,10 +204,23 @@ impl Tracked {
         }
     }
 
-    fn sample(&mut self, length: u32, is_busy: impl Fn() -> Option<bool>, now: Instant) -> Option<Change> {
+    fn sample(
+        &mut self,
+        length: u32,
+        is_busy: impl Fn() -> Option<bool>,
+        turn: impl Fn() -> Option<Turn>,
+        now: Instant,
+    ) -> Option<Change> {
         let is_unmoved = length > 0 && length >= self.length;
         self.length = length;
         self.unmoved = if is_unmoved { self.unmoved + 1 } else { 0 };
+        if !is_unmoved {
+            self.looked_at = None;
+        }
+        let gets_stuck = self.load != Load::Stuck
+            && is_unmoved
+            && self.unmoved >= self.stuck_after(now)
+            && !self.waits_for_cpu(turn, now);
         let load = match self.load {
             Load::Stuck if is_unmoved => {
                 self.still_stuck += 1;
@@ -202,7 +230,7 @@ impl Tracked {
                 self.judge_past_stuck(now);
                 Load::Free
             }
-            _ if is_unmoved && self.unmoved >= self.stuck_after(now) => Load::Stuck,
+            _ if gets_stuck => Load::Stuck,
             _ => self.free_or_busy(is_busy, now),
         };
         let lasted = now.saturating_duration_since(self.since);
@@ -212,6 +240,17 @@ impl Tracked {
         }
         (self.load, self.since, self.is_reported, self.still_stuck) = (load, now, false, 0);
         Some(Change::To(load, lasted))
+    }
+
+    /// Whether it may only wait for a CPU. Of one that was stuck lately that isn't asked.
+    fn waits_for_cpu(&mut self, turn: impl Fn() -> Option<Turn>, now: Instant) -> bool {
+        if self.is_suspect(now) {
+            return false;
+        }
+        let Some(turn) = turn().filter(|turn| turn.is_runnable) else { return false };
+        let (since, ran_before) = *self.looked_at.get_or_insert((now, turn.ran));
+        let ran = turn.ran.saturating_sub(ran_before);
+        since == now || ran * 2 < now.saturating_duration_since(since)
     }
 
     /// It is stuck when its queue didn't move at this many samples in a row.
@@ -261,17 +300,19 @@ mod tests {
     struct World {
         tracker: LoadTracker,
         now: Instant,
+        turn: (Duration, bool),
     }
 
     impl World {
         fn new() -> Self {
-            Self { tracker: LoadTracker::default(), now: Instant::now() }
+            Self { tracker: LoadTracker::default(), now: Instant::now(), turn: (Duration::ZERO, false) }
         }
 
         fn sample(&mut self, length: u32, is_busy: bool) -> Load {
             self.now += EVERY;
             let queues = std::iter::once((ID, length)).filter(|_| length > 0).collect();
-            self.tracker.sample(&queues, |_| Some(is_busy), self.now);
+            let (ran, is_runnable) = self.turn;
+            self.tracker.sample(&queues, |_| Some(is_busy), |_| Some(Turn { ran, is_runnable }), self.now);
             self.tracker.load(ID)
         }
 
@@ -284,13 +325,13 @@ mod tests {
 
     #[test]
     fn for_a_choice_by_client_a_member_counts_as_free_until_it_has_been_stuck_for_long() {
-        let mut world = World { tracker: LoadTracker::new(Balancing::Client), now: Instant::now() };
+        let mut world = World { tracker: LoadTracker::new(Balancing::Client), ..World::new() };
         let queues = BTreeMap::from([(ID, 1)]);
         let mut changes = Vec::new();
         let begun = world.now;
         while world.now < begun + LONG + 4 * EVERY {
             world.now += EVERY;
-            let change = world.tracker.sample(&queues, |_| Some(true), world.now);
+            let change = world.tracker.sample(&queues, |_| Some(true), |_| None, world.now);
             changes.extend(
                 change.into_iter().map(|(_, change)| (world.now - begun, change, world.tracker.load(ID))),
             );
@@ -299,7 +340,7 @@ mod tests {
         }
         assert_eq!(changes, [(LONG + 2 * EVERY, Change::StuckLong, Stuck)]);
         world.now += EVERY;
-        let change = world.tracker.sample(&BTreeMap::new(), |_| Some(true), world.now);
+        let change = world.tracker.sample(&BTreeMap::new(), |_| Some(true), |_| None, world.now);
         assert!(matches!(change[..], [(ID, Change::To(Free, lasted))] if lasted >= LONG), "{change:?}");
         assert!(!world.tracker.has_suspects(world.now) && !world.tracker.has_busy());
         for _ in 0..100 {
@@ -360,13 +401,31 @@ mod tests {
     }
 
     #[test]
+    fn a_worker_that_waits_for_a_cpu_is_not_stuck_and_one_that_computes_is() {
+        for (runs, expected) in [(EVERY * 2 / 5, Free), (EVERY / 2, Stuck), (EVERY, Stuck)] {
+            let mut world = World::new();
+            let mut loads = Vec::new();
+            for _ in 0..40 {
+                world.turn = (world.turn.0 + runs, true);
+                loads.push(world.sample(1, false));
+            }
+            assert_eq!((loads[1], loads[2], loads[39]), (Free, expected, expected), "{runs:?} of {EVERY:?}");
+        }
+        let mut world = World::new();
+        world.turn = (EVERY, true);
+        assert_eq!(world.samples(&[1, 1, 1]), [Free; 3]);
+        world.turn.1 = false;
+        assert_eq!(world.samples(&[1]), [Stuck], "it sleeps");
+    }
+
+    #[test]
     fn a_long_stuck_member_is_reported_once_and_its_end_with_the_duration() {
         let mut world = World::new();
         let mut changes = Vec::new();
         for (length, at) in [1; 700].into_iter().chain([0; 600]).zip(1..) {
             world.now += EVERY;
             let queues = std::iter::once((ID, length)).filter(|_| length > 0).collect();
-            let found = world.tracker.sample(&queues, |_| None, world.now);
+            let found = world.tracker.sample(&queues, |_| None, |_| None, world.now);
             changes.extend(found.into_iter().map(|(_, change)| (at, change)));
         }
         let stuck =

@@ -81,7 +81,7 @@ fn samples(criterion: &mut Criterion) {
         let (mut tracker, now) = (LoadTracker::default(), Instant::now());
         group.throughput(Throughput::Elements(n.into()));
         group.bench_function(BenchmarkId::from_parameter(n), |bencher| {
-            bencher.iter(|| tracker.sample(black_box(&queues), |_| None, now));
+            bencher.iter(|| tracker.sample(black_box(&queues), |_| None, |_| None, now));
         });
     }
 }
