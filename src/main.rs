@@ -60,7 +60,8 @@
 //! | connections of our own to one worker | `pool/reach` |
 //! | sending a request to a worker; what counts as an answer | `probe/mod`; `probe/answer` |
 //! | when the accept queues are sampled | `pool/accept_queues` |
-//! | connections that wait for no worker; listeners that a living worker has closed | `pool/unserved`; `pool/closed` |
+//! | connections that wait for no worker | `pool/unserved` |
+//! | when a listener counts as closed although its worker lives; looking for it, and closing it | `pool/closed`; `pool/closing` |
 //! | other programs on our addresses; workers that can't be intercepted | `pool/foreign`; `pool/unintercepted` |
 //! | Unix sockets: sharing a path, and its hand-over to the next generation; what is done to its file | `pool/paths`; `pool/files` |
 //! | which system calls are stopped | `intercept/filter` |
@@ -86,7 +87,7 @@
 //! | labels before lines; how stdout and stderr are written; the log's form; lines that come once a second | `output/labels`; `output/sink`; `output/log`; `output/seldom` |
 //! | a system call (with `kernel/tracee` the only unsafe code); a file of /proc; a query to sock_diag | `kernel/sys`; `kernel/procfs`; `kernel/sockdiag` |
 //! | how long threads have waited for a CPU | `kernel/scheduling` |
-//! | duplicates of workers' sockets | `kernel/duplicate` |
+//! | which process has a socket open; duplicates of workers' sockets | `kernel/search`; `kernel/duplicate` |
 //! | processes that do what may wait; their queues, and what becomes of one that is late | `kernel/helper`; `kernel/jobs` |
 //! | what hangs on a worker's socket in its table of descriptors; tracing a thread | `kernel/fdtable`; `kernel/tracee` |
 //! | sockets by which others may send descriptors; files that others may have replaced | `kernel/inbox`; `kernel/file` |

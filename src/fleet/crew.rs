@@ -93,6 +93,11 @@ impl Crew {
         self.endpoints.addresses(worker)
     }
 
+    /// The TCP addresses at which connections came to this worker alone that it may still have.
+    pub fn addresses_so_far(&self, worker: WorkerId) -> BTreeSet<Address> {
+        self.endpoints.addresses_so_far(worker)
+    }
+
     /// All slots and workers, by slot, and in each slot the one that serves first.
     pub fn views(&self) -> Vec<View> {
         views::views(&self.roster)

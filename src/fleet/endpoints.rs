@@ -17,6 +17,9 @@ enum Need {
     Later(Duration),
 }
 
+/// How many addresses are kept on which a worker listens no more. Some programs open and close very many.
+const MAX_LEFT: usize = 64;
+
 #[derive(Debug, Default)]
 pub struct Endpoints {
     /// Addresses on which each worker is given a socket that listens already.
@@ -26,6 +29,8 @@ pub struct Endpoints {
     inherited: BTreeSet<Endpoint>,
     /// Where each worker listens, and whether it has called listen(2) itself.
     of_workers: BTreeMap<WorkerId, BTreeMap<Endpoint, bool>>,
+    /// Where each worker has stopped listening. It may still have connections that came there.
+    left: BTreeMap<WorkerId, BTreeSet<Address>>,
     /// Where the worker of a slot listens, or listened when it ended.
     of_slots: BTreeMap<SlotId, BTreeMap<Endpoint, Need>>,
     /// Unix sockets that several workers have listened on. Another one may be a worker's own, for processes that it
@@ -58,13 +63,18 @@ impl Endpoints {
     }
 
     pub fn remove(&mut self, id: WorkerId, endpoint: &Endpoint) {
-        if let Some(endpoints) = self.of_workers.get_mut(&id) {
-            endpoints.remove(endpoint);
+        if self.of_workers.get_mut(&id).is_some_and(|endpoints| endpoints.remove(endpoint).is_some())
+            && let Endpoint::Tcp(address) = endpoint
+            && !self.inherited.contains(endpoint)
+        {
+            let left = self.left.entry(id).or_default();
+            left.extend((left.len() < MAX_LEFT).then_some(*address));
         }
     }
 
     pub fn remove_worker(&mut self, id: WorkerId) {
         self.of_workers.remove(&id);
+        self.left.remove(&id);
     }
 
     /// Where a worker has called listen(2).
@@ -96,6 +106,11 @@ impl Endpoints {
             Endpoint::Unix(_) => None,
         })
         .collect()
+    }
+
+    /// The TCP addresses at which connections came to this worker alone that it may still have.
+    pub fn addresses_so_far(&self, id: WorkerId) -> BTreeSet<Address> {
+        self.addresses(id).into_iter().chain(self.left.get(&id).into_iter().flatten().copied()).collect()
     }
 
     /// Whether clients are known to come to an endpoint.
@@ -223,8 +238,13 @@ mod tests {
         assert_eq!(endpoints.addresses(ONE), [address(2), address(3)].into());
         endpoints.remove(ONE, &address(2).into());
         assert_eq!(endpoints.addresses(ONE), [address(3)].into());
+        assert_eq!(
+            endpoints.addresses_so_far(ONE),
+            [address(2), address(3)].into(),
+            "it may have connections"
+        );
         endpoints.remove_worker(ONE);
-        assert!(endpoints.addresses(ONE).is_empty() && endpoints.of(ONE).next().is_none());
+        assert!(endpoints.addresses_so_far(ONE).is_empty() && endpoints.of(ONE).next().is_none());
     }
 
     #[test]

@@ -311,7 +311,7 @@ impl Fleet {
             workers.iter().copied().filter(|id| crew.roster.state(*id) == Some(state)).collect()
         };
         for worker in in_state(&self.crew, State::Draining) {
-            let addresses = self.crew.endpoints.addresses(worker);
+            let addresses = self.crew.endpoints.addresses_so_far(worker);
             self.crew.actions.push(Action::Drain { worker, addresses });
         }
         let restarts = in_state(&self.crew, State::Starting); // they have no work

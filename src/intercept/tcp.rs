@@ -14,6 +14,7 @@ use crate::intercept::inherit;
 use crate::intercept::options::Options;
 use crate::kernel::duplicate::Duplicate;
 use crate::kernel::procfs;
+use crate::kernel::search::Place;
 use crate::kernel::sys::{self, NotifResponse};
 use crate::pool::{BindRequest, MinTtl, Pool};
 
@@ -149,7 +150,8 @@ fn understand(
     let address = Address::new(address.socket, address.v6only, device);
     let owner = caller.owner().ok_or(NotOurs::Other)?;
     let (nonblocking, shares) = (flags & libc::O_NONBLOCK != 0, noted.shares);
-    let request = BindRequest { address, nonblocking, shares, min_ttl, owner };
+    let place = Place { pid: procfs::process_of(caller.tid).unwrap_or(caller.tid), fd: own.fd };
+    let request = BindRequest { address, nonblocking, shares, min_ttl, owner, place };
     Ok(Bind { duplicate, close_on_exec: flags & libc::O_CLOEXEC != 0, request })
 }
 

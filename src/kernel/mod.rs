@@ -9,6 +9,7 @@ pub mod inbox;
 pub mod jobs;
 pub mod procfs;
 pub mod scheduling;
+pub mod search;
 pub mod sockdiag;
 pub mod sys;
 pub mod tracee;

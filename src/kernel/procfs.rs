@@ -420,7 +420,11 @@ pub fn sockets(pid: Pid) -> io::Result<Vec<(u32, u64)>> {
     Ok(each_socket(pid)?.collect())
 }
 
-fn each_socket(pid: Pid) -> io::Result<impl Iterator<Item = (u32, u64)>> {
+/// As [`sockets`], one after the other.
+///
+/// # Errors
+/// As for [`socket_inodes`].
+pub fn each_socket(pid: Pid) -> io::Result<impl Iterator<Item = (u32, u64)>> {
     let fds = match fs::read_dir(path(pid, "fd")) {
         Ok(fds) => Some(fds),
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => None,
@@ -433,8 +437,15 @@ fn each_socket(pid: Pid) -> io::Result<impl Iterator<Item = (u32, u64)>> {
     Ok(fds.into_iter().flatten().flatten().filter_map(socket))
 }
 
+/// Whether descriptors wait in the queue of a Unix socket for the process that will receive them (`unix_show_fdinfo`,
+/// net/unix/af_unix.c). Meanwhile no process has them.
+pub fn has_descriptors_waiting(pid: Pid, fd: u32) -> bool {
+    let waiting = read(&path(pid, &format!("fdinfo/{fd}")));
+    waiting.is_ok_and(|text| field(&text, "scm_fds:").is_some_and(|count| count != "0"))
+}
+
 /// All processes except this one and its own.
-fn others() -> impl Iterator<Item = Pid> {
+pub fn others() -> impl Iterator<Item = Pid> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw);
     pids.filter(|pid| *pid != Pid::this() && !helper::is_helper(*pid))

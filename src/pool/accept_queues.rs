@@ -26,11 +26,24 @@ const SLOW_INTERVAL: Duration = Duration::from_millis(100);
 const CPU_SHARE: u32 = 200;
 /// The same while the next sample should come soon.
 const CPU_SHARE_WHEN_SOON: u32 = 50;
+/// How many queues that were empty at the sample before are doubtful at most. On a busy machine there are many.
+const MAX_NEW: u32 = 4;
 /// The next sample is put off by at most this much for the sake of the CPU's time.
 const MAX_PAUSE: Duration = Duration::from_millis(50);
 
 /// The interval while the next sample should come soon, at most.
 const SOON: Duration = Duration::from_millis(2);
+
+/// What a sample has shown.
+#[derive(Debug, Default)]
+pub struct Sample {
+    /// How many connections wait in each queue that isn't empty.
+    pub lengths: BTreeMap<MemberId, u32>,
+    /// Those of them from which nothing was taken since the sample before, and some that were empty then.
+    pub doubtful: BTreeSet<MemberId>,
+    /// Those from which something was taken for sure.
+    pub taken: BTreeSet<MemberId>,
+}
 
 /// See the module's comment.
 #[derive(Debug)]
@@ -103,18 +116,18 @@ impl AcceptQueues {
         self.next_sample
     }
 
-    /// How many connections wait in each queue that isn't empty. Call [`AcceptQueues::set_next`] after it.
+    /// Call [`AcceptQueues::set_next`] after it.
     pub fn sample<'a>(
         &mut self,
         now: Instant,
         listener: impl Fn(MemberId) -> Option<BorrowedFd<'a>>,
-    ) -> BTreeMap<MemberId, u32> {
+    ) -> Sample {
         let mut events = vec![EpollEvent::empty(); self.watched.len().max(1)];
         let count = self.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
         let reported: BTreeSet<MemberId> =
             events[..count].iter().map(|event| MemberId(event.data() as u32)).collect();
         let before = mem::take(&mut self.filled);
-        let mut lengths = BTreeMap::new();
+        let (mut sample, mut new) = (Sample::default(), 0);
         for id in reported.union(&self.slow.clone()).copied() {
             let Some(fd) = listener(id) else { continue };
             let length = sockdiag::listen_info(fd).map_or(0, |info| info.accept_queue);
@@ -125,10 +138,17 @@ impl AcceptQueues {
                 self.set_slow(id, fd, is_slow);
             }
             if length > 0 {
-                lengths.insert(id, length);
+                sample.lengths.insert(id, length);
+                let is_new = !before.contains_key(&id) && new < MAX_NEW;
+                new += u32::from(is_new);
+                sample.doubtful.extend((unmoved.is_some() || is_new).then_some(id));
                 self.filled.insert(id, (length, since));
             }
         }
+        let now_waiting = |id| sample.lengths.get(id).copied().unwrap_or(0);
+        sample
+            .taken
+            .extend(before.iter().filter(|(id, (length, _))| now_waiting(id) < *length).map(|(id, _)| *id));
         self.quiet = match reported.is_empty() {
             true => self.quiet.map(|samples| samples + 1).filter(|samples| *samples < QUIET_SAMPLES),
             false => Some(0),
@@ -137,7 +157,7 @@ impl AcceptQueues {
             true => (!self.slow.is_empty()).then_some(now + SLOW_INTERVAL.max(self.interval)),
             false => Some(now + self.interval()),
         };
-        lengths
+        sample
     }
 
     /// The listeners whose queues haven't moved for [`LONG`].
@@ -208,8 +228,8 @@ mod tests {
             let mut readable = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
             assert_eq!(poll(&mut readable, PollTimeout::from(60_000u16)), Ok(1));
         }
-        let lengths = queues.sample(now, |id| Some(listeners[id.0 as usize].as_fd()));
-        assert_eq!(lengths.len(), filled);
+        let sample = queues.sample(now, |id| Some(listeners[id.0 as usize].as_fd()));
+        assert_eq!(sample.lengths.len(), filled);
         queues.set_next(Duration::from_micros(100), soon, false, now);
         (queues.deadline().unwrap() - now, queues.has_empty())
     }

@@ -12,6 +12,7 @@ use crate::address::Address;
 use crate::ids::{Borrower, MemberId, SlotId};
 use crate::kernel::sockdiag::Listener;
 use crate::kernel::sys;
+use crate::pool::closed::Standing;
 use crate::pool::foreign::{self, ForeignMembers};
 use crate::pool::member::{Member, Members, Owner};
 use crate::steering::by_client::Key;
@@ -130,7 +131,7 @@ impl Group {
         }
     }
 
-    /// Carries out what [`steering::decide`] says by this plan. The kernel applies it to all new connections of the
+    /// Carries out what [`steering::decide`] says by this plan, among those with the first rank. The kernel applies it to all new connections of the
     /// address at once. Returns how many spare members the group lacks: see [`Order::spares_lacking`].
     ///
     /// # Errors
@@ -138,7 +139,7 @@ impl Group {
     pub fn steer(
         &mut self,
         plan: &Plan,
-        load: impl Fn(MemberId) -> Load,
+        rank: impl Fn(MemberId) -> (Standing, Load),
         members: &mut Members,
     ) -> io::Result<usize> {
         let decisions = self.decisions(plan, members);
@@ -172,7 +173,7 @@ impl Group {
         let is_due = !primary.is_empty() || !all_indices.aims.is_empty() || self.has_aims;
         if let Some(any) = any.filter(|_| is_due) {
             let least = |members: &BTreeSet<MemberId>, all: Vec<u32>| {
-                let least = least_loaded(members, &load);
+                let least = least_loaded(members, &rank);
                 if least.len() == members.len() {
                     return all;
                 }
@@ -190,8 +191,7 @@ impl Group {
         for id in all(Decision::Hold) {
             members.get_mut(id).map_or(Ok(()), Member::hold)?;
         }
-        let leaving = decisions.iter().filter(|(_, role, _)| role.is_leaving()).count();
-        Ok(self.order.spares_lacking(last, leaving))
+        Ok(self.order.spares_lacking(last, leaving(&decisions, |id| rank(id).0 == Standing::Closed)))
     }
 
     /// These indices, each as often as workers serve its member's queue.
@@ -309,6 +309,11 @@ impl Group {
         self.targets = Some(targets);
         Ok(())
     }
+}
+
+/// How many members may leave by themselves at any time, or are about to be closed.
+fn leaving(decisions: &[(MemberId, Role, Decision)], is_closed: impl Fn(MemberId) -> bool) -> usize {
+    decisions.iter().filter(|(id, role, _)| role.is_leaving() || is_closed(*id)).count()
 }
 
 /// The members that somebody borrows, or will, and that don't leave.

@@ -50,6 +50,7 @@ impl Pool {
         }
         let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
         member.lend(Loan { listens: true, given: true, ..Loan::new(borrower) });
+        member.place = None;
         member.set_min_ttl(MinTtl::default())?;
         member.socket.set_nonblocking(false)?;
         let socket = member.socket.as_fd().try_clone_to_owned()?;
@@ -68,7 +69,10 @@ impl Pool {
     /// # Errors
     /// What bind(2) would have said to the worker; QuotaExceeded, without a number, if it borrows as many as it may.
     pub fn lend(&mut self, borrower: Borrower, request: BindRequest) -> io::Result<u64> {
-        let id = match self.members.lent_again(borrower, request) {
+        let again = self
+            .of_ended_process(borrower, request)
+            .map_or_else(|| self.members.lent_again(borrower, request), |id| Ok(Some(id)));
+        let id = match again {
             Ok(Some(id)) => id,
             Ok(None) if self.has_too_many(borrower) => return Err(io::ErrorKind::QuotaExceeded.into()),
             Ok(None) => match self.inherit(borrower, request.address, false) {
@@ -92,7 +96,9 @@ impl Pool {
         let listens = loan.is_some_and(|loan| loan.given);
         member.set_min_ttl(request.min_ttl)?;
         member.lend(Loan { listens, shares: request.shares, ..Loan::new(borrower) });
+        member.place = Some(request.place);
         let inode = member.inode;
+        self.closed.forget(id);
         self.watch(id);
         Ok(inode)
     }
@@ -234,7 +240,7 @@ impl Pool {
     }
 
     /// Closes a socket that can't be lent any more, although another process may have it open.
-    fn shut_down(&mut self, id: MemberId) {
+    pub(super) fn shut_down(&mut self, id: MemberId) {
         let Some(member) = self.members.get_mut(id) else { return };
         (member.loans, member.reserved) = (Vec::new(), None);
         let address = member.address;
@@ -339,6 +345,7 @@ impl Pool {
 
     /// A socket has no borrower any more, but perhaps an heir. It is `reserved`, or becomes free.
     fn vacate(&mut self, id: MemberId, reserved: Option<Reserved>) {
+        self.closed.forget(id);
         let Some(member) = self.members.get_mut(id) else { return };
         if reserved.is_none() {
             member.loans.clear();

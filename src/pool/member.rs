@@ -12,6 +12,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::address::Address;
 use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
+use crate::kernel::search::{Place, Seen};
 use crate::kernel::sockdiag::{self, ListenInfo};
 use crate::kernel::{procfs, sys};
 use crate::steering::{Plan, Role};
@@ -25,6 +26,8 @@ pub struct BindRequest {
     pub shares: bool,
     pub min_ttl: MinTtl,
     pub owner: Owner,
+    /// The descriptor that is bound.
+    pub place: Place,
 }
 
 /// The user and group that a socket is made for: its packets belong to them (`meta skuid` of nft(8)), and all sockets of a
@@ -100,6 +103,8 @@ pub struct Member {
     pub address: Address,
     pub socket: Socket,
     pub inode: u64,
+    /// Where a borrower had it when that was last looked for.
+    pub place: Option<Place>,
     /// The workers that have it. Several are of one generation, but for heirs.
     pub loans: Vec<Loan>,
     pub reserved: Option<Reserved>,
@@ -150,6 +155,7 @@ impl Member {
             device,
             socket,
             inode,
+            place: None,
             loans: Vec::new(),
             reserved: None,
             listening: false,
@@ -254,6 +260,11 @@ impl Member {
             let _ = self.socket.set_nonblocking(heir.was_nonblocking);
         }
         self.loans.retain(|loan| loan.borrower.worker != worker);
+    }
+
+    /// Whether it is at its place; not if that is unknown.
+    pub fn look(&self) -> Seen {
+        self.place.map_or(Seen::Gone, |place| place.look(self.inode))
     }
 
     /// The state of the socket.

@@ -13,6 +13,7 @@
 
 pub mod accept_queues;
 mod closed;
+mod closing;
 mod files;
 mod foreign;
 mod group;
@@ -36,7 +37,9 @@ use nix::sys::epoll::EpollFlags;
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
+use self::accept_queues::Sample;
 use self::closed::ClosedListeners;
+use self::closing::Ongoing;
 use self::group::Group;
 pub use self::member::{BindRequest, MinTtl, Owner};
 use self::member::{Loan, Member, Members, Reserved};
@@ -75,6 +78,8 @@ pub struct Pool {
     /// All members are free in it if `balancing` is random.
     tracker: LoadTracker,
     closed: ClosedListeners,
+    /// The search for some of them.
+    search: Option<Ongoing>,
     unserved: Unserved,
     /// What workers can do again and again.
     warnings: Seldom,
@@ -100,7 +105,7 @@ impl Pool {
         let sample_interval = match balancing {
             Balancing::Load | Balancing::Queue => SAMPLE_INTERVAL,
             // Samples then show only closed listeners, and those that may have been stuck for long.
-            Balancing::Random | Balancing::Client => closed::SECOND_CHECK,
+            Balancing::Random | Balancing::Client => closed::SAMPLE_INTERVAL,
         };
         Ok(Self {
             members: Members::default(),
@@ -110,6 +115,7 @@ impl Pool {
             is_exact: is_exact || balancing == Balancing::Client,
             tracker: LoadTracker::new(balancing),
             closed: ClosedListeners::default(),
+            search: None,
             unserved: Unserved::default(),
             warnings: Seldom::default(),
             unchecked: 0,
@@ -191,7 +197,13 @@ impl Pool {
         if let Some(loan) = member.loan_mut(worker) {
             loan.listens = true;
         }
-        Ok(member.address)
+        let address = member.address;
+        if self.supersede_others(id, worker)
+            && let Err(error) = self.steer_address(address)
+        {
+            warn!("can't steer {address}: {error}");
+        }
+        Ok(address)
     }
 
     fn listen_on(&mut self, id: MemberId, backlog: i32) -> io::Result<()> {
@@ -308,7 +320,8 @@ impl Pool {
 
     /// When to call [`Pool::sample_queues`] at the latest.
     pub fn deadline(&self) -> Option<Instant> {
-        self.watcher.queues.deadline().into_iter().chain(self.unserved.deadline()).min()
+        let of_queues = self.watcher.queues.deadline();
+        [of_queues, self.unserved.deadline(), self.closed_deadline()].into_iter().flatten().min()
     }
 
     /// Finds out which workers take connections and which don't, if it is time to, and steers accordingly. Returns
@@ -317,37 +330,46 @@ impl Pool {
         for id in self.unserved.take_due(now) {
             self.watch(id); // epoll reports it at once if connections still wait
         }
-        if self.watcher.queues.deadline().is_none_or(|at| at > now) {
+        let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        let samples = is_due(self.watcher.queues.deadline());
+        if !samples && !is_due(self.closed_deadline()) {
             return false;
         }
         let begun = cpu_time();
-        let socket = |id| self.members.get(id).map(|member| member.socket.as_fd());
-        let lengths = self.watcher.queues.sample(now, socket);
-        let load_changed = self.balancing != Balancing::Random && self.update_load(&lengths, now);
-        let is_open = |id| {
-            let member = self.members.get(id).filter(|member| member.is_lent())?;
-            let is_open = |loan: &Loan| procfs::is_open_elsewhere(loan.borrower.pid, member.inode);
-            Some(member.loans.iter().any(is_open))
-        };
-        let closed = self.closed.check(&lengths, is_open, now);
-        for id in &closed {
-            let Some(Member { inode, loans, .. }) = self.members.get(*id) else { continue };
-            let (inode, loans) = (*inode, loans.clone());
-            loans.iter().for_each(|loan| self.take_back(loan.borrower.worker, inode));
+        let load_changed = samples && self.take_sample(now);
+        self.look_at_places(now);
+        let took = cpu_time().saturating_sub(begun);
+        let closed = self.search_closed(now);
+        let standing_changed = self.closed.take_changed();
+        if (load_changed || standing_changed)
+            && let Err(why) = self.steer_all()
+        {
+            warn!("{why}");
         }
+        if samples {
+            self.set_next_sample(took, now);
+        }
+        load_changed || closed
+    }
+
+    /// Returns whether the load of some worker has changed.
+    fn take_sample(&mut self, now: Instant) -> bool {
+        let socket = |id| self.members.get(id).map(|member| member.socket.as_fd());
+        let Sample { lengths, doubtful, taken } = self.watcher.queues.sample(now, socket);
+        self.closed.sampled(&doubtful, &taken, now);
         if let Err(error) = self.watcher.rearm() {
             warn!("can't watch accept queues: {error}");
         }
-        if load_changed && let Err(why) = self.steer_all() {
-            warn!("{why}");
-        }
+        self.balancing != Balancing::Random && self.update_load(&lengths, now)
+    }
+
+    /// The sample took this time of a CPU.
+    fn set_next_sample(&mut self, took: Duration, now: Instant) {
         let queues = &mut self.watcher.queues;
         // A suspect that gets stuck can be skipped, unless connections wait in all queues.
         let suspected = self.tracker.has_suspects(now) && queues.has_empty();
         let soon = suspected || self.tracker.skips_some(queues.len(), now);
-        let took = cpu_time().saturating_sub(begun);
         queues.set_next(took, soon, self.tracker.has_busy(), now);
-        load_changed || !closed.is_empty()
     }
 
     /// Finds out the load of ready workers from their queues. Returns whether it has changed.

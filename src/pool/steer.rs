@@ -63,7 +63,8 @@ impl Pool {
             self.add_spare(address);
         }
         let Some(group) = self.groups.get_mut(&address) else { return Ok(()) };
-        let spares_lacking = group.steer(&self.plan, |id| self.tracker.load(id), &mut self.members)?;
+        let rank = |id| (self.closed.standing(id), self.tracker.load(id));
+        let spares_lacking = group.steer(&self.plan, rank, &mut self.members)?;
         (0..spares_lacking).for_each(|_| self.add_spare(address));
         Ok(())
     }

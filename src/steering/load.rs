@@ -44,8 +44,11 @@ pub enum Load {
     Stuck,
 }
 
-/// The members of `members` with the least load: never none, even if all are stuck.
-pub fn least_loaded(members: &BTreeSet<MemberId>, load: impl Fn(MemberId) -> Load) -> BTreeSet<MemberId> {
+/// The members of `members` with the least load, or what else ranks them: never none, even if all are stuck.
+pub fn least_loaded<R: Ord>(
+    members: &BTreeSet<MemberId>,
+    load: impl Fn(MemberId) -> R,
+) -> BTreeSet<MemberId> {
     let least = members.iter().map(|id| load(*id)).min();
     members.iter().copied().filter(|id| Some(load(*id)) == least).collect()
 }

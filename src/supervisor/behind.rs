@@ -88,7 +88,8 @@ impl Supervisor {
             Some(State::Draining) => {
                 let (crew, generation) = (self.fleet.crew(), process.generation);
                 self.drain.forget(worker);
-                self.drain.watch(worker, pid, generation, crew.addresses(worker), Instant::now());
+                let addresses = crew.addresses_so_far(worker);
+                self.drain.watch(worker, pid, generation, addresses, Instant::now());
             }
             None => {}
             Some(State::Stopping) => self.send_stop_signal([pid]),
