@@ -1,9 +1,9 @@
 //! Samples of the accept queues of lent listeners, taken only while connections come.
 //!
 //! The epoll in here reports each listener on which a connection waits. The pool's epoll watches this epoll and reports
-//! it once (EPOLLONESHOT). From then on the queues are sampled at an interval. After a few samples in a row at which
-//! nothing waited, the pool's epoll is armed again. So there is no timer without traffic, and under load the wrapper
-//! wakes up hardly more often than at the interval.
+//! it once (EPOLLONESHOT). The first look comes a while later: nearly always the connection has been taken by then, and the
+//! pool's epoll is armed again. While a queue stands, samples follow at a short interval. So there is no timer without traffic,
+//! and however many connections come, the wrapper wakes up hardly more often than at the interval.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -17,7 +17,9 @@ use crate::ids::MemberId;
 use crate::kernel::sockdiag;
 use crate::steering::load::LONG;
 
-/// After so many samples in a row at which nothing waited, the epoll takes over.
+/// The time until the first look, and until the next one if every queue has moved, unless some worker was stuck lately.
+const FIRST_LOOK: Duration = Duration::from_millis(10);
+/// After so many samples in a row at which nothing waited, the epoll takes over, if some worker was stuck lately; else after one.
 const QUIET_SAMPLES: u32 = 4;
 /// The interval for queues that haven't moved for [`LONG`], which otherwise would cost as much as traffic for ever, and
 /// for a queue that is the only one.
@@ -53,6 +55,10 @@ pub struct AcceptQueues {
     /// At how many samples in a row nothing waited; `None` while the epoll is to report it.
     quiet: Option<u32>,
     next_sample: Option<Instant>,
+    /// Whether some worker was stuck lately, so that no connection should wait for long to be seen.
+    is_wary: bool,
+    /// Whether the last sample came soon after the one before.
+    is_frequent: bool,
     watched: BTreeSet<MemberId>,
     /// The queues that weren't empty at the last sample: their lengths, and since which sample they haven't moved.
     filled: BTreeMap<MemberId, (u32, Instant)>,
@@ -68,6 +74,8 @@ impl AcceptQueues {
             interval,
             quiet: None,
             next_sample: None,
+            is_wary: false,
+            is_frequent: false,
             watched: BTreeSet::new(),
             filled: BTreeMap::new(),
             slow: BTreeSet::new(),
@@ -98,12 +106,17 @@ impl AcceptQueues {
     /// The epoll has reported that a connection waits.
     pub fn begin(&mut self, now: Instant) {
         self.quiet = Some(0);
+        self.is_frequent = self.is_wary;
         self.next_sample = Some(now + self.interval());
     }
 
     /// The interval that holds now. If there is only one queue, no connection could go to another one.
     fn interval(&self) -> Duration {
-        if self.len() > 1 { self.interval } else { self.interval.max(SLOW_INTERVAL) }
+        self.interval.max(match self.len() > 1 {
+            true if self.is_frequent => Duration::ZERO,
+            true => FIRST_LOOK,
+            false => SLOW_INTERVAL,
+        })
     }
 
     /// Whether the epoll is to report when a connection waits.
@@ -127,7 +140,7 @@ impl AcceptQueues {
         let reported: BTreeSet<MemberId> =
             events[..count].iter().map(|event| MemberId(event.data() as u32)).collect();
         let before = mem::take(&mut self.filled);
-        let (mut sample, mut new) = (Sample::default(), 0);
+        let (mut sample, mut new, mut stands) = (Sample::default(), 0, false);
         for id in reported.union(&self.slow.clone()).copied() {
             let Some(fd) = listener(id) else { continue };
             let length = sockdiag::listen_info(fd).map_or(0, |info| info.accept_queue);
@@ -138,6 +151,7 @@ impl AcceptQueues {
                 self.set_slow(id, fd, is_slow);
             }
             if length > 0 {
+                stands |= unmoved.is_some() || !self.is_frequent;
                 sample.lengths.insert(id, length);
                 let is_new = !before.contains_key(&id) && new < MAX_NEW;
                 new += u32::from(is_new);
@@ -149,8 +163,10 @@ impl AcceptQueues {
         sample
             .taken
             .extend(before.iter().filter(|(id, (length, _))| now_waiting(id) < *length).map(|(id, _)| *id));
+        let quiet_samples = if self.is_wary { QUIET_SAMPLES } else { 1 };
+        self.is_frequent = self.is_wary || stands;
         self.quiet = match reported.is_empty() {
-            true => self.quiet.map(|samples| samples + 1).filter(|samples| *samples < QUIET_SAMPLES),
+            true => self.quiet.map(|samples| samples + 1).filter(|samples| *samples < quiet_samples),
             false => Some(0),
         };
         self.next_sample = match self.is_resting() {
@@ -178,6 +194,7 @@ impl AcceptQueues {
     /// Sets when the next sample comes, after one that took so much of a CPU's time. It may take a larger share of the
     /// CPU if the next one should come `soon`. With `is_needed` it comes even if the epoll reports nothing.
     pub fn set_next(&mut self, took: Duration, soon: bool, is_needed: bool, now: Instant) {
+        self.is_wary = soon;
         let share = if soon { CPU_SHARE_WHEN_SOON } else { CPU_SHARE };
         let earliest = now + (took * share).min(MAX_PAUSE);
         let needed = is_needed.then_some(now + SLOW_INTERVAL);
@@ -244,6 +261,41 @@ mod tests {
         let interval = Duration::from_millis(200);
         assert_eq!(next_sample(interval, 2, 1, false), (interval, true));
         assert_eq!(next_sample(interval, 2, 1, true), (often, true), "whatever the interval is");
+    }
+
+    #[test]
+    fn the_first_look_comes_late_and_others_soon_only_while_a_queue_stands() {
+        const SHORT: Duration = Duration::from_millis(1);
+        let listeners: Vec<TcpListener> = (0..2).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let mut queues = AcceptQueues::new(SHORT).unwrap();
+        for (id, listener) in (0..).map(MemberId).zip(&listeners) {
+            queues.watch(id, listener.as_fd()).unwrap();
+        }
+        let now = Instant::now();
+        let sample = |queues: &mut AcceptQueues, is_wary| {
+            queues.sample(now, |id| Some(listeners[id.0 as usize].as_fd()));
+            queues.set_next(Duration::ZERO, is_wary, false, now);
+            queues.deadline().map(|next| next - now)
+        };
+        let connect = |listener: &TcpListener| TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        queues.begin(now);
+        assert_eq!(queues.deadline(), Some(now + FIRST_LOOK));
+        assert_eq!(sample(&mut queues, false), None, "nothing waits");
+
+        queues.begin(now);
+        let _first = connect(&listeners[0]);
+        assert_eq!([sample(&mut queues, false), sample(&mut queues, false)], [Some(SHORT); 2], "it stands");
+        drop(listeners[0].accept().unwrap());
+        let _second = connect(&listeners[1]);
+        assert_eq!(sample(&mut queues, false), Some(FIRST_LOOK), "it has moved, and another one is new");
+        drop(listeners[1].accept().unwrap());
+        assert_eq!(sample(&mut queues, true), None);
+
+        queues.begin(now);
+        assert_eq!(queues.deadline(), Some(now + SHORT), "some worker was stuck lately");
+        assert_eq!(sample(&mut queues, true), Some(SHORT));
+        let rest: Vec<_> = (0..QUIET_SAMPLES).map(|_| sample(&mut queues, true)).collect();
+        assert_eq!(rest.last(), Some(&None), "{rest:?}");
     }
 
     #[test]
