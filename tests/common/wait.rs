@@ -35,6 +35,12 @@ pub fn holds_for(what: &str, period: Duration, mut condition: impl FnMut() -> bo
     }
 }
 
+/// Does the same for each row of a table, each in a thread of its own: for rows that mostly wait.
+pub fn at_once<R: Send>(rows: impl IntoIterator<Item = R>, test: impl Fn(R) + Sync) {
+    let test = &test;
+    thread::scope(|scope| rows.into_iter().for_each(|row| drop(scope.spawn(move || test(row)))));
+}
+
 /// Stops a process by SIGSTOP. A thread may accept a connection until it has stopped.
 #[track_caller]
 pub fn freeze(pid: u32) {

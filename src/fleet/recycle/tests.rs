@@ -66,27 +66,29 @@ fn when_a_successor_fails_the_worker_serves_on_and_the_command_has_failed() {
 }
 
 #[test]
-fn the_successor_of_a_sick_worker_that_fails_is_tried_again_later_each_time() {
+fn ten_successors_of_a_sick_worker_that_fail_are_tried_later_each_time_by_a_made_up_clock_and_the_eleventh_serves()
+ {
     let mut world = serving();
     world.event(Event::Sick { worker: WorkerId(1), sickness: Sickness::Memory(500) });
     assert!(world.said(
         "worker 1 (pid 102, generation 1) uses 500 MiB of memory (see --max-memory): it will be replaced"
     ));
     let mut waits = Vec::new();
-    for attempt in 3..10 {
+    for attempt in 3..13 {
         assert_eq!(world.alive.len(), 4);
         world.end(WorkerId(attempt), End::Exited(1));
+        assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
         let failed = world.now;
         while world.alive.len() == 3 {
             world.pass(Duration::from_secs(1));
         }
         waits.push((world.now - failed).as_secs());
     }
-    assert_eq!(waits, [1, 2, 4, 8, 16, 32, 60]);
+    assert_eq!(waits, [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]);
     world.ready_all();
     world.drain_all();
     world.obey();
-    assert_eq!(world.ids(), [0, 2, 10].map(WorkerId));
+    assert_eq!(world.ids(), [0, 2, 13].map(WorkerId));
     world.pass(Duration::from_secs(600));
     assert_eq!(world.alive.len(), 3);
 }

@@ -1,11 +1,31 @@
-"""Answers one connection after the other, and falls ill when it is asked to: for /loop it computes for ever, for
-/deadlock it waits for a lock that it holds, /leak makes it keep 64 MiB more. /work/SECONDS takes so long. The address is
-host:port, fd:N or a path. With a file as second argument it exits with 1 at its start while that file exists."""
+"""Answers one connection after the other, and falls ill when it is asked to: for /loop or at SIGUSR1 it computes for ever,
+for /deadlock or at SIGUSR2 it waits for a lock that it holds, and says so before; /leak makes it keep 64 MiB more. /work/SECONDS takes so long.
+The address is host:port, fd:N or a path. With a file as second argument it exits with 1 at its start while that file exists."""
 import os
+import signal
 import socket
 import sys
 import threading
 import time
+
+lock = threading.Lock()
+kept = []
+
+
+def loop(*_):
+    print(f'ill {os.getpid()}.', flush=True)
+    while True:
+        pass
+
+
+def deadlock(*_):
+    print(f'ill {os.getpid()}.', flush=True)
+    lock.acquire()
+    lock.acquire()
+
+
+signal.signal(signal.SIGUSR1, loop)
+signal.signal(signal.SIGUSR2, deadlock)
 
 where = sys.argv[1]
 if len(sys.argv) > 2 and os.path.exists(sys.argv[2]):
@@ -27,8 +47,6 @@ else:
     listener.bind((host, int(port)))
     listener.listen(128)
 
-lock = threading.Lock()
-kept = []
 while True:
     connection, _ = listener.accept()
     with connection:
@@ -36,11 +54,9 @@ while True:
             request = connection.recv(65536).decode().split(' ')
             path = request[1] if len(request) > 1 else '/'
             if path == '/loop':
-                while True:
-                    pass
+                loop()
             if path == '/deadlock':
-                lock.acquire()
-                lock.acquire()
+                deadlock()
             if path == '/leak':
                 kept.append(b'x' * (64 << 20))
             if path.startswith('/work/'):
