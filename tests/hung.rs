@@ -6,7 +6,8 @@ mod common;
 use std::os::unix::net::UnixListener;
 
 use common::{
-    DEADLINE, Folder, HungFileSystem, Service, app, assert_prompt, reuse_run_with, run, unlinking, wait_until,
+    DEADLINE, Folder, HungFileSystem, Service, app, assert_prompt, at_once, reuse_run_with, run, unlinking,
+    wait_until,
 };
 use nix::sys::signal::Signal;
 
@@ -33,7 +34,7 @@ fn stop(mut service: Service, mut hung: HungFileSystem) {
 
 #[test]
 fn a_call_whose_argument_lies_in_a_hung_file_system_keeps_no_other_worker_waiting() {
-    for (what, file, deaf_to) in [
+    let rows = [
         ("bind", "file", ""),
         ("early-option", "file", ""),
         ("early-unlink", "file", ""),
@@ -41,7 +42,8 @@ fn a_call_whose_argument_lies_in_a_hung_file_system_keeps_no_other_worker_waitin
         ("early-bind-path", "folder/socket", ""),
         ("early-unlink-path", "folder/socket", "unlink"),
         ("early-bind-path", "folder/socket", "mknod"),
-    ] {
+    ];
+    at_once(rows, |(what, file, deaf_to)| {
         println!("{what} {deaf_to}");
         let (hung, folder) = (HungFileSystem::deaf_to(deaf_to), Folder::new());
         if deaf_to == "unlink" {
@@ -57,7 +59,7 @@ fn a_call_whose_argument_lies_in_a_hung_file_system_keeps_no_other_worker_waitin
         assert_prompt(&service, &folder);
         assert_eq!(service.out.count_of("returns"), 0, "it didn't hang");
         stop(service, hung);
-    }
+    });
 }
 
 /// Three workers, two of which listen on a path of this file system and one unlinks something else.
@@ -136,14 +138,14 @@ fn assert_reload_is_abandoned(
 
 #[test]
 fn files_and_folders_in_a_hung_file_system_keep_nobody_waiting_and_fail_a_reload() {
-    for option in ["--env-file", "--secret", "--chdir"] {
+    at_once(["--env-file", "--secret", "--chdir"], |option| {
         println!("{option}");
         let (hung, folder) = (HungFileSystem::new(), Folder::new());
         let path = hung.path(if option == "--chdir" { "folder" } else { "env" });
         let value = if option == "--secret" { format!("KEY={path}") } else { path.clone() };
         let command = unlinking(&folder);
         assert_reload_is_abandoned(&[option, &value], &command, hung, &folder, &path);
-    }
+    });
 }
 
 #[test]
@@ -157,7 +159,7 @@ fn a_command_in_a_hung_file_system_keeps_nobody_waiting_and_fails_a_reload() {
 
 #[test]
 fn a_first_start_from_a_hung_file_system_fails_and_can_be_stopped() {
-    for stops in [false, true] {
+    at_once([false, true], |stops| {
         let (mut hung, folder) = (HungFileSystem::new(), Folder::new());
         let path = hung.path("env");
         hung.hang();
@@ -173,5 +175,5 @@ fn a_first_start_from_a_hung_file_system_fails_and_can_be_stopped() {
             assert_eq!(service.wait_exit().code(), Some(1));
         }
         hung.end(&service);
-    }
+    });
 }
