@@ -420,7 +420,8 @@ fn gunicorn_is_replaced(options: &str) -> bool {
         client.read_to_string(&mut answer).expect("an answer");
         assert!(answer.ends_with("\r\n\r\nok"), "{answer}");
     }
-    let is_replaced = pids(&service)[0] != worker;
+    let is_replaced = service.log.count_of("(see --hung-timeout): it will be replaced") > 0;
+    wait_until("its successor serves", DEADLINE, || (pids(&service)[0] != worker) == is_replaced);
     service.stop();
     is_replaced
 }
