@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use common::load::{Load, LoadOptions, Origin, Record, Report};
 use common::{
     DEADLINE, Outcome, Service, Waiting, free_address, freeze, get, holds_for, inline, naive, naive_with,
-    reuse_run_with, run, run_words, turn, wait_for_answers, wait_until, wake_ups, workers_where,
+    reuse_run_with, run, run_words, server, turn, wait_for_answers, wait_until, wake_ups, workers_where,
 };
 use nix::sys::signal::Signal;
 
@@ -339,6 +339,78 @@ fn with_balance_queue_no_connection_waits_for_a_stopped_worker() {
     let pids: Vec<u32> = (0..60).filter_map(|_| get(addr).pid).collect(); // each would fail after 30 s
     assert!(pids.len() == 60 && !pids.contains(&stopped.0), "{pids:?}");
     drop(stopped);
+    service.stop();
+}
+
+/// How many connections wait for each worker, by slot, when clients have opened as many and nobody takes any.
+fn queues(service: &Service, addr: SocketAddr, clients: u64) -> Vec<u64> {
+    let stopped: Vec<Stopped> = service.workers().into_iter().map(Stopped::new).collect();
+    let waiting: Vec<Waiting> = (0..clients).map(|_| Waiting::new(addr)).collect();
+    let mut queues = Vec::new();
+    wait_until("all clients wait in a queue", DEADLINE, || {
+        let workers = workers_where(service, |worker| worker["serves"] == true);
+        queues = workers.iter().map(|worker| worker["accept_queue"].as_u64().expect("a number")).collect();
+        queues.iter().sum::<u64>() >= clients
+    });
+    drop(stopped);
+    for client in waiting {
+        client.outcome().expect("an answer");
+    }
+    queues
+}
+
+#[test]
+fn with_balance_queue_what_waits_is_answered_when_all_workers_die_at_once() {
+    let addr = free_address();
+    let options = "-n 2 --balance queue --ready 300ms";
+    let mut service = Service::run_ready(options, &naive_with(addr, &["--non-blocking"]));
+    let workers = service.workers();
+    workers.iter().for_each(|worker| freeze(*worker));
+    let waiting: Vec<Waiting> = (0..20).map(|_| Waiting::new(addr)).collect();
+    for worker in workers {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(worker as i32), Signal::SIGKILL).expect("kill");
+    }
+    for client in waiting {
+        client.outcome().expect("an answer");
+    }
+    service.stop();
+}
+
+#[test]
+fn with_balance_queue_workers_share_a_queue_if_their_sockets_do_not_block() {
+    let addr = free_address();
+    let port = addr.port().to_string();
+    let program = "const { REUSE_RUN_SLOT: slot } = process.env; require('http')\
+                   .createServer((_, answer) => answer.end(`pid=${process.pid} generation=1 slot=${slot}`))\
+                   .listen(process.argv[1], '127.0.0.1')";
+    let node = ["node", "-e", program, &port].map(str::to_owned);
+    let commands = [
+        ("", &node[..], true),
+        ("", &naive_with(addr, &["--non-blocking"]), true),
+        ("", &naive(addr), false),
+        (&format!("-l {addr} --ready 300ms"), &[server(), "--given".to_owned()], false),
+    ];
+    for (options, command, is_shared) in commands {
+        let mut service = Service::run_ready(&format!("-n 2 --balance queue {options}"), command);
+        let queues = queues(&service, addr, 20);
+        match is_shared {
+            true => assert_eq!(queues, [20, 20], "{command:?}"),
+            false => assert_eq!(queues.iter().sum::<u64>(), 20, "{command:?}: {queues:?}"),
+        }
+        service.stop();
+    }
+}
+
+#[test]
+fn with_balance_queue_a_worker_that_comes_later_has_a_queue_of_its_own_until_the_next_reload() {
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 2 --balance queue", &naive_with(addr, &["--non-blocking"]));
+    run_words(&format!("scale 4 {}", service.pid())).assert_done("4 workers");
+    let own = queues(&service, addr, 60);
+    assert!(own[0] == own[1] && own[0] + own[2] + own[3] == 60, "{own:?}");
+    assert!(own.iter().all(|length| *length < 60), "{own:?}");
+    service.reload();
+    assert_eq!(queues(&service, addr, 20), [20; 4]);
     service.stop();
 }
 

@@ -96,7 +96,7 @@ pub struct RunArgs {
     pub max_failures: u32,
 
     /// which worker gets a new connection. load: a random one, but not a worker that is stuck (connections wait and
-    /// it takes none). random: any ready worker. queue: the first that takes it from the queue of all. client: the same
+    /// it takes none). random: any ready worker. queue: whichever takes it first from a queue that they share. client: the same
     /// one for all connections from one address, as long as it serves (default load)
     #[argh(option, default = "Balancing::Load", arg_name = "load|random|queue|client")]
     pub balance: Balancing,

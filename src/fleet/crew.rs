@@ -208,14 +208,21 @@ impl Crew {
     /// Has the worker of a slot start.
     pub(super) fn start(&mut self, slot: SlotId, now: Instant) {
         let generation = self.roster.slots[slot.index()].generation;
-        let id = self.start_beside(slot, generation, now);
+        let id = self.start_beside(slot, generation, false, now);
         self.roster.slots[slot.index()].serving = Some(id);
     }
 
     /// Has a worker start that may come to serve in a slot.
-    pub(super) fn start_beside(&mut self, slot: SlotId, generation: u32, now: Instant) -> WorkerId {
+    pub(super) fn start_beside(
+        &mut self,
+        slot: SlotId,
+        generation: u32,
+        begins_generation: bool,
+        now: Instant,
+    ) -> WorkerId {
         let worker = self.roster.add(slot, generation, now);
-        self.actions.push(Action::Start { worker, slot, generation });
+        let shares_queue = begins_generation && self.policy.shares_queue;
+        self.actions.push(Action::Start { worker, slot, generation, shares_queue });
         worker
     }
 

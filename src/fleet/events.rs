@@ -173,6 +173,8 @@ pub enum Action {
         worker: WorkerId,
         slot: SlotId,
         generation: u32,
+        /// Whether it shares its queues with the others for which that holds. None of them gets connections yet.
+        shares_queue: bool,
     },
     /// Have a worker, which starts next, accept what waits for one that hangs.
     LetInherit {

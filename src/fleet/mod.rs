@@ -83,7 +83,8 @@ impl Fleet {
             hung: BTreeSet::new(),
         };
         for slot in (0..fleet.crew.policy.workers).map(SlotId) {
-            fleet.crew.start(slot, now);
+            let id = fleet.crew.start_beside(slot, 1, true, now);
+            fleet.crew.roster.slots[slot.index()].serving = Some(id);
         }
         let actions = mem::take(&mut fleet.crew.actions);
         (fleet, actions)
@@ -130,7 +131,7 @@ impl Fleet {
             Command::Reload(ReloadOptions { rollout: Some(Rollout::Batches(_)), .. })
                 if self.crew.policy.shares_queue =>
             {
-                let why = "with --balance queue, all workers are replaced together";
+                let why = "a generation with one queue (--balance queue) is replaced as a whole";
                 Err(Refusal::Limit(why.to_owned()))
             }
             Command::Reload(options) => {

@@ -109,6 +109,7 @@ impl Fleet {
         let delay = self.crew.roster.slots[slot.index()].put_off(); // for the case that this reload fails
         self.crew.timers.set(Timer::Slot(slot, SlotTimer::Recycle), now + delay);
         if self.queue.push_reload(ReloadOptions::default(), Rollout::AllAtOnce).is_ok() {
+            self.crew.roster.slots.iter_mut().for_each(|slot| slot.is_renewed = true);
             self.begin_next(now);
         }
     }
@@ -120,7 +121,7 @@ impl Fleet {
         self.crew.info(format!("recycling: starting a successor of {name}"));
         self.crew.actions.push(Action::FindForeignListeners);
         let before_start = self.crew.actions.len();
-        let successor = self.crew.start_beside(slot, generation, now);
+        let successor = self.crew.start_beside(slot, generation, false, now);
         let inherits = self.hung.contains(&id);
         if inherits {
             self.crew.actions.insert(before_start, Action::LetInherit { heir: successor, of: id });

@@ -26,7 +26,7 @@ impl Fleet {
     pub(super) fn start_batch(&mut self, reload: Reload, from: usize, now: Instant) {
         self.phase = Phase::Replacing { reload, from };
         for slot in reload.filled(from, self.crew.slots()) {
-            let id = self.crew.start_beside(SlotId::of_index(slot), self.newest, now);
+            let id = self.crew.start_beside(SlotId::of_index(slot), self.newest, true, now);
             self.crew.allow_other_ports(id, reload.ports_may_change);
         }
     }

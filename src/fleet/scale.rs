@@ -12,7 +12,9 @@ use crate::words::count;
 
 impl Fleet {
     pub(super) fn queue_scaling(&mut self, target: Target) -> Result<Ticket, Refusal> {
-        let now = self.queue.workers().unwrap_or(self.crew.slots() as u32);
+        let shrinks_to = self.phase.reload().and_then(|reload| reload.shrinks_to);
+        let slots = shrinks_to.unwrap_or(self.crew.slots()) as u32;
+        let now = self.queue.workers().unwrap_or(slots);
         let workers = target.workers(now).map_err(Refusal::Limit)?;
         let (ticket, superseded) = self.queue.push_scaling(workers);
         if let Some(ticket) = superseded {

@@ -35,6 +35,8 @@ pub struct Slot {
     pub is_recycled: bool,
     /// How long the next recycling waits if this one fails.
     put_off: Duration,
+    /// Whether the next reload is for the sake of a sick worker.
+    pub is_renewed: bool,
     /// The worker that was last found to use too much memory.
     outgrown: Option<WorkerId>,
     /// If that was soon: how long it has to be ready before it is replaced.
@@ -50,6 +52,7 @@ impl Slot {
             delay: Duration::ZERO,
             is_recycled: false,
             put_off: FIRST_PUT_OFF,
+            is_renewed: false,
             outgrown: None,
             rest: None,
         }
@@ -73,7 +76,8 @@ impl Slot {
         if generation == self.generation {
             (self.serving, self.is_recycled, self.put_off) = (Some(serving), true, FIRST_PUT_OFF);
         } else {
-            *self = Self::new(generation, Some(serving));
+            let (outgrown, rest) = if self.is_renewed { (self.outgrown, self.rest) } else { (None, None) };
+            *self = Self { outgrown, rest, ..Self::new(generation, Some(serving)) };
         }
     }
 

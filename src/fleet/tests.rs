@@ -97,7 +97,7 @@ impl World {
                     actions
                         .extend(self.fleet.handle(Event::StartFailed { worker, why, status: 1 }, self.now));
                 }
-                Action::Start { worker, slot, generation } => {
+                Action::Start { worker, slot, generation, .. } => {
                     self.places.insert(worker, (slot.0, generation));
                     self.alive.insert(worker, Told::Nothing);
                     self.most_alive = self.most_alive.max(self.alive.len());
@@ -285,7 +285,7 @@ fn roles(plan: &Plan) -> String {
 /// A list of actions in words.
 fn story(actions: &[Action]) -> Vec<String> {
     let words = |action: &Action| match action {
-        Action::Start { worker, slot, generation } => {
+        Action::Start { worker, slot, generation, .. } => {
             format!("start {} in slot {slot}, generation {generation}", worker.0)
         }
         Action::Steer(plan) => format!("steer: {}", roles(plan)),

@@ -16,7 +16,7 @@ use crate::address::Address;
 use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
 use crate::kernel::procfs;
 use crate::pool::member::{BindRequest, Heir, Loan, MinTtl, Overlap, Owner, Reserved};
-use crate::steering::load::Balancing;
+use crate::steering::Role;
 
 /// After so many binds, the sockets that a worker has closed are taken back if it has as many.
 const TAKE_BACK_EVERY: usize = 64;
@@ -142,6 +142,12 @@ impl Pool {
         self.heirs.insert(heir, of);
     }
 
+    /// Has a worker that is about to start share the sockets of others for which that holds, as long as none of them gets
+    /// connections.
+    pub fn let_share(&mut self, worker: WorkerId) {
+        self.sharing.insert(worker);
+    }
+
     /// Makes a worker the heir of the socket that its predecessor, which hangs, has at this address.
     fn inherit(&mut self, borrower: Borrower, address: Address, listens: bool) -> Option<MemberId> {
         let of = *self.heirs.get(&borrower.worker)?;
@@ -155,8 +161,9 @@ impl Pool {
     /// With one queue for a generation, the socket that others of it have. Of two workers that hear of a connection, one is
     /// late: its accept(2) must not wait, because it may have other listeners.
     fn sharable(&self, borrower: Borrower, request: BindRequest) -> Option<MemberId> {
-        let shares = self.balancing == Balancing::Queue && request.nonblocking;
-        shares.then(|| self.members.sharable(borrower, request.address, &self.plan)).flatten()
+        let shares = request.nonblocking && self.sharing.contains(&borrower.worker);
+        let is_sharing = |worker| self.sharing.contains(&worker) && self.plan.role(worker) == Role::Starting;
+        shares.then(|| self.members.sharable(borrower, request.address, is_sharing)).flatten()
     }
 
     /// # Errors
@@ -295,6 +302,7 @@ impl Pool {
         self.handle_events(None);
         self.left_open = None;
         self.heirs.remove(&worker);
+        self.sharing.remove(&worker);
         let lent: Vec<MemberId> = self.members.lent_to(worker).map(|(id, _)| id).collect();
         for id in lent {
             let Some(member) = self.members.get_mut(id) else { continue };

@@ -173,7 +173,7 @@ impl Member {
         !self.loans.is_empty()
     }
 
-    /// Whether nobody accepts from it, unless an heir does of which that isn't known.
+    /// Whether it has no borrower, or only heirs.
     pub fn is_unserved(&self) -> bool {
         self.loans.iter().all(|loan| loan.heir.is_some())
     }
@@ -187,6 +187,11 @@ impl Member {
     /// Whether nobody borrows it and no successor is awaited.
     pub fn is_free(&self) -> bool {
         !self.is_lent() && self.reserved.is_none()
+    }
+
+    /// The workers that have it.
+    pub fn workers(&self) -> impl Iterator<Item = WorkerId> {
+        self.loans.iter().map(|loan| loan.borrower.worker)
     }
 
     pub fn loan(&self, worker: WorkerId) -> Option<&Loan> {
@@ -206,7 +211,7 @@ impl Member {
         self.reserved.is_some_and(|reserved| (reserved.slot, reserved.generation) == (slot, generation))
     }
 
-    /// What it is to steering: what the borrower is for which it matters most that connections come here.
+    /// The role of its most important borrower.
     pub fn role(&self, plan: &Plan) -> Role {
         const BEFORE_RESERVED: [Role; 2] = [Role::Ready, Role::Canary];
         const OTHERS: [Role; 3] = [Role::Draining, Role::Leaving, Role::Starting];
@@ -222,12 +227,13 @@ impl Member {
         self.loans.iter().filter(serves).count()
     }
 
-    /// Whether another worker of its generation may share it: it doesn't get connections yet.
-    fn may_be_shared_with(&self, borrower: Borrower, plan: &Plan) -> bool {
+    /// Whether another worker of its generation may share it, because all that have it share theirs.
+    fn may_be_shared_with(&self, borrower: Borrower, is_sharing: &impl Fn(WorkerId) -> bool) -> bool {
         let is_sibling = |loan: &Loan| {
             let other = loan.borrower;
-            let starts = plan.role(other.worker) == Role::Starting && loan.heir.is_none();
-            other.generation == borrower.generation && other.worker != borrower.worker && starts
+            other.generation == borrower.generation
+                && other.worker != borrower.worker
+                && is_sharing(other.worker)
         };
         self.is_lent() && self.reserved.is_none() && self.loans.iter().all(is_sibling)
     }
@@ -262,9 +268,13 @@ impl Member {
         self.loans.retain(|loan| loan.borrower.worker != worker);
     }
 
-    /// Whether it is at its place; not if that is unknown.
+    /// Whether it is at its place; not if that is unknown. A worker that has yet to be started has it.
     pub fn look(&self) -> Seen {
-        self.place.map_or(Seen::Gone, |place| place.look(self.inode))
+        match self.place {
+            _ if self.loans.iter().any(|loan| loan.borrower.pid.as_raw() == 0) => Seen::Here,
+            Some(place) => place.look(self.inode),
+            None => Seen::Gone,
+        }
     }
 
     /// The state of the socket.
@@ -460,10 +470,17 @@ impl Members {
         self.lent_to(worker).find(|(_, member)| is_one(member)).map(|(id, _)| id)
     }
 
-    /// A socket of this address that another worker of the generation has, and that gets no connections yet.
-    pub fn sharable(&self, borrower: Borrower, address: Address, plan: &Plan) -> Option<MemberId> {
+    /// A socket of this address that workers of the same generation have which share theirs.
+    pub fn sharable(
+        &self,
+        borrower: Borrower,
+        address: Address,
+        is_sharing: impl Fn(WorkerId) -> bool,
+    ) -> Option<MemberId> {
         let is_one = |member: &Member| {
-            member.address == address && member.may_be_shared_with(borrower, plan) && !member.is_limited()
+            member.address == address
+                && member.may_be_shared_with(borrower, &is_sharing)
+                && !member.is_limited()
         };
         self.iter().find(|(_, member)| is_one(member)).map(|(id, _)| id)
     }
@@ -606,13 +623,22 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_is_shared_within_a_generation_until_it_gets_connections() {
+    fn a_worker_that_has_yet_to_be_started_has_what_it_was_given() {
+        let mut loan = listening(1);
+        loan.borrower.pid = Pid::from_raw(0);
+        assert_eq!(member([loan]).look(), Seen::Here);
+        assert_eq!(member([listening(1)]).look(), Seen::Gone, "the place is unknown");
+    }
+
+    #[test]
+    fn a_socket_is_shared_within_a_generation_by_workers_that_share_theirs() {
         let member = member([listening(1), Loan::new(worker(2, 1))]);
-        let nobody = plan([]);
-        assert!(member.may_be_shared_with(worker(3, 1), &nobody));
-        assert!(!member.may_be_shared_with(worker(2, 1), &nobody), "a second socket of its own");
-        assert!(!member.may_be_shared_with(worker(3, 2), &nobody));
-        assert!(!member.may_be_shared_with(worker(3, 1), &plan([(1, Role::Ready)])));
-        assert!(!member.may_be_shared_with(worker(3, 1), &plan([(1, Role::Draining)])));
+        let may = |number, generation, sharing: &[u32]| {
+            member.may_be_shared_with(worker(number, generation), &|other| sharing.contains(&other.0))
+        };
+        assert!(may(3, 1, &[1, 2]));
+        assert!(!may(2, 1, &[1, 2]), "a second socket of its own");
+        assert!(!may(3, 2, &[1, 2]), "another generation");
+        assert!(!may(3, 1, &[1]) && !may(3, 1, &[2]));
     }
 }

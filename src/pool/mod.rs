@@ -62,7 +62,7 @@ pub struct StoppedListening {
     pub address: Address,
 }
 
-/// The time between two samples of the accept queues while connections come.
+/// The time between two samples of the accept queues while one stands.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(2);
 /// The backlog of a new socket that nobody borrows. A borrower sets its own.
 const SPARE_BACKLOG: i32 = 1;
@@ -87,6 +87,8 @@ pub struct Pool {
     unchecked: usize,
     /// Which sockets processes have open that ended workers have left behind, and until when that is good enough.
     left_open: Option<(Instant, HashMap<u64, Pid>)>,
+    /// The workers that share sockets with each other.
+    sharing: BTreeSet<WorkerId>,
     /// Workers that start, and their predecessors, which hang.
     heirs: BTreeMap<WorkerId, WorkerId>,
     /// For [`Pool::stopped_listening`].
@@ -120,6 +122,7 @@ impl Pool {
             warnings: Seldom::default(),
             unchecked: 0,
             left_open: None,
+            sharing: BTreeSet::new(),
             heirs: BTreeMap::new(),
             stopped: Vec::new(),
             shut: Vec::new(),
@@ -280,12 +283,12 @@ impl Pool {
     fn forget_departed(&mut self, ids: &BTreeSet<MemberId>) {
         for id in ids {
             let Some(member) = self.members.get(*id) else { continue };
-            let borrowers: Vec<WorkerId> = member.loans.iter().map(|loan| loan.borrower.worker).collect();
+            let borrowers: Vec<WorkerId> = member.workers().collect();
             match borrowers[..] {
                 [] => self.remove(*id),
                 [worker] => self.note_stopped(*id, worker),
                 // One of several has shut it down for all. The others go on to accept from it.
-                [..] if member.role(&self.plan) == Role::Ready => self.shut.push(*id),
+                [..] if !member.role(&self.plan).is_leaving() => self.shut.push(*id),
                 [..] => borrowers.iter().for_each(|worker| self.note_stopped(*id, *worker)),
             }
         }
@@ -480,6 +483,8 @@ impl Pool {
             let (address, backlog) = (member.address, member.backlog);
             if let Err(error) = self.begin_to_listen(*id, backlog) {
                 warn!("can't listen on {address} again: {error}");
+                let workers: Vec<WorkerId> = self.members[*id].workers().collect();
+                workers.into_iter().for_each(|worker| self.note_stopped(*id, worker));
             }
         }
         if !shut.is_empty()

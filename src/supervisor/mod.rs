@@ -380,7 +380,9 @@ impl Supervisor {
     fn act(&mut self) {
         while let Some(action) = self.actions.pop_front() {
             match action {
-                Action::Start { worker, slot, generation } => self.start(worker, slot, generation),
+                Action::Start { worker, slot, generation, shares_queue } => {
+                    self.start(worker, slot, generation, shares_queue);
+                }
                 Action::LetInherit { heir, of } => self.pool.let_inherit(heir, of),
                 Action::Steer(plan) => {
                     self.steer_paths(&plan);

@@ -64,9 +64,12 @@ impl Drop for Starts {
 }
 
 impl Supervisor {
-    pub(super) fn start(&mut self, worker: WorkerId, slot: SlotId, generation: u32) {
+    pub(super) fn start(&mut self, worker: WorkerId, slot: SlotId, generation: u32, shares_queue: bool) {
         if !self.fleet.crew().wants(worker) {
             return;
+        }
+        if shares_queue {
+            self.pool.let_share(worker);
         }
         let living = self.processes.values().map(|process| process.generation);
         self.environments.forget_older(living.fold(self.fleet.crew().oldest_generation(), u32::min));
