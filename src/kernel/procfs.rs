@@ -425,6 +425,14 @@ pub fn sockets(pid: Pid) -> io::Result<Vec<(u32, u64)>> {
 /// # Errors
 /// As for [`socket_inodes`].
 pub fn each_socket(pid: Pid) -> io::Result<impl Iterator<Item = (u32, u64)>> {
+    Ok(each_descriptor(pid)?.flatten())
+}
+
+/// As [`each_socket`], with `None` for each descriptor that is no socket.
+///
+/// # Errors
+/// As for [`socket_inodes`].
+pub fn each_descriptor(pid: Pid) -> io::Result<impl Iterator<Item = Option<(u32, u64)>>> {
     let fds = match fs::read_dir(path(pid, "fd")) {
         Ok(fds) => Some(fds),
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => None,
@@ -434,7 +442,7 @@ pub fn each_socket(pid: Pid) -> io::Result<impl Iterator<Item = (u32, u64)>> {
         let inode = parse_socket_link(fs::read_link(fd.path()).ok()?.as_os_str())?;
         Some((fd.file_name().to_str()?.parse().ok()?, inode))
     };
-    Ok(fds.into_iter().flatten().flatten().filter_map(socket))
+    Ok(fds.into_iter().flatten().flatten().map(socket))
 }
 
 /// Whether descriptors wait in the queue of a Unix socket for the process that will receive them (`unix_show_fdinfo`,

@@ -70,7 +70,8 @@ struct Current {
     pid: Pid,
     /// Whether a worker has started it, or it is one.
     is_workers: bool,
-    sockets: Box<dyn Iterator<Item = (u32, u64)>>,
+    /// `None` for a descriptor that is no socket.
+    descriptors: Box<dyn Iterator<Item = Option<(u32, u64)>>>,
 }
 
 impl fmt::Debug for Current {
@@ -97,8 +98,9 @@ impl Search {
         while self.wanted.values().any(Option::is_none) {
             let Some(mut current) = self.current.take().or_else(|| self.next_process()) else { return true };
             let mut count = 0;
-            for (fd, inode) in current.sockets.by_ref().take(AT_ONCE) {
+            for descriptor in current.descriptors.by_ref().take(AT_ONCE) {
                 count += 1;
+                let Some((fd, inode)) = descriptor else { continue };
                 if let Some(found) = self.wanted.get_mut(&inode) {
                     *found = Some(Place { pid: current.pid, fd });
                 }
@@ -119,14 +121,15 @@ impl Search {
         let is_over = is_workers && procfs::life(pid) == Life::Ended;
         let thread = is_over.then(|| procfs::threads(pid).into_iter().find(|tid| *tid != pid)).flatten();
         let pid = thread.unwrap_or(pid);
-        let sockets: Box<dyn Iterator<Item = (u32, u64)>> = match procfs::each_socket(pid) {
-            Ok(sockets) => Box::new(sockets),
+        let descriptors: Box<dyn Iterator<Item = Option<(u32, u64)>>> = match procfs::each_descriptor(pid) {
+            Ok(descriptors) => Box::new(descriptors),
             Err(_) => {
-                self.is_unsure |= is_workers;
+                // What has ended and wasn't reaped has nothing. Only root may see that.
+                self.is_unsure |= is_workers && (!is_over || thread.is_some());
                 Box::new(std::iter::empty())
             }
         };
-        Some(Current { pid, is_workers, sockets })
+        Some(Current { pid, is_workers, descriptors })
     }
 
     pub fn found(&self, inode: u64) -> Found {
