@@ -32,9 +32,8 @@ const CPU_SHARE_WHEN_SOON: u32 = 50;
 const MAX_NEW: u32 = 4;
 /// The next sample is put off by at most this much for the sake of the CPU's time.
 const MAX_PAUSE: Duration = Duration::from_millis(50);
-
 /// The interval while the next sample should come soon, at most.
-const SOON: Duration = Duration::from_millis(2);
+pub const SOON: Duration = Duration::from_millis(2);
 
 /// What a sample has shown.
 #[derive(Debug, Default)]
@@ -67,7 +66,7 @@ pub struct AcceptQueues {
 }
 
 impl AcceptQueues {
-    /// `interval` is the time between two samples while connections come.
+    /// `interval` is the time between two samples while a queue stands.
     pub fn new(interval: Duration) -> io::Result<Self> {
         Ok(Self {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,

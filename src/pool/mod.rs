@@ -62,8 +62,6 @@ pub struct StoppedListening {
     pub address: Address,
 }
 
-/// The time between two samples of the accept queues while one stands.
-const SAMPLE_INTERVAL: Duration = Duration::from_millis(2);
 /// The backlog of a new socket that nobody borrows. A borrower sets its own.
 const SPARE_BACKLOG: i32 = 1;
 
@@ -105,7 +103,7 @@ impl Pool {
     /// Those of epoll_create(2) and epoll_ctl(2).
     pub fn new(balancing: Balancing, is_exact: bool) -> io::Result<Self> {
         let sample_interval = match balancing {
-            Balancing::Load | Balancing::Queue => SAMPLE_INTERVAL,
+            Balancing::Load | Balancing::Queue => accept_queues::SOON,
             // Samples then show only closed listeners, and those that may have been stuck for long.
             Balancing::Random | Balancing::Client => closed::SAMPLE_INTERVAL,
         };

@@ -40,7 +40,7 @@ pub struct Batch {
 }
 
 impl Watcher {
-    /// `sample_interval` is the time between two samples of the accept queues while connections come.
+    /// `sample_interval` is the time between two samples of the accept queues while one stands.
     ///
     /// # Errors
     /// Those of epoll_create(2) and epoll_ctl(2).

@@ -286,7 +286,7 @@ impl Supervisor {
         let changed = self.pool.sample_queues(Instant::now());
         self.look_at_health(Instant::now());
         if !changed && ready == 0 && deadline.is_none_or(|at| at > Instant::now()) {
-            return; // Woken for that sample alone, several hundred times a second while connections come.
+            return; // Woken for that sample alone, many times a second while connections come.
         }
         self.stop_drained();
         self.scan_listeners();
