@@ -219,6 +219,10 @@ fn replaces_those_that_hang(
     wait_until("the old ones have ended", DEADLINE, || service.log.count_of("recycling done") == hang);
     let replaced = service.log.count_of("(see --hung-timeout): it will be replaced");
     assert_eq!(replaced, hang);
+    let (log, now) = (service.log.text(), pids(&service));
+    for pid in first.iter().filter(|pid| !now.contains(pid)) {
+        assert!(!log.contains(&format!("(pid {pid}, generation 1) takes connections")), "{log}");
+    }
     drop(lost);
     service.stop();
 }

@@ -73,7 +73,7 @@ pub struct Policy {
 impl Policy {
     /// How long workers may take to finish their requests at a stop of everything. The rest of its time is for their end.
     pub fn stop_drain(&self) -> Duration {
-        self.stop_within * 2 / 3
+        Duration::from_millis((self.stop_within * 2 / 3).as_millis() as u64)
     }
 
     /// How long the worker of this slot serves. Those of several slots that begin together end one after the other: each has

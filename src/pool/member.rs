@@ -238,16 +238,17 @@ impl Member {
         self.is_lent() && self.reserved.is_none() && self.loans.iter().all(is_sibling)
     }
 
-    /// The heir that serves by this plan gets the socket.
-    fn succeed(&mut self, plan: &Plan) {
+    /// The heir that serves by this plan gets the socket. Returns whether there is one.
+    fn succeed(&mut self, plan: &Plan) -> bool {
         let serves = |loan: &&mut Loan| loan.heir.is_some() && loan.role(plan) == Role::Ready;
-        let Some(loan) = self.loans.iter_mut().find(serves) else { return };
-        let Some(heir) = loan.heir.take() else { return };
+        let Some(loan) = self.loans.iter_mut().find(serves) else { return false };
+        let Some(heir) = loan.heir.take() else { return false };
         self.reserved = None;
         if self.loan(heir.of).is_some() {
             self.left_by.insert(heir.of);
             self.loans.retain(|loan| loan.borrower.worker != heir.of);
         }
+        true
     }
 
     /// A worker gets it, or gets it again.
@@ -485,9 +486,9 @@ impl Members {
         self.iter().find(|(_, member)| is_one(member)).map(|(id, _)| id)
     }
 
-    /// The heirs that serve by this plan get their sockets.
-    pub fn succeed(&mut self, plan: &Plan) {
-        self.by_id.values_mut().for_each(|member| member.succeed(plan));
+    /// The heirs that serve by this plan get their sockets. Returns these.
+    pub fn succeed(&mut self, plan: &Plan) -> Vec<MemberId> {
+        self.by_id.iter_mut().filter_map(|(id, member)| member.succeed(plan).then_some(*id)).collect()
     }
 
     /// The socket of this address that the worker was given, or that it borrowed earlier and has closed since.
@@ -612,12 +613,11 @@ mod tests {
         let mut member = member([listening(1), heir(2, 1)]);
         let before = plan([(1, Ready), (2, Starting)]);
         assert_eq!((member.role(&before), member.serving(&before)), (Ready, 1));
-        member.succeed(&before);
-        assert_eq!(member.loans.len(), 2);
+        assert!(!member.succeed(&before) && member.loans.len() == 2);
         assert_eq!(member.role(&plan([(1, Draining), (2, Starting)])), Draining);
         let after = plan([(1, Draining), (2, Ready)]);
         assert_eq!((member.role(&after), member.serving(&after)), (Ready, 1));
-        member.succeed(&after);
+        assert!(member.succeed(&after));
         assert!(member.loan(WorkerId(1)).is_none() && member.left_by.contains(&WorkerId(1)));
         assert!(member.loan(WorkerId(2)).is_some_and(|loan| loan.heir.is_none()));
     }

@@ -337,7 +337,8 @@ impl Pool {
             return false;
         }
         let begun = cpu_time();
-        let load_changed = samples && self.take_sample(now);
+        let changes = if samples { self.take_sample(now) } else { Vec::new() };
+        let load_changed = changes.iter().any(|(_, change)| self.steers_by(*change));
         self.look_at_places(now);
         let took = cpu_time().saturating_sub(begun);
         let closed = self.search_closed(now);
@@ -347,21 +348,27 @@ impl Pool {
         {
             warn!("{why}");
         }
+        changes.iter().for_each(|(id, change)| self.log_change(*id, *change)); // by now it is so
         if samples {
             self.set_next_sample(took, now);
         }
         load_changed || closed
     }
 
-    /// Returns whether the load of some worker has changed.
-    fn take_sample(&mut self, now: Instant) -> bool {
+    /// Returns what has changed in the load of workers.
+    fn take_sample(&mut self, now: Instant) -> Vec<(MemberId, Change)> {
         let socket = |id| self.members.get(id).map(|member| member.socket.as_fd());
         let Sample { lengths, doubtful, taken } = self.watcher.queues.sample(now, socket);
         self.closed.sampled(&doubtful, &taken, now);
         if let Err(error) = self.watcher.rearm() {
             warn!("can't watch accept queues: {error}");
         }
-        self.balancing != Balancing::Random && self.update_load(&lengths, now)
+        if self.balancing == Balancing::Random { Vec::new() } else { self.update_load(&lengths, now) }
+    }
+
+    /// Whether new connections go elsewhere by such a change.
+    fn steers_by(&self, change: Change) -> bool {
+        self.balancing == Balancing::Client || change != Change::StuckLong
     }
 
     /// The sample took this time of a CPU.
@@ -373,12 +380,13 @@ impl Pool {
         queues.set_next(took, soon, self.tracker.has_busy(), now);
     }
 
-    /// Finds out the load of ready workers from their queues. Returns whether it has changed.
-    fn update_load(&mut self, lengths: &BTreeMap<MemberId, u32>, now: Instant) -> bool {
+    /// Finds out the load of ready workers from their queues. Returns what has changed.
+    fn update_load(&mut self, lengths: &BTreeMap<MemberId, u32>, now: Instant) -> Vec<(MemberId, Change)> {
         let is_ready = |id: &MemberId| {
             let role = self.members.get(*id).map(|member| member.role(&self.plan));
             matches!(role, Some(Role::Ready | Role::Canary))
         };
+        self.tracker.retain(is_ready); // one that drains takes no connections again when its queue is emptied
         let lengths = lengths.iter().filter(|(id, _)| is_ready(id)).map(|(id, length)| (*id, *length));
         let is_busy = |id| {
             let loans = self.members.get(id)?.loans.iter();
@@ -392,10 +400,7 @@ impl Pool {
             };
             self.members.get(id)?.loans.iter().find_map(turn)
         };
-        let changes = self.tracker.sample(&lengths.collect(), is_busy, turn, now);
-        changes.iter().for_each(|(id, change)| self.log_change(*id, *change));
-        let is_patient = self.balancing == Balancing::Client;
-        changes.iter().any(|(_, change)| is_patient || *change != Change::StuckLong)
+        self.tracker.sample(&lengths.collect(), is_busy, turn, now)
     }
 
     fn log_change(&self, id: MemberId, change: Change) {
@@ -404,7 +409,8 @@ impl Pool {
             match change {
                 Change::To(Load::Stuck, _) => debug!("{borrower} takes no connections on {address}: skipped"),
                 Change::To(Load::Busy, _) => debug!("{borrower} is busy: skipped"),
-                Change::To(Load::Free, lasted) if lasted >= LONG => {
+                // Which of several has taken some isn't known.
+                Change::To(Load::Free, lasted) if lasted >= LONG && loans.len() == 1 => {
                     let lasted = lasted.as_secs_f64();
                     info!("{borrower} takes connections on {address} again, after {lasted:.1} s");
                 }

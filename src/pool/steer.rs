@@ -21,7 +21,8 @@ impl Pool {
     /// Why the kernel has refused it for some address. There it steers as before.
     pub fn steer(&mut self, plan: Plan) -> Result<(), String> {
         self.plan = plan;
-        self.members.succeed(&self.plan);
+        // What was known of the predecessors doesn't hold for them.
+        self.members.succeed(&self.plan).into_iter().for_each(|id| self.tracker.forget(id));
         self.heirs.retain(|heir, _| self.plan.role(*heir) == Role::Starting);
         self.steer_all()
     }

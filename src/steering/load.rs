@@ -188,6 +188,11 @@ impl LoadTracker {
     pub fn forget(&mut self, id: MemberId) {
         self.members.remove(&id);
     }
+
+    /// Forgets the others.
+    pub fn retain(&mut self, is_kept: impl Fn(&MemberId) -> bool) {
+        self.members.retain(|id, _| is_kept(id));
+    }
 }
 
 impl Tracked {

@@ -28,7 +28,8 @@ def jobs():
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        time.sleep(1)
+        while not retired:  # so that it hears of it before the stop signal comes
+            time.sleep(0.02)
         self.send_response(204)
         self.end_headers()
 
