@@ -206,9 +206,9 @@ impl Crew {
     }
 
     /// Has the worker of a slot start.
-    pub(super) fn start(&mut self, slot: SlotId, now: Instant) {
+    pub(super) fn start(&mut self, slot: SlotId, begins_generation: bool, now: Instant) {
         let generation = self.roster.slots[slot.index()].generation;
-        let id = self.start_beside(slot, generation, false, now);
+        let id = self.start_beside(slot, generation, begins_generation, now);
         self.roster.slots[slot.index()].serving = Some(id);
     }
 
@@ -384,7 +384,7 @@ impl Crew {
             return;
         };
         match timer {
-            SlotTimer::Restart => self.start(slot, now),
+            SlotTimer::Restart => self.start(slot, false, now),
             SlotTimer::ResetQueue => self.actions.push(Action::ResetQueue { slot, generation }),
             SlotTimer::Recycle => {} // it may be tried again
         }

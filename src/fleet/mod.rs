@@ -83,8 +83,7 @@ impl Fleet {
             hung: BTreeSet::new(),
         };
         for slot in (0..fleet.crew.policy.workers).map(SlotId) {
-            let id = fleet.crew.start_beside(slot, 1, true, now);
-            fleet.crew.roster.slots[slot.index()].serving = Some(id);
+            fleet.crew.start(slot, true, now);
         }
         let actions = mem::take(&mut fleet.crew.actions);
         (fleet, actions)

@@ -43,7 +43,7 @@ impl Fleet {
         }
         for slot in before..workers {
             self.crew.roster.slots.push(Slot::new(self.crew.generation(), None));
-            self.crew.start(SlotId::of_index(slot), now);
+            self.crew.start(SlotId::of_index(slot), false, now);
         }
     }
 

@@ -12,7 +12,6 @@ use crate::kernel::search::{Found, Place, Search, Seen};
 use crate::pool::closed::{Patience, Standing};
 use crate::pool::group::Group;
 use crate::pool::member::{BindRequest, Member};
-use crate::steering::Role;
 
 /// For how long a search goes on at once. Then it pauses for as long.
 const SEARCH_TIME: Duration = Duration::from_millis(1);
@@ -94,7 +93,7 @@ impl Pool {
         let group = self.groups.get(&member.address).map(Group::ids).into_iter().flatten();
         let serves = |other: MemberId| {
             let role = self.members[other].role(&self.plan);
-            matches!(role, Role::Ready | Role::Canary) && self.closed.standing(other) != Standing::Closed
+            role.is_served() && self.closed.standing(other) != Standing::Closed
         };
         let is_alone = !group.copied().any(|other| other != id && serves(other));
         match is_alone || member.place.is_some_and(Place::has_ended) {
@@ -114,7 +113,7 @@ impl Pool {
     /// The worker has begun to listen on this member. It may do so to close another one of the same process, in whose queue a
     /// connection would be lost.
     pub(super) fn supersede_others(&mut self, id: MemberId, worker: WorkerId) -> bool {
-        if !matches!(self.members[id].role(&self.plan), Role::Ready | Role::Canary) {
+        if !self.members[id].role(&self.plan).is_served() {
             return false;
         }
         let pid = |id: MemberId| self.members[id].place.map(|place| place.pid);

@@ -223,8 +223,7 @@ impl Member {
 
     /// How many borrowers get connections by this plan.
     pub fn serving(&self, plan: &Plan) -> usize {
-        let serves = |loan: &&Loan| matches!(loan.role(plan), Role::Ready | Role::Canary);
-        self.loans.iter().filter(serves).count()
+        self.loans.iter().filter(|loan| loan.role(plan).is_served()).count()
     }
 
     /// Whether another worker of its generation may share it, because all that have it share theirs.

@@ -52,8 +52,8 @@ use crate::kernel::duplicate::close_without_waiting;
 use crate::kernel::sockdiag::Listener;
 use crate::kernel::{procfs, scheduling};
 use crate::output::seldom::Seldom;
+use crate::steering::Plan;
 use crate::steering::load::{Balancing, Change, LONG, Load, LoadTracker, Turn};
-use crate::steering::{Plan, Role};
 
 /// A worker has shut down or closed its last listener on an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -382,10 +382,8 @@ impl Pool {
 
     /// Finds out the load of ready workers from their queues. Returns what has changed.
     fn update_load(&mut self, lengths: &BTreeMap<MemberId, u32>, now: Instant) -> Vec<(MemberId, Change)> {
-        let is_ready = |id: &MemberId| {
-            let role = self.members.get(*id).map(|member| member.role(&self.plan));
-            matches!(role, Some(Role::Ready | Role::Canary))
-        };
+        let is_ready =
+            |id: &MemberId| self.members.get(*id).is_some_and(|member| member.role(&self.plan).is_served());
         self.tracker.retain(is_ready); // one that drains takes no connections again when its queue is emptied
         let lengths = lengths.iter().filter(|(id, _)| is_ready(id)).map(|(id, length)| (*id, *length));
         let is_busy = |id| {

@@ -35,6 +35,11 @@ pub enum Role {
 }
 
 impl Role {
+    /// Whether its worker gets new connections.
+    pub fn is_served(self) -> bool {
+        matches!(self, Self::Ready | Self::Canary)
+    }
+
     /// Whether its worker gets no more connections.
     pub fn is_leaving(self) -> bool {
         matches!(self, Self::Draining | Self::Leaving)
