@@ -5,6 +5,8 @@ import socket
 import sys
 import time
 
+from answering import answer
+
 port, folder, slot = int(sys.argv[1]), sys.argv[2], os.environ.get('REUSE_RUN_SLOT')
 flag = os.path.join(folder, 'close-' + str(slot))
 
@@ -22,16 +24,7 @@ def listen():
 
 
 def serve(listener):
-    connection, _ = listener.accept()
-    try:
-        connection.settimeout(5)
-        connection.recv(65536)
-        body = 'pid={} generation={} slot={}\n'.format(os.getpid(), os.environ.get('REUSE_RUN_GENERATION'), slot)
-        head = 'HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n'.format(len(body))
-        connection.sendall((head + body).encode())
-    except OSError:
-        pass
-    connection.close()
+    answer(listener.accept()[0])
 
 
 listener = listen()

@@ -18,6 +18,8 @@ import sys
 import threading
 import time
 
+from answering import answer
+
 port, what = int(sys.argv[1]), sys.argv[2]
 own, other = os.pipe()
 signal.signal(signal.SIGUSR1, lambda *_: os.write(other, b'x'))
@@ -36,20 +38,6 @@ def listen(shares=True):
     listener.listen(1024)
     say('listens')
     return listener
-
-
-def answer(connection):
-    try:
-        connection.setblocking(True)
-        connection.settimeout(5)
-        connection.recv(65536)
-        body = 'pid={} generation={} slot={}\n'.format(
-            os.getpid(), os.environ.get('REUSE_RUN_GENERATION'), os.environ.get('REUSE_RUN_SLOT'))
-        head = 'HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n'.format(len(body))
-        connection.sendall((head + body).encode())
-    except OSError:
-        pass
-    connection.close()
 
 
 def serve(listener, seconds=None, until=None):

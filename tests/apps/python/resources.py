@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 
+from answering import answer
+
 what, port = sys.argv[1], int(sys.argv[2])
 listeners = []
 
@@ -44,17 +46,7 @@ def bind_for_ever(first):
 
 
 def serve_one(s):
-    connection, _ = s.accept()
-    try:
-        connection.settimeout(5)
-        connection.recv(65536)
-        body = 'pid={} generation={} slot={}\n'.format(
-            os.getpid(), os.environ.get('REUSE_RUN_GENERATION'), os.environ.get('REUSE_RUN_SLOT'))
-        head = 'HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n'.format(len(body))
-        connection.sendall((head + body).encode())
-    except OSError:
-        pass
-    connection.close()
+    answer(s.accept()[0])
 
 
 def serve():
