@@ -52,7 +52,7 @@
 //! | which operation may run or be aborted; which commands are queued | `fleet/phase`; `fleet/queue` |
 //! | a log line of the fleet; the facts about workers for status | `fleet/story`; `fleet/views` |
 //! | what each role of a worker means for new connections | `steering/mod` |
-//! | which worker is stuck and skipped | `steering/load` |
+//! | which worker is stuck and skipped; which has the fewest connections | `steering/load`; `steering/spread` |
 //! | the model of the kernel's array of members; the BPF instructions that choose one; those that choose by the client's address | `steering/order`; `steering/program`; `steering/by_client` |
 //! | lending a socket and taking it back; the sockets' states | `pool/lend`; `pool/member` |
 //! | what epoll reports about the sockets | `pool/mod` |
@@ -85,8 +85,8 @@
 //! | the commands' own process; which reuse-run it speaks to; what comes back | `operate/client`; `operate/find`; `operate/replies` |
 //! | what systemd is told; the PID file | `operate/systemd`; `operate/pidfile` |
 //! | labels before lines; how stdout and stderr are written; the log's form; lines that come once a second | `output/labels`; `output/sink`; `output/log`; `output/seldom` |
-//! | a system call (with `kernel/tracee` the only unsafe code); a file of /proc; a query to sock_diag | `kernel/sys`; `kernel/procfs`; `kernel/sockdiag` |
-//! | how long threads have waited for a CPU | `kernel/scheduling` |
+//! | a system call (with `kernel/tracee` and `kernel/notice` the only unsafe code); a file of /proc; a query to sock_diag | `kernel/sys`; `kernel/procfs`; `kernel/sockdiag` |
+//! | how long threads have waited for a CPU; notice of what is over at once | `kernel/scheduling`; `kernel/notice` |
 //! | which process has a socket open; duplicates of workers' sockets | `kernel/search`; `kernel/duplicate` |
 //! | processes that do what may wait; their queues, and what becomes of one that is late | `kernel/helper`; `kernel/jobs` |
 //! | what hangs on a worker's socket in its table of descriptors; tracing a thread | `kernel/fdtable`; `kernel/tracee` |

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::thread;
@@ -236,7 +237,8 @@ fn after_the_last_connection_reuse_run_sleeps_and_for_a_stuck_worker_it_wakes_up
     load.stop().assert_nothing_failed();
     let mut before = wake_ups(service.pid());
     wait_until("it sleeps", DEADLINE, || {
-        thread::sleep(Duration::from_millis(100));
+        // After connections that didn't stay it rests for a second before it heeds the next one.
+        thread::sleep(Duration::from_millis(1500));
         let (now, was) = (wake_ups(service.pid()), before);
         before = now;
         now == was
@@ -329,6 +331,51 @@ fn with_balance_queue_no_operation_loses_a_request() {
 #[test]
 fn with_balance_client_no_operation_loses_a_request() {
     operations_lose_nothing("client");
+}
+
+/// Opens a connection, has a request answered, and keeps it open. Returns it with the slot of its worker.
+fn kept(addr: SocketAddr) -> (TcpStream, u32) {
+    let mut stream = TcpStream::connect(addr).expect("connect");
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n").expect("send a request");
+    let mut answer = [0; 1024];
+    let length = stream.read(&mut answer).expect("an answer");
+    let text = String::from_utf8_lossy(&answer[..length]);
+    let slot = text.split("slot=").nth(1).and_then(|rest| rest.split_whitespace().next());
+    (stream, slot.and_then(|slot| slot.parse().ok()).unwrap_or_else(|| panic!("no slot: {text}")))
+}
+
+/// Opens so many connections one by one, and returns how many each slot has of them.
+fn keep_one_by_one(addr: SocketAddr, count: usize, open: &mut Vec<TcpStream>) -> BTreeMap<u32, usize> {
+    let mut slots = BTreeMap::new();
+    for _ in 0..count {
+        thread::sleep(Duration::from_millis(20)); // no wait: they come so
+        let (stream, slot) = kept(addr);
+        open.push(stream);
+        *slots.entry(slot).or_default() += 1;
+    }
+    slots
+}
+
+#[test]
+fn connections_that_come_one_by_one_and_stay_are_spread_evenly_and_a_worker_that_comes_later_catches_up() {
+    let _turn = turn();
+    let addr = free_address();
+    // On a busy machine two may come before reuse-run has looked, hence some more tries.
+    let mut tries = Vec::new();
+    for _ in 0..5 {
+        let mut service = Service::run_ready("-n 4", &naive_with(addr, &["--keep-alive"]));
+        let mut open = Vec::new();
+        let first = keep_one_by_one(addr, 40, &mut open);
+        run_words(&format!("scale 5 {}", service.pid())).assert_done("5 workers");
+        let later = keep_one_by_one(addr, 10, &mut open);
+        drop(open);
+        service.stop();
+        if first.len() == 4 && first.values().all(|count| *count == 10) && later == [(4, 10)].into() {
+            return;
+        }
+        tries.push((first, later));
+    }
+    panic!("{tries:?}");
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! What hangs on a socket of another process beside its descriptor: duplicates, and the epolls that watch it.
+//! Another process's table of descriptors: how many there are, and what hangs on a socket beside its descriptor: duplicates,
+//! and the epolls that watch it.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -9,6 +10,11 @@ use nix::unistd::Pid;
 
 use crate::kernel::duplicate::{EPOLL_LINK, socket_link};
 use crate::kernel::procfs;
+
+/// How many descriptors a process has; 0 if that can't be known (before Linux 6.2: proc_pid_fd(5)).
+pub fn len(pid: Pid) -> u64 {
+    fs::metadata(format!("/proc/{pid}/fd")).map_or(0, |folder| folder.len())
+}
 
 /// An entry of an epoll (epoll_ctl(2)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,6 +7,7 @@ pub mod file;
 pub mod helper;
 pub mod inbox;
 pub mod jobs;
+pub mod notice;
 pub mod procfs;
 pub mod scheduling;
 pub mod search;

@@ -1,4 +1,4 @@
-//! Thin wrappers named after their system calls. This and [`super::tracee`] have the only unsafe code.
+//! Thin wrappers named after their system calls. This, [`super::tracee`] and [`super::notice`] have the only unsafe code.
 //!
 //! Each wrapper returns the `io::Error` of its call and decides nothing.
 #![allow(unsafe_code)]
@@ -17,7 +17,7 @@ use nix::sys::signal::{SigHandler, Signal};
 use nix::unistd::Pid;
 
 /// Turns the result -1 into the `io::Error` in errno.
-fn check(result: c_int) -> io::Result<c_int> {
+pub(super) fn check(result: c_int) -> io::Result<c_int> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 

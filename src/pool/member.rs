@@ -523,7 +523,7 @@ impl Members {
         reserved.map(|(id, _)| id).collect()
     }
 
-    fn iter(&self) -> impl Iterator<Item = (MemberId, &Member)> {
+    pub fn iter(&self) -> impl Iterator<Item = (MemberId, &Member)> {
         self.by_id.iter().map(|(id, member)| (*id, member))
     }
 

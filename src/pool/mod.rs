@@ -54,6 +54,7 @@ use crate::kernel::{procfs, scheduling};
 use crate::output::seldom::Seldom;
 use crate::steering::Plan;
 use crate::steering::load::{Balancing, Change, LONG, Load, LoadTracker, Turn};
+use crate::steering::spread::Spread;
 
 /// A worker has shut down or closed its last listener on an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +76,9 @@ pub struct Pool {
     is_exact: bool,
     /// All members are free in it if `balancing` is random.
     tracker: LoadTracker,
+    spread: Spread,
+    /// Whether connections may go to other workers by it than before.
+    has_spread: bool,
     closed: ClosedListeners,
     /// The search for some of them.
     search: Option<Ongoing>,
@@ -107,13 +111,19 @@ impl Pool {
             // Samples then show only closed listeners, and those that may have been stuck for long.
             Balancing::Random | Balancing::Client => closed::SAMPLE_INTERVAL,
         };
+        let mut watcher = Watcher::new(sample_interval)?;
+        if balancing == Balancing::Load {
+            watcher.await_connection();
+        }
         Ok(Self {
             members: Members::default(),
             groups: BTreeMap::new(),
-            watcher: Watcher::new(sample_interval)?,
+            watcher,
             balancing,
             is_exact: is_exact || balancing == Balancing::Client,
             tracker: LoadTracker::new(balancing),
+            spread: Spread::new(),
+            has_spread: false,
             closed: ClosedListeners::default(),
             search: None,
             unserved: Unserved::default(),
@@ -236,6 +246,9 @@ impl Pool {
         let mut departed: BTreeMap<Address, BTreeSet<MemberId>> = BTreeMap::new();
         loop {
             let batch = self.watcher.next_batch();
+            if batch.has_come {
+                self.has_spread |= self.spread.came(Instant::now());
+            }
             for (id, event) in batch.events {
                 let Some(member) = self.members.get_mut(id) else { continue };
                 let address = member.address;
@@ -322,7 +335,8 @@ impl Pool {
     /// When to call [`Pool::sample_queues`] at the latest.
     pub fn deadline(&self) -> Option<Instant> {
         let of_queues = self.watcher.queues.deadline();
-        [of_queues, self.unserved.deadline(), self.closed_deadline()].into_iter().flatten().min()
+        let others = [self.unserved.deadline(), self.closed_deadline(), self.spread_deadline()];
+        others.into_iter().chain([of_queues]).flatten().min()
     }
 
     /// Finds out which workers take connections and which don't, if it is time to, and steers accordingly. Returns
@@ -333,7 +347,8 @@ impl Pool {
         }
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let samples = is_due(self.watcher.queues.deadline());
-        if !samples && !is_due(self.closed_deadline()) {
+        let spreads = is_due(self.spread_deadline());
+        if !samples && !spreads && !is_due(self.closed_deadline()) {
             return false;
         }
         let begun = cpu_time();
@@ -343,7 +358,10 @@ impl Pool {
         let took = cpu_time().saturating_sub(begun);
         let closed = self.search_closed(now);
         let standing_changed = self.closed.take_changed();
-        if (load_changed || standing_changed)
+        if spreads {
+            self.look_at_spread(now);
+        }
+        if (load_changed || standing_changed || self.has_spread)
             && let Err(why) = self.steer_all()
         {
             warn!("{why}");
@@ -474,6 +492,11 @@ impl Pool {
             self.handle_events(None);
         }
         self.listen_again();
+        if self.has_spread
+            && let Err(why) = self.steer_all()
+        {
+            warn!("{why}");
+        }
         mem::take(&mut self.stopped)
     }
 

@@ -8,9 +8,11 @@ use log::warn;
 
 use super::{Group, Pool, SPARE_BACKLOG};
 use crate::address::Address;
-use crate::ids::WorkerId;
-use crate::kernel::sys;
+use crate::ids::{MemberId, WorkerId};
+use crate::kernel::{fdtable, sys};
 use crate::pool::Owner;
+use crate::pool::member::Member;
+use crate::steering::spread::Next;
 use crate::steering::{Plan, Role};
 
 impl Pool {
@@ -49,6 +51,7 @@ impl Pool {
 
     pub(super) fn steer_all(&mut self) -> Result<(), String> {
         self.handle_events(None);
+        self.has_spread = false;
         let addresses: Vec<Address> = self.groups.keys().copied().collect();
         let steer = |address| {
             let steered = self.steer_address(address);
@@ -64,10 +67,37 @@ impl Pool {
             self.add_spare(address);
         }
         let Some(group) = self.groups.get_mut(&address) else { return Ok(()) };
-        let rank = |id| (self.closed.standing(id), self.tracker.load(id));
+        let rank = |id| (self.closed.standing(id), self.tracker.load(id), self.spread.rank(id));
         let spares_lacking = group.steer(&self.plan, rank, &mut self.members)?;
         (0..spares_lacking).for_each(|_| self.add_spare(address));
         Ok(())
+    }
+
+    /// When to call [`Pool::look_at_spread`].
+    pub(super) fn spread_deadline(&self) -> Option<Instant> {
+        match self.spread.next() {
+            Next::Await => None,
+            Next::LookAt(at) | Next::RestUntil(at) => Some(at),
+        }
+    }
+
+    /// Finds out which workers have the fewest connections, or ends a rest.
+    pub(super) fn look_at_spread(&mut self, now: Instant) {
+        let count = |(id, member): (MemberId, &Member)| {
+            let is_served = member.role(&self.plan).is_served();
+            let loan = member.loans.first().filter(|_| is_served)?;
+            Some((id, fdtable::len(loan.borrower.pid)))
+        };
+        match self.spread.next() {
+            Next::LookAt(_) => {
+                let counts = self.members.iter().filter_map(count).collect();
+                self.has_spread |= self.spread.look(counts, now);
+            }
+            _ => self.spread.rested(),
+        }
+        if self.spread.next() == Next::Await {
+            self.watcher.await_connection();
+        }
     }
 
     /// Without it, connections may go astray for a moment when a worker leaves.

@@ -4,9 +4,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
+use log::debug;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use crate::ids::MemberId;
+use crate::kernel::notice::Notice;
 use crate::pool::accept_queues::AcceptQueues;
 
 /// What to report of a socket. That a listener was shut down is always reported (EPOLLHUP).
@@ -24,12 +26,16 @@ pub enum Interest {
 
 /// What epoll reports when the accept queues are to be sampled.
 const QUEUES: u64 = u64::MAX;
+/// What it reports when a connection has come, although a worker may have taken it.
+const COMES: u64 = u64::MAX - 1;
 const REPORTED_ONCE: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLONESHOT);
 
 #[derive(Debug)]
 pub struct Watcher {
     epoll: Epoll,
     pub queues: AcceptQueues,
+    /// `None` where the kernel doesn't give it.
+    comes: Option<Notice>,
 }
 
 /// Some of the events that epoll has to report.
@@ -37,6 +43,8 @@ pub struct Batch {
     pub events: Vec<(MemberId, EpollFlags)>,
     /// Whether there may be more.
     pub is_full: bool,
+    /// Whether a connection has come: see [`Watcher::await_connection`].
+    pub has_come: bool,
 }
 
 impl Watcher {
@@ -48,7 +56,9 @@ impl Watcher {
         let (epoll, queues) =
             (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, AcceptQueues::new(sample_interval)?);
         epoll.add(&queues, EpollEvent::new(REPORTED_ONCE, QUEUES))?;
-        Ok(Self { epoll, queues })
+        let comes = Notice::new().inspect_err(|error| debug!("connections are seen late: {error}")).ok();
+        comes.iter().try_for_each(|comes| epoll.add(comes, EpollEvent::new(EpollFlags::EPOLLIN, COMES)))?;
+        Ok(Self { epoll, queues, comes })
     }
 
     /// Sets what is reported of a socket.
@@ -81,14 +91,27 @@ impl Watcher {
     pub fn next_batch(&mut self) -> Batch {
         let mut ready = [EpollEvent::empty(); 64];
         let count = self.epoll.wait(&mut ready, EpollTimeout::ZERO).unwrap_or(0);
-        let mut events = Vec::with_capacity(count);
+        let (mut events, mut has_come) = (Vec::with_capacity(count), false);
         for event in &ready[..count] {
             match event.data() {
                 QUEUES => self.queues.begin(Instant::now()),
+                COMES => {
+                    self.comes.iter_mut().for_each(Notice::take);
+                    has_come = true;
+                }
                 id => events.push((MemberId(id as u32), event.events())),
             }
         }
-        Batch { events, is_full: count == ready.len() }
+        Batch { events, is_full: count == ready.len(), has_come }
+    }
+
+    /// Reports the next connection to a listener of the accept queues, even if a worker takes it at once.
+    pub fn await_connection(&mut self) {
+        if let Some(comes) = &mut self.comes
+            && let Err(error) = comes.await_once(self.queues.as_fd())
+        {
+            debug!("connections are seen late: {error}");
+        }
     }
 
     /// Has the epoll report the next connection that waits, if the accept queues aren't sampled any more.

@@ -1,14 +1,15 @@
 //! Which workers get new connections: pure rules, without a system call.
 //!
 //! The fleet says what each worker is ([`Plan`]). [`decide`] turns that into a decision for each member of a reuseport
-//! group, [`load`] finds members that take no connections, [`order`] keeps track of the kernel's array of the group,
-//! and [`program`] writes the instructions that choose an index of that array: at random, or [`by_client`]. The pool carries it
-//! out.
+//! group, [`load`] finds members that take no connections, [`spread`] those whose workers have the fewest, [`order`] keeps track
+//! of the kernel's array of the group, and [`program`] writes the instructions that choose an index of that array: at random, or
+//! [`by_client`]. The pool carries it out.
 
 pub mod by_client;
 pub mod load;
 pub mod order;
 pub mod program;
+pub mod spread;
 
 use std::collections::BTreeMap;
 use std::fmt;
