@@ -53,6 +53,8 @@ const REQUESTS_PER_SECOND: f64 = 2000.0;
 /// How long to wait for something that must happen.
 const DEADLINE: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(5);
+/// A worker that is continued so late is told of: after --drain it would lose what waits for it.
+const LATE: Duration = Duration::from_millis(500);
 /// After this time a version that hangs or is never ready is given up.
 const READY_TIMEOUT: &str = "2s";
 /// The exit status of the version that crashes.
@@ -379,10 +381,18 @@ impl Service {
         kill(Pid::from_raw(pid as i32), signal).is_ok()
     }
 
-    /// Waits until `condition` holds.
+    /// Waits until `condition` holds for what it has printed.
     fn wait(&self, what: &str, condition: impl Fn(&Output) -> bool) -> Result<(), String> {
+        self.wait_until(what, |service| Ok(condition(&service.output())))
+    }
+
+    fn wait_until(
+        &self,
+        what: &str,
+        condition: impl Fn(&Self) -> Result<bool, String>,
+    ) -> Result<(), String> {
         let end = Instant::now() + DEADLINE;
-        while !condition(&self.output()) {
+        while !condition(self)? {
             if Instant::now() > end {
                 let log = self.output().log.join("\n");
                 return Err(format!("not within {DEADLINE:?}: {what}; the log:\n{log}"));
@@ -502,38 +512,30 @@ struct Done {
     /// Generations of the version that crashes.
     crashing: HashSet<u32>,
     broken: usize,
-    /// Stopped workers, and when to continue each.
-    to_continue: Vec<(u32, Instant)>,
+    /// What continues stopped workers.
+    to_continue: HashMap<u32, JoinHandle<()>>,
 }
 
 impl Done {
-    /// Waits until `condition` holds, and continues workers meanwhile.
-    fn wait(
-        &mut self,
-        service: &Service,
-        what: &str,
-        condition: impl Fn(&Service) -> Result<bool, String>,
-    ) -> Result<(), String> {
-        let end = Instant::now() + DEADLINE;
-        while !condition(service)? {
-            self.continue_due(service, Instant::now());
-            if Instant::now() > end {
-                let log = service.output().log.join("\n");
-                return Err(format!("not within {DEADLINE:?}: {what}; the log:\n{log}"));
-            }
-            thread::sleep(POLL);
+    /// Stops a worker for so long. A thread continues it, so that it isn't stopped for as long as --drain if the next step
+    /// takes long.
+    fn stop(&mut self, pid: u32, length: Duration) {
+        let is_stopped = |thread: &JoinHandle<()>| !thread.is_finished();
+        let process = Pid::from_raw(pid as i32);
+        if self.to_continue.get(&pid).is_some_and(is_stopped) || kill(process, Signal::SIGSTOP).is_err() {
+            return;
         }
-        Ok(())
-    }
-
-    fn continue_due(&mut self, service: &Service, now: Instant) {
-        self.to_continue.retain(|(pid, at)| {
-            let due = *at <= now;
-            if due {
-                service.send(*pid, Signal::SIGCONT);
+        self.stopped += 1;
+        let begun = Instant::now();
+        let thread = thread::spawn(move || {
+            thread::sleep(length);
+            let _ = kill(process, Signal::SIGCONT); // it may have ended
+            let late = begun.elapsed() - length;
+            if late > LATE {
+                println!("worker {pid} was continued {} ms late", late.as_millis());
             }
-            !due
         });
+        self.to_continue.insert(pid, thread);
     }
 }
 
@@ -549,7 +551,7 @@ fn run(settings: &Settings, plan: &[Step]) -> Result<bool, String> {
     for step in plan {
         at += step.pause;
         let is_reload = matches!(step.what, What::Reload | What::ReloadTo(_) | What::ReloadToCrash);
-        done.wait(&service, "the next step may begin", |service| {
+        service.wait_until("the next step may begin", |service| {
             Ok(Instant::now() >= at && (!is_reload || service.reloads_are_over()))
         })?;
         at = Instant::now();
@@ -559,10 +561,7 @@ fn run(settings: &Settings, plan: &[Step]) -> Result<bool, String> {
         println!("{:8.3} s  {}", begun.elapsed().as_secs_f64(), step.what);
         take(&mut service, &mut done, step.what)?;
     }
-    while !done.to_continue.is_empty() {
-        done.continue_due(&service, Instant::now());
-        thread::sleep(POLL);
-    }
+    done.to_continue.drain().for_each(|(_, thread)| drop(thread.join()));
     let reloads = service.generation as usize - 1;
     service
         .wait("the last reload is over", |output| output.reloads_done + output.reloads_given_up == reloads)?;
@@ -699,12 +698,7 @@ fn take(service: &mut Service, done: &mut Done, what: What) -> Result<(), String
         What::Stop { nth, length } => {
             let workers = service.workers();
             let Some(pid) = workers.get(nth % workers.len().max(1)).copied() else { return Ok(()) };
-            if done.to_continue.iter().all(|(stopped, _)| *stopped != pid)
-                && service.send(pid, Signal::SIGSTOP)
-            {
-                done.stopped += 1;
-                done.to_continue.push((pid, Instant::now() + length));
-            }
+            done.stop(pid, length);
         }
         What::Kill { nth } => {
             let serving = service.serving();
@@ -719,12 +713,12 @@ fn take(service: &mut Service, done: &mut Done, what: What) -> Result<(), String
         }
         // Nothing else meanwhile: nobody takes what waits for a worker that hangs when it is retired for another reason.
         What::Hang { nth } => {
-            done.wait(service, "it only serves", Service::only_serves)?;
+            service.wait_until("it only serves", Service::only_serves)?;
             let serving = service.serving();
             let Some(pid) = serving.get(nth % serving.len().max(1)).copied() else { return Ok(()) };
             if service.send(pid, Signal::SIGSTOP) {
                 done.killed.insert(pid);
-                done.wait(service, "a worker that hangs is replaced", |service| {
+                service.wait_until("a worker that hangs is replaced", |service| {
                     Ok(!service.workers().contains(&pid))
                 })?;
             }
