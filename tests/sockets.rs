@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use common::load::{self, Kind, LoadOptions};
 use common::{
-    DEADLINE, Deployment, Service, free_address, free_port, get, naive, python, reload_under_loads, run,
-    server, wait_until,
+    DEADLINE, Deployment, Service, free_address, free_port, get, inline, naive, python, reload_under_loads,
+    run, server, wait_until,
 };
 use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
@@ -85,6 +85,31 @@ fn socket_options_from_before_bind_are_kept_after_it_and_not_given_to_the_next_g
     assert!(printed.iter().all(|(before, after)| before == after), "{printed:?}");
     assert_ne!(printed[0], printed[2], "only the first generation sets options");
     service.stop();
+}
+
+/// Programs in Go listen by MPTCP unless they are told not to.
+#[test]
+fn a_socket_of_mptcp_becomes_one_of_tcp_and_loses_no_request() {
+    let program = "import http.server, os, socket, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = b'pid=%d generation=%s' % (os.getpid(), os.environb[b'REUSE_RUN_GENERATION'])
+        self.send_response(200); self.send_header('Content-Length', str(len(body))); self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_): pass
+class Server(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6 if ':' in sys.argv[1] else socket.AF_INET
+    def say(self, when): print(when, self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL), flush=True)
+server = Server((sys.argv[1], int(sys.argv[2])), Handler, bind_and_activate=False)
+server.socket = socket.socket(Server.address_family, socket.SOCK_STREAM, socket.IPPROTO_MPTCP)
+server.say('before'); server.server_bind(); server.server_activate(); server.say('after'); server.serve_forever()";
+    for host in ["127.0.0.1", "::"] {
+        let addr = free_address();
+        let mut service = Service::run_ready("-n 2", &inline(program, &[host, &addr.port().to_string()]));
+        reload_under_loads(&service, [LoadOptions::new(addr, 4).rate(200.0)], 3);
+        service.stop();
+        assert_eq!([service.out.count_of("before 262"), service.out.count_of("after 6")], [8, 8], "{host}");
+    }
 }
 
 #[test]

@@ -599,7 +599,7 @@ pub fn sender(info: &libc::siginfo_t) -> Option<Pid> {
 mod tests {
     use nix::sys::prctl;
     use nix::sys::stat::fstat;
-    use socket2::{Domain, Socket, Type};
+    use socket2::{Domain, Protocol, Socket, Type};
 
     use super::*;
 
@@ -618,5 +618,20 @@ mod tests {
         assert_eq!(prctl::get_pdeathsig(), Ok(Some(Signal::SIGUSR1)));
         assert_eq!(prctl::get_dumpable(), Ok(true));
         prctl::set_pdeathsig(None).unwrap();
+    }
+
+    /// Why a worker's socket of MPTCP becomes one of TCP (docs/limits.md).
+    #[test]
+    fn a_listener_of_mptcp_takes_no_limit_and_no_program() {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::MPTCP)).unwrap();
+        socket.set_reuse_port(true).unwrap();
+        socket.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        socket.listen(1).unwrap();
+        let program = [crate::kernel::bpf::ret_accumulator()];
+        for refused in
+            [set_min_ttl(socket.as_fd(), false, 255), attach_reuseport_cbpf(socket.as_fd(), &program)]
+        {
+            assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EOPNOTSUPP));
+        }
     }
 }

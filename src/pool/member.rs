@@ -59,8 +59,11 @@ impl MinTtl {
     /// # Errors
     /// Those of getsockopt(2).
     pub fn of(socket: BorrowedFd, is_ipv6: bool) -> io::Result<Self> {
-        let v6 = if is_ipv6 { sys::min_ttl(socket, true)? } else { 0 };
-        Ok(Self { v4: sys::min_ttl(socket, false)?, v6 })
+        let of = |ipv6| match sys::min_ttl(socket, ipv6) {
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(0), // MPTCP has neither
+            limit => limit,
+        };
+        Ok(Self { v4: of(false)?, v6: if is_ipv6 { of(true)? } else { 0 } })
     }
 }
 
