@@ -229,7 +229,6 @@ fn reuse_run_wakes_up_a_few_hundred_times_a_second_at_any_rate_of_connections() 
 
 #[test]
 fn after_the_last_connection_reuse_run_sleeps_and_for_a_stuck_worker_it_wakes_up_seldom() {
-    let _turn = turn();
     let addr = free_address();
     let mut service = Service::run_ready("-n 2", &naive(addr));
     let load = load(addr);
@@ -281,7 +280,6 @@ fn reloads_while_a_worker_is_stuck_lose_no_request() {
 /// A crash, reloads, a canary, scalings and recyclings under load, without a failed request, with this --balance.
 #[track_caller]
 fn operations_lose_nothing(how: &str) {
-    let _turn = turn();
     let addr = free_address();
     let server = naive_with(addr, &["--non-blocking"]);
     let mut service = Service::run_ready(&format!("-n 4 --balance {how}"), &server);

@@ -10,8 +10,8 @@ use std::process::Command;
 
 use common::load::{Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Outcome, Service, answered_more, app, children, free_address, inline, kernel, node_app,
-    own_network, python, run, send, server, turn, wait_until, workers_where,
+    DEADLINE, Folder, Outcome, Service, answered_more, app, at_once, children, free_address, inline, kernel,
+    node_app, own_network, python, run, send, server, turn, wait_until, workers_where,
 };
 use nix::sys::signal::Signal;
 
@@ -87,30 +87,31 @@ fn an_express_app_that_says_ready_although_its_port_is_taken_gets_no_connection(
 
 #[test]
 fn a_version_that_says_ready_and_does_not_listen_gets_no_connection() {
-    for readiness in ["listen", "notify", "100ms"] {
+    at_once(["listen", "notify", "100ms"], |readiness| {
         let options = format!("-n 2 --ready {readiness} --ready-timeout 1s");
         let mut deployed =
             Deployed::run(&options, free_address(), "exec SERVER --listen ADDR --ready-after 0");
         deployed.deploy("echo >&$READY_FD; exec sleep 1000");
         deployed.reload("").assert_failed(&["it does not listen on", "serve on"]);
         deployed.service.stop();
-    }
+    });
 }
 
 #[test]
 fn a_replacement_that_listens_later_than_it_is_ready_is_waited_for() {
-    for (options, version) in [
+    let rows = [
         ("-n 2 --ready 200ms", "exec SERVER --listen ADDR --listen-after 600"),
         ("-n 2 --ready notify", "echo >&$READY_FD; exec SERVER --listen ADDR --listen-after 300"),
         ("-n 2", "echo >&$READY_FD; exec SERVER --listen ADDR --listen-after 300"),
-    ] {
+    ];
+    at_once(rows, |(options, version)| {
         let addr = free_address();
         let mut deployed = Deployed::run(options, addr, version);
         for _ in 0..3 {
             deployed.reload("").assert_done("2 workers of generation");
         }
         deployed.service.stop();
-    }
+    });
 }
 
 #[test]
@@ -286,7 +287,7 @@ fn a_program_that_connects_first_to_see_whether_its_port_is_free_is_told_who_ans
         address = ('127.0.0.1', 0) if taken else address\n\
         http.server.HTTPServer(address, http.server.SimpleHTTPRequestHandler).serve_forever()";
     let command = inline(connects_first, &[&addr.port().to_string(), &folder.path("")]);
-    let service = Service::run_ready("-n 1 --ready-timeout 3s", &command);
+    let service = Service::run_ready("-n 1 --ready-timeout 8s", &command);
     folder.raise("fails");
     let log = service.failing_reload();
     assert!(!log.contains("connects to"), "nobody has connected: {log}");

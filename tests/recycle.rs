@@ -275,18 +275,19 @@ fn one_and_all_of_four_workers_in_a_deadlock_are_replaced() {
 
 #[test]
 fn workers_that_hang_are_replaced_whoever_has_made_their_socket() {
-    for (options, given, signal, hang) in [
+    let rows = [
         ("--balance random", false, Signal::SIGUSR2, 1),
         ("--ready /", false, Signal::SIGSTOP, 4),
         ("-l ADDRESS --ready /", true, Signal::SIGUSR2, 4),
         ("-l ADDRESS --ready / --no-intercept", true, Signal::SIGSTOP, 4),
-    ] {
+    ];
+    at_once(rows, |(options, given, signal, hang)| {
         println!("{options}");
         let addr = free_address();
         let options = options.replace("ADDRESS", &addr.to_string());
         let socket = if given { "fd:3".to_owned() } else { addr.to_string() };
         replaces_those_that_hang(&options, &python("sick.py", &[&socket]), addr, (hang, 4), by(signal, hang));
-    }
+    });
 }
 
 #[test]
