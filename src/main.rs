@@ -35,7 +35,7 @@
 //!
 //! | to change | file |
 //! |---|---|
-//! | an option and its help; how its value is written | `cli/args`; `cli/values` |
+//! | an option and its help; how its value is written; its variable | `cli/args`; `cli/values`; `cli/variables` |
 //! | which system calls an action or event means | `supervisor/mod` |
 //! | a system call that waits for its answer; the start of a worker until it runs | `supervisor/calls`; `supervisor/starts` |
 //! | a request of a command, the reply to it, where status' values come from | `supervisor/commands` |
@@ -164,8 +164,9 @@ const FAILURE: u8 = 1;
 const MISUSE: u8 = 2;
 
 fn main() -> ExitCode {
-    output::log::start();
-    match cli::parse(std::env::args_os().skip(1)) {
+    let invocation = output::log::start(std::env::var_os("REUSE_RUN_LOG"))
+        .and_then(|()| cli::parse(std::env::args_os().skip(1), std::env::vars_os()));
+    match invocation {
         Ok(Invocation::Print(text)) => {
             let _ = std::io::stdout().write_all(text.as_bytes()); // the reader may have seen enough
             ExitCode::SUCCESS

@@ -167,7 +167,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.HTTPServer(('127.0.0.1', int(os.environ['TEST_PORT'])), Handler).serve_forever()";
     let addr = free_address();
     let mut command = reuse_run_with("-n 2", &inline(text, &[]));
-    command.env("TEST_PORT", addr.port().to_string()).env("RUST_LOG", "debug");
+    command.env("TEST_PORT", addr.port().to_string()).env("REUSE_RUN_LOG", "debug");
     let mut service = Service::spawn_ready(command);
     let ask = |path: &str| {
         let mut stream = TcpStream::connect(addr).expect("connect");

@@ -66,7 +66,7 @@ fn a_call_whose_argument_lies_in_a_hung_file_system_keeps_no_other_worker_waitin
 fn serving(hung: &HungFileSystem, folder: &Folder, options: &str) -> Service {
     let command = workers("early-serve-path", folder, &hung.path("folder/socket"));
     let mut command = reuse_run_with(&format!("-n 3 --stop-timeout 1s {options}"), &command);
-    command.env("RUST_LOG", "debug");
+    command.env("REUSE_RUN_LOG", "debug");
     let service = Service::spawn(command);
     wait_until_slot_1_unlinks(folder);
     wait_until("both have bound it", DEADLINE, || service.out.count_of("waits") == 2);

@@ -214,7 +214,7 @@ while True:
         "--label -n 2 --ready notify --drain 100ms",
         &["python3", "-c", &text],
     );
-    command.env("RUST_LOG", "debug");
+    command.env("REUSE_RUN_LOG", "debug");
     let mut service = Service::spawn(command);
     // No line fits into so small a pipe.
     nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096)).expect("F_SETPIPE_SZ");

@@ -160,10 +160,10 @@ fn every_line_of_the_log_begins_with_the_name_and_the_pid() {
 }
 
 #[test]
-fn rust_log_sets_the_level() {
+fn reuse_run_log_sets_the_level() {
     let addr = free_address();
     let mut command = reuse_run_with("-n 2", &naive(addr));
-    command.env("RUST_LOG", "error");
+    command.env("REUSE_RUN_LOG", "error");
     let mut service = Service::spawn(command);
     wait_until("an answer", DEADLINE, || load::get(addr, "/", Duration::from_secs(5)).is_ok());
     service.stop();

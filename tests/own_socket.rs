@@ -84,7 +84,7 @@ impl Rights {
         let (reuse_run, options) =
             (user.folder.path("reuse-run"), arguments(options, &[&[program], words].concat()));
         let mut command = Command::new("env");
-        command.args(line).arg(reuse_run).args(options).current_dir("/").env_remove("RUST_LOG");
+        command.args(line).arg(reuse_run).args(options).current_dir("/").env_remove("REUSE_RUN_LOG");
         command
     }
 }
@@ -197,7 +197,7 @@ fn a_socket_whose_epolls_can_not_be_found_stays_the_workers_own() {
     let mut line = python("without.py", &["readlinkat", "EMFILE", env!("CARGO_BIN_EXE_reuse-run")]);
     line.extend(["-n", "1", "--", &program, &addr.port().to_string(), "edge"].map(str::to_owned));
     let mut command = Command::new(&line[0]);
-    command.args(&line[1..]).env_remove("RUST_LOG");
+    command.args(&line[1..]).env_remove("REUSE_RUN_LOG");
     let _service = Service::spawn(command);
     wait_until("the worker answers", DEADLINE, || load::get(addr, "/", Duration::from_secs(5)).is_ok());
 }

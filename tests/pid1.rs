@@ -473,7 +473,7 @@ fn with_a_full_pipe_on_stderr_that_is_not_read_reuse_run_works() {
     while pipe.write(&[b'x'; 4096]).is_ok() {}
     while pipe.write(b"x").is_ok() {}
     let mut command = redirected(&format!("2>{path}"), "-n 2", &naive(addr));
-    command.env("RUST_LOG", "debug");
+    command.env("REUSE_RUN_LOG", "debug");
     assert_works(Service::spawn(command), addr);
 }
 

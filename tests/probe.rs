@@ -109,9 +109,9 @@ impl Healthy {
     }
 }
 
-/// How many reloads under load each row does; more by REUSE_RUN_PROBE_RELOADS.
+/// How many reloads under load each row does; more by TEST_PROBE_RELOADS.
 fn reloads() -> u32 {
-    std::env::var("REUSE_RUN_PROBE_RELOADS").map_or(3, |text| text.parse().expect("a number"))
+    std::env::var("TEST_PROBE_RELOADS").map_or(3, |text| text.parse().expect("a number"))
 }
 
 /// Reloads a service under load; where PORT stands in `options` and `addresses` it is a free one.

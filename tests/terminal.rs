@@ -26,7 +26,7 @@ impl Session {
         let (master, path) = terminal();
         let mut bash = Command::new("bash");
         bash.args(["-c", &format!("exec <{path} >{path} 2>{path}; {script}"), "bash"]);
-        bash.arg(command.get_program()).args(command.get_args()).env_remove("RUST_LOG");
+        bash.arg(command.get_program()).args(command.get_args()).env_remove("REUSE_RUN_LOG");
         // SAFETY: setsid(2) is a system call and no more, which is all right between fork and exec.
         unsafe { bash.pre_exec(|| Ok(nix::unistd::setsid().map(drop)?)) };
         Session { master, service: Service::spawn(bash) }
@@ -57,8 +57,10 @@ fn another_users_terminal_that_nobody_reads_does_not_make_reuse_run_wait() {
         let app = user.folder.path("unlinks.py");
         std::fs::copy(common::app("python/unlinks.py"), &app).expect("copy the app");
         let command = ["python3", &app, &folder.path("")];
-        let mut session =
-            Session::new(r#"RUST_LOG=debug exec "$@""#, user.command(&[], &arguments(options, &command)));
+        let mut session = Session::new(
+            r#"REUSE_RUN_LOG=debug exec "$@""#,
+            user.command(&[], &arguments(options, &command)),
+        );
         wait_until("both are ready", DEADLINE, || run(&session.service, "status").code == Some(0));
         folder.raise("flood");
         assert_prompt(&session.service, &folder);

@@ -262,7 +262,7 @@ fn a_unix_path_with_control_characters_is_shown_without_them() {
     let systemd = UnixDatagram::bind(folder.path("systemd")).expect("a socket");
     systemd.set_read_timeout(Some(DEADLINE)).expect("a time-out");
     let mut command = reuse_run_with("-n 1", &inline(program, &[&path]));
-    command.env("RUST_LOG", "debug").env("NOTIFY_SOCKET", folder.path("systemd"));
+    command.env("REUSE_RUN_LOG", "debug").env("NOTIFY_SOCKET", folder.path("systemd"));
     let mut service = Service::spawn_ready(command);
     let mut shown = String::new();
     for words in ["status", "status --json"] {

@@ -27,7 +27,9 @@ const READY: Ready = Ready { readiness: Readiness::Listen, path: None };
             reuse-run reload, status, scale, recycle and stop do this and more from a shell and print the result:\n\
             see reuse-run reload --help.\n\
             A duration is a number with its unit: 500ms, 10s, 2m.\n\
-            The variable RUST_LOG sets what is logged on stderr: error, warn, info (default) or debug.",
+            Each option can be given by a variable too, --ready-timeout by REUSE_RUN_READY_TIMEOUT: the command line wins,\n\
+            --label is 1 or 0, and several of -l, --env-file and --secret have spaces between them.\n\
+            The variable REUSE_RUN_LOG sets what is logged on stderr: error, warn, info (default) or debug.",
     example = "reuse-run -n 4 -- node app.js",
     example = "reuse-run reload",
     error_code(2, "the command line is wrong"),

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use argh::{ArgsInfo, EarlyExit, FromArgs, SubCommands};
+use log::warn;
 use nix::sys::signal::Signal;
 
 use crate::address::Address;
@@ -22,6 +23,7 @@ use values::{Period, StopSignal};
 mod args;
 mod split;
 mod values;
+pub mod variables;
 
 /// How to run.
 #[derive(Debug)]
@@ -53,13 +55,16 @@ pub enum Invocation {
     Print(String),
 }
 
-/// Reads the command line, without the name of this program.
+/// Reads the command line, without the name of this program, and the environment variables.
 ///
 /// The command begins after "--", or at the first word that is neither an option nor the value of one.
 ///
 /// # Errors
 /// One line that says what is wrong.
-pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, String> {
+pub fn parse(
+    words: impl IntoIterator<Item = OsString>,
+    variables: impl IntoIterator<Item = (OsString, OsString)>,
+) -> Result<Invocation, String> {
     let words: Vec<OsString> = words.into_iter().collect();
     if let Some((first, rest)) = words.split_first()
         && let Some(name) = command_name(first)
@@ -67,7 +72,8 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
         let (rest, program) = split_program(name, rest)?;
         return parse_command(name, &rest, program);
     }
-    let Split { options, command, is_marked } = split::split(words, RunArgs::get_args_info().flags)?;
+    let Split { mut options, command, is_marked } = split::split(words, RunArgs::get_args_info().flags)?;
+    options.extend(options_of_variables(&options, variables)?);
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
     let args = match parse_options::<RunArgs>(&["reuse-run"], &options)? {
         Parsed::Args(args) => args,
@@ -89,6 +95,30 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, St
         return Err(format!("put {name} first; to run a program of that name write -- {name}"));
     }
     Ok(Invocation::Run(Box::new(options_of(args, program, command.collect()))))
+}
+
+/// The options that are given by variables and aren't among those of the command line.
+///
+/// # Errors
+/// Which variable is wrong.
+fn options_of_variables(
+    options: &[String],
+    variables: impl IntoIterator<Item = (OsString, OsString)>,
+) -> Result<Vec<String>, String> {
+    let said = variables::read(RunArgs::get_args_info().flags, options, variables)?;
+    for name in said.unknown {
+        warn!("there is no option for the variable {name} (see --help)");
+    }
+    let mut all = Vec::new();
+    for (variable, words) in said.options {
+        let refs: Vec<&str> = words.iter().map(String::as_str).collect();
+        parse_options::<RunArgs>(&["reuse-run"], &refs).map_err(|why| {
+            let why = why.strip_prefix(&format!("{}: ", words[0])).unwrap_or(&why);
+            format!("{variable}: {why}")
+        })?;
+        all.extend(words);
+    }
+    Ok(all)
 }
 
 /// # Errors
@@ -245,7 +275,7 @@ mod tests {
     use crate::operate::protocol::{How, Target};
 
     fn run(line: &str) -> Result<Options, String> {
-        match parse(line.split_whitespace().map(OsString::from))? {
+        match parse(line.split_whitespace().map(OsString::from), [])? {
             Invocation::Run(options) => Ok(*options),
             Invocation::Print(text) => Err(text),
             Invocation::Control(command) => Err(format!("{command:?}")),
@@ -253,7 +283,7 @@ mod tests {
     }
 
     fn command(line: &str) -> Result<(Option<u32>, Request, Option<Duration>), String> {
-        match parse(line.split_whitespace().map(OsString::from))? {
+        match parse(line.split_whitespace().map(OsString::from), [])? {
             Invocation::Control(Command { pid, operation: Operation::Change { request, timeout } }) => {
                 Ok((pid, request, timeout))
             }
@@ -343,7 +373,7 @@ mod tests {
             ("stop now", "pid: "),
         ];
         for (line, part) in cases {
-            let error = parse(line.split_whitespace().map(OsString::from)).unwrap_err();
+            let error = parse(line.split_whitespace().map(OsString::from), []).unwrap_err();
             assert!(error.contains(part), "{line}: {error}");
             assert!(!error.contains('\n'), "{line}: {error}");
         }
@@ -354,7 +384,7 @@ mod tests {
         use std::os::unix::ffi::OsStringExt;
         let word = OsString::from_vec(b"caf\xe9.js".to_vec());
         let words = ["reload", "--", "node"].map(OsString::from).into_iter().chain([word]);
-        let error = parse(words).unwrap_err();
+        let error = parse(words, []).unwrap_err();
         assert!(error.contains("is not UTF-8"), "{error}");
     }
 

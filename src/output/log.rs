@@ -1,10 +1,12 @@
 //! The log, on stderr. A write never makes reuse-run wait, even if the reader of stderr is slow, stopped or gone.
 
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use env_logger::{Builder, Env, Target};
+use env_logger::{Builder, Target};
+use log::Level;
 
 use crate::output::sink::{Output, Sink, Stream};
 use crate::words::escaped;
@@ -48,19 +50,31 @@ pub fn finish() {
     }
 }
 
-/// Starts the log. RUST_LOG sets the level, `info` by default.
-pub fn start() {
+/// Starts the log. `level` is the value of REUSE_RUN_LOG: error, warn, info or debug; `info` by default. (RUST_LOG is for the
+/// workers, which may be written in Rust.)
+///
+/// # Errors
+/// What else it is, in one line.
+pub fn start(level: Option<OsString>) -> Result<(), String> {
+    const LEVELS: [Level; 4] = [Level::Error, Level::Warn, Level::Info, Level::Debug];
     let pid = std::process::id();
-    Builder::from_env(Env::default().default_filter_or("info"))
+    let level = level.filter(|level| !level.is_empty()).map(|level| level.to_string_lossy().into_owned());
+    let named = |text: &str| LEVELS.into_iter().find(|level| level.as_str().eq_ignore_ascii_case(text));
+    let known = level.as_deref().map_or(Some(Level::Info), named);
+    Builder::new()
+        .filter_level(known.unwrap_or(Level::Info).to_level_filter())
         .format(move |out, record| {
             let text = escaped(&record.args().to_string()); // paths and much else come from others
             match record.level() {
-                log::Level::Info => writeln!(out, "reuse-run[{pid}]: {text}"),
+                Level::Info => writeln!(out, "reuse-run[{pid}]: {text}"),
                 level => writeln!(out, "reuse-run[{pid}]: {}: {text}", level.as_str().to_lowercase()),
             }
         })
         .target(Target::Pipe(Box::new(Log { lost: 0 })))
         .init();
+    let wrong = level.filter(|_| known.is_none());
+    wrong
+        .map_or(Ok(()), |text| Err(format!("REUSE_RUN_LOG: {text:?} is none of error, warn, info and debug")))
 }
 
 /// Prints on stderr why a command failed.

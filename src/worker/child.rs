@@ -185,6 +185,10 @@ impl Preparation {
         ] {
             sys::unsetenv(name.as_ref())?;
         }
+        // Nor is what reuse-run was told: a worker may be another reuse-run.
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_bytes().starts_with(b"REUSE_RUN_")) {
+            sys::unsetenv(&name)?;
+        }
         for (name, value) in &self.variables {
             sys::setenv(name, value)?;
         }

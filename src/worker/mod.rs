@@ -231,11 +231,24 @@ impl Starter {
 fn not_executed(command: &OsStr, error: &io::Error) -> StartError {
     let command = command.display();
     if error.kind() == io::ErrorKind::NotFound {
-        let why = format!("{command}: command not found, or the interpreter that it names");
+        let hint = meant(&command.to_string()).map_or(String::new(), |hint| format!(" ({hint})"));
+        let why = format!("{command}: command not found, or the interpreter that it names{hint}");
         StartError { why, status: 127 }
     } else {
         StartError { why: format!("can't execute {command}: {error}"), status: 126 }
     }
+}
+
+/// What to write instead of a command that other process managers have.
+fn meant(command: &str) -> Option<&'static str> {
+    Some(match command {
+        "help" => "see reuse-run --help",
+        "list" | "ls" | "ps" => "see reuse-run status",
+        "logs" => "reuse-run logs to stderr, and so do its workers: see --label",
+        "restart" => "see reuse-run reload",
+        "start" => "write reuse-run -n 4 -- node app.js",
+        _ => return None,
+    })
 }
 
 /// A process that has ended and was reaped.

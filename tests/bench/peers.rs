@@ -245,7 +245,7 @@ impl Server<'_> {
 
     fn command(&self, words: &[String]) -> Command {
         let mut command = Command::new(&words[0]);
-        command.args(&words[1..]).env_remove("RUST_LOG");
+        command.args(&words[1..]).env_remove("REUSE_RUN_LOG");
         command.env("BENCH_READY", self.app.ready(self.options));
         command.env("BENCH_PATIENCE_MS", self.app.patience.as_millis().to_string());
         command.env("PYTHONPATH", Path::new(env!("CARGO_MANIFEST_DIR")).join("target/python"));

@@ -88,7 +88,7 @@ impl Wrapper {
             .arg(server(options))
             .args(["--listen", "127.0.0.1:3000"]);
         let begun = Instant::now();
-        let pid = process::spawn(command.env_remove("RUST_LOG"), &log, None)?.id() as i32;
+        let pid = process::spawn(command.env_remove("REUSE_RUN_LOG"), &log, None)?.id() as i32;
         let start = wait_for(&lines, "generation 1 is ready", 1)? - begun;
         Ok(Wrapper { pid, lines, start })
     }

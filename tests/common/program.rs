@@ -9,13 +9,13 @@ use super::built;
 /// `reuse-run`, with its default log level.
 pub fn reuse_run() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_reuse-run"));
-    command.env_remove("RUST_LOG");
+    command.env_remove("REUSE_RUN_LOG");
     command
 }
 
-/// `OPTIONS -- COMMAND` as arguments, after the options in REUSE_RUN_TEST_OPTIONS.
+/// `OPTIONS -- COMMAND` as arguments, after the options in TEST_REUSE_RUN_OPTIONS.
 pub fn arguments<S: AsRef<str>>(options: &str, command: &[S]) -> Vec<String> {
-    let always = std::env::var("REUSE_RUN_TEST_OPTIONS").unwrap_or_default();
+    let always = std::env::var("TEST_REUSE_RUN_OPTIONS").unwrap_or_default();
     let options = always.split_whitespace().chain(options.split_whitespace());
     options.chain(["--"]).chain(command.iter().map(AsRef::as_ref)).map(str::to_owned).collect()
 }
@@ -31,7 +31,7 @@ pub fn reuse_run_with<S: AsRef<str>>(options: &str, command: &[S]) -> Command {
 pub fn behind<S: AsRef<str>>(prefix: &[&str], options: &str, command: &[S]) -> Command {
     let mut starter = Command::new(prefix[0]);
     starter.args(&prefix[1..]).arg(reuse_run().get_program()).args(arguments(options, command));
-    starter.env_remove("RUST_LOG");
+    starter.env_remove("REUSE_RUN_LOG");
     starter
 }
 

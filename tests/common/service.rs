@@ -19,7 +19,7 @@ use super::program::{app, python_packages, reuse_run, reuse_run_with};
 use super::wait::{DEADLINE, POLL, holds_for, wait_until};
 
 /// The environment variable by which all processes of a service are found, whatever their parent.
-pub const MARK: &str = "REUSE_RUN_TEST_MARK";
+pub const MARK: &str = "TEST_REUSE_RUN_MARK";
 
 /// A running `reuse-run`. Dropping it kills every process that it or its workers have started.
 pub struct Service {

@@ -35,7 +35,7 @@ impl User {
         let mut command = Command::new("setpriv");
         command.args([&format!("--reuid={}", self.id), &format!("--regid={}", self.id)]);
         command.arg("--clear-groups").args(privileges).args(["--", &self.folder.path("reuse-run")]);
-        command.args(arguments).current_dir("/").env_remove("RUST_LOG");
+        command.args(arguments).current_dir("/").env_remove("REUSE_RUN_LOG");
         command
     }
 }

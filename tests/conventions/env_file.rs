@@ -94,7 +94,7 @@ fn when_an_env_file_is_missing_or_wrong_the_reload_is_abandoned() {
     let (addr, folder) = (free_address(), Folder::new());
     let file = folder.write("env", "A=1\n");
     let mut command = reuse_run_with(&format!("-n 2 --env-file {file}"), &naive(addr));
-    command.env("RUST_LOG", "debug");
+    command.env("REUSE_RUN_LOG", "debug");
     let mut service = Service::spawn_ready(command);
 
     fs::remove_file(&file).expect("remove the file");

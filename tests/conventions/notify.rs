@@ -151,7 +151,7 @@ fn a_status_with_control_characters_is_shown_without_them() {
     let folder = Folder::new();
     let program = "say(b'STATUS=one\\r\\x1b[2J\\x07two\\xc2\\x9b3')";
     let mut command = reuse_run_with("-n 1 --ready notify", &sender(program, &[&folder.path("go")]));
-    command.env("RUST_LOG", "debug");
+    command.env("REUSE_RUN_LOG", "debug");
     let mut service = Service::spawn(command);
     folder.write("go", "");
     service.wait_for_line("says: one");

@@ -54,7 +54,7 @@ fn a_secret_is_in_no_log_no_command_line_and_not_in_reuse_runs_environment() {
     let env_file = folder.write("env", &format!("PASSWORD={SECRET}\n"));
     let options = format!("-n 2 --secret KEY={secret} --env-file {env_file}");
     let mut command = reuse_run_with(&options, &naive(addr));
-    command.env("RUST_LOG", "debug");
+    command.env("REUSE_RUN_LOG", "debug");
     let mut service = Service::spawn_ready(command);
     service.reload();
     replace_one(&service);

@@ -90,7 +90,7 @@ impl Manager {
 fn managed(socket: &str, more: &[(&str, &str)], arguments: &[String]) -> Service {
     let mut command = Command::new("env");
     command.arg("--default-signal=HUP").arg(reuse_run().get_program()).args(arguments);
-    command.env_remove("RUST_LOG").env("NOTIFY_SOCKET", socket).envs(more.iter().copied());
+    command.env_remove("REUSE_RUN_LOG").env("NOTIFY_SOCKET", socket).envs(more.iter().copied());
     Service::spawn(command)
 }
 

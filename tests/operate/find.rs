@@ -69,7 +69,7 @@ fn pid_1_of_a_pid_namespace_is_found_first() {
     let inside = |words: &[String]| {
         let mut nsenter = Command::new("nsenter");
         nsenter.args([&format!("--target={}", container.workers()[0]), "--pid", "--mount", "--"]);
-        nsenter.arg(reuse_run().get_program()).args(words).env_remove("RUST_LOG");
+        nsenter.arg(reuse_run().get_program()).args(words).env_remove("REUSE_RUN_LOG");
         Service::spawn(nsenter)
     };
     let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::symlink;
 
-use crate::common::{Folder, Outcome, Service, reuse_run, run_words};
+use crate::common::{Folder, Outcome, Service, free_address, naive, reuse_run, reuse_run_with, run_words};
 
 #[test]
 fn wrong_options_of_a_command_exit_with_2_and_one_line() {
@@ -56,5 +56,54 @@ fn every_command_has_help() {
         let outcome = run_words(&format!("{name} --help"));
         assert_eq!((outcome.code, outcome.err.as_str()), (Some(0), ""), "{outcome:?}");
         assert!(outcome.out.contains(part) && outcome.out.contains(name), "{outcome:?}");
+    }
+}
+
+#[test]
+fn a_variable_with_a_wrong_value_is_named() {
+    for (name, value, part) in [
+        ("REUSE_RUN_WORKERS", "many", "REUSE_RUN_WORKERS: \"many\" is neither a number"),
+        ("REUSE_RUN_DRAIN", "5", "REUSE_RUN_DRAIN: \"5\" is not a duration"),
+        ("REUSE_RUN_LABEL", "yes", "REUSE_RUN_LABEL: \"yes\" is neither 1 nor 0"),
+        ("REUSE_RUN_LISTEN", "3000 x", "REUSE_RUN_LISTEN: \"x\" is not an address"),
+        ("REUSE_RUN_LOG", "loud", "REUSE_RUN_LOG: \"loud\" is none of error, warn, info and debug"),
+    ] {
+        let mut command = reuse_run();
+        command.args(["--", "true"]).env(name, value);
+        let outcome = Outcome::of(Service::spawn(command));
+        assert!(outcome.code == Some(2) && outcome.err.contains(part), "{outcome:?}");
+    }
+}
+
+#[test]
+fn variables_are_options_that_the_command_line_overrides_and_that_workers_do_not_get() {
+    for (options, workers) in [("", 2), ("-n 1", 1), ("--workers 1", 1)] {
+        let mut command = reuse_run_with(options, &naive(free_address()));
+        command.env("REUSE_RUN_WORKERS", "2").env("REUSE_RUN_WORKER", "3").env("REUSE_RUN_LABEL", "1");
+        command.env("REUSE_RUN_LOG", "debug").env("RUST_LOG", "off");
+        let mut service = Service::spawn_ready(command);
+        service.wait_for_line("warn: there is no option for the variable REUSE_RUN_WORKER (see --help)");
+        assert_eq!(service.workers().len(), workers, "{options}");
+        let environment = std::fs::read_to_string(format!("/proc/{}/environ", service.workers()[0]));
+        let environment = environment.expect("a worker's variables");
+        let mut names: Vec<&str> = environment
+            .split('\0')
+            .filter_map(|variable| variable.split_once('='))
+            .map(|(name, _)| name)
+            .filter(|name| name.starts_with("REUSE_RUN_") || *name == "RUST_LOG")
+            .collect();
+        names.sort_unstable();
+        assert_eq!(names, ["REUSE_RUN_GENERATION", "REUSE_RUN_SLOT", "RUST_LOG"]);
+        service.stop();
+    }
+}
+
+#[test]
+fn commands_of_other_process_managers_get_a_hint() {
+    for (words, hint) in
+        [("list", "reuse-run status"), ("restart app", "reuse-run reload"), ("help", "reuse-run --help")]
+    {
+        let outcome = run_words(words);
+        assert!(outcome.code == Some(127) && outcome.err.contains(hint), "{outcome:?}");
     }
 }

@@ -357,7 +357,7 @@ impl Service {
             .arg("--")
             .args(worker)
             .arg(&folder)
-            .env_remove("RUST_LOG")
+            .env_remove("REUSE_RUN_LOG")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

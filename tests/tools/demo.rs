@@ -195,7 +195,7 @@ impl Service {
         command
             .args(["-n", &WORKERS.to_string(), "--", "node", "tests/apps/express/app.js"])
             .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .env_remove("RUST_LOG")
+            .env_remove("REUSE_RUN_LOG")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
