@@ -48,7 +48,7 @@ pub fn redirected<S: AsRef<str>>(redirections: &str, options: &str, command: &[S
 /// The path of an example of this package.
 pub fn example(name: &str) -> String {
     let path = built::program(&format!("examples/{name}"));
-    let path = path.unwrap_or_else(|error| panic!("{error} (cargo build --examples)"));
+    let path = path.unwrap_or_else(|error| panic!("{error} (see scripts/test)"));
     path.into_os_string().into_string().expect("a path in UTF-8")
 }
 

@@ -10,7 +10,9 @@ use std::process::{Command, Output};
 use serde_json::{Value, json};
 
 use crate::common::load::{Load, LoadOptions};
-use crate::common::{DEADLINE, Folder, Process, Service, answered_more, join_network, server, wait_until};
+use crate::common::{
+    DEADLINE, Folder, Process, Service, answered_more, example, join_network, server, wait_until,
+};
 
 /// The address of the servers.
 pub const ADDRESS: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8080));
@@ -127,12 +129,12 @@ pub fn profile(name: &str, identity: Identity, less: &[&str]) -> Value {
     })
 }
 
-/// The path of a program that scripts/build-static has built.
-fn built_statically(name: &str) -> PathBuf {
+/// The path of the program that scripts/build-static has built.
+fn static_binary() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or("target".into(), PathBuf::from);
     let release = format!("{}-unknown-linux-gnu/release", std::env::consts::ARCH);
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(target).join(release).join(name);
-    assert!(path.exists(), "{} is missing: run scripts/build-static --example server", path.display());
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(target).join(release).join("reuse-run");
+    assert!(path.exists(), "{} is missing: run scripts/build-static", path.display());
     path
 }
 
@@ -148,8 +150,8 @@ impl Bundle {
         let folder = Folder::new();
         let root = folder.0.join("root");
         fs::create_dir(&root).expect("make the root");
-        for (name, program) in [("reuse-run", "reuse-run"), ("server", "examples/server")] {
-            fs::copy(built_statically(program), root.join(name)).expect("copy a program");
+        for (name, program) in [("reuse-run", static_binary()), ("server", example("static-server").into())] {
+            fs::copy(program, root.join(name)).expect("copy a program");
         }
         let process = identity.process();
         let config = json!({
