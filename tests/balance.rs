@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 use common::load::{Load, LoadOptions, Origin, Record, Report};
 use common::{
-    DEADLINE, Outcome, Service, Waiting, free_address, freeze, get, holds_for, inline, naive, naive_with,
-    reuse_run_with, run, run_words, server, turn, wait_for_answers, wait_until, wake_ups, workers_where,
+    DEADLINE, Outcome, Service, Waiting, free_address, freeze, get, holds_for, inline, kernel, naive,
+    naive_with, reuse_run_with, run, run_words, server, turn, wait_for_answers, wait_until, wake_ups,
+    workers_where,
 };
 use nix::sys::signal::Signal;
 
@@ -346,7 +347,7 @@ fn kept(addr: SocketAddr) -> (TcpStream, u32) {
 fn keep_one_by_one(addr: SocketAddr, count: usize, open: &mut Vec<TcpStream>) -> BTreeMap<u32, usize> {
     let mut slots = BTreeMap::new();
     for _ in 0..count {
-        thread::sleep(Duration::from_millis(20)); // no wait: they come so
+        thread::sleep(Duration::from_millis(40)); // no wait: they come so
         let (stream, slot) = kept(addr);
         open.push(stream);
         *slots.entry(slot).or_default() += 1;
@@ -357,18 +358,23 @@ fn keep_one_by_one(addr: SocketAddr, count: usize, open: &mut Vec<TcpStream>) ->
 #[test]
 fn connections_that_come_one_by_one_and_stay_are_spread_evenly_and_a_worker_that_comes_later_catches_up() {
     let _turn = turn();
+    if kernel() < (6, 2) {
+        eprintln!("left out: Linux before 6.2 doesn't tell how many descriptors a process has");
+        return;
+    }
     let addr = free_address();
-    // On a busy machine two may come before reuse-run has looked, hence some more tries.
+    // On a busy machine looks are late, hence some more tries. By chance alone both hold once in three hundred times.
     let mut tries = Vec::new();
-    for _ in 0..5 {
+    for _ in 0..3 {
         let mut service = Service::run_ready("-n 4", &naive_with(addr, &["--keep-alive"]));
         let mut open = Vec::new();
-        let first = keep_one_by_one(addr, 40, &mut open);
+        let first = keep_one_by_one(addr, 200, &mut open);
         run_words(&format!("scale 5 {}", service.pid())).assert_done("5 workers");
-        let later = keep_one_by_one(addr, 10, &mut open);
+        let later = keep_one_by_one(addr, 120, &mut open).get(&4).copied().unwrap_or(0);
         drop(open);
         service.stop();
-        if first.len() == 4 && first.values().all(|count| *count == 10) && later == [(4, 10)].into() {
+        let range = first.values().max().max(Some(&0)).unwrap_or(&0) - first.values().min().unwrap_or(&0);
+        if range <= 6 && later >= 30 {
             return;
         }
         tries.push((first, later));

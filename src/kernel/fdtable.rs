@@ -11,9 +11,9 @@ use nix::unistd::Pid;
 use crate::kernel::duplicate::{EPOLL_LINK, socket_link};
 use crate::kernel::procfs;
 
-/// How many descriptors a process has; 0 if that can't be known (before Linux 6.2: proc_pid_fd(5)).
-pub fn len(pid: Pid) -> u64 {
-    fs::metadata(format!("/proc/{pid}/fd")).map_or(0, |folder| folder.len())
+/// How many descriptors a process has; `None` if that can't be known (before Linux 6.2: proc_pid_fd(5)).
+pub fn len(pid: Pid) -> Option<u64> {
+    fs::metadata(format!("/proc/{pid}/fd")).ok().map(|folder| folder.len()).filter(|count| *count > 0)
 }
 
 /// An entry of an epoll (epoll_ctl(2)).

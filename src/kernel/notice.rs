@@ -1,11 +1,11 @@
-//! Notice of what is over at once.
+//! Reports that a file was readable, even if only for a moment.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::mem::zeroed;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
-use libc::c_int;
+use libc::{c_int, c_long};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::kernel::sys::check;
@@ -27,7 +27,7 @@ impl Notice {
         Ok(Self { context: io_setup()?, eventfd, is_given: true })
     }
 
-    /// Has [`Notice::as_fd`] become readable when `file` does, once.
+    /// Makes [`Notice::as_fd`] readable, once, as soon as `file` is.
     ///
     /// # Errors
     /// Those of io_submit(2).
@@ -39,7 +39,7 @@ impl Notice {
         Ok(())
     }
 
-    /// It was readable.
+    /// Call it when [`Notice::as_fd`] is readable. The next [`Notice::await_once`] waits again.
     pub fn take(&mut self) {
         let _ = self.eventfd.read();
         let _ = io_drop_event(self.context);
@@ -57,7 +57,7 @@ impl AsFd for Notice {
 fn io_setup() -> io::Result<libc::c_ulong> {
     let mut context: libc::c_ulong = 0;
     // SAFETY: the kernel writes the context's number there.
-    check(unsafe { libc::syscall(libc::SYS_io_setup, 1, &raw mut context) } as c_int)?;
+    check(unsafe { libc::syscall(libc::SYS_io_setup, 1 as c_long, &raw mut context) } as c_int)?;
     Ok(context)
 }
 
@@ -74,7 +74,7 @@ fn io_submit_poll(context: libc::c_ulong, fd: BorrowedFd, eventfd: BorrowedFd) -
     operation.aio_resfd = eventfd.as_raw_fd() as u32;
     let operations = [&raw const operation];
     // SAFETY: the kernel copies the one operation that the list has. It keeps references to both files by itself.
-    check(unsafe { libc::syscall(libc::SYS_io_submit, context, 1, operations.as_ptr()) } as c_int)?;
+    check(unsafe { libc::syscall(libc::SYS_io_submit, context, 1 as c_long, operations.as_ptr()) } as c_int)?;
     Ok(())
 }
 
@@ -82,8 +82,16 @@ fn io_submit_poll(context: libc::c_ulong, fd: BorrowedFd, eventfd: BorrowedFd) -
 fn io_drop_event(context: libc::c_ulong) -> io::Result<()> {
     let (mut event, now) = ([0u64; 4], libc::timespec { tv_sec: 0, tv_nsec: 0 }); // struct io_event is of this size
     // SAFETY: the kernel writes at most one event, for which there is room, and reads the time.
-    let result =
-        unsafe { libc::syscall(libc::SYS_io_getevents, context, 0, 1, event.as_mut_ptr(), &raw const now) };
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_io_getevents,
+            context,
+            0 as c_long,
+            1 as c_long,
+            event.as_mut_ptr(),
+            &raw const now,
+        )
+    };
     check(result as c_int)?;
     Ok(())
 }

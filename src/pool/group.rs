@@ -139,7 +139,7 @@ impl Group {
     pub fn steer(
         &mut self,
         plan: &Plan,
-        rank: impl Fn(MemberId) -> (Standing, Load, u64),
+        rank: impl Fn(MemberId) -> (Standing, Load, bool),
         members: &mut Members,
     ) -> io::Result<usize> {
         let decisions = self.decisions(plan, members);

@@ -77,8 +77,8 @@ pub struct Pool {
     /// All members are free in it if `balancing` is random.
     tracker: LoadTracker,
     spread: Spread,
-    /// Whether connections may go to other workers by it than before.
-    has_spread: bool,
+    /// Whether connections should go to other workers than they do.
+    must_steer: bool,
     closed: ClosedListeners,
     /// The search for some of them.
     search: Option<Ongoing>,
@@ -113,7 +113,7 @@ impl Pool {
         };
         let mut watcher = Watcher::new(sample_interval)?;
         if balancing == Balancing::Load {
-            watcher.await_connection();
+            watcher.heed_connections();
         }
         Ok(Self {
             members: Members::default(),
@@ -123,7 +123,7 @@ impl Pool {
             is_exact: is_exact || balancing == Balancing::Client,
             tracker: LoadTracker::new(balancing),
             spread: Spread::new(),
-            has_spread: false,
+            must_steer: false,
             closed: ClosedListeners::default(),
             search: None,
             unserved: Unserved::default(),
@@ -247,7 +247,7 @@ impl Pool {
         loop {
             let batch = self.watcher.next_batch();
             if batch.has_come {
-                self.has_spread |= self.spread.came(Instant::now());
+                self.must_steer |= self.spread.came(Instant::now());
             }
             for (id, event) in batch.events {
                 let Some(member) = self.members.get_mut(id) else { continue };
@@ -355,13 +355,13 @@ impl Pool {
         let changes = if samples { self.take_sample(now) } else { Vec::new() };
         let load_changed = changes.iter().any(|(_, change)| self.steers_by(*change));
         self.look_at_places(now);
+        if spreads {
+            self.advance_spread(now);
+        }
         let took = cpu_time().saturating_sub(begun);
         let closed = self.search_closed(now);
         let standing_changed = self.closed.take_changed();
-        if spreads {
-            self.look_at_spread(now);
-        }
-        if (load_changed || standing_changed || self.has_spread)
+        if (load_changed || standing_changed || self.must_steer)
             && let Err(why) = self.steer_all()
         {
             warn!("{why}");
@@ -492,7 +492,7 @@ impl Pool {
             self.handle_events(None);
         }
         self.listen_again();
-        if self.has_spread
+        if self.must_steer
             && let Err(why) = self.steer_all()
         {
             warn!("{why}");

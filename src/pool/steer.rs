@@ -15,6 +15,9 @@ use crate::pool::member::Member;
 use crate::steering::spread::Next;
 use crate::steering::{Plan, Role};
 
+/// Among more listeners connections aren't spread evenly: to look at their workers would take long.
+const MAX_SPREAD: usize = 128;
+
 impl Pool {
     /// Has the kernel send new connections where [`crate::steering::decide`] wants them by this plan, from now on until
     /// the next one.
@@ -51,14 +54,15 @@ impl Pool {
 
     pub(super) fn steer_all(&mut self) -> Result<(), String> {
         self.handle_events(None);
-        self.has_spread = false;
         let addresses: Vec<Address> = self.groups.keys().copied().collect();
         let steer = |address| {
             let steered = self.steer_address(address);
             steered.map_err(|error| format!("can't steer {address}: {error}"))
         };
         // All of them, although one may fail.
-        addresses.into_iter().map(steer).fold(Ok(()), Result::and)
+        let steered = addresses.into_iter().map(steer).fold(Ok(()), Result::and);
+        self.must_steer &= steered.is_err();
+        steered
     }
 
     pub(super) fn steer_address(&mut self, address: Address) -> io::Result<()> {
@@ -67,7 +71,7 @@ impl Pool {
             self.add_spare(address);
         }
         let Some(group) = self.groups.get_mut(&address) else { return Ok(()) };
-        let rank = |id| (self.closed.standing(id), self.tracker.load(id), self.spread.rank(id));
+        let rank = |id| (self.closed.standing(id), self.tracker.load(id), self.spread.is_full(id));
         let spares_lacking = group.steer(&self.plan, rank, &mut self.members)?;
         (0..spares_lacking).for_each(|_| self.add_spare(address));
         Ok(())
@@ -81,23 +85,30 @@ impl Pool {
         }
     }
 
-    /// Finds out which workers have the fewest connections, or ends a rest.
-    pub(super) fn look_at_spread(&mut self, now: Instant) {
-        let count = |(id, member): (MemberId, &Member)| {
-            let is_served = member.role(&self.plan).is_served();
-            let loan = member.loans.first().filter(|_| is_served)?;
-            Some((id, fdtable::len(loan.borrower.pid)))
-        };
+    /// Does what is next to spread connections evenly.
+    pub(super) fn advance_spread(&mut self, now: Instant) {
         match self.spread.next() {
-            Next::LookAt(_) => {
-                let counts = self.members.iter().filter_map(count).collect();
-                self.has_spread |= self.spread.look(counts, now);
-            }
-            _ => self.spread.rested(),
+            Next::LookAt(_) => self.look_at_descriptors(now),
+            Next::Await | Next::RestUntil(_) => self.spread.rested(),
         }
-        if self.spread.next() == Next::Await {
-            self.watcher.await_connection();
+        if self.spread.next() == Next::Await && !self.watcher.await_connection() {
+            self.must_steer |= self.spread.cannot_await(now);
         }
+    }
+
+    /// Finds out which workers have the fewest connections.
+    fn look_at_descriptors(&mut self, now: Instant) {
+        let is_served = |(_, member): &(MemberId, &Member)| member.role(&self.plan).is_served();
+        let descriptors = |(id, member): (MemberId, &Member)| {
+            let pid = member.loans.first()?.borrower.pid;
+            Some((id, fdtable::len(pid)?))
+        };
+        if self.members.iter().filter(is_served).count() > MAX_SPREAD {
+            self.must_steer |= self.spread.cannot_await(now);
+            return;
+        }
+        let counts = self.members.iter().filter(is_served).filter_map(descriptors).collect();
+        self.must_steer |= self.spread.look(&counts, now);
     }
 
     /// Without it, connections may go astray for a moment when a worker leaves.

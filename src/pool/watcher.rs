@@ -34,7 +34,7 @@ const REPORTED_ONCE: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLONE
 pub struct Watcher {
     epoll: Epoll,
     pub queues: AcceptQueues,
-    /// `None` where the kernel doesn't give it.
+    /// Tells of connections that workers take at once; `None` if these don't matter, or the kernel doesn't have it.
     comes: Option<Notice>,
 }
 
@@ -56,9 +56,7 @@ impl Watcher {
         let (epoll, queues) =
             (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, AcceptQueues::new(sample_interval)?);
         epoll.add(&queues, EpollEvent::new(REPORTED_ONCE, QUEUES))?;
-        let comes = Notice::new().inspect_err(|error| debug!("connections are seen late: {error}")).ok();
-        comes.iter().try_for_each(|comes| epoll.add(comes, EpollEvent::new(EpollFlags::EPOLLIN, COMES)))?;
-        Ok(Self { epoll, queues, comes })
+        Ok(Self { epoll, queues, comes: None })
     }
 
     /// Sets what is reported of a socket.
@@ -105,13 +103,21 @@ impl Watcher {
         Batch { events, is_full: count == ready.len(), has_come }
     }
 
-    /// Reports the next connection to a listener of the accept queues, even if a worker takes it at once.
-    pub fn await_connection(&mut self) {
-        if let Some(comes) = &mut self.comes
-            && let Err(error) = comes.await_once(self.queues.as_fd())
-        {
-            debug!("connections are seen late: {error}");
-        }
+    /// Awaits connections by a [`Notice`], where the kernel has it.
+    pub fn heed_connections(&mut self) {
+        let add = |comes: Notice| {
+            self.epoll.add(&comes, EpollEvent::new(EpollFlags::EPOLLIN, COMES))?;
+            Ok(comes)
+        };
+        let comes = Notice::new().and_then(add);
+        self.comes = comes.inspect_err(|error| debug!("connections can't be awaited: {error}")).ok();
+        self.await_connection();
+    }
+
+    /// Has a [`Batch`] tell of the next connection to a listener of the accept queues, even if a worker takes it at once. Returns
+    /// whether it will.
+    pub fn await_connection(&mut self) -> bool {
+        self.comes.as_mut().is_some_and(|comes| comes.await_once(self.queues.as_fd()).is_ok())
     }
 
     /// Has the epoll report the next connection that waits, if the accept queues aren't sampled any more.

@@ -1,13 +1,15 @@
 //! Which workers get the next of the connections that come one by one and stay: pure rules.
 //!
-//! Chosen at random, some workers get twice as many of a few long-lived connections as others, and one that was started
-//! later never catches up. So while such connections come, each new one goes to the workers that have the fewest. How many
-//! a worker has, its number of descriptors tells well enough: all workers run the same program.
+//! Chosen at random, some workers get twice as many of a few long-lived connections as others, and a worker that was started
+//! later never catches up. So while such connections come, each new one goes to the half of the workers that have the fewest.
+//! Not to fewer: if the wrapper doesn't run for a while, a worker gets at most twice its share.
 //!
+//! - How many a worker has follows from its number of descriptors. A large increase isn't counted: many connections came at the
+//!   same time, or the worker has opened files.
 //! - A short while after a connection has come the numbers are looked at. If they are as they were, connections don't stay:
-//!   then the next ones aren't heeded for a while.
-//! - Of connections that come at the same time, all would go to one worker. So as soon as one has come others may go to any,
-//!   until the look. And if it comes shortly after the last look, they don't come one by one.
+//!   then the next ones are ignored for a while.
+//! - As soon as a connection has come, others may go to any worker until the look. If it came shortly after the last look,
+//!   connections don't come one by one, and the next ones are ignored too.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -16,11 +18,13 @@ use crate::ids::MemberId;
 
 /// How long after a connection has come the look is: a short request is over by then.
 const PAUSE: Duration = Duration::from_millis(10);
-/// Of connections that come one by one, the next one comes later after the last look.
+/// Connections come one by one if each comes at least this long after the last look.
 const ONE_BY_ONE: Duration = Duration::from_millis(5);
-/// How long others aren't heeded.
+/// How many connections a worker may get between two looks, if they come one by one. On a busy machine looks are late.
+const FEW: u64 = 2;
+/// How long others are ignored.
 const REST_WHEN_MANY: Duration = Duration::from_millis(100);
-/// How long connections that don't stay aren't heeded.
+/// How long connections that don't stay are ignored, and those that can't be awaited.
 const REST_WHEN_SHORT: Duration = Duration::from_secs(1);
 
 /// What to do next.
@@ -37,17 +41,25 @@ pub enum Next {
 /// See the module's comment.
 #[derive(Debug)]
 pub struct Spread {
-    /// How many descriptors the worker of each member had at the last look.
-    counts: BTreeMap<MemberId, u64>,
+    counts: BTreeMap<MemberId, Count>,
     last_look: Option<Instant>,
-    /// Whether new connections go to those with the fewest.
-    is_narrow: bool,
+    /// While new connections go to some workers: the most connections that one of these has.
+    most: Option<u64>,
     next: Next,
+}
+
+/// What is known of a member's worker.
+#[derive(Debug, Clone, Copy)]
+struct Count {
+    /// At the last look.
+    descriptors: u64,
+    /// The connections that came one by one, as far as is known.
+    connections: u64,
 }
 
 impl Spread {
     pub fn new() -> Self {
-        Self { counts: BTreeMap::new(), last_look: None, is_narrow: false, next: Next::Await }
+        Self { counts: BTreeMap::new(), last_look: None, most: None, next: Next::Await }
     }
 
     pub fn next(&self) -> Next {
@@ -58,27 +70,49 @@ impl Spread {
     pub fn came(&mut self, now: Instant) -> bool {
         let is_alone = self.last_look.is_none_or(|at| now.saturating_duration_since(at) >= ONE_BY_ONE);
         self.next = if is_alone { Next::LookAt(now + PAUSE) } else { Next::RestUntil(now + REST_WHEN_MANY) };
-        let was_narrow = self.is_narrow;
-        self.is_narrow = false;
-        was_narrow
+        self.most.take().is_some()
     }
 
     pub fn rested(&mut self) {
         self.next = Next::Await;
     }
 
-    /// Takes how many descriptors the worker of each member that gets connections has. Returns whether new connections may go
-    /// to other members than before.
-    pub fn look(&mut self, counts: BTreeMap<MemberId, u64>, now: Instant) -> bool {
-        let stays = counts.len() > 1 && counts != self.counts;
-        self.next = if stays { Next::Await } else { Next::RestUntil(now + REST_WHEN_SHORT) };
-        (self.is_narrow, self.counts, self.last_look) = (stays, counts, Some(now));
-        stays
+    /// The next connection can't be awaited. Returns whether new ones may go to other members than before.
+    pub fn cannot_await(&mut self, now: Instant) -> bool {
+        self.next = Next::RestUntil(now + REST_WHEN_SHORT);
+        self.most.take().is_some()
     }
 
-    /// New connections go to the members with the least of this.
-    pub fn rank(&self, id: MemberId) -> u64 {
-        self.counts.get(&id).copied().filter(|_| self.is_narrow).unwrap_or(0)
+    /// Takes how many descriptors the worker of each member that gets connections has, as far as is known. Returns whether new
+    /// connections may go to other members than before.
+    pub fn look(&mut self, descriptors: &BTreeMap<MemberId, u64>, now: Instant) -> bool {
+        let last = |id: &MemberId| self.counts.get(id).map(|count| count.descriptors);
+        let grown = |(id, now): (&MemberId, &u64)| last(id).map_or(0, |last| now.saturating_sub(last));
+        let are_few = descriptors.iter().map(grown).all(|more| more <= FEW);
+        let has_changed = descriptors.iter().any(|(id, now)| last(id).is_some_and(|last| *now != last));
+        let count = |(id, now): (&MemberId, &u64)| {
+            let known = self.counts.get(id).copied();
+            let Count { descriptors, connections } =
+                known.unwrap_or(Count { descriptors: *now, connections: 0 });
+            let came = Some(now.saturating_sub(descriptors)).filter(|more| *more <= FEW).unwrap_or(0);
+            let connections = (connections + came).saturating_sub(descriptors.saturating_sub(*now));
+            (*id, Count { descriptors: *now, connections })
+        };
+        self.counts = descriptors.iter().map(count).collect();
+        let mut connections: Vec<u64> = self.counts.values().map(|count| count.connections).collect();
+        connections.sort_unstable();
+        let half = connections.len().div_ceil(2).saturating_sub(1);
+        self.most = connections.get(half).copied().filter(|_| has_changed && are_few);
+        let rest = if has_changed { REST_WHEN_MANY } else { REST_WHEN_SHORT };
+        self.next = if self.most.is_some() { Next::Await } else { Next::RestUntil(now + rest) };
+        self.last_look = Some(now);
+        self.most.is_some()
+    }
+
+    /// Whether new connections should go to other members.
+    pub fn is_full(&self, id: MemberId) -> bool {
+        let count = self.counts.get(&id).map_or(0, |count| count.connections);
+        self.most.is_some_and(|most| count > most)
     }
 }
 
@@ -86,16 +120,17 @@ impl Spread {
 mod tests {
     use super::*;
 
-    const IDS: [MemberId; 3] = [MemberId(0), MemberId(1), MemberId(2)];
-
     struct Test {
         spread: Spread,
         now: Instant,
     }
 
     impl Test {
-        fn new() -> Self {
-            Self { spread: Spread::new(), now: Instant::now() }
+        fn new(descriptors: &[u64]) -> Self {
+            let mut test = Self { spread: Spread::new(), now: Instant::now() };
+            test.look(descriptors);
+            test.spread.rested();
+            test
         }
 
         fn after(&mut self, millis: u64) -> &mut Self {
@@ -103,52 +138,67 @@ mod tests {
             self
         }
 
-        /// A connection comes, and a look follows that finds these counts. Returns the members that new connections go to
-        /// before and after it.
-        fn comes(&mut self, counts: [u64; 3]) -> [Vec<usize>; 2] {
-            self.spread.came(self.now);
+        fn look(&mut self, descriptors: &[u64]) {
+            self.spread.look(&(0..).map(MemberId).zip(descriptors.iter().copied()).collect(), self.now);
+        }
+
+        /// A connection comes, and a look follows that finds so many descriptors. Returns the members that new connections go to.
+        fn comes(&mut self, descriptors: &[u64]) -> Vec<u32> {
+            let now = self.after(20).now;
+            self.spread.came(now);
             let Next::LookAt(at) = self.spread.next() else { panic!("{:?}", self.spread) };
-            let before = self.targets();
+            assert!(!(0..9).any(|id| self.spread.is_full(MemberId(id))), "until the look to any");
             self.now = at;
-            self.spread.look(IDS.into_iter().zip(counts).collect(), at);
-            [before, self.targets()]
-        }
-
-        fn targets(&self) -> Vec<usize> {
-            let least = IDS.map(|id| self.spread.rank(id)).into_iter().min();
-            (0..3).filter(|index| Some(self.spread.rank(IDS[*index])) == least).collect()
+            self.look(descriptors);
+            (0..descriptors.len() as u32).filter(|id| !self.spread.is_full(MemberId(*id))).collect()
         }
     }
 
     #[test]
-    fn of_connections_that_stay_the_next_one_goes_to_those_with_the_fewest_and_others_at_the_same_time_to_any()
-     {
-        let mut test = Test::new();
-        let any = || vec![0, 1, 2];
-        assert_eq!(test.comes([6, 5, 5]), [any(), vec![1, 2]]);
-        assert_eq!(test.after(20).comes([6, 5, 6]), [any(), vec![1]]);
-        assert_eq!(test.after(20).comes([6, 6, 6]), [any(), any()]);
-        assert_eq!(test.after(20).comes([6, 6, 7]), [any(), vec![0, 1]]);
+    fn the_next_of_connections_that_stay_goes_to_the_half_that_has_the_fewest() {
+        let mut test = Test::new(&[5, 5, 5, 17]);
+        assert_eq!(
+            test.comes(&[5, 5, 6, 17]),
+            [0, 1, 3],
+            "how many descriptors there were before makes no difference"
+        );
+        assert_eq!(test.comes(&[6, 5, 6, 17]), [1, 3]);
         assert_eq!(test.spread.next(), Next::Await, "however late the next one comes");
+        assert_eq!(test.comes(&[6, 6, 6, 17]), [0, 1, 2, 3], "a half has no fewer");
+        assert_eq!(test.comes(&[6, 6, 6, 18]), [0, 1, 2, 3]);
+        assert_eq!(test.comes(&[7, 6, 6, 18]), [1, 2, 3]);
+        assert_eq!(test.comes(&[6, 6, 6, 18]), [0, 1, 2, 3], "one has ended");
+        assert_eq!(test.comes(&[6, 6, 6, 19]), [0, 1, 2]);
+        assert_eq!(test.comes(&[6, 6, 7, 19, 4]), [0, 1, 4], "a worker that comes later has none");
     }
 
     #[test]
-    fn connections_that_do_not_stay_or_come_at_short_intervals_are_not_heeded_for_a_while() {
-        let mut test = Test::new();
-        test.comes([6, 5, 5]);
-        assert_eq!(test.after(20).comes([6, 5, 5])[1], [0, 1, 2]);
+    fn what_comes_at_the_same_time_is_not_counted() {
+        let mut test = Test::new(&[5, 5]);
+        assert_eq!(test.comes(&[5, 30]), [0, 1]);
+        assert_eq!(test.spread.next(), Next::RestUntil(test.now + REST_WHEN_MANY));
+        test.spread.rested();
+        assert_eq!(test.comes(&[6, 30]), [1]);
+    }
+
+    #[test]
+    fn connections_that_do_not_stay_or_come_at_short_intervals_are_ignored_for_a_while() {
+        let mut test = Test::new(&[5, 5]);
+        assert_eq!(test.comes(&[5, 6]), [0]);
+        assert_eq!(test.comes(&[5, 6]), [0, 1]);
         assert_eq!(test.spread.next(), Next::RestUntil(test.now + REST_WHEN_SHORT));
         test.spread.rested();
-        test.after(20).comes([6, 5, 6]);
+        assert_eq!(test.comes(&[5, 7]), [0]);
         let now = test.after(4).now;
         assert!(test.spread.came(now), "they may go to any");
         assert_eq!(test.spread.next(), Next::RestUntil(now + REST_WHEN_MANY));
     }
 
     #[test]
-    fn a_worker_that_is_the_only_one_is_not_looked_at_often() {
-        let (mut spread, now) = (Spread::new(), Instant::now());
-        assert!(!spread.look([(MemberId(0), 5)].into(), now));
-        assert_eq!(spread.next(), Next::RestUntil(now + REST_WHEN_SHORT));
+    fn while_none_can_be_awaited_connections_go_to_any() {
+        let mut test = Test::new(&[5, 5]);
+        assert_eq!(test.comes(&[5, 6]), [0]);
+        assert!(test.spread.cannot_await(test.now) && !test.spread.is_full(MemberId(1)));
+        assert_eq!(test.spread.next(), Next::RestUntil(test.now + REST_WHEN_SHORT));
     }
 }
