@@ -86,7 +86,7 @@
 //! | what systemd is told; the PID file | `operate/systemd`; `operate/pidfile` |
 //! | labels before lines; how stdout and stderr are written; the log's form; lines that come once a second | `output/labels`; `output/sink`; `output/log`; `output/seldom` |
 //! | a system call (with `kernel/tracee` and `kernel/notice` the only unsafe code); a file of /proc; a query to sock_diag | `kernel/sys`; `kernel/procfs`; `kernel/sockdiag` |
-//! | how long threads have waited for a CPU; that a file was readable for a moment | `kernel/scheduling`; `kernel/notice` |
+//! | how long threads have waited for a CPU; whether files are ready; that one was readable for a moment | `kernel/scheduling`; `kernel/ready`; `kernel/notice` |
 //! | which process has a socket open; duplicates of workers' sockets | `kernel/search`; `kernel/duplicate` |
 //! | processes that do what may wait; their queues, and what becomes of one that is late | `kernel/helper`; `kernel/jobs` |
 //! | what hangs on a worker's socket in its table of descriptors; tracing a thread | `kernel/fdtable`; `kernel/tracee` |

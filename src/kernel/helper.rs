@@ -9,12 +9,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{Pid, getppid};
 
-use crate::kernel::sys;
+use crate::kernel::{ready, sys};
 
 /// Those that haven't been reaped.
 static PIDS: Mutex<BTreeSet<Pid>> = Mutex::new(BTreeSet::new());
@@ -84,11 +84,7 @@ impl Helper {
 
     /// Waits until it has ended, at most until `until`.
     pub fn wait_end(&self, until: Instant) {
-        let left = until.saturating_duration_since(Instant::now());
-        let _ = poll(
-            &mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)],
-            PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO),
-        );
+        let _ = ready::wait(&[self.as_fd()], PollFlags::POLLIN, until);
     }
 }
 

@@ -11,7 +11,7 @@ use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recv, recvmsg, send,
@@ -21,7 +21,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::kernel::helper::Helper;
-use crate::kernel::sys;
+use crate::kernel::{ready, sys};
 
 /// After so long the other keys get a new process. A busy machine makes it late too, so this is no failure.
 const LATE_AFTER: Duration = Duration::from_millis(100);
@@ -285,8 +285,7 @@ impl<K: Ord + Clone, T, J: Serialize + DeserializeOwned> Jobs<K, T, J> {
         if left.is_zero() || self.pending().next().is_none() {
             return false;
         }
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
-        poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout).is_ok()
+        ready::wait(&[self.as_fd()], PollFlags::POLLIN, until).is_ok()
     }
 
     /// Ends all processes.

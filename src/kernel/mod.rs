@@ -9,6 +9,7 @@ pub mod inbox;
 pub mod jobs;
 pub mod notice;
 pub mod procfs;
+pub mod ready;
 pub mod scheduling;
 pub mod search;
 pub mod sockdiag;

@@ -4,11 +4,11 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::Pid;
 
-use crate::kernel::{procfs, sys};
+use crate::kernel::{procfs, ready, sys};
 
 /// The process that has called connect(2), or listen(2), as SO_PEERCRED shows it (unix(7)).
 #[derive(Debug)]
@@ -43,7 +43,7 @@ impl Peer {
     /// that can't be known.
     fn has_ended(&self) -> bool {
         let Some(pidfd) = &self.pidfd else { return false };
-        poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], PollTimeout::ZERO) != Ok(0)
+        !ready::now(pidfd.as_fd(), PollFlags::POLLIN).is_empty()
     }
 }
 

@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::unistd::{Pid, pipe2, read};
 
 use crate::ids::{SlotId, WorkerId};
+use crate::kernel::ready;
 use crate::lines::{Lines, TooLong};
 use crate::output::log;
 use crate::output::sink::{self, Output, Stream};
@@ -339,9 +340,7 @@ impl AsFd for Labels {
 }
 
 fn has_no_writer(pipe: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
-    let polled = poll(&mut fds, PollTimeout::ZERO);
-    polled.is_ok() && fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
+    ready::now(pipe.as_fd(), PollFlags::empty()).contains(PollFlags::POLLHUP)
 }
 
 #[cfg(test)]

@@ -19,14 +19,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use nix::unistd::Pid;
 use socket2::{Domain, Socket, Type};
 
 use crate::ids::{Borrower, WorkerId};
 use crate::kernel::jobs::{Done, Jobs};
 use crate::kernel::sockdiag::{SockDiag, SocketFile, UnixSocket};
-use crate::kernel::{inbox, procfs, sys};
+use crate::kernel::{inbox, procfs, ready, sys};
 use crate::pool::files::{self, FileId, Job, OwnFile};
 use crate::pool::lend::max_for_each_worker;
 
@@ -119,9 +119,8 @@ impl Bound {
 
     /// Whether a connection waits to be accepted.
     fn has_waiting(&self) -> bool {
-        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
         let is_listening = self.socket.is_listener().unwrap_or(false);
-        is_listening && poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+        is_listening && !ready::now(self.socket.as_fd(), PollFlags::POLLIN).is_empty()
     }
 
     /// The name that it was bound to. The kernel keeps it for the socket and the connections that it accepts.

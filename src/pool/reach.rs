@@ -7,18 +7,18 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::Pool;
 use super::member::Member;
 use crate::address::Address;
 use crate::ids::{MemberId, WorkerId};
-use crate::kernel::sys;
+use crate::kernel::{ready, sys};
 
 /// A connection that is being opened. Give it back to [`Pool::has_reached`] when it is open, or when its socket is closed.
 #[derive(Debug, Clone, Copy)]
@@ -110,12 +110,10 @@ impl Pool {
         let members = || candidates.iter().filter_map(|id| Some((*id, self.members.get(*id)?)));
         let end = Instant::now() + ARRIVES_WITHIN;
         loop {
-            let left = end.saturating_duration_since(Instant::now()).as_millis() as u16;
-            let mut queues: Vec<PollFd> =
-                members().map(|(_, member)| PollFd::new(member.socket.as_fd(), PollFlags::POLLIN)).collect();
-            let waits = poll(&mut queues, PollTimeout::from(left));
+            let queues: Vec<BorrowedFd> = members().map(|(_, member)| member.socket.as_fd()).collect();
+            let waits = ready::wait(&queues, PollFlags::POLLIN, end);
             let found = members().find(|(_, member)| member.reset_queue_with(source));
-            if found.is_some() || left == 0 || waits.is_err() {
+            if found.is_some() || waits.is_err() || Instant::now() >= end {
                 return found.map(|(id, _)| id);
             }
         }

@@ -77,7 +77,7 @@ impl Pool {
         Ok(())
     }
 
-    /// When to call [`Pool::look_at_spread`].
+    /// When to call [`Pool::advance_spread`].
     pub(super) fn spread_deadline(&self) -> Option<Instant> {
         match self.spread.next() {
             Next::Await => None,

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
@@ -207,5 +208,25 @@ fn status_prints_again_and_again_with_watch() {
     }
     watch.signal(Signal::SIGINT);
     assert_eq!(Outcome::of(watch).signal, Some(Signal::SIGINT as i32));
+    service.stop();
+}
+
+/// poll(2) reports a signal instead of what it has seen: eleven of sixty commands were taken for ones that have ended.
+#[test]
+fn commands_are_answered_whatever_signals_arrive() {
+    let mut service = Service::run_ready("-n 1", &naive(free_address()));
+    let pid = Pid::from_raw(service.pid() as i32);
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                let _ = nix::sys::signal::kill(pid, Signal::SIGCONT);
+            }
+        });
+        let outcomes: Vec<Outcome> = (0..20).map(|_| run(&service, "status")).collect();
+        is_over.store(true, Ordering::Relaxed);
+        let refused = outcomes.iter().find(|outcome| outcome.code != Some(0));
+        assert!(refused.is_none(), "{refused:?}");
+    });
     service.stop();
 }
