@@ -171,8 +171,8 @@ impl Pool {
     fn spare_or_new(&mut self, borrower: Borrower, address: Address, owner: Owner) -> io::Result<MemberId> {
         let spares = self.groups.get(&address).map(|group| group.spares(borrower, &self.members));
         for id in spares.unwrap_or_default() {
-            if self.is_left_open(id) {
-                continue;
+            if self.is_left_open(id) || self.members.get(id).is_none() {
+                continue; // or it was closed with its address
             }
             if self.members[id].is_limited() {
                 debug!("a socket of {address} is closed: its last worker limited who may connect to it");
