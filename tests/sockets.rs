@@ -99,10 +99,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_): pass
 class Server(http.server.ThreadingHTTPServer):
     address_family = socket.AF_INET6 if ':' in sys.argv[1] else socket.AF_INET
-    def say(self, when): print(when, self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL), flush=True)
+    def say(self, when): os.write(1, b'%s %d\\n' % (when, self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)))
 server = Server((sys.argv[1], int(sys.argv[2])), Handler, bind_and_activate=False)
 server.socket = socket.socket(Server.address_family, socket.SOCK_STREAM, socket.IPPROTO_MPTCP)
-server.say('before'); server.server_bind(); server.server_activate(); server.say('after'); server.serve_forever()";
+server.say(b'before'); server.server_bind(); server.server_activate(); server.say(b'after'); server.serve_forever()";
     for host in ["127.0.0.1", "::"] {
         let addr = free_address();
         let mut service = Service::run_ready("-n 2", &inline(program, &[host, &addr.port().to_string()]));
