@@ -237,7 +237,7 @@ fn after_the_last_connection_reuse_run_sleeps_and_for_a_stuck_worker_it_wakes_up
     load.stop().assert_nothing_failed();
     let mut before = wake_ups(service.pid());
     wait_until("it sleeps", DEADLINE, || {
-        // After connections that didn't stay it rests for a second before it heeds the next one.
+        // After connections that didn't stay it rests before it heeds the next one.
         thread::sleep(Duration::from_millis(1500));
         let (now, was) = (wake_ups(service.pid()), before);
         before = now;

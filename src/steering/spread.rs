@@ -11,7 +11,8 @@
 //! - As soon as a connection has come, others may go to any worker until the look. If it came shortly after the last look,
 //!   connections don't come one by one, and the next ones are ignored too.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::mem;
 use std::time::{Duration, Instant};
 
 use crate::ids::MemberId;
@@ -22,10 +23,9 @@ const PAUSE: Duration = Duration::from_millis(10);
 const ONE_BY_ONE: Duration = Duration::from_millis(5);
 /// How many connections a worker may get between two looks, if they come one by one. On a busy machine looks are late.
 const FEW: u64 = 2;
-/// How long others are ignored.
-const REST_WHEN_MANY: Duration = Duration::from_millis(100);
-/// How long connections that don't stay are ignored, and those that can't be awaited.
-const REST_WHEN_SHORT: Duration = Duration::from_secs(1);
+/// How long others are ignored, those that don't stay, and those that can't be awaited. Not for longer: a look may have come
+/// too early.
+const REST: Duration = Duration::from_millis(100);
 
 /// What to do next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,8 +43,8 @@ pub enum Next {
 pub struct Spread {
     counts: BTreeMap<MemberId, Count>,
     last_look: Option<Instant>,
-    /// While new connections go to some workers: the most connections that one of these has.
-    most: Option<u64>,
+    /// The other half, while new connections go to the half that has the fewest.
+    full: BTreeSet<MemberId>,
     next: Next,
 }
 
@@ -59,7 +59,7 @@ struct Count {
 
 impl Spread {
     pub fn new() -> Self {
-        Self { counts: BTreeMap::new(), last_look: None, most: None, next: Next::Await }
+        Self { counts: BTreeMap::new(), last_look: None, full: BTreeSet::new(), next: Next::Await }
     }
 
     pub fn next(&self) -> Next {
@@ -69,8 +69,8 @@ impl Spread {
     /// A connection has come. Returns whether new ones may go to other members than before.
     pub fn came(&mut self, now: Instant) -> bool {
         let is_alone = self.last_look.is_none_or(|at| now.saturating_duration_since(at) >= ONE_BY_ONE);
-        self.next = if is_alone { Next::LookAt(now + PAUSE) } else { Next::RestUntil(now + REST_WHEN_MANY) };
-        self.most.take().is_some()
+        self.next = if is_alone { Next::LookAt(now + PAUSE) } else { Next::RestUntil(now + REST) };
+        !mem::take(&mut self.full).is_empty()
     }
 
     pub fn rested(&mut self) {
@@ -79,8 +79,8 @@ impl Spread {
 
     /// The next connection can't be awaited. Returns whether new ones may go to other members than before.
     pub fn cannot_await(&mut self, now: Instant) -> bool {
-        self.next = Next::RestUntil(now + REST_WHEN_SHORT);
-        self.most.take().is_some()
+        self.next = Next::RestUntil(now + REST);
+        !mem::take(&mut self.full).is_empty()
     }
 
     /// Takes how many descriptors the worker of each member that gets connections has, as far as is known. Returns whether new
@@ -99,20 +99,21 @@ impl Spread {
             (*id, Count { descriptors: *now, connections })
         };
         self.counts = descriptors.iter().map(count).collect();
-        let mut connections: Vec<u64> = self.counts.values().map(|count| count.connections).collect();
-        connections.sort_unstable();
-        let half = connections.len().div_ceil(2).saturating_sub(1);
-        self.most = connections.get(half).copied().filter(|_| has_changed && are_few);
-        let rest = if has_changed { REST_WHEN_MANY } else { REST_WHEN_SHORT };
-        self.next = if self.most.is_some() { Next::Await } else { Next::RestUntil(now + rest) };
+        let come_one_by_one = has_changed && are_few;
+        self.next = if come_one_by_one { Next::Await } else { Next::RestUntil(now + REST) };
         self.last_look = Some(now);
-        self.most.is_some()
+        let mut order: Vec<(u64, MemberId)> =
+            self.counts.iter().map(|(id, count)| (count.connections, *id)).collect();
+        order.sort_unstable();
+        let is_even = order.first().map(|least| least.0) == order.last().map(|most| most.0);
+        let half = if come_one_by_one && !is_even { order.len().div_ceil(2) } else { order.len() };
+        self.full = order.into_iter().skip(half).map(|(_, id)| id).collect();
+        !self.full.is_empty()
     }
 
     /// Whether new connections should go to other members.
     pub fn is_full(&self, id: MemberId) -> bool {
-        let count = self.counts.get(&id).map_or(0, |count| count.connections);
-        self.most.is_some_and(|most| count > most)
+        self.full.contains(&id)
     }
 }
 
@@ -159,16 +160,16 @@ mod tests {
         let mut test = Test::new(&[5, 5, 5, 17]);
         assert_eq!(
             test.comes(&[5, 5, 6, 17]),
-            [0, 1, 3],
+            [0, 1],
             "how many descriptors there were before makes no difference"
         );
         assert_eq!(test.comes(&[6, 5, 6, 17]), [1, 3]);
         assert_eq!(test.spread.next(), Next::Await, "however late the next one comes");
-        assert_eq!(test.comes(&[6, 6, 6, 17]), [0, 1, 2, 3], "a half has no fewer");
-        assert_eq!(test.comes(&[6, 6, 6, 18]), [0, 1, 2, 3]);
-        assert_eq!(test.comes(&[7, 6, 6, 18]), [1, 2, 3]);
+        assert_eq!(test.comes(&[6, 6, 6, 17]), [0, 3]);
+        assert_eq!(test.comes(&[6, 6, 6, 18]), [0, 1, 2, 3], "all have as many");
+        assert_eq!(test.comes(&[7, 6, 6, 18]), [1, 2]);
         assert_eq!(test.comes(&[6, 6, 6, 18]), [0, 1, 2, 3], "one has ended");
-        assert_eq!(test.comes(&[6, 6, 6, 19]), [0, 1, 2]);
+        assert_eq!(test.comes(&[6, 6, 6, 19]), [0, 1]);
         assert_eq!(test.comes(&[6, 6, 7, 19, 4]), [0, 1, 4], "a worker that comes later has none");
     }
 
@@ -176,7 +177,7 @@ mod tests {
     fn what_comes_at_the_same_time_is_not_counted() {
         let mut test = Test::new(&[5, 5]);
         assert_eq!(test.comes(&[5, 30]), [0, 1]);
-        assert_eq!(test.spread.next(), Next::RestUntil(test.now + REST_WHEN_MANY));
+        assert_eq!(test.spread.next(), Next::RestUntil(test.now + REST));
         test.spread.rested();
         assert_eq!(test.comes(&[6, 30]), [1]);
     }
@@ -186,12 +187,12 @@ mod tests {
         let mut test = Test::new(&[5, 5]);
         assert_eq!(test.comes(&[5, 6]), [0]);
         assert_eq!(test.comes(&[5, 6]), [0, 1]);
-        assert_eq!(test.spread.next(), Next::RestUntil(test.now + REST_WHEN_SHORT));
+        assert_eq!(test.spread.next(), Next::RestUntil(test.now + REST));
         test.spread.rested();
         assert_eq!(test.comes(&[5, 7]), [0]);
         let now = test.after(4).now;
         assert!(test.spread.came(now), "they may go to any");
-        assert_eq!(test.spread.next(), Next::RestUntil(now + REST_WHEN_MANY));
+        assert_eq!(test.spread.next(), Next::RestUntil(now + REST));
     }
 
     #[test]
@@ -199,6 +200,6 @@ mod tests {
         let mut test = Test::new(&[5, 5]);
         assert_eq!(test.comes(&[5, 6]), [0]);
         assert!(test.spread.cannot_await(test.now) && !test.spread.is_full(MemberId(1)));
-        assert_eq!(test.spread.next(), Next::RestUntil(test.now + REST_WHEN_SHORT));
+        assert_eq!(test.spread.next(), Next::RestUntil(test.now + REST));
     }
 }
