@@ -23,7 +23,7 @@ use values::{Period, StopSignal};
 mod args;
 mod split;
 mod values;
-pub mod variables;
+mod variables;
 
 /// How to run.
 #[derive(Debug)]

@@ -4,8 +4,8 @@ use std::ffi::OsString;
 
 use argh::{FlagInfo, FlagInfoKind, Optionality};
 
-/// What the names of all variables of reuse-run begin with.
-pub const PREFIX: &str = "REUSE_RUN_";
+use crate::worker::environment::PREFIX;
+
 /// Those that aren't options: the level of the log, what a worker that is reuse-run itself has from another one, and the
 /// version that an image says to have.
 const OTHERS: [&str; 4] = ["REUSE_RUN_LOG", "REUSE_RUN_SLOT", "REUSE_RUN_GENERATION", "REUSE_RUN_VERSION"];
@@ -20,7 +20,7 @@ pub struct Said {
 }
 
 /// The variable of an option: REUSE_RUN_READY_TIMEOUT for --ready-timeout.
-pub fn name(flag: &FlagInfo) -> String {
+fn name(flag: &FlagInfo) -> String {
     PREFIX.to_owned() + &flag.long.trim_start_matches('-').replace('-', "_").to_uppercase()
 }
 

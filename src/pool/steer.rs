@@ -103,12 +103,11 @@ impl Pool {
             let pid = member.loans.first()?.borrower.pid;
             Some((id, fdtable::len(pid)?))
         };
-        if self.members.iter().filter(is_served).count() > MAX_SPREAD {
-            self.must_steer |= self.spread.cannot_await(now);
-            return;
-        }
-        let counts = self.members.iter().filter(is_served).filter_map(descriptors).collect();
-        self.must_steer |= self.spread.look(&counts, now);
+        let served: Vec<(MemberId, &Member)> = self.members.iter().filter(is_served).collect();
+        self.must_steer |= match served.len() > MAX_SPREAD {
+            true => self.spread.cannot_await(now),
+            false => self.spread.look(&served.into_iter().filter_map(descriptors).collect(), now),
+        };
     }
 
     /// Without it, connections may go astray for a moment when a worker leaves.

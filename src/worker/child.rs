@@ -19,7 +19,7 @@ use nix::unistd::{Pid, chdir, execvp, getppid, setpgid};
 use crate::intercept;
 use crate::kernel::sys;
 use crate::worker::Program;
-use crate::worker::environment::Directory;
+use crate::worker::environment::{Directory, PREFIX};
 use crate::worker::fds::FIRST_FD;
 
 /// Turns the child into a worker.
@@ -186,7 +186,8 @@ impl Preparation {
             sys::unsetenv(name.as_ref())?;
         }
         // Nor is what reuse-run was told: a worker may be another reuse-run.
-        for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_bytes().starts_with(b"REUSE_RUN_")) {
+        let is_own = |name: &OsString| name.as_bytes().starts_with(PREFIX.as_bytes());
+        for (name, _) in std::env::vars_os().filter(|(name, _)| is_own(name)) {
             sys::unsetenv(&name)?;
         }
         for (name, value) in &self.variables {

@@ -19,6 +19,9 @@ use crate::kernel::file::open_regular;
 use crate::worker::reading::Reading;
 use crate::worker::{Program, fds};
 
+/// What the names of reuse-run's own variables begin with.
+pub const PREFIX: &str = "REUSE_RUN_";
+
 /// Where variables and directory come from, as the command line says.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {
