@@ -451,26 +451,29 @@ impl Crew {
         worker.filter(|worker| self.roster.serves(worker)).map(|worker| worker.slot)
     }
 
-    /// Puts a worker that starts into the state Ready, with the log lines for that. Returns its generation, and whether it serves.
-    pub(super) fn ready(&mut self, id: WorkerId, is_first_start: bool, now: Instant) -> Option<(u32, bool)> {
+    /// Puts a worker that starts into the state Ready. Returns its generation, and whether it serves.
+    pub(super) fn ready(&mut self, id: WorkerId, now: Instant) -> Option<(u32, bool)> {
         if !self.is_starting(id) {
             return None; // the readiness of another may have stopped it
         }
         self.enter(id, State::Ready, now);
         let worker = self.roster.get(id)?;
-        let (name, slot, generation) = (worker.to_string(), worker.slot, worker.generation);
-        let (took, serves) = (millis(now - worker.started), self.roster.serves(worker));
-        self.log(log::Level::Debug, format!("{name} is ready after {took}"));
+        let (slot, generation, serves) = (worker.slot, worker.generation, self.roster.serves(worker));
+        let line = format!("{worker} is ready after {}", millis(now - worker.started));
+        self.log(log::Level::Debug, line);
         if serves {
             self.timers.cancel(Timer::Slot(slot, SlotTimer::ResetQueue));
             self.begin_to_age(id, now);
         }
-        if serves && !is_first_start {
-            let is_new = self.roster.slots[slot.index()].restarts == 0;
-            let what = if is_new { "a new one" } else { "a replacement" };
-            self.info(format!("{name} is ready, {what}, after {took}"));
-        }
         Some((generation, serves))
+    }
+
+    /// A worker became ready later than the others, and the kernel was told.
+    pub(super) fn log_ready(&mut self, id: WorkerId, now: Instant) {
+        let Some(worker) = self.roster.get(id) else { return };
+        let is_new = self.roster.slots[worker.slot.index()].restarts == 0;
+        let what = if is_new { "a new one" } else { "a replacement" };
+        self.info(format!("{worker} is ready, {what}, after {}", millis(now - worker.started)));
     }
 
     /// A ready worker serves from now on.

@@ -265,11 +265,12 @@ impl Fleet {
 
     fn ready(&mut self, id: WorkerId, now: Instant) {
         let is_first_start = self.phase == Phase::Starting;
-        let Some((generation, serves)) = self.crew.ready(id, is_first_start, now) else { return };
+        let Some((generation, serves)) = self.crew.ready(id, now) else { return };
         if serves {
             self.failures.clear();
             self.steer();
             if !is_first_start {
+                self.crew.log_ready(id, now);
                 self.crew.unreserve(id);
                 self.crew.require_too(id);
             }

@@ -41,8 +41,8 @@ impl Fleet {
         self.crew.probe_canaries(self.newest, now);
         self.crew.timers.set(Timer::CanaryPeriod, now + period);
         let (newest, period) = (self.newest, format_duration(period));
-        self.crew.info(format!("generation {newest} gets {share} of new connections for {period}"));
         self.steer();
+        self.crew.info(format!("generation {newest} gets {share} of new connections for {period}"));
     }
 
     /// The moment of a reload: in a batch of slots, from this one on, the kernel is asked to send connections to the newest

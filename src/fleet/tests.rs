@@ -30,6 +30,8 @@ pub(super) struct World {
     reset: Vec<u32>,
     /// Slot and generation of the workers that get connections by the last plan.
     steered_to: Vec<(u32, u32)>,
+    /// How many lines were logged before the last plan.
+    logged_before_plan: usize,
     /// Slot and generation of the sockets that are kept for a successor.
     pub(super) reserved: BTreeSet<(u32, u32)>,
     next_pid: i32,
@@ -70,6 +72,7 @@ impl World {
             exit: None,
             reset: Vec::new(),
             steered_to: Vec::new(),
+            logged_before_plan: 0,
             reserved: BTreeSet::new(),
             next_pid: 100,
             starts_fail: false,
@@ -136,6 +139,7 @@ impl World {
                     let ready = self.places.iter().filter(|(id, _)| plan.role(**id) == Role::Ready);
                     self.steered_to = ready.map(|(_, place)| *place).collect();
                     self.steered_to.sort_unstable();
+                    self.logged_before_plan = self.log.len();
                 }
                 Action::Unreserve { slot, generation } => {
                     self.reserved.remove(&(slot.0, generation));
@@ -242,6 +246,11 @@ impl World {
 
     pub(super) fn said(&self, part: &str) -> bool {
         self.log.iter().any(|line| line.contains(part))
+    }
+
+    /// Whether it was logged after the kernel was told.
+    fn said_after_plan(&self, part: &str) -> bool {
+        self.log[self.logged_before_plan..].iter().any(|line| line.contains(part))
     }
 }
 
@@ -1337,10 +1346,13 @@ fn the_log_tells_a_replacement_from_a_new_worker() {
     let mut world = serving();
     let dead = world.ids()[0];
     world.end(dead, End::Exited(1));
+    world.ready_all();
+    let ready = "worker 0 (pid 104, generation 1) is ready, a replacement, after";
+    assert!(world.said_after_plan(ready), "{:?}", world.log);
     world.command(Command::Scale(Target::Exactly(4)));
     world.ready_all();
-    assert!(world.said("worker 0 (pid 104, generation 1) is ready, a replacement, after"), "{:?}", world.log);
-    assert!(world.said("worker 3 (pid 105, generation 1) is ready, a new one, after"), "{:?}", world.log);
+    let ready = "worker 3 (pid 105, generation 1) is ready, a new one, after";
+    assert!(world.said_after_plan(ready), "{:?}", world.log);
 }
 
 /// Three workers that listen on ports 1 and 2, and three canaries that do too.
@@ -1356,7 +1368,8 @@ fn with_canaries() -> (World, Vec<WorkerId>, Vec<WorkerId>) {
     world.command(reload_by(Rollout::Canary { share: Share(1000), period }));
     let new = world.ids().split_off(3);
     new.iter().for_each(|worker| listen(&mut world, *worker));
-    assert!(world.said("generation 2 gets 10 % of new connections for 1m"), "{:?}", world.log);
+    let tried = "generation 2 gets 10 % of new connections for 1m";
+    assert!(world.said_after_plan(tried), "{:?}", world.log);
     (world, old, new)
 }
 
