@@ -165,7 +165,13 @@ fn when_no_worker_is_ready_and_max_failures_starts_have_failed_it_exits_with_the
         for part in ["giving up", "--max-failures"] {
             assert!(service.log.text().contains(part), "{options}: no {part:?} in {}", service.log.text());
         }
-        assert_eq!(service.out.count_of("broken "), failures, "{options}: {}", service.log.text());
+        // When the last of them has failed, the other slots may have a worker that starts.
+        let started = service.out.count_of("broken ");
+        assert!(
+            (failures..failures + workers).contains(&started),
+            "{options}: {started}: {}",
+            service.log.text()
+        );
         assert_eq!(service.descendants(), [0u32; 0], "{options}");
     }
 }

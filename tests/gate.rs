@@ -345,9 +345,13 @@ fn past_the_filter(folder: &Folder, port: u16) -> Vec<Vec<String>> {
         let program = folder.path("listen32");
         let built = Command::new("cc").args(["-o", &program, &app("listen32.c")]).status().expect("run cc");
         assert!(built.success());
-        commands.push(vec![program, port]);
+        commands.push(vec![program, port.clone()]);
     }
-    commands
+    // The second one begins when the first one listens: it fails, and then the first one is named.
+    let first = format!("[ $REUSE_RUN_SLOT = 0 ] || (: < /dev/tcp/127.0.0.1/{port}) 2>/dev/null");
+    let script = format!("until {first}; do sleep 0.01; done; exec \"$@\"");
+    let in_turn = |command| [["bash", "-c", &script, "bash"].map(str::to_owned).to_vec(), command].concat();
+    commands.into_iter().map(in_turn).collect()
 }
 
 /// Such a program can't be intercepted: one copy of it has the port, and the next one fails.
