@@ -13,11 +13,14 @@ pub fn reuse_run() -> Command {
     command
 }
 
-/// `OPTIONS -- COMMAND` as arguments, after the options in TEST_REUSE_RUN_OPTIONS.
+/// `OPTIONS -- COMMAND` as arguments.
 pub fn arguments<S: AsRef<str>>(options: &str, command: &[S]) -> Vec<String> {
-    let always = std::env::var("TEST_REUSE_RUN_OPTIONS").unwrap_or_default();
-    let options = always.split_whitespace().chain(options.split_whitespace());
-    options.chain(["--"]).chain(command.iter().map(AsRef::as_ref)).map(str::to_owned).collect()
+    options
+        .split_whitespace()
+        .chain(["--"])
+        .chain(command.iter().map(AsRef::as_ref))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// `reuse-run OPTIONS -- COMMAND`.
