@@ -5,6 +5,7 @@ mod common;
 #[path = "container/oci.rs"]
 mod oci;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
@@ -14,7 +15,8 @@ use std::time::Duration;
 
 use common::load::{Load, LoadOptions, Mode};
 use common::{
-    DEADLINE, Folder, Service, answered_more, get, join_network, load, own_network, reuse_run, wait_until,
+    DEADLINE, Folder, Service, answered_more, get, join_network, load, naive, own_network, reuse_run,
+    wait_until,
 };
 use nix::sys::signal::Signal;
 use oci::{Bundle, Container, Identity, Runtime, profile};
@@ -26,6 +28,7 @@ const CONTAINERS: &str = "docs/containers.md";
 const KUBERNETES: &str = "docs/kubernetes.md";
 const SYSTEMD: &str = "docs/systemd.md";
 const SIGNAL_HANDLER: &str = "docs/signal-handler.md";
+const MONITORING: &str = "docs/monitoring.md";
 
 fn page(path: &str) -> String {
     fs::read_to_string(here(path)).expect("a page")
@@ -288,6 +291,53 @@ fn the_units_commands_start_reload_and_stop_the_service() {
     assert!(output.status.success(), "{output:?}");
     assert_eq!(get(ADDRESS.into()).generation, Some(3));
     service.stop();
+}
+
+// Monitoring.
+
+/// The figures that the page's script writes, by name and labels.
+fn figures(folder: &Folder) -> BTreeMap<String, f64> {
+    let example = example(MONITORING, "reuse-run.prom.sh");
+    let (text, file) = ("/var/lib/prometheus/node-exporter/reuse_run.prom", folder.path("reuse_run.prom"));
+    assert!(example.contains(text));
+    let programs = Path::new(reuse_run().get_program()).parent().expect("a folder").to_owned();
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").expect("PATH"));
+    let script = example.replace(text, &file);
+    let status = Command::new("sh").args(["-c", &script]).env("PATH", path).status().expect("run sh");
+    assert!(status.success());
+    let written = fs::read_to_string(&file).expect("the figures");
+    let lines = written.lines().filter(|line| !line.starts_with("# "));
+    let figure = |line: &str| {
+        let (name, value) = line.split_once(' ').expect("a name and a value");
+        (name.to_owned(), value.parse().expect("a number"))
+    };
+    lines.map(figure).collect()
+}
+
+#[test]
+fn the_script_for_prometheus_writes_the_figures_of_a_service_and_that_it_does_not_run() {
+    own_network();
+    let folder = Folder::new();
+    let mut service = Service::run_ready("-n 2", &naive(ADDRESS.into()));
+    assert_eq!(figures(&folder).get("reuse_run_last_reload_ok"), None);
+    service.reload();
+    let figures_of = figures(&folder);
+    for (name, value) in
+        [("up", 1.0), ("slots", 2.0), ("ready", 2.0), ("generation", 2.0), ("last_reload_ok", 1.0)]
+    {
+        assert_eq!(figures_of.get(&format!("reuse_run_{name}")), Some(&value), "{figures_of:?}");
+    }
+    for name in ["restarts", "waiting", "connections", "memory_bytes", "cpu_seconds_total"] {
+        for slot in 0..2 {
+            let figure = figures_of.get(&format!("reuse_run_{name}{{slot=\"{slot}\"}}"));
+            assert!(
+                figure.is_some_and(|figure| *figure > 0.0 || name != "memory_bytes"),
+                "{name} {slot}: {figures_of:?}"
+            );
+        }
+    }
+    service.stop();
+    assert_eq!(figures(&folder), BTreeMap::from([("reuse_run_up".to_owned(), 0.0)]));
 }
 
 // The signal handler.
