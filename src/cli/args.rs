@@ -11,7 +11,8 @@ use nix::sys::signal::Signal;
 use super::values::{Patience, Percent, Period, Ready, Size, StopSignal, Workers};
 use crate::address::Address;
 use crate::fleet::{Readiness, Rollout};
-use crate::operate::protocol::{How, Request, Target};
+use crate::operate::find::Which;
+use crate::operate::protocol::{How, Name, Request, Target};
 use crate::steering::load::Balancing;
 use crate::worker::environment::Secret;
 
@@ -139,6 +140,10 @@ pub struct RunArgs {
     #[argh(option, arg_name = "count")]
     pub batch: Option<NonZero<u32>>,
 
+    /// name by which commands find this reuse-run: reuse-run reload web
+    #[argh(option, arg_name = "name")]
+    pub name: Option<Name>,
+
     /// file for the PID of reuse-run; written when the first workers are ready, removed at the end
     #[argh(option, arg_name = "file")]
     pub pidfile: Option<PathBuf>,
@@ -169,7 +174,7 @@ pub enum CommandArgs {
     subcommand,
     name = "reload",
     help_triggers("-h", "--help"),
-    note = "reuse-run reload [options] [pid] -- command [arguments]: the new workers run this command. If they serve,\n\
+    note = "reuse-run reload [options] [pid|name] -- command [arguments]: the new workers run this command. If they serve,\n\
             it is the command from then on."
 )]
 pub struct ReloadArgs {
@@ -201,9 +206,9 @@ pub struct ReloadArgs {
     #[argh(switch)]
     pub abort: bool,
 
-    /// PID of the reuse-run (default: 1 if that is a reuse-run, else the only one of this user)
-    #[argh(positional)]
-    pub pid: Option<u32>,
+    /// PID or name of the reuse-run (default: PID 1 if that is a reuse-run, else the only one of this user)
+    #[argh(positional, arg_name = "pid|name")]
+    pub which: Option<Which>,
 }
 
 /// Show the workers of a running reuse-run. Exit with 0 if all slots have a ready worker that does not hang, 3 if some
@@ -219,9 +224,9 @@ pub struct StatusArgs {
     #[argh(switch)]
     pub watch: bool,
 
-    /// PID of the reuse-run (default: 1 if that is a reuse-run, else the only one of this user)
-    #[argh(positional)]
-    pub pid: Option<u32>,
+    /// PID or name of the reuse-run (default: PID 1 if that is a reuse-run, else those of this user)
+    #[argh(positional, arg_name = "pid|name")]
+    pub which: Option<Which>,
 }
 
 /// Change the number of workers of a running reuse-run and wait until this is done.
@@ -240,9 +245,9 @@ pub struct ScaleArgs {
     #[argh(positional)]
     pub workers: Target,
 
-    /// PID of the reuse-run (default: 1 if that is a reuse-run, else the only one of this user)
-    #[argh(positional)]
-    pub pid: Option<u32>,
+    /// PID or name of the reuse-run (default: PID 1 if that is a reuse-run, else the only one of this user)
+    #[argh(positional, arg_name = "pid|name")]
+    pub which: Option<Which>,
 }
 
 /// Replace the worker of one slot after the other by a new one of the same generation, and wait until this is done.
@@ -267,9 +272,9 @@ pub struct RecycleArgs {
     #[argh(option, arg_name = "duration")]
     pub timeout: Option<Period>,
 
-    /// PID of the reuse-run (default: 1 if that is a reuse-run, else the only one of this user)
-    #[argh(option, arg_name = "pid")]
-    pub pid: Option<u32>,
+    /// PID or name of the reuse-run (default: PID 1 if that is a reuse-run, else the only one of this user)
+    #[argh(option, arg_name = "pid|name", long = "pid")]
+    pub which: Option<Which>,
 
     /// slots, as status shows them
     #[argh(positional, arg_name = "slot")]
@@ -288,9 +293,9 @@ pub struct StopArgs {
     #[argh(option, arg_name = "duration")]
     pub timeout: Option<Period>,
 
-    /// PID of the reuse-run (default: 1 if that is a reuse-run, else the only one of this user)
-    #[argh(positional)]
-    pub pid: Option<u32>,
+    /// PID or name of the reuse-run (default: PID 1 if that is a reuse-run, else the only one of this user)
+    #[argh(positional, arg_name = "pid|name")]
+    pub which: Option<Which>,
 }
 
 impl RecycleArgs {

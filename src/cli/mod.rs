@@ -12,7 +12,7 @@ use crate::drain::rule::IdleRule;
 use crate::fleet::policy::PROOF;
 use crate::fleet::{Policy, Rollout};
 use crate::operate::client::{Command, Operation};
-use crate::operate::protocol::Request;
+use crate::operate::protocol::{Name, Request};
 use crate::steering::load::Balancing;
 use crate::worker::environment::Sources;
 use crate::worker::{Program, Settings};
@@ -41,6 +41,8 @@ pub struct Options {
     /// In KiB.
     pub max_memory: Option<u64>,
     pub retire_signal: Option<Signal>,
+    /// By which commands find it.
+    pub name: Option<Name>,
     pub pidfile: Option<PathBuf>,
     /// Whether the workers' output passes through here, line by line.
     pub label: bool,
@@ -191,6 +193,7 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
         balance: args.balance,
         max_memory: args.max_memory.map(|size| size.0),
         retire_signal: args.retire_signal.map(|signal| signal.0),
+        name: args.name,
         pidfile: args.pidfile,
         label: args.label,
     }
@@ -241,27 +244,27 @@ fn parse_command(name: &str, words: &[String], program: Option<Vec<String>>) -> 
         Parsed::Args(args) => args,
         Parsed::Help(help) => return Ok(Invocation::Print(help)),
     };
-    let (pid, timeout, request) = match args {
-        CommandArgs::Status(StatusArgs { json, watch, pid }) => {
-            return Ok(Invocation::Control(Command { pid, operation: Operation::Show { json, watch } }));
+    let (which, timeout, request) = match args {
+        CommandArgs::Status(StatusArgs { json, watch, which }) => {
+            return Ok(Invocation::Control(Command { which, operation: Operation::Show { json, watch } }));
         }
         CommandArgs::Reload(args) => {
             let request = args.request(program)?;
-            (args.pid, args.timeout, request)
+            (args.which, args.timeout, request)
         }
-        CommandArgs::Scale(ScaleArgs { no_wait, timeout, workers, pid }) => {
-            (pid, timeout, Request::Scale { to: workers, wait: !no_wait })
+        CommandArgs::Scale(ScaleArgs { no_wait, timeout, workers, which }) => {
+            (which, timeout, Request::Scale { to: workers, wait: !no_wait })
         }
         CommandArgs::Recycle(args) => {
             let request = args.request()?;
-            (args.pid, args.timeout, request)
+            (args.which, args.timeout, request)
         }
-        CommandArgs::Stop(StopArgs { no_wait, timeout, pid }) => {
-            (pid, timeout, Request::Stop { wait: !no_wait })
+        CommandArgs::Stop(StopArgs { no_wait, timeout, which }) => {
+            (which, timeout, Request::Stop { wait: !no_wait })
         }
     };
     let timeout = timeout.map(|Period(duration)| duration);
-    Ok(Invocation::Control(Command { pid, operation: Operation::Change { request, timeout } }))
+    Ok(Invocation::Control(Command { which, operation: Operation::Change { request, timeout } }))
 }
 
 #[cfg(test)]
@@ -272,6 +275,7 @@ mod tests {
 
     use super::*;
     use crate::fleet::Readiness;
+    use crate::operate::find::Which;
     use crate::operate::protocol::{How, Target};
 
     fn run(line: &str) -> Result<Options, String> {
@@ -282,10 +286,10 @@ mod tests {
         }
     }
 
-    fn command(line: &str) -> Result<(Option<u32>, Request, Option<Duration>), String> {
+    fn command(line: &str) -> Result<(Option<Which>, Request, Option<Duration>), String> {
         match parse(line.split_whitespace().map(OsString::from), [])? {
-            Invocation::Control(Command { pid, operation: Operation::Change { request, timeout } }) => {
-                Ok((pid, request, timeout))
+            Invocation::Control(Command { which, operation: Operation::Change { request, timeout } }) => {
+                Ok((which, request, timeout))
             }
             other => Err(format!("{other:?}")),
         }
@@ -295,7 +299,7 @@ mod tests {
     fn every_option_is_understood() {
         let line = "-n 2 --ready :9000/healthz --ready-timeout 5s --drain 250ms --stop-timeout 1m --stop-within 25s --idle-after 2s \
                     --stop-signal sigterm --max-failures 3 --balance random --hung-timeout 8s --max-memory 500M --max-age 1h --retire-signal usr2 -l 3000 --env-file a --env-file b -C /srv --no-node-ipc \
-                    --no-intercept --batch 2 --pidfile p --label x y";
+                    --no-intercept --batch 2 --name web --pidfile p --label x y";
         let options = run(line).unwrap();
         let Options {
             program,
@@ -308,6 +312,7 @@ mod tests {
             balance,
             max_memory,
             retire_signal,
+            name,
             pidfile,
             label,
         } = options;
@@ -332,7 +337,7 @@ mod tests {
             (vec!["a".into(), "b".into()], Some("/srv".into()))
         );
         assert_eq!((listen[0].socket.port(), balance), (3000, Balancing::Random));
-        assert_eq!((pidfile, label), (Some("p".into()), true));
+        assert_eq!((name, pidfile, label), (Name::new("web"), Some("p".into()), true));
     }
 
     #[test]
@@ -369,8 +374,7 @@ mod tests {
             ("reload --abort --ports-may-change", "--abort starts no reload"),
             ("reload --abort -- node", "--abort starts no reload"),
             ("reload --", "no command after --"),
-            ("stop -- node", "pid: "),
-            ("stop now", "pid: "),
+            ("stop 1x", "\"1x\" is neither a PID nor a name"),
         ];
         for (line, part) in cases {
             let error = parse(line.split_whitespace().map(OsString::from), []).unwrap_err();
@@ -397,17 +401,23 @@ mod tests {
         let other = Request::Reload { how: None, ports_may_change: true, command: words, wait: false };
         for (line, expected) in [
             ("reload", (None, reload(None), None)),
-            ("reload --batch 2 7", (Some(7), reload(Some(How::Batch(2))), None)),
+            ("reload --batch 2 7", (Some(Which::Pid(7)), reload(Some(How::Batch(2))), None)),
             ("reload --canary 5% --for 1m", (None, reload(Some(canary)), None)),
-            ("reload --ports-may-change --no-wait 7 -- node --batch app.js --", (Some(7), other, None)),
-            ("reload --abort 7", (Some(7), Request::Abort, None)),
+            (
+                "reload --ports-may-change --no-wait 7 -- node --batch app.js --",
+                (Some(Which::Pid(7)), other, None),
+            ),
+            ("reload --abort 7", (Some(Which::Pid(7)), Request::Abort, None)),
             ("scale -1 --no-wait", (None, Request::Scale { to: Target::Fewer(1), wait: false }, None)),
             (
                 "scale --timeout 1s 4 7",
-                (Some(7), Request::Scale { to: Target::Exactly(4), wait: true }, second),
+                (Some(Which::Pid(7)), Request::Scale { to: Target::Exactly(4), wait: true }, second),
             ),
             ("stop --timeout 1s", (None, Request::Stop { wait: true }, second)),
-            ("recycle --pid 7 0 2", (Some(7), Request::Recycle { slots: vec![0, 2], wait: true }, None)),
+            (
+                "recycle --pid 7 0 2",
+                (Some(Which::Pid(7)), Request::Recycle { slots: vec![0, 2], wait: true }, None),
+            ),
             ("recycle --all --no-wait", (None, Request::Recycle { slots: Vec::new(), wait: false }, None)),
         ] {
             assert_eq!(command(line), Ok(expected), "{line}");

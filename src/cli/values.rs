@@ -10,7 +10,8 @@ use crate::address::Address;
 use crate::fleet::Readiness;
 use crate::fleet::policy::{MAX_DURATION, MAX_WORKERS};
 use crate::kernel::procfs;
-use crate::operate::protocol::Target;
+use crate::operate::find::Which;
+use crate::operate::protocol::{Name, Target};
 use crate::steering::load::Balancing;
 
 /// A number of workers, or `max`: as many as there are CPUs that this process may use.
@@ -44,6 +45,29 @@ impl FromStr for Balancing {
             "client" => Ok(Self::Client),
             _ => Err(format!("{text:?} is none of load, random, queue and client")),
         }
+    }
+}
+
+impl FromStr for Name {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let why = || {
+            format!(
+                "{text:?} is not a name: a letter, then letters, digits, \"-\", \"_\" and \".\", 32 at most"
+            )
+        };
+        Self::new(text).ok_or_else(why)
+    }
+}
+
+impl FromStr for Which {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let pid = text.parse().map(Self::Pid).ok();
+        let which = pid.or_else(|| Name::new(text).map(Self::Name));
+        which.ok_or_else(|| format!("{text:?} is neither a PID nor a name"))
     }
 }
 

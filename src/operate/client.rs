@@ -4,17 +4,17 @@ use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::operate::find::{CommandError, Target, find};
+use crate::operate::find::{self, CommandError, Target, Which};
 use crate::operate::protocol::{self, Envelope, MAX_REQUEST, Reply, Request};
 use crate::operate::replies::{NoReply, Replies};
-use crate::operate::status::{Status, WorkerStatus, span};
+use crate::operate::status::{self, Status, WorkerStatus, span};
 use crate::output::log;
 use crate::words::escaped;
 
 /// A command, and the reuse-run that it is for.
 #[derive(Debug)]
 pub struct Command {
-    pub pid: Option<u32>,
+    pub which: Option<Which>,
     pub operation: Operation,
 }
 
@@ -41,9 +41,10 @@ const REDRAW_INTERVAL: Duration = Duration::from_millis(200);
 /// Runs a command and returns its exit status: 0 if it was done, 1 if not, 2 if it isn't clear which reuse-run should do
 /// it. The exit status of `status` is that of [`Status::exit_status`].
 pub fn run(command: Command) -> u8 {
-    let result = find(command.pid).and_then(|target| match command.operation {
-        Operation::Show { json, watch } => show(target, json, watch),
-        Operation::Change { request, timeout } => change(target, request, timeout),
+    let result = find::find(command.which.as_ref()).and_then(|found| match command.operation {
+        Operation::Show { json: false, watch } => show(watch, || overview(&found)),
+        Operation::Show { json: true, watch } => show(watch, || json(&found)),
+        Operation::Change { request, timeout } => change(find::only(&found)?, request, timeout),
     });
     result.unwrap_or_else(|CommandError { why, exit_status }| {
         log::print_error(&why);
@@ -90,16 +91,35 @@ fn fetch_status(target: Target, request: Request, timeout: Duration) -> Result<B
     }
 }
 
-fn show(target: Target, json: bool, watch: bool) -> Result<u8, CommandError> {
+/// A status as JSON, and its exit status.
+fn json(found: &[Target]) -> Result<(String, u8), CommandError> {
+    let status = fetch_status(find::only(found)?, Request::Status, REPLY_TIMEOUT)?;
+    Ok((status.to_json()? + "\n", status.exit_status()))
+}
+
+/// The workers of one reuse-run, or a line for each of several. The exit status is the highest of theirs, or 1 if one
+/// doesn't answer.
+fn overview(found: &[Target]) -> Result<(String, u8), CommandError> {
+    if let [target] = found {
+        let status = fetch_status(*target, Request::Status, REPLY_TIMEOUT)?;
+        return Ok((status.to_string(), status.exit_status()));
+    }
+    let fetch = |target: &Target| (target.pid, fetch_status(*target, Request::Brief, REPLY_TIMEOUT).ok());
+    let all: Vec<(u32, Option<Box<Status>>)> = found.iter().map(fetch).collect();
+    let exit_status = |(_, status): &(u32, Option<Box<Status>>)| Some(status.as_ref()?.exit_status());
+    let exit_statuses: Option<Vec<u8>> = all.iter().map(exit_status).collect();
+    Ok((status::table_of(&all), exit_statuses.and_then(|all| all.into_iter().max()).unwrap_or(1)))
+}
+
+fn show(watch: bool, fetch: impl Fn() -> Result<(String, u8), CommandError>) -> Result<u8, CommandError> {
     loop {
-        let status = fetch_status(target, Request::Status, REPLY_TIMEOUT)?;
-        let text = if json { status.to_json()? + "\n" } else { status.to_string() };
+        let (text, exit_status) = fetch()?;
         // Write over the last status: clear to the end of each line, and everything below.
-        let redraw = watch && !json && io::stdout().is_terminal();
+        let redraw = watch && io::stdout().is_terminal();
         let text = if redraw { format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")) } else { text };
         let shown = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());
         if !watch || shown.is_err() {
-            return Ok(status.exit_status());
+            return Ok(exit_status);
         }
         thread::sleep(WATCH_INTERVAL);
     }

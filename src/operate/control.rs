@@ -20,7 +20,7 @@ use crate::fleet::Ticket;
 use crate::kernel::inbox::{self, Inbox};
 use crate::kernel::sys;
 use crate::operate::peer::Peer;
-use crate::operate::protocol::{self, MAX_REQUEST, Reply, Request};
+use crate::operate::protocol::{self, MAX_REQUEST, Name, Reply, Request};
 
 /// More clients at a time are refused.
 const MAX_CLIENTS: usize = 128;
@@ -58,6 +58,7 @@ enum State {
 
 #[derive(Debug)]
 pub struct Control {
+    name: Option<Name>,
     listener: UnixListener,
     /// A file descriptor in reserve. When no other is free it is closed for a moment, so that a client can be accepted and
     /// refused.
@@ -67,24 +68,28 @@ pub struct Control {
 }
 
 impl Control {
-    /// Listens under the name that belongs to the PID of this process. Any user may take that name before; then under a
-    /// longer one, which nobody can know before.
+    /// Listens under the name that belongs to the PID of this process, and to this name. Any user may take it before; then
+    /// under a longer one, which nobody can know before.
     ///
     /// # Errors
     /// Without /proc, or when sockets can't be made.
-    pub fn new() -> io::Result<Self> {
-        let name = protocol::name(std::process::id())?;
+    pub fn new(name: Option<Name>) -> io::Result<Self> {
+        let socket = protocol::socket_name(std::process::id(), name.as_ref())?;
         let listen = |name: &str| UnixListener::bind_addr(&SocketAddr::from_abstract_name(name)?);
-        let listener = match listen(&name) {
+        let listener = match listen(&socket) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                listen(&format!("{name}/{:016x}", RandomState::new().hash_one(())))
+                listen(&format!("{socket}/{}", RandomState::new().hash_one(())))
             }
             result => result,
         }?;
         listener.set_nonblocking(true)?;
         // Any user can send descriptors here. Connections inherit the option; older kernels than 6.16 don't know it.
         let _ = sys::refuse_descriptors(listener.as_fd());
-        Ok(Self { listener, spare: File::open("/dev/null").ok(), clients: BTreeMap::new(), next: 0 })
+        Ok(Self { name, listener, spare: File::open("/dev/null").ok(), clients: BTreeMap::new(), next: 0 })
+    }
+
+    pub fn name(&self) -> Option<&Name> {
+        self.name.as_ref()
     }
 
     /// Accepts new clients and adds them to `epoll`, with a token from `token`.
@@ -300,7 +305,7 @@ mod tests {
 
         /// A control socket with one client, which writes a stream in pieces. Returns what it has requested.
         fn requests_of(stream: &[u8], piece: usize) -> Result<Vec<Request>, TestCaseError> {
-            let mut control = Control::new().unwrap();
+            let mut control = Control::new(None).unwrap();
             let (ours, its) = UnixStream::pair().unwrap();
             ours.set_nonblocking(true).unwrap();
             let id = ClientId(0);

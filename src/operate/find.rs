@@ -15,7 +15,7 @@ use nix::unistd::{Pid, geteuid};
 
 use crate::kernel::procfs;
 use crate::operate::peer::Peer;
-use crate::operate::protocol;
+use crate::operate::protocol::{self, Name};
 
 /// How long to wait for room in the queue of a control socket.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -33,6 +33,13 @@ impl<E: Display> From<E> for CommandError {
     fn from(error: E) -> Self {
         Self { why: error.to_string(), exit_status: 1 }
     }
+}
+
+/// How a user says which reuse-run is meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Which {
+    Pid(u32),
+    Name(Name),
 }
 
 /// The process that a command is for.
@@ -119,8 +126,9 @@ impl Target {
 
 /// The names under which the process with this PID may listen.
 fn names_of(pid: u32) -> io::Result<BTreeSet<String>> {
-    let listed = listed_names().filter(|name| protocol::pid_of(name) == Some(pid));
-    Ok(listed.chain([protocol::name(pid)?]).collect())
+    let is_its =
+        |socket: &String| matches!(protocol::parse_socket_name(socket), Some((other, _)) if other == pid);
+    Ok(listed_names().filter(is_its).chain([protocol::socket_name(pid, None)?]).collect())
 }
 
 /// All abstract names in this network namespace.
@@ -138,19 +146,24 @@ fn connect_now(name: &str) -> nix::Result<UnixStream> {
     Ok(stream)
 }
 
-/// The given PID, or 1 if that is a reuse-run, or else the only reuse-run of this user.
+/// Those that are meant, one at least: the given PID, or 1 if that is a reuse-run, or else all reuse-run of this user; of
+/// them those with the given name.
 ///
 /// # Errors
-/// When there is none, or several.
-pub fn find(pid: Option<u32>) -> Result<Target, CommandError> {
-    if let Some(pid) = pid {
-        return Ok(Target::named(pid));
-    }
+/// When there is none.
+pub fn find(which: Option<&Which>) -> Result<Vec<Target>, CommandError> {
+    let name = match which {
+        Some(Which::Pid(pid)) => return Ok(vec![Target::named(*pid)]),
+        Some(Which::Name(name)) => Some(name),
+        None => None,
+    };
     let deadline = Instant::now() + CONNECT_TIMEOUT;
-    let all: BTreeSet<u32> = listed_names().filter_map(|name| protocol::pid_of(&name)).collect();
+    let listed = listed_names().filter_map(|socket| protocol::parse_socket_name(&socket));
+    let all: BTreeSet<u32> =
+        listed.filter(|(_, its)| name.is_none() || name == its.as_ref()).map(|(pid, _)| pid).collect();
     // No user can choose to be PID 1, so root may trust it: in a container it may have given up root.
     if all.contains(&1) && Target::named(1).try_connect(deadline).is_ok() {
-        return Ok(Target::named(1));
+        return Ok(vec![Target::named(1)]);
     }
     let user = geteuid();
     // Others' sockets aren't even connected to: they could make this command wait.
@@ -165,29 +178,39 @@ pub fn find(pid: Option<u32>) -> Result<Target, CommandError> {
             .is_some_and(|name| procfs::name(Pid::this()) == Some(name)),
         Err(_) => false,
     };
-    match own.into_iter().filter(found).collect::<Vec<_>>()[..] {
-        [pid] => Ok(Target::own(pid)),
-        [] if others.is_empty() => Err("no reuse-run is running here".into()),
-        [] if !user.is_root() => Err("no reuse-run of this user is running here, only another user's".into()),
-        [] => {
-            let listens = |pid: &u32| Target::named(*pid).try_connect(Instant::now()).is_ok();
-            let others: Vec<u32> = others.into_iter().filter(listens).collect();
-            if others.is_empty() {
-                return Err("no reuse-run is running here".into());
-            }
-            let list = list(&others);
-            let why = format!("no reuse-run of root is running here; add the PID of another user's:{list}");
-            Err(CommandError { why, exit_status: 2 })
-        }
-        ref several => {
-            let list = list(several);
-            let why = format!("several reuse-run are running; add the PID of one of them:{list}");
-            Err(CommandError { why, exit_status: 2 })
-        }
+    let found: Vec<Target> = own.into_iter().filter(found).map(Target::own).collect();
+    if !found.is_empty() {
+        return Ok(found);
     }
+    let none = match name {
+        Some(name) => format!("no reuse-run with the name {name} is running here"),
+        None => "no reuse-run is running here".to_owned(),
+    };
+    if !others.is_empty() && !user.is_root() {
+        return Err("no reuse-run of this user is running here, only another user's".into());
+    }
+    let listens = |other: &Target| other.try_connect(Instant::now()).is_ok();
+    let others: Vec<Target> = others.into_iter().map(Target::named).filter(listens).collect();
+    if others.is_empty() {
+        return Err(none.into());
+    }
+    let list = list(&others);
+    let why = format!("no reuse-run of root is running here; add the PID of another user's:{list}");
+    Err(CommandError { why, exit_status: 2 })
+}
+
+/// # Errors
+/// When there are several.
+pub fn only(found: &[Target]) -> Result<Target, CommandError> {
+    if let [target] = found {
+        return Ok(*target);
+    }
+    let list = list(found);
+    let why = format!("several reuse-run are running; add the PID or the name of one of them:{list}");
+    Err(CommandError { why, exit_status: 2 })
 }
 
 /// A line for each process.
-fn list(pids: &[u32]) -> String {
-    pids.iter().map(|pid| format!("\n  {pid}  {}", procfs::command_line(*pid))).collect()
+fn list(found: &[Target]) -> String {
+    found.iter().map(|Target { pid, .. }| format!("\n  {pid}  {}", procfs::command_line(*pid))).collect()
 }

@@ -2,7 +2,7 @@
 
 pub mod client;
 pub mod control;
-mod find;
+pub mod find;
 mod peer;
 pub mod pidfile;
 pub mod protocol;

@@ -2,6 +2,7 @@
 //! a line of JSON, over a Unix socket. The socket's name is in the abstract namespace (unix(7)), so no writable
 //! directory is needed.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -101,19 +102,42 @@ fn prefix() -> io::Result<String> {
     Ok(format!("reuse-run/{}/", fs::metadata("/proc/self/ns/pid")?.ino()))
 }
 
-/// The name of the socket of the reuse-run with this PID in this PID namespace. If another process has taken it, `/` and a
-/// random word follow.
+/// What a user calls a reuse-run instead of by its PID: a letter, and up to 31 letters, digits, "-", "_" and ".".
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Name(String);
+
+impl Name {
+    pub fn new(text: &str) -> Option<Self> {
+        let is_meant = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        let is_name = text.starts_with(|c: char| c.is_ascii_alphabetic())
+            && text.len() <= 32
+            && text.chars().all(is_meant);
+        is_name.then(|| Self(text.to_owned()))
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Where a reuse-run listens in this PID namespace: under its PID and its name, if it has one. If another process has taken
+/// that, `/` and a random number follow.
 ///
 /// # Errors
 /// Without /proc.
-pub fn name(pid: u32) -> io::Result<String> {
-    Ok(format!("{}{pid}", prefix()?))
+pub fn socket_name(pid: u32, name: Option<&Name>) -> io::Result<String> {
+    let name = name.map_or(String::new(), |name| format!("/{name}"));
+    Ok(format!("{}{pid}{name}", prefix()?))
 }
 
-/// The PID in a name, if it is that of a reuse-run in this PID namespace. Any process may have taken the name.
-pub fn pid_of(name: &str) -> Option<u32> {
-    let rest = name.strip_prefix(&prefix().ok()?)?;
-    rest.split_once('/').map_or(rest, |(pid, _)| pid).parse().ok()
+/// The PID and the name in a socket's name, if it is that of a reuse-run in this PID namespace. Any process may have taken it.
+pub fn parse_socket_name(socket: &str) -> Option<(u32, Option<Name>)> {
+    let rest = socket.strip_prefix(&prefix().ok()?)?;
+    let mut parts = rest.split('/');
+    let pid = parts.next()?.parse().ok()?;
+    Some((pid, parts.next().and_then(Name::new)))
 }
 
 #[derive(Deserialize)]
@@ -184,12 +208,25 @@ mod tests {
     }
 
     #[test]
-    fn only_names_of_this_pid_namespace_have_a_pid() {
-        let ours = name(42).unwrap();
-        assert_eq!(pid_of(&ours), Some(42));
-        assert_eq!(pid_of(&format!("{ours}/0123456789abcdef")), Some(42));
-        for name in ["reuse-run/1/42", &format!("@{ours}"), &format!("{ours}x"), "reuse-run", ""] {
-            assert_eq!(pid_of(name), None, "{name}");
+    fn only_sockets_of_this_pid_namespace_have_a_pid() {
+        for name in [None, Name::new("web")] {
+            let ours = socket_name(42, name.as_ref()).unwrap();
+            assert_eq!(parse_socket_name(&ours), Some((42, name.clone())));
+            assert_eq!(parse_socket_name(&format!("{ours}/0123456789")), Some((42, name)));
+            for other in ["reuse-run/1/42", &format!("@{ours}"), &ours.replace("42", "42x"), "reuse-run", ""]
+            {
+                assert_eq!(parse_socket_name(other), None, "{other}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_name_can_be_told_from_a_pid_and_an_option() {
+        for text in ["web", "a", "Web-1.example_com"] {
+            assert_eq!(Name::new(text).unwrap().to_string(), text);
+        }
+        for text in ["", "1", "1a", "-n", "a b", "a/b", "ä", &"a".repeat(33)] {
+            assert_eq!(Name::new(text), None, "{text}");
         }
     }
 
@@ -266,10 +303,10 @@ mod tests {
             }
 
             #[test]
-            fn a_name_has_the_pid_that_it_was_made_for(pid: u32, word in "[0-9a-f]{16}", other: String) {
-                let ours = name(pid).unwrap();
+            fn a_name_has_the_pid_that_it_was_made_for(pid: u32, number: u64, other: String) {
+                let (ours, pid_of) = (socket_name(pid, None).unwrap(), |socket: &str| Some(parse_socket_name(socket)?.0));
                 prop_assert_eq!(pid_of(&ours), Some(pid));
-                prop_assert_eq!(pid_of(&format!("{ours}/{word}")), Some(pid));
+                prop_assert_eq!(pid_of(&format!("{ours}/{number}")), Some(pid));
                 prop_assert!(pid_of(&other).is_none() || other.starts_with(&prefix().unwrap()));
             }
         }

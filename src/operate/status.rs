@@ -1,7 +1,7 @@
 //! What `reuse-run status` shows: as a table for users, as JSON for programs.
 
 use std::collections::BTreeMap;
-use std::fmt::{self, Write};
+use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -14,6 +14,9 @@ pub struct Status {
     /// The version of the running reuse-run.
     pub version: String,
     pub pid: u32,
+    /// What commands may call it instead of by its PID.
+    #[serde(default)]
+    pub name: Option<String>,
     pub state: State,
     /// The newest generation that serves.
     pub generation: u32,
@@ -160,7 +163,8 @@ impl fmt::Display for Status {
             format!(" on {}", escaped(&self.addresses.join(" ")))
         };
         let version = escaped(version);
-        writeln!(f, "reuse-run {version}, pid {pid}: {state}, {ready} of {slots} slots ready{on}")?;
+        let name = self.name.as_ref().map_or(String::new(), |name| format!("{}, ", escaped(name)));
+        writeln!(f, "reuse-run {version}, {name}pid {pid}: {state}, {ready} of {slots} slots ready{on}")?;
         const HEAD: [&str; 11] = [
             "SLOT",
             "PID",
@@ -174,20 +178,7 @@ impl fmt::Display for Status {
             "CPU",
             "STATUS",
         ];
-        let rows: Vec<[String; 11]> = self.workers.iter().map(WorkerStatus::row).collect();
-        let width = |column: usize| {
-            rows.iter().map(|row| row[column].chars().count()).chain([HEAD[column].len()]).max().unwrap_or(0)
-        };
-        let widths: Vec<usize> = (0..HEAD.len()).map(width).collect();
-        let heads = HEAD.map(str::to_owned);
-        for row in [&heads].into_iter().chain(&rows) {
-            let mut line = String::new();
-            for (column, (text, width)) in row.iter().zip(&widths).enumerate() {
-                let is_text = HEAD[column] == "STATE" || HEAD[column] == "STATUS";
-                if is_text { write!(line, "{text:width$}  ")? } else { write!(line, "{text:>width$}  ")? }
-            }
-            writeln!(f, "{}", line.trim_end())?;
-        }
+        f.write_str(&table(HEAD, self.workers.iter().map(WorkerStatus::row).collect()))?;
         writeln!(f, "command: {}", command_line(&self.command))?;
         let of_worker =
             |worker: &WorkerStatus| Some((worker.generation, command_line(worker.command.as_ref()?)));
@@ -201,6 +192,37 @@ impl fmt::Display for Status {
         }
         Ok(())
     }
+}
+
+/// A line for each reuse-run, by PID; `None` for one that doesn't answer.
+pub fn table_of(all: &[(u32, Option<Box<Status>>)]) -> String {
+    let row = |(pid, status): &(u32, Option<Box<Status>>)| {
+        let of = |text: fn(&Status) -> String| status.as_ref().map_or("-".to_owned(), |status| text(status));
+        let state = status.as_ref().map_or("does not answer".to_owned(), |status| status.state.to_string());
+        let name = of(|status| status.name.as_deref().map_or("-".to_owned(), escaped));
+        let ready = of(|status| format!("{}/{}", status.ready, status.slots));
+        let generation = of(|status| status.generation.to_string());
+        [pid.to_string(), name, state, ready, generation, of(|status| command_line(&status.command))]
+    };
+    table(["PID", "NAME", "STATE", "READY", "GENERATION", "COMMAND"], all.iter().map(row).collect())
+}
+
+/// Rows below their heads. Columns of text are aligned to the left.
+fn table<const N: usize>(heads: [&str; N], rows: Vec<[String; N]>) -> String {
+    let width = |column: usize| {
+        rows.iter().map(|row| row[column].chars().count()).chain([heads[column].len()]).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..N).map(width).collect();
+    let mut text = String::new();
+    for row in [&heads.map(str::to_owned)].into_iter().chain(&rows) {
+        let cells = row.iter().zip(&widths).zip(heads).map(|((text, width), head)| match head {
+            "NAME" | "STATE" | "STATUS" | "COMMAND" => format!("{text:width$}"),
+            _ => format!("{text:>width$}"),
+        });
+        text += cells.collect::<Vec<_>>().join("  ").trim_end();
+        text += "\n";
+    }
+    text
 }
 
 fn command_line(words: &[String]) -> String {
@@ -280,6 +302,7 @@ mod tests {
         Status {
             version: "0.1.0".to_owned(),
             pid: 1,
+            name: None,
             state: State::Abandoning,
             generation: 2,
             slots,

@@ -200,6 +200,7 @@ impl Supervisor {
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
+            name: self.control.as_ref().and_then(Control::name).map(ToString::to_string),
             state: self.fleet.activity().into(),
             generation: crew.generation(),
             slots: crew.slots() as u32,

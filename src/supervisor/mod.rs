@@ -31,7 +31,9 @@ use crate::intercept::udp::{Seen, UdpBinds};
 use crate::intercept::{self, Answers, Interception, keeper};
 use crate::kernel::{helper, inbox, procfs};
 use crate::operate::control::Control;
+use crate::operate::find::{self, Which};
 use crate::operate::pidfile::PidFile;
+use crate::operate::protocol::Name;
 use crate::operate::signals::{Meaning, Signals};
 use crate::operate::systemd::Systemd;
 use crate::output::labels::Labels;
@@ -138,6 +140,18 @@ pub fn run(options: Options) -> io::Result<u8> {
     Ok(status)
 }
 
+/// # Errors
+/// When another reuse-run of this user has the name: commands couldn't tell them apart.
+fn check_name(name: &Name) -> io::Result<()> {
+    match find::find(Some(&Which::Name(name.clone()))) {
+        Ok(others) => {
+            let pid = others[0].pid;
+            Err(io::Error::other(format!("process {pid} is a reuse-run with the name {name} already")))
+        }
+        Err(_) => Ok(()),
+    }
+}
+
 /// Finds out whether workers can be intercepted. If not, says what that means.
 ///
 /// # Errors
@@ -154,10 +168,10 @@ fn listener_watch(options: &Options) -> io::Result<ListenerWatch> {
 }
 
 /// The control socket, if there can be one.
-fn control() -> Option<Control> {
+fn control(name: Option<Name>) -> Option<Control> {
     let warning =
         |error| warn!("no control socket, so reload, status, scale, recycle and stop can't work: {error}");
-    Control::new().map_err(warning).ok()
+    Control::new(name).map_err(warning).ok()
 }
 
 /// Rounded up to milliseconds: a time-out that is too short would come again and again.
@@ -175,6 +189,7 @@ impl Supervisor {
     fn new(options: Options) -> io::Result<Self> {
         // First: while SIGCHLD is ignored, a child that ends can't be waited for.
         let signals = Signals::new()?;
+        options.name.as_ref().map_or(Ok(()), check_name)?;
         let (labels, listener_watch) = (Labels::if_wanted(options.label)?, listener_watch(&options)?);
         let Options { program, mut settings, policy, sources, listen, balance, .. } = options;
         settings.intercept = matches!(listener_watch, ListenerWatch::Interception(_));
@@ -190,7 +205,7 @@ impl Supervisor {
         watch(&epoll, &signals, Source::Signals)?;
         watch(&epoll, &pool, Source::Pool)?;
         watch(&epoll, &reader, Source::Reader).and_then(|()| watch(&epoll, &unix, Source::Paths))?;
-        let control = control();
+        let control = control(options.name);
         control.iter().try_for_each(|control| watch(&epoll, control, Source::Control))?;
         labels.iter().try_for_each(|labels| watch(&epoll, labels, Source::Labels))?;
         let intercepts = inherited.iter().filter(|_| settings.intercept); // a scan can't tell them from a worker's own

@@ -35,7 +35,7 @@ fn a_command_finds_the_only_reuse_run_and_names_all_when_there_are_several() {
     let mut first = Service::run_ready("-n 1", &naive(free_address()));
     run_words("reload").assert_done("1 worker of generation 2 serve");
     let mut second = Service::run_ready("-n 1", &naive(free_address()));
-    for words in ["status", "reload", "scale 2", "stop"] {
+    for words in ["status --json", "reload", "scale 2", "stop"] {
         let outcome = run_words(words);
         assert_eq!((outcome.code, outcome.out.as_str()), (Some(2), ""), "{outcome:?}");
         for pid in [first.pid(), second.pid()] {
@@ -46,6 +46,43 @@ fn a_command_finds_the_only_reuse_run_and_names_all_when_there_are_several() {
     first.stop();
     assert_eq!(run_words("status").code, Some(0));
     second.stop();
+}
+
+#[test]
+fn a_command_finds_a_reuse_run_by_its_name_and_status_shows_all() {
+    own_network();
+    let mut web = Service::run_ready("-n 2 --name web", &naive(free_address()));
+    let mut api = Service::run_ready("-n 1 --name api", &naive(free_address()));
+    let mut other = Service::run_ready("-n 1", &naive(free_address()));
+    run_words("reload web").assert_done("2 workers of generation 2 serve");
+    run_words("scale 2 api").assert_done("2 workers of generation 1 serve");
+    run_words("recycle 0 --pid api").assert_done("2 workers of generation 1 serve");
+    let shown: Value = serde_json::from_str(&run_words("status --json web").out).expect("JSON");
+    assert_eq!((&shown["name"], &shown["pid"]), (&"web".into(), &web.pid().into()));
+    assert!(run_words("status web").out.contains(&format!(", web, pid {}: serving", web.pid())));
+
+    let outcome = run_words("status");
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    let expected = [(&web, "web", "2/2", 2), (&api, "api", "2/2", 1), (&other, "-", "1/1", 1)];
+    for (service, name, ready, generation) in expected {
+        let start =
+            [&service.pid().to_string(), name, "serving", ready, &generation.to_string()].map(str::to_owned);
+        let is_its = |line: &str| line.split_whitespace().take(5).eq(start.iter().map(String::as_str));
+        assert!(outcome.out.lines().any(is_its), "{start:?} in {}", outcome.out);
+    }
+    run_words("reload mail").assert_failed(&["no reuse-run with the name mail is running here"]);
+    let mut again = Service::run("-n 1 --name web", &naive(free_address()));
+    assert_eq!(again.wait_end().code(), Some(1));
+    again.wait_for_line(&format!(
+        "can't start: process {} is a reuse-run with the name web already",
+        web.pid()
+    ));
+    web.stop();
+    let mut again = Service::run_ready("-n 1 --name web", &naive(free_address()));
+    run_words("stop web").assert_done("stopped");
+    assert_eq!(again.wait_end().code(), Some(0));
+    api.stop();
+    other.stop();
 }
 
 #[test]

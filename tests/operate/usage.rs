@@ -18,7 +18,7 @@ fn wrong_options_of_a_command_exit_with_2_and_one_line() {
         "reload --abort --batch 2",
         "reload --frobnicate",
         "reload --timeout 10",
-        "reload me",
+        "reload 4x",
         "status --jason",
         "status 1 2",
         "scale",
