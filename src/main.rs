@@ -35,7 +35,7 @@
 //!
 //! | to change | file |
 //! |---|---|
-//! | an option and its help; how its value is written; its variable | `cli/args`; `cli/values`; `cli/variables` |
+//! | an option and what its help says; the form of the help; how a value is written; its variable | `cli/args`; `cli/help`; `cli/values`; `cli/variables` |
 //! | which system calls an action or event means | `supervisor/mod` |
 //! | a system call that waits for its answer; the start of a worker until it runs | `supervisor/calls`; `supervisor/starts` |
 //! | a request of a command, the reply to it, where status' values come from | `supervisor/commands` |

@@ -197,7 +197,7 @@ fn the_readmes_options_are_those_of_help() {
     let mut entries: Vec<String> = Vec::new();
     for line in list.lines() {
         match entries.last_mut() {
-            Some(entry) if !line.trim_start().starts_with('-') => *entry += &format!(" {}", line.trim()),
+            Some(entry) if !line.starts_with("  -") => *entry += &format!(" {}", line.trim()),
             _ => entries.push(line.trim().to_owned()),
         }
     }

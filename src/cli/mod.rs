@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use argh::{ArgsInfo, EarlyExit, FromArgs, SubCommands};
+use argh::{ArgsInfo, CommandInfoWithArgs, EarlyExit, FromArgs, SubCommands};
 use log::warn;
 use nix::sys::signal::Signal;
 
@@ -21,6 +21,7 @@ use split::Split;
 use values::{Period, StopSignal};
 
 mod args;
+mod help;
 mod split;
 mod values;
 mod variables;
@@ -77,9 +78,10 @@ pub fn parse(
     let Split { mut options, command, is_marked } = split::split(words, RunArgs::get_args_info().flags)?;
     options.extend(options_of_variables(&options, variables)?);
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
-    let args = match parse_options::<RunArgs>(&["reuse-run"], &options)? {
-        Parsed::Args(args) => args,
-        Parsed::Help(help) => return Ok(Invocation::Print(help)),
+    let Some(args) = parse_options::<RunArgs>(&["reuse-run"], &options)? else {
+        let commands = CommandArgs::get_args_info().commands;
+        let info = CommandInfoWithArgs { commands, ..RunArgs::get_args_info() };
+        return Ok(Invocation::Print(help::text("reuse-run", "[--] command [arguments]", &info)));
     };
     if args.version {
         return Ok(Invocation::Print(concat!("reuse-run ", env!("CARGO_PKG_VERSION"), "\n").to_owned()));
@@ -199,19 +201,14 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
     }
 }
 
-/// What argh makes of some words.
-enum Parsed<T> {
-    Args(T),
-    /// The text of --help.
-    Help(String),
-}
-
+/// What argh makes of some words, or nothing if they ask for the help.
+///
 /// # Errors
 /// One line that says what is wrong.
-fn parse_options<T: FromArgs>(name: &[&str], words: &[&str]) -> Result<Parsed<T>, String> {
+fn parse_options<T: FromArgs>(name: &[&str], words: &[&str]) -> Result<Option<T>, String> {
     match T::from_args(name, words) {
-        Ok(args) => Ok(Parsed::Args(args)),
-        Err(EarlyExit { output, status: Ok(()) }) => Ok(Parsed::Help(output)),
+        Ok(args) => Ok(Some(args)),
+        Err(EarlyExit { status: Ok(()), .. }) => Ok(None),
         Err(EarlyExit { output, status: Err(()) }) => Err(one_line(&output)),
     }
 }
@@ -240,9 +237,12 @@ fn parse_command(name: &str, words: &[String], program: Option<Vec<String>>) -> 
     let words: Vec<String> =
         words.iter().map(|word| if is_negative(word) { format!(" {word}") } else { word.clone() }).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let args = match parse_options::<CommandArgs>(&["reuse-run", name], &words)? {
-        Parsed::Args(args) => args,
-        Parsed::Help(help) => return Ok(Invocation::Print(help)),
+    let Some(args) = parse_options::<CommandArgs>(&["reuse-run", name], &words)? else {
+        let info = CommandArgs::get_args_info().commands.into_iter().find(|it| it.name == name);
+        let info = info.map(|it| it.command).unwrap_or_default();
+        let program = if name == "reload" { " [-- command [arguments]]" } else { "" };
+        let operands = help::operands(&info) + program;
+        return Ok(Invocation::Print(help::text(&format!("reuse-run {name}"), &operands, &info)));
     };
     let (which, timeout, request) = match args {
         CommandArgs::Status(StatusArgs { json, watch, which }) => {
@@ -436,10 +436,15 @@ mod tests {
         assert!(help.starts_with("Usage: reuse-run [options] [--] command [arguments]\n"), "{help}");
         assert!(help.contains("--ready-timeout"));
         assert_eq!(run("-h").unwrap_err(), help);
+        assert!(help.lines().all(|line| line.len() <= 80), "{help}");
         assert!(run("--version").unwrap_err().starts_with("reuse-run "));
         for command in CommandArgs::COMMANDS {
             let help = run(&format!("{} -h", command.name)).unwrap_err();
-            assert!(help.starts_with(&format!("Usage: reuse-run {} ", command.name)), "{help}");
+            assert!(help.starts_with(&format!("Usage: reuse-run {} [options] ", command.name)), "{help}");
+            assert!(help.lines().all(|line| line.len() <= 80), "{help}");
+            for section in ["\n\nArguments:\n", "\n\nOptions:\n", "\n\nExit status:\n", "\n\nExamples:\n"] {
+                assert!(help.contains(section), "{section:?} is not in {help}");
+            }
         }
     }
 }
