@@ -130,7 +130,7 @@ pub fn profile(name: &str, identity: Identity, less: &[&str]) -> Value {
 }
 
 /// The path of the program that scripts/build-static has built.
-fn static_binary() -> PathBuf {
+pub fn static_binary() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or("target".into(), PathBuf::from);
     let release = format!("{}-unknown-linux-gnu/release", std::env::consts::ARCH);
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(target).join(release).join("reuse-run");

@@ -4,6 +4,9 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod manuals;
+#[path = "../container/oci.rs"]
+mod oci;
+mod packages;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

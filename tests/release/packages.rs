@@ -1,0 +1,265 @@
+//! What scripts/release makes is installed, used and removed.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::sync::OnceLock;
+
+use serde_json::Value;
+
+use crate::common::Folder;
+use crate::oci::{Bundle, Container, Identity, Runtime, static_binary};
+use crate::{here, run};
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+const SERVER: [&str; 6] = ["-n", "2", "--", "/server", "--listen", "0.0.0.0:8080"];
+
+/// A checkout of what is in this folder, as a commit that is the same each time.
+fn checkout() -> Folder {
+    let folder = Folder::new();
+    let files =
+        "git ls-files -z --cached --others --exclude-standard | tar -c --null -T - --ignore-failed-read";
+    let script = format!("{files} | tar -x -C {}", folder.path(""));
+    run(Command::new("bash").args(["-euo", "pipefail", "-c", &script]).current_dir(here("")));
+    git(&folder, "init --quiet");
+    git(&folder, "add --all");
+    git(&folder, "commit --quiet --message Release");
+    folder
+}
+
+fn git(folder: &Folder, arguments: &str) {
+    let mut git = Command::new("git");
+    git.args(arguments.split_whitespace()).current_dir(&folder.0);
+    for name in ["GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"] {
+        git.env(name, "/dev/null");
+    }
+    for who in ["AUTHOR", "COMMITTER"] {
+        git.env(format!("GIT_{who}_NAME"), "Somebody").env(format!("GIT_{who}_EMAIL"), "somebody@localhost");
+        git.env(format!("GIT_{who}_DATE"), "2026-01-01T00:00:00Z");
+    }
+    run(&mut git);
+}
+
+/// `scripts/release` of a checkout, with the static binary that is built already.
+fn release(checkout: &Folder, output: &Path) -> Command {
+    let mut release = Command::new(checkout.0.join("scripts/release"));
+    release.arg("--binary").arg(static_binary()).arg("--output").arg(output);
+    release
+}
+
+/// The folder of packages of this version.
+fn packages() -> &'static Path {
+    static PACKAGES: OnceLock<()> = OnceLock::new();
+    let folder = Path::new(concat!(env!("CARGO_TARGET_TMPDIR"), "/packages"));
+    PACKAGES.get_or_init(|| {
+        let checkout = checkout();
+        git(&checkout, &format!("tag v{VERSION}"));
+        run(&mut release(&checkout, folder));
+    });
+    folder
+}
+
+/// The only package whose name ends so.
+#[track_caller]
+fn package(end: &str) -> String {
+    let files = fs::read_dir(packages()).expect("packages").map(|entry| entry.expect("a file").path());
+    let files = files.map(|path| path.into_os_string().into_string().expect("UTF-8"));
+    let files: Vec<String> = files.filter(|path| path.ends_with(end)).collect();
+    assert_eq!(files.len(), 1, "{end}: {files:?}");
+    files[0].clone()
+}
+
+#[track_caller]
+fn assert_is_the_version(program: &str) {
+    assert_eq!(run(Command::new(program).arg("--version")), format!("reuse-run {VERSION}\n"));
+}
+
+/// Starts the reuse-run in a container's PATH with two servers, and asserts that a command finds them serving.
+#[track_caller]
+fn start_serving(bundle: Bundle) -> Container {
+    let (container, _) = bundle.start_ready(Runtime::Runc, &SERVER);
+    let (status, text) = container.exec(&["reuse-run", "status"]);
+    assert_eq!(status, Some(0), "{text}");
+    assert!(text.contains("serving, 2 of 2 slots ready on 0.0.0.0:8080"), "{text}");
+    container
+}
+
+#[test]
+fn a_release_needs_a_clean_checkout_of_the_tag() {
+    let (checkout, output) = (checkout(), Folder::new());
+    let refused = |reason: &str| {
+        let release = release(&checkout, &output.0).output().expect("run scripts/release");
+        let text = String::from_utf8_lossy(&release.stderr).into_owned();
+        assert!(!release.status.success() && text.contains(reason), "{reason:?} is not in {text}");
+    };
+    refused(&format!("HEAD has no tag v{VERSION} (see --untagged)"));
+    checkout.raise("new");
+    refused("the checkout has changes that are not in HEAD:\n?? new");
+    checkout.lower("new");
+    run(release(&checkout, &output.0).arg("--untagged"));
+    let notes = |path: String| fs::read_to_string(path).expect("the notes");
+    let changelog = notes(checkout.path("CHANGELOG.md"));
+    let (_, unreleased) = changelog.split_once("## [Unreleased]\n").expect("a part");
+    let (unreleased, released) = unreleased.split_once("\n## [").expect("the next part");
+    assert!(notes(output.path("NOTES.md")).ends_with(&format!("\n\n{}\n", unreleased.trim())));
+    let (_, released) = released.split_once("\n### ").expect("its text");
+    assert!(notes(package("/NOTES.md")).ends_with(&format!("\n\n### {}\n", released.trim())));
+}
+
+#[test]
+fn two_checkouts_give_the_same_files_whoever_makes_them() {
+    let checkout = checkout();
+    git(&checkout, &format!("tag v{VERSION}"));
+    let output = Folder::new();
+    let script = r#"umask 077; exec "$0" "$@""#;
+    let mut other = Command::new("sh");
+    let release = release(&checkout, &output.0);
+    other.args(["-c", script]).arg(release.get_program()).args(release.get_args());
+    other.envs([("TZ", "Asia/Tokyo"), ("LC_ALL", "C"), ("USER", "other"), ("PYTHONHASHSEED", "7")]);
+    run(&mut other);
+    let sums = |folder: &Path| fs::read_to_string(folder.join("SHA256SUMS")).expect("sums");
+    assert_eq!(sums(&output.0), sums(packages()));
+    let checked = run(Command::new("sha256sum").args(["--check", "SHA256SUMS"]).current_dir(packages()));
+    let files = fs::read_dir(packages()).expect("packages").count();
+    assert_eq!(checked.lines().filter(|line| line.ends_with(": OK")).count(), files - 1, "{checked}");
+}
+
+#[test]
+fn the_archive_holds_the_binary_its_licences_man_pages_and_completions() {
+    let folder = Folder::new();
+    run(Command::new("tar").args(["-xzf", &package(".tar.gz"), "-C", &folder.path("")]));
+    let inside = |path: &str| folder.path(&format!("reuse-run-{VERSION}/{path}"));
+    assert_is_the_version(&inside("reuse-run"));
+    for file in ["README.md", "CHANGELOG.md", "LICENSE-MIT", "LICENSE-APACHE", "man/man1/reuse-run-reload.1"]
+    {
+        assert!(Path::new(&inside(file)).exists(), "no {file}");
+    }
+    assert_eq!(fs::read_dir(inside("completions")).expect("completions").count(), 3);
+}
+
+#[test]
+fn the_debian_package_is_installed_used_and_removed() {
+    let bundle = Bundle::empty(Identity::Root);
+    fs::remove_file(bundle.root("reuse-run")).expect("leave only the package's");
+    fs::create_dir_all(bundle.root("var/lib/dpkg/updates")).expect("make a folder");
+    fs::write(bundle.root("var/lib/dpkg/status"), "").expect("make a file");
+    let root = bundle.folder.0.join("root");
+    let dpkg = |arguments: &[&str]| {
+        let mut dpkg = Command::new("dpkg");
+        dpkg.arg(format!("--root={}", root.display())).arg("--force-not-root").args(arguments);
+        run(&mut dpkg)
+    };
+    dpkg(&["--install", &package(".deb")]);
+    let files = [
+        "usr/bin/reuse-run",
+        "usr/lib/systemd/system/reuse-run@.service",
+        "usr/share/man/man1/reuse-run.1.gz",
+        "usr/share/man/man1/reuse-run-stop.1.gz",
+        "usr/share/bash-completion/completions/reuse-run",
+        "usr/share/zsh/vendor-completions/_reuse-run",
+        "usr/share/fish/vendor_completions.d/reuse-run.fish",
+        "usr/share/doc/reuse-run/copyright",
+        "usr/share/doc/reuse-run/CHANGELOG.md.gz",
+    ];
+    let list = dpkg(&["--listfiles", "reuse-run"]);
+    for file in files {
+        assert!(root.join(file).exists() && list.contains(&format!("\n/{file}\n")), "no {file}: {list}");
+    }
+    assert_eq!(dpkg(&["--verify", "reuse-run"]), "");
+    let page = run(Command::new("mandoc").args(["-T", "ascii"]).arg(root.join(files[2])));
+    assert!(page.starts_with("REUSE-RUN(1)"), "{page}");
+    let verify = ["verify", "--man=no", &format!("--root={}", root.display()), "reuse-run@app.service"];
+    let verified = Command::new("systemd-analyze").args(verify).output().expect("run systemd-analyze");
+    let faults = String::from_utf8_lossy(&verified.stderr).into_owned();
+    // The targets of systemd aren't in this root.
+    let is_fault = |line: &&str| line.contains("reuse-run@") && !line.ends_with("sysinit.target not found.");
+    assert_eq!(faults.lines().find(is_fault), None);
+
+    let container = start_serving(bundle);
+    dpkg(&["--remove", "reuse-run"]);
+    for file in files {
+        assert!(!root.join(file).exists(), "{file} is left");
+    }
+    container.stop();
+}
+
+#[test]
+fn the_npm_package_is_installed_and_found_by_npx() {
+    let folder = Folder::new();
+    let npm = |program: &str, arguments: &[&str]| {
+        let mut npm = Command::new(program);
+        npm.args(arguments).current_dir(&folder.0).env("npm_config_cache", folder.path("cache"));
+        run(npm.env("npm_config_offline", "true").env("npm_config_update_notifier", "false"))
+    };
+    npm("npm", &["install", "--no-audit", "--no-fund", &package(".tgz")]);
+    assert_eq!(npm("npx", &["reuse-run", "--version"]), format!("reuse-run {VERSION}\n"));
+    let script = r#"node_modules/.bin/reuse-run --ready 0s --stop-signal TERM -- sleep 1000 2>log &
+        until grep -q 'generation 1 is ready' log; do sleep 0.05; done
+        cat /proc/$!/comm; kill $!; wait $!"#;
+    let name = npm("timeout", &["60", "sh", "-c", script]);
+    assert_eq!(name, "reuse-run\n", "signals reach reuse-run itself, and it ends with 0");
+    npm("npm", &["uninstall", "--no-audit", "--no-fund", "reuse-run"]);
+    assert!(!folder.0.join("node_modules/.bin/reuse-run").exists());
+}
+
+#[test]
+fn the_wheel_is_installed_by_pip_and_removed() {
+    let folder = Folder::new();
+    run(Command::new("python3").args(["-m", "venv", "--without-pip", &folder.path("venv")]));
+    let python = folder.path("venv/bin/python3");
+    let pip = |arguments: &[&str]| {
+        let mut pip = Command::new("python3");
+        pip.args(["-m", "pip", "--disable-pip-version-check", "--python", &python]).args(arguments);
+        run(&mut pip)
+    };
+    pip(&["install", "--no-index", &package(".whl")]);
+    assert_is_the_version(&folder.path("venv/bin/reuse-run"));
+    pip(&["check"]);
+    pip(&["uninstall", "--yes", "reuse-run"]);
+    assert!(!folder.0.join("venv/bin/reuse-run").exists());
+}
+
+#[test]
+fn the_oci_image_runs_in_runc() {
+    let folder = Folder::new();
+    run(Command::new("tar").args(["-xf", &package("-oci.tar"), "-C", &folder.path("")]));
+    let json = |path: String| -> Value {
+        serde_json::from_str(&fs::read_to_string(path).expect("a file")).expect("JSON")
+    };
+    // The file that a descriptor names, after a check of what it promises.
+    let blob = |descriptor: &Value| {
+        let (_, digest) = descriptor["digest"].as_str().expect("a digest").split_once(':').expect("a kind");
+        let path = folder.path(&format!("blobs/sha256/{digest}"));
+        assert!(run(Command::new("sha256sum").arg(&path)).starts_with(digest), "{path}");
+        assert_eq!(descriptor["size"].as_u64(), fs::metadata(&path).ok().map(|file| file.len()), "{path}");
+        path
+    };
+    let index = json(blob(&json(folder.path("index.json"))["manifests"][0]));
+    assert_eq!(index["manifests"][0]["platform"]["os"], "linux");
+    let manifest = json(blob(&index["manifests"][0]));
+    assert_eq!(json(blob(&manifest["config"]))["config"]["Entrypoint"], serde_json::json!(["/reuse-run"]));
+
+    let bundle = Bundle::empty(Identity::Bare);
+    fs::remove_file(bundle.root("reuse-run")).expect("leave only the image's");
+    let layer = blob(&manifest["layers"][0]);
+    run(Command::new("tar").args(["-xzf", &layer, "-C"]).arg(bundle.root("")));
+    start_serving(bundle).stop();
+}
+
+#[test]
+fn the_list_of_parts_names_what_the_binary_is_built_from() {
+    let list: Value =
+        serde_json::from_str(&fs::read_to_string(package(".cdx.json")).expect("a list")).expect("JSON");
+    let names = list["components"].as_array().expect("components").iter().map(|part| {
+        assert_eq!(part["hashes"][0]["alg"], "SHA-256", "{part}");
+        assert!(part["licenses"][0]["expression"].is_string(), "{part}");
+        format!("{} v{}", part["name"].as_str().expect("a name"), part["version"].as_str().expect("one"))
+    });
+    let names: BTreeSet<String> = names.collect();
+    let mut tree = Command::new("cargo");
+    tree.args(["tree", "--locked", "--edges=normal,no-proc-macro", "--prefix=none"]);
+    let tree = run(tree.current_dir(here("")));
+    let crates = tree.lines().skip(1).map(|line| line.split(" (").next().expect("a crate").to_owned());
+    assert_eq!(names, crates.filter(|it| !it.is_empty()).collect());
+}
