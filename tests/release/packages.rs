@@ -6,21 +6,21 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::common::Folder;
 use crate::oci::{Bundle, Container, Identity, Runtime, static_binary};
 use crate::{here, run};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-const SERVER: [&str; 6] = ["-n", "2", "--", "/server", "--listen", "0.0.0.0:8080"];
+const SERVER: &str = "/server --listen 0.0.0.0:8080";
 
 /// A checkout of what is in this folder, as a commit that is the same each time.
 fn checkout() -> Folder {
     let folder = Folder::new();
-    let files =
-        "git ls-files -z --cached --others --exclude-standard | tar -c --null -T - --ignore-failed-read";
-    let script = format!("{files} | tar -x -C {}", folder.path(""));
+    let list = "git -c safe.directory='*' ls-files -z --cached --others --exclude-standard";
+    let copy = format!("tar -c --null -T - --ignore-failed-read | tar -x -C {}", folder.path(""));
+    let script = format!("{list} | {copy}");
     run(Command::new("bash").args(["-euo", "pipefail", "-c", &script]).current_dir(here("")));
     git(&folder, "init --quiet");
     git(&folder, "add --all");
@@ -75,14 +75,24 @@ fn assert_is_the_version(program: &str) {
     assert_eq!(run(Command::new(program).arg("--version")), format!("reuse-run {VERSION}\n"));
 }
 
-/// Starts the reuse-run in a container's PATH with two servers, and asserts that a command finds them serving.
+/// Starts a container with a command that runs two servers, and asserts that `reuse-run status` finds them serving.
 #[track_caller]
-fn start_serving(bundle: Bundle) -> Container {
-    let (container, _) = bundle.start_ready(Runtime::Runc, &SERVER);
+fn start_serving(mut bundle: Bundle, command: &str) -> Container {
+    let words: Vec<&str> = command.split_whitespace().collect();
+    bundle.config["process"]["args"] = json!(words);
+    let container = bundle.start_as_configured(Runtime::Runc);
+    container.wait_until_ready();
     let (status, text) = container.exec(&["reuse-run", "status"]);
     assert_eq!(status, Some(0), "{text}");
     assert!(text.contains("serving, 2 of 2 slots ready on 0.0.0.0:8080"), "{text}");
     container
+}
+
+/// The line of a unit that sets this.
+#[track_caller]
+fn setting<'a>(unit: &'a str, name: &str) -> &'a str {
+    let found = unit.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    found.unwrap_or_else(|| panic!("no {name} in {unit}"))
 }
 
 #[test]
@@ -140,7 +150,7 @@ fn the_archive_holds_the_binary_its_licences_man_pages_and_completions() {
 
 #[test]
 fn the_debian_package_is_installed_used_and_removed() {
-    let bundle = Bundle::empty(Identity::Root);
+    let mut bundle = Bundle::empty(Identity::Root);
     fs::remove_file(bundle.root("reuse-run")).expect("leave only the package's");
     fs::create_dir_all(bundle.root("var/lib/dpkg/updates")).expect("make a folder");
     fs::write(bundle.root("var/lib/dpkg/status"), "").expect("make a file");
@@ -176,7 +186,18 @@ fn the_debian_package_is_installed_used_and_removed() {
     let is_fault = |line: &&str| line.contains("reuse-run@") && !line.ends_with("sysinit.target not found.");
     assert_eq!(faults.lines().find(is_fault), None);
 
-    let container = start_serving(bundle);
+    let unit = fs::read_to_string(root.join(files[1])).expect("the unit");
+    let docs = fs::read_to_string(here("docs/systemd.md")).expect("the page");
+    let (_, example) = docs.split_once("# /etc/reuse-run/app.env\n").expect("an example");
+    for line in example.lines().take_while(|line| *line != "```") {
+        assert!(unit.contains(&format!("#     {line}\n")), "{line} is not in {unit}");
+    }
+    let variables = bundle.config["process"]["env"].as_array_mut().expect("variables");
+    variables.push(json!("REUSE_RUN_WORKERS=2"));
+    let container = start_serving(bundle, &setting(&unit, "ExecStart").replace("$COMMAND", SERVER));
+    let reload = setting(&unit, "ExecReload").replace("$MAINPID", "1");
+    let (status, text) = container.exec(&reload.split(' ').collect::<Vec<_>>());
+    assert_eq!(status, Some(0), "{text}");
     dpkg(&["--remove", "reuse-run"]);
     for file in files {
         assert!(!root.join(file).exists(), "{file} is left");
@@ -197,7 +218,9 @@ fn the_npm_package_is_installed_and_found_by_npx() {
     let script = r#"node_modules/.bin/reuse-run --ready 0s --stop-signal TERM -- sleep 1000 2>log &
         until grep -q 'generation 1 is ready' log; do sleep 0.05; done
         cat /proc/$!/comm; kill $!; wait $!"#;
-    let name = npm("timeout", &["60", "sh", "-c", script]);
+    // In a PID namespace, so that nothing is left of it.
+    let alone = ["60", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script];
+    let name = npm("timeout", &alone);
     assert_eq!(name, "reuse-run\n", "signals reach reuse-run itself, and it ends with 0");
     npm("npm", &["uninstall", "--no-audit", "--no-fund", "reuse-run"]);
     assert!(!folder.0.join("node_modules/.bin/reuse-run").exists());
@@ -224,7 +247,7 @@ fn the_wheel_is_installed_by_pip_and_removed() {
 fn the_oci_image_runs_in_runc() {
     let folder = Folder::new();
     run(Command::new("tar").args(["-xf", &package("-oci.tar"), "-C", &folder.path("")]));
-    let json = |path: String| -> Value {
+    let parsed = |path: String| -> Value {
         serde_json::from_str(&fs::read_to_string(path).expect("a file")).expect("JSON")
     };
     // The file that a descriptor names, after a check of what it promises.
@@ -235,16 +258,17 @@ fn the_oci_image_runs_in_runc() {
         assert_eq!(descriptor["size"].as_u64(), fs::metadata(&path).ok().map(|file| file.len()), "{path}");
         path
     };
-    let index = json(blob(&json(folder.path("index.json"))["manifests"][0]));
+    let index = parsed(blob(&parsed(folder.path("index.json"))["manifests"][0]));
     assert_eq!(index["manifests"][0]["platform"]["os"], "linux");
-    let manifest = json(blob(&index["manifests"][0]));
-    assert_eq!(json(blob(&manifest["config"]))["config"]["Entrypoint"], serde_json::json!(["/reuse-run"]));
+    let manifest = parsed(blob(&index["manifests"][0]));
+    let config = parsed(blob(&manifest["config"]));
+    let entrypoint = config["config"]["Entrypoint"][0].as_str().expect("an entrypoint");
 
     let bundle = Bundle::empty(Identity::Bare);
     fs::remove_file(bundle.root("reuse-run")).expect("leave only the image's");
     let layer = blob(&manifest["layers"][0]);
     run(Command::new("tar").args(["-xzf", &layer, "-C"]).arg(bundle.root("")));
-    start_serving(bundle).stop();
+    start_serving(bundle, &format!("{entrypoint} -n 2 -- {SERVER}")).stop();
 }
 
 #[test]
