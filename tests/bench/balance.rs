@@ -173,8 +173,14 @@ fn peers(options: &Options) -> Result<Vec<Peer>> {
 }
 
 pub fn run(options: &Options) -> Result<()> {
-    let peers = peers(options)?;
-    let mut runs = Vec::new();
+    let (peers, mut runs) = (peers(options)?, Vec::new());
+    let measured = measure_all(&peers, &mut runs, options);
+    let markdown = markdown(&peers, &runs);
+    report::write(options, "balance", &runs, &markdown)?; // also what was measured before it failed
+    measured
+}
+
+fn measure_all(peers: &[Peer], runs: &mut Vec<Run>, options: &Options) -> Result<()> {
     for experiment in &experiments() {
         let is_near = |peer: &Peer| !matches!(peer, Peer::Cluster | Peer::Pm2 { .. });
         let wanted = |peer: &&Peer| {
@@ -190,8 +196,7 @@ pub fn run(options: &Options) -> Result<()> {
             runs.extend(isolated(|| measure(experiment, &peers, run, options))?);
         }
     }
-    let markdown = markdown(&peers, &runs);
-    report::write(options, "balance", &runs, &markdown)
+    Ok(())
 }
 
 fn measure(experiment: &Experiment, peers: &[Peer], run: u32, options: &Options) -> Result<Vec<Run>> {

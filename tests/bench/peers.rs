@@ -260,7 +260,10 @@ impl Server<'_> {
 
     /// Starts a worker for each slot, each with one of these listeners.
     fn spawn_each(&self, listeners: &[OwnedFd]) -> Result<Vec<i32>> {
-        let words = self.app.command(1, self.options)?;
+        let mut words = self.app.command(1, self.options)?;
+        if let Some(at) = words.iter().position(|word| word == "--listen") {
+            words.splice(at..at + 2, ["--given".to_owned()]); // the trivial server takes it only if asked to
+        }
         let spawn = |slot: u32| {
             let mut command = self.command(&words);
             command.env("NODE_APP_INSTANCE", slot.to_string());
