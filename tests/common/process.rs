@@ -3,13 +3,26 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// The children of a process, zombies included, without the processes in which reuse-run does what may wait.
+/// The children of a process, zombies included, without the processes in which reuse-run does what may wait. Waits for those
+/// that have yet to take a name, or to execute a program.
 pub fn children(pid: u32) -> Vec<u32> {
-    all_children(pid).into_iter().filter(|pid| !is_helper(*pid)).collect()
+    let identity = |pid: u32| ["comm", "cmdline"].map(|file| fs::read(format!("/proc/{pid}/{file}")).ok());
+    let begun = Instant::now();
+    loop {
+        let (all, own) = (all_children(pid), identity(pid));
+        if begun.elapsed() < Duration::from_secs(60) && all.iter().any(|child| identity(*child) == own) {
+            thread::sleep(Duration::from_millis(1));
+            continue;
+        }
+        let is_there = |pid: &u32| fs::exists(format!("/proc/{pid}")).is_ok_and(|is_there| is_there);
+        return all.into_iter().filter(|pid| !is_helper(*pid) && is_there(pid)).collect();
+    }
 }
 
 pub fn all_children(pid: u32) -> Vec<u32> {
