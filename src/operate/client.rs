@@ -42,8 +42,10 @@ const REDRAW_INTERVAL: Duration = Duration::from_millis(200);
 /// it. The exit status of `status` is that of [`Status::exit_status`].
 pub fn run(command: Command) -> u8 {
     let result = find::find(command.which.as_ref()).and_then(|found| match command.operation {
-        Operation::Show { json: false, watch } => show(watch, || overview(&found)),
-        Operation::Show { json: true, watch } => show(watch, || json(&found)),
+        Operation::Show { json: false, watch } => {
+            show(watch, watch && io::stdout().is_terminal(), || overview(&found))
+        }
+        Operation::Show { json: true, watch } => show(watch, false, || json(&found)),
         Operation::Change { request, timeout } => change(find::only(&found)?, request, timeout),
     });
     result.unwrap_or_else(|CommandError { why, exit_status }| {
@@ -111,12 +113,16 @@ fn overview(found: &[Target]) -> Result<(String, u8), CommandError> {
     Ok((status::table_of(&all), exit_statuses.and_then(|all| all.into_iter().max()).unwrap_or(1)))
 }
 
-fn show(watch: bool, fetch: impl Fn() -> Result<(String, u8), CommandError>) -> Result<u8, CommandError> {
+/// Prints a status once, or again and again, and then over the last one if `redraws`.
+fn show(
+    watch: bool,
+    redraws: bool,
+    fetch: impl Fn() -> Result<(String, u8), CommandError>,
+) -> Result<u8, CommandError> {
     loop {
         let (text, exit_status) = fetch()?;
-        // Write over the last status: clear to the end of each line, and everything below.
-        let redraw = watch && io::stdout().is_terminal();
-        let text = if redraw { format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")) } else { text };
+        // Clear to the end of each line, and everything below.
+        let text = if redraws { format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")) } else { text };
         let shown = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());
         if !watch || shown.is_err() {
             return Ok(exit_status);

@@ -1,7 +1,7 @@
 //! Which reuse-run a command speaks to, and the connection to it. Any process may take a name in the abstract namespace, so
 //! no name is believed: the kernel tells who listens under it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -78,7 +78,8 @@ impl Target {
     /// When it isn't what was asked for, or takes no connection in time.
     pub fn connect(self) -> Result<UnixStream, CommandError> {
         let pid = self.pid;
-        let why = match self.try_connect(Instant::now() + CONNECT_TIMEOUT) {
+        let names = names_of(pid).map_err(CommandError::from)?;
+        let why = match self.try_connect(names, Instant::now() + CONNECT_TIMEOUT) {
             Ok(stream) => return Ok(stream),
             Err(Failure::Nothing) => format!(
                 "process {pid} is not a reuse-run that can be reached (not from another PID or network namespace)"
@@ -90,9 +91,8 @@ impl Target {
         Err(why.into())
     }
 
-    /// Tries all names that this process may have, and waits for those whose queue is full.
-    fn try_connect(self, deadline: Instant) -> Result<UnixStream, Failure> {
-        let mut names = names_of(self.pid).map_err(Failure::Io)?;
+    /// Tries these names, and waits for those whose queue is full.
+    fn try_connect(self, mut names: BTreeSet<String>, deadline: Instant) -> Result<UnixStream, Failure> {
         let mut failure = Failure::Nothing;
         loop {
             let mut full = BTreeSet::new();
@@ -158,11 +158,19 @@ pub fn find(which: Option<&Which>) -> Result<Vec<Target>, CommandError> {
         None => None,
     };
     let deadline = Instant::now() + CONNECT_TIMEOUT;
-    let listed = listed_names().filter_map(|socket| protocol::parse_socket_name(&socket));
-    let all: BTreeSet<u32> =
-        listed.filter(|(_, its)| name.is_none() || name == its.as_ref()).map(|(pid, _)| pid).collect();
+    // Others may listen under the PID of a reuse-run and another name. So only what listens under this one has it.
+    let mut names: BTreeMap<u32, BTreeSet<String>> = BTreeMap::new();
+    for socket in listed_names() {
+        if let Some((pid, its)) = protocol::parse_socket_name(&socket)
+            && (name.is_none() || name == its.as_ref())
+        {
+            names.entry(pid).or_default().insert(socket);
+        }
+    }
+    let all: Vec<u32> = names.keys().copied().collect();
+    let try_connect = |target: Target, deadline| target.try_connect(names[&target.pid].clone(), deadline);
     // No user can choose to be PID 1, so root may trust it: in a container it may have given up root.
-    if all.contains(&1) && Target::named(1).try_connect(deadline).is_ok() {
+    if all.contains(&1) && try_connect(Target::named(1), deadline).is_ok() {
         return Ok(vec![Target::named(1)]);
     }
     let user = geteuid();
@@ -171,10 +179,10 @@ pub fn find(which: Option<&Which>) -> Result<Vec<Target>, CommandError> {
         let credentials = procfs::credentials(Pid::from_raw(*pid as i32));
         credentials.is_ok_and(|credentials| credentials.uids[1] == user.as_raw())
     });
-    let found = |pid: &u32| match Target::own(*pid).try_connect(deadline) {
+    let found = |pid: &u32| match try_connect(Target::own(*pid), deadline) {
         Ok(_) => true,
         // It may be a reuse-run all the same. Otherwise others could choose which one is commanded, by their connections.
-        Err(Failure::Full) => procfs::name(Pid::from_raw(*pid as i32))
+        Err(Failure::Full) if name.is_none() => procfs::name(Pid::from_raw(*pid as i32))
             .is_some_and(|name| procfs::name(Pid::this()) == Some(name)),
         Err(_) => false,
     };
@@ -186,10 +194,10 @@ pub fn find(which: Option<&Which>) -> Result<Vec<Target>, CommandError> {
         Some(name) => format!("no reuse-run with the name {name} is running here"),
         None => "no reuse-run is running here".to_owned(),
     };
-    if !others.is_empty() && !user.is_root() {
+    if !others.is_empty() && !user.is_root() && name.is_none() {
         return Err("no reuse-run of this user is running here, only another user's".into());
     }
-    let listens = |other: &Target| other.try_connect(Instant::now()).is_ok();
+    let listens = |other: &Target| try_connect(*other, Instant::now()).is_ok();
     let others: Vec<Target> = others.into_iter().map(Target::named).filter(listens).collect();
     if others.is_empty() {
         return Err(none.into());

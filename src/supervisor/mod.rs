@@ -140,18 +140,6 @@ pub fn run(options: Options) -> io::Result<u8> {
     Ok(status)
 }
 
-/// # Errors
-/// When another reuse-run of this user has the name: commands couldn't tell them apart.
-fn check_name(name: &Name) -> io::Result<()> {
-    match find::find(Some(&Which::Name(name.clone()))) {
-        Ok(others) => {
-            let pid = others[0].pid;
-            Err(io::Error::other(format!("process {pid} is a reuse-run with the name {name} already")))
-        }
-        Err(_) => Ok(()),
-    }
-}
-
 /// Finds out whether workers can be intercepted. If not, says what that means.
 ///
 /// # Errors
@@ -168,10 +156,22 @@ fn listener_watch(options: &Options) -> io::Result<ListenerWatch> {
 }
 
 /// The control socket, if there can be one.
-fn control(name: Option<Name>) -> Option<Control> {
+///
+/// # Errors
+/// When another reuse-run of this user has the name: commands couldn't tell them apart. Of two that start at once, one at
+/// least sees the other.
+fn control(name: Option<Name>) -> io::Result<Option<Control>> {
     let warning =
         |error| warn!("no control socket, so reload, status, scale, recycle and stop can't work: {error}");
-    Control::new(name).map_err(warning).ok()
+    let control = Control::new(name.clone()).map_err(warning).ok();
+    let Some(name) = name else { return Ok(control) };
+    let found = find::find(Some(&Which::Name(name.clone()))).unwrap_or_default();
+    match found.iter().map(|other| other.pid).find(|pid| *pid != std::process::id()) {
+        Some(pid) => {
+            Err(io::Error::other(format!("process {pid} is a reuse-run with the name {name} already")))
+        }
+        None => Ok(control),
+    }
 }
 
 /// Rounded up to milliseconds: a time-out that is too short would come again and again.
@@ -189,7 +189,7 @@ impl Supervisor {
     fn new(options: Options) -> io::Result<Self> {
         // First: while SIGCHLD is ignored, a child that ends can't be waited for.
         let signals = Signals::new()?;
-        options.name.as_ref().map_or(Ok(()), check_name)?;
+        let control = control(options.name.clone())?;
         let (labels, listener_watch) = (Labels::if_wanted(options.label)?, listener_watch(&options)?);
         let Options { program, mut settings, policy, sources, listen, balance, .. } = options;
         settings.intercept = matches!(listener_watch, ListenerWatch::Interception(_));
@@ -205,7 +205,6 @@ impl Supervisor {
         watch(&epoll, &signals, Source::Signals)?;
         watch(&epoll, &pool, Source::Pool)?;
         watch(&epoll, &reader, Source::Reader).and_then(|()| watch(&epoll, &unix, Source::Paths))?;
-        let control = control(options.name);
         control.iter().try_for_each(|control| watch(&epoll, control, Source::Control))?;
         labels.iter().try_for_each(|labels| watch(&epoll, labels, Source::Labels))?;
         let intercepts = inherited.iter().filter(|_| settings.intercept); // a scan can't tell them from a worker's own

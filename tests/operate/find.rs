@@ -86,6 +86,24 @@ fn a_command_finds_a_reuse_run_by_its_name_and_status_shows_all() {
 }
 
 #[test]
+fn a_socket_of_another_process_gives_a_reuse_run_no_name() {
+    own_network();
+    let mut service = Service::run_ready("-n 1 --name web", &naive(free_address()));
+    let namespace = fs::metadata("/proc/self/ns/pid").expect("a PID namespace").ino();
+    let name = format!("reuse-run/{namespace}/{}/old", service.pid());
+    let name = SocketAddr::from_abstract_name(name).expect("a name");
+    let _other = std::os::unix::net::UnixListener::bind_addr(&name).expect("take the name");
+    for words in ["stop old", "status old"] {
+        run_words(words).assert_failed(&["no reuse-run with the name old is running here"]);
+    }
+    let mut old = Service::run_ready("-n 1 --name old", &naive(free_address()));
+    run_words("reload old").assert_done("1 worker of generation 2 serve");
+    old.stop();
+    assert_eq!(run_words("status web").code, Some(0));
+    service.stop();
+}
+
+#[test]
 fn a_socket_with_the_name_of_pid_1s_is_not_mistaken_for_it() {
     own_network();
     let namespace = fs::metadata("/proc/self/ns/pid").expect("a PID namespace").ino();
