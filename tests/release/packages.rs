@@ -135,6 +135,15 @@ fn two_checkouts_give_the_same_files_whoever_makes_them() {
 }
 
 #[test]
+fn the_binary_names_no_folder_of_the_machine_that_has_built_it() {
+    let binary = fs::read(static_binary()).expect("the binary");
+    let home = std::env::var("HOME").expect("HOME");
+    for folder in [env!("CARGO_MANIFEST_DIR"), &format!("{home}/.cargo")] {
+        assert!(!binary.windows(folder.len()).any(|bytes| bytes == folder.as_bytes()), "{folder}");
+    }
+}
+
+#[test]
 fn the_archive_holds_the_binary_its_licences_man_pages_and_completions() {
     let folder = Folder::new();
     run(Command::new("tar").args(["-xzf", &package(".tar.gz"), "-C", &folder.path("")]));
