@@ -106,6 +106,9 @@ fn a_release_needs_a_clean_checkout_of_the_tag() {
     checkout.raise("new");
     refused("the checkout has changes that are not in HEAD:\n?? new");
     checkout.lower("new");
+    output.raise("mine");
+    refused("holds something else than packages");
+    output.lower("mine");
     run(release(&checkout, &output.0).arg("--untagged"));
     let notes = |path: String| fs::read_to_string(path).expect("the notes");
     let changelog = notes(checkout.path("CHANGELOG.md"));
