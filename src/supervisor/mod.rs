@@ -189,7 +189,6 @@ impl Supervisor {
     fn new(options: Options) -> io::Result<Self> {
         // First: while SIGCHLD is ignored, a child that ends can't be waited for.
         let signals = Signals::new()?;
-        let control = control(options.name.clone())?;
         let (labels, listener_watch) = (Labels::if_wanted(options.label)?, listener_watch(&options)?);
         let Options { program, mut settings, policy, sources, listen, balance, .. } = options;
         settings.intercept = matches!(listener_watch, ListenerWatch::Interception(_));
@@ -205,6 +204,7 @@ impl Supervisor {
         watch(&epoll, &signals, Source::Signals)?;
         watch(&epoll, &pool, Source::Pool)?;
         watch(&epoll, &reader, Source::Reader).and_then(|()| watch(&epoll, &unix, Source::Paths))?;
+        let control = control(options.name)?;
         control.iter().try_for_each(|control| watch(&epoll, control, Source::Control))?;
         labels.iter().try_for_each(|labels| watch(&epoll, labels, Source::Labels))?;
         let intercepts = inherited.iter().filter(|_| settings.intercept); // a scan can't tell them from a worker's own

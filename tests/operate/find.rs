@@ -73,6 +73,7 @@ fn a_command_finds_a_reuse_run_by_its_name_and_status_shows_all() {
     run_words("reload mail").assert_failed(&["no reuse-run with the name mail is running here"]);
     let mut again = Service::run("-n 1 --name web", &naive(free_address()));
     assert_eq!(again.wait_end().code(), Some(1));
+    assert_eq!(again.descendants(), [0u32; 0]);
     again.wait_for_line(&format!(
         "can't start: process {} is a reuse-run with the name web already",
         web.pid()
