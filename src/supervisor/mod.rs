@@ -505,11 +505,12 @@ impl Supervisor {
     }
 
     /// Forwards a signal to the workers. One that is their stop signal comes from [`Action::Signal`] alone.
-    fn forward(&self, signal: c_int) {
+    fn forward(&mut self, signal: c_int) {
         if signal == self.stop_signal as c_int {
             debug!("signal {signal} is not forwarded: it is the stop signal");
             return;
         }
+        self.advance_starts();
         debug!("signal {signal} is forwarded to {}", count(self.processes.len(), "worker"));
         self.processes.values().for_each(|process| worker::signal(process.pid, signal));
     }

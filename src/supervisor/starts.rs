@@ -169,6 +169,12 @@ impl Supervisor {
         }
     }
 
+    /// Learns which workers run by now. One may do so before that is reported.
+    pub(super) fn advance_starts(&mut self) {
+        let workers: Vec<WorkerId> = self.starts.children.keys().copied().collect();
+        workers.into_iter().for_each(|worker| self.advance_start(worker));
+    }
+
     /// A child has reported something, or has ended.
     pub(super) fn advance_start(&mut self, worker: WorkerId) {
         loop {
