@@ -78,8 +78,9 @@ impl Target {
     /// When it isn't what was asked for, or takes no connection in time.
     pub fn connect(self) -> Result<UnixStream, CommandError> {
         let pid = self.pid;
-        let names = names_of(pid).map_err(CommandError::from)?;
-        let why = match self.try_connect(names, Instant::now() + CONNECT_TIMEOUT) {
+        let deadline = Instant::now() + CONNECT_TIMEOUT;
+        let names = names_of(pid).map_err(Failure::Io);
+        let why = match names.and_then(|names| self.try_connect(names, deadline)) {
             Ok(stream) => return Ok(stream),
             Err(Failure::Nothing) => format!(
                 "process {pid} is not a reuse-run that can be reached (not from another PID or network namespace)"
