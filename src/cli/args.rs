@@ -233,7 +233,10 @@ pub struct ReloadArgs {
     example = "reuse-run status --watch",
     error_code(0, "all slots have a ready worker that does not hang"),
     error_code(1, "no reuse-run has answered"),
-    error_code(2, "the command line is wrong"),
+    error_code(
+        2,
+        "the command line is wrong, or --json is given, several reuse-run are running and none is named"
+    ),
     error_code(3, "some slots have such a worker"),
     error_code(4, "no slot has such a worker")
 )]
