@@ -45,6 +45,17 @@ need_rust() {
   need cc=build-essential
 }
 
+# Puts the Node and npm of tests/node/package-lock.json first in PATH, so that all machines test the same ones. The Node of the
+# machine only installs them. Packages that are for a newer Node are left out by npm if an older one runs it.
+use_locked_node() {
+  (cd tests/node && install_node_packages)
+  PATH=$PWD/tests/node/node_modules/.bin:$PATH
+  if [[ $(command -v node) != "$PWD"/tests/* ]]; then
+    echo "${0##*/}: tests/node/package-lock.json has no Node for $(uname -m)" >&2
+    exit 1
+  fi
+}
+
 # Installs the Node packages of the lock file in this folder, unless they are there.
 install_node_packages() {
   if [[ ! node_modules/.package-lock.json -nt package-lock.json ]]; then

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use common::load::{Load, LoadOptions, Mode};
 use common::{
-    DEADLINE, Folder, Service, answered_more, get, join_network, load, naive, own_network, reuse_run,
+    DEADLINE, Folder, Service, answered_more, get, join_network, load, naive, node, own_network, reuse_run,
     wait_until,
 };
 use nix::sys::signal::Signal;
@@ -73,11 +73,12 @@ fn words(list: &Value) -> Vec<&str> {
     list.as_array().expect("a list").iter().map(|word| word.as_str().expect("a word")).collect()
 }
 
-/// A container with this machine's Node and the examples' app.
+/// A container with the tests' Node and the examples' app.
 fn with_app(identity: Identity, profile_name: &str) -> Bundle {
     let app = here("tests/readme").into_os_string().into_string().expect("UTF-8");
     let profile = profile(profile_name, identity, &[]);
-    let mut bundle = Bundle::debian(identity).bind(&app, "/app").seccomp(profile);
+    let bundle = Bundle::debian(identity).bind(&app, "/app").bind(&node(), "/node");
+    let mut bundle = bundle.seccomp(profile);
     bundle.config["process"]["cwd"] = json!("/app");
     bundle
 }

@@ -67,6 +67,13 @@ pub fn app(name: &str) -> String {
     path.into_os_string().into_string().expect("a path in UTF-8")
 }
 
+/// The file of the Node that tests use (see scripts/needs.sh).
+pub fn node() -> String {
+    let path = std::env::var_os("PATH").expect("PATH");
+    let mut files = std::env::split_paths(&path).filter_map(|folder| folder.join("node").canonicalize().ok());
+    files.next().and_then(|file| file.into_os_string().into_string().ok()).expect("node (see scripts/test)")
+}
+
 /// The path of an app that needs the packages of tests/apps/package-lock.json.
 pub fn node_app(name: &str) -> String {
     let modules = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/apps/node_modules");
