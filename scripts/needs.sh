@@ -1,27 +1,43 @@
 # Functions for the other scripts, to be sourced: they install what the scripts need.
 
-# need COMMAND=PACKAGE...: installs the Debian packages of missing commands, as root on Debian. Elsewhere it names them and
-# ends the script. COMMAND may be the path of a file.
+# need COMMAND=PACKAGE...: Rust, a C compiler and these commands. As root on Debian it installs the packages of missing
+# commands. Otherwise it names all that is missing at once and ends the script. COMMAND may be the path of a file.
 need() {
-  local pair missing=() packages=()
-  for pair; do
-    if [[ -e ${pair%%=*} ]] || command -v "${pair%%=*}" >/dev/null; then
-      continue
-    fi
-    missing+=("${pair%%=*}")
-    packages+=("${pair#*=}")
-  done
-  if ((${#missing[@]} == 0)); then
-    return
+  local pair rust have fails= missing=() packages=()
+  # Rust must come from rustup, because many distributions have an old version.
+  PATH=$PATH:$HOME/.cargo/bin
+  rust=$(sed -n 's/^rust-version = "\([0-9.]*\)".*/\1/p' Cargo.toml)
+  have=$(cargo --version 2>/dev/null | cut -d ' ' -f 2) || true
+  if ! printf '%s\n' "$rust" "$have" | sort -CV; then
+    echo "${0##*/}: missing: Rust $rust or newer (see https://rustup.rs)" >&2
+    fails=1
   fi
-  if [[ -e /etc/debian_version && $EUID -eq 0 ]]; then
-    echo "${0##*/}: installing ${packages[*]}" >&2
-    apt-get -qq update
-    install_debian_packages "${packages[@]}"
-  else
-    echo "${0##*/}: missing: ${missing[*]} (Debian packages: ${packages[*]})" >&2
+  for pair in cc=build-essential "$@"; do
+    if [[ ! -e ${pair%%=*} ]] && ! command -v "${pair%%=*}" >/dev/null; then
+      missing+=("${pair%%=*}")
+      packages+=("${pair#*=}")
+    fi
+  done
+  if ((${#missing[@]})); then
+    mapfile -t packages < <(printf '%s\n' "${packages[@]}" | sort -u)
+    if [[ ! $fails && -e /etc/debian_version ]] && is_root; then
+      echo "${0##*/}: installing by apt: ${packages[*]}" >&2
+      apt-get -qq update
+      install_debian_packages "${packages[@]}"
+    else
+      echo "${0##*/}: missing: ${missing[*]} (on Debian, as root: apt-get install ${packages[*]})" >&2
+      fails=1
+    fi
+  fi
+  if [[ $fails ]]; then
     exit 1
   fi
+}
+
+# Whether this is root and may become other users, as an installation of packages must. In a user namespace made by
+# `unshare --map-root-user` root is the only user (uid_map in user_namespaces(7)).
+is_root() {
+  ((EUID == 0)) && awk '{ users += $3 } END { exit users == 1 }' /proc/self/uid_map
 }
 
 # Installs packages without starting the services in them.
@@ -34,16 +50,6 @@ install_debian_packages() (
   fi
   DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends "$@" >/dev/null
 )
-
-# Rust must come from rustup, because many distributions have an old version.
-need_rust() {
-  PATH=$PATH:$HOME/.cargo/bin
-  if ! command -v cargo >/dev/null; then
-    echo "${0##*/}: missing: cargo, of Rust 1.88 or newer (see https://rustup.rs)" >&2
-    exit 1
-  fi
-  need cc=build-essential
-}
 
 # Puts the Node and npm of tests/node/package-lock.json first in PATH, so that all machines test the same ones. The Node of the
 # machine only installs them. Packages that are for a newer Node are left out by npm if an older one runs it.
@@ -70,6 +76,13 @@ install_python_packages() {
       --upgrade --target "$1" --requirement "$2"
     cp "$2" "$1/requirements.txt"
   fi
+}
+
+# Prints what `install_python_packages` needs, as arguments for `need`.
+python_needs() {
+  echo python3=python3
+  # Not the command pip3, which may belong to another Python.
+  python3 -m pip --version >/dev/null 2>&1 || echo /usr/lib/python3/dist-packages/pip=python3-pip
 }
 
 # Prints what the servers in tests/servers need, as arguments for `need`. `all` includes those that run by hand.
