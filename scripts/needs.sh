@@ -48,7 +48,12 @@ install_debian_packages() (
     printf '#!/bin/sh\nexit 101\n' >"$policy"
     chmod +x "$policy"
   fi
-  DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends "$@" >/dev/null
+  # Whoever waits in front of a terminal sees what apt does; a log needs only its errors.
+  quiet=(-qq) output=/dev/null
+  if [[ -t 2 ]]; then
+    quiet=(-q -y) output=/dev/stderr
+  fi
+  DEBIAN_FRONTEND=noninteractive apt-get "${quiet[@]}" install --no-install-recommends "$@" >"$output"
 )
 
 # Puts the Node and npm of tests/node/package-lock.json first in PATH, so that all machines test the same ones. The Node of the
@@ -65,6 +70,7 @@ use_locked_node() {
 # Installs the Node packages of the lock file in this folder, unless they are there.
 install_node_packages() {
   if [[ ! node_modules/.package-lock.json -nt package-lock.json ]]; then
+    echo "${0##*/}: installing by npm: the packages of tests/${PWD##*/tests/}" >&2
     npm ci --ignore-scripts
   fi
 }
@@ -72,6 +78,7 @@ install_node_packages() {
 # Installs the Python packages that $2 lists into the folder $1, unless they are there.
 install_python_packages() {
   if ! cmp -s "$2" "$1/requirements.txt"; then
+    echo "${0##*/}: installing by pip: the packages of $2" >&2
     python3 -m pip install -q --disable-pip-version-check --root-user-action ignore --no-deps \
       --upgrade --target "$1" --requirement "$2"
     cp "$2" "$1/requirements.txt"

@@ -67,6 +67,12 @@ fn every_relative_link_leads_to_a_file_and_a_heading() {
 }
 
 #[test]
+fn the_readme_names_the_oldest_rust() {
+    let rust = format!("Rust {} or newer", env!("CARGO_PKG_RUST_VERSION"));
+    assert!(read(&here("README.md")).contains(&rust), "no {rust:?}");
+}
+
+#[test]
 fn every_page_is_linked_from_the_readme_and_says_for_whom_it_is() {
     let readme = read(&here("README.md"));
     for page in pages().iter().filter(|page| page.starts_with(here("docs"))) {
