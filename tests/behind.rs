@@ -8,7 +8,10 @@ mod common;
 use std::net::SocketAddr;
 
 use common::load::{Load, LoadOptions};
-use common::{DEADLINE, Folder, Process, Service, User, free_address, get, naive, python, send, wait_until};
+use common::{
+    DEADLINE, Folder, Process, Service, User, free_address, get, naive, needs_other_users, python, send,
+    wait_until,
+};
 use nix::sys::signal::Signal;
 
 /// What the log says when a worker goes into the background.
@@ -127,6 +130,7 @@ fn what_a_worker_leaves_that_ends_as_it_should_is_no_program_in_the_background()
 
 #[test]
 fn the_stop_signal_reaches_a_server_whose_parent_keeps_it_to_itself() {
+    needs_other_users!();
     let user = User::new();
     let of_user = |addr: SocketAddr| vec![user.server(), "--listen".to_owned(), addr.to_string()];
     // As fakeroot(1) and strace(1) do.

@@ -11,8 +11,8 @@ use std::process::Command;
 use common::load::{Load, LoadOptions};
 use common::{
     DEADLINE, Folder, Outcome, Service, User, answered_more, arguments, begin, behind, behind_shell, example,
-    free_address, get, naive, naive_with, own_network, python, reload_under_load, reuse_run, run, server,
-    status, turn, wait_until,
+    free_address, get, naive, naive_with, needs_other_users, own_network, python, reload_under_load,
+    reuse_run, run, server, status, turn, wait_until,
 };
 use nix::sys::signal::Signal;
 
@@ -131,6 +131,7 @@ fn with_few_descriptors_a_reload_is_done_or_abandoned_at_once_and_no_request_fai
 
 #[test]
 fn a_reload_that_may_start_no_process_is_abandoned_and_the_next_one_is_done() {
+    needs_other_users!();
     let user = User::new();
     let addr = free_address();
     let command = [user.server(), "--listen".to_owned(), addr.to_string()];

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use common::load::{Load, LoadOptions};
 use common::{
     DEADLINE, Folder, Service, User, Waiting, app, arguments, assert_prompt, behind, behind_shell,
-    free_address, free_port, get, holds_for, kernel, naive, own_network, python, reload_under_load,
-    reuse_run, script, send, ticks, wait_until,
+    free_address, free_port, get, holds_for, kernel, naive, needs_other_users, own_network, python,
+    reload_under_load, reuse_run, script, send, ticks, wait_until,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -120,6 +120,7 @@ fn binds_of_a_used_port_are_logged_once_a_second() {
 /// Another user of the machine, which can find the socket, writes to it without a pause.
 #[test]
 fn a_flood_of_notifications_from_another_user_costs_little_time() {
+    needs_other_users!();
     const MESSAGES: u32 = 20_000;
     let addr = free_address();
     let text =
@@ -461,6 +462,7 @@ fn with_the_proc_of_another_pid_namespace_reuse_run_says_so_and_exits_with_1() {
 
 #[test]
 fn a_program_that_its_own_user_may_not_read_is_named_as_such() {
+    needs_other_users!();
     let (addr, user) = (free_address(), User::new());
     fs::set_permissions(user.server(), fs::Permissions::from_mode(0o711)).expect("chmod");
     let service = Service::spawn(as_user(&user, &[], "-n 2", addr));
@@ -544,6 +546,7 @@ fn as_user(user: &User, privileges: &[&str], options: &str, addr: SocketAddr) ->
 
 #[test]
 fn an_unprivileged_user_may_run_reuse_run() {
+    needs_other_users!();
     let (addr, user) = (free_address(), User::new());
     let mut service = Service::spawn_ready(as_user(&user, &[], "-n 2", addr));
     reload_under_load(&service, LoadOptions::new(addr, 4), 5);
@@ -552,6 +555,7 @@ fn an_unprivileged_user_may_run_reuse_run() {
 
 #[test]
 fn when_no_process_can_be_forked_the_log_says_so_and_the_start_is_tried_again() {
+    needs_other_users!();
     let (addr, user) = (free_address(), User::new());
     let privileges = ["--inh-caps=+net_admin", "--ambient-caps=+net_admin"];
     let service = Service::spawn(as_user(&user, &privileges, "-n 2 --max-failures 0", addr));
@@ -566,6 +570,7 @@ fn when_no_process_can_be_forked_the_log_says_so_and_the_start_is_tried_again() 
 
 #[test]
 fn when_fds_run_out_the_log_says_so_and_the_start_is_tried_again() {
+    needs_other_users!();
     let addr = free_address();
     let service = Service::run("-n 2 --max-failures 0", &naive(addr));
     assert_is_replaced_later(service, addr, "--nofile=6:", "--nofile=10000:", "Too many open files");

@@ -5,7 +5,7 @@ mod common;
 
 use std::net::SocketAddr;
 
-use common::{DEADLINE, Service, free_address, get, inline, naive, wait_until};
+use common::{DEADLINE, Service, free_address, get, inline, naive, needs_other_users, wait_until};
 use nix::sys::signal::Signal;
 
 /// A worker that has started another process, and has given up root after its bind.
@@ -23,6 +23,7 @@ fn humble(addr: SocketAddr) -> Vec<String> {
 
 #[test]
 fn workers_that_gave_up_root_and_what_they_started_do_not_outlive_a_killed_reuse_run() {
+    needs_other_users!();
     let mut service = Service::run_ready("-n 2", &humble(free_address()));
     wait_until("both have given up root", DEADLINE, || service.out.count_of("is nobody") == 2);
     assert_eq!(service.descendants().len(), 4);
@@ -33,6 +34,7 @@ fn workers_that_gave_up_root_and_what_they_started_do_not_outlive_a_killed_reuse
 
 #[test]
 fn after_sigkill_a_new_start_at_once_gets_the_port() {
+    needs_other_users!();
     let addr = free_address();
     for _ in 0..5 {
         let mut killed = Service::run_ready("-n 2", &humble(addr));
@@ -46,6 +48,7 @@ fn after_sigkill_a_new_start_at_once_gets_the_port() {
 
 #[test]
 fn after_sigkill_in_a_reload_nothing_is_left_and_a_new_start_at_once_gets_the_port() {
+    needs_other_users!();
     let addr = free_address();
     for _ in 0..5 {
         let mut killed = Service::run_ready("-n 2", &humble(addr));

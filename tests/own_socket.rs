@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use common::load::{self, LoadOptions, Report};
 use common::{
-    DEADLINE, Service, User, arguments, free_address, own_socket, python, reload_under_load, send, wait_until,
+    DEADLINE, Service, User, arguments, free_address, needs_other_users, own_socket, python,
+    reload_under_load, send, wait_until,
 };
 use nix::sys::signal::Signal;
 use socket2::SockAddr;
@@ -114,6 +115,7 @@ const ALL: [Rights; 4] = [Rights::Root, Rights::User, Rights::RootWithoutGetfd, 
 
 #[test]
 fn epolls_that_watch_a_socket_before_it_is_bound_watch_it_afterwards() {
+    needs_other_users!();
     assert_stays(&ALL, &["level", "edge", "oneshot", "exclusive", "edge two", "level two nested"]);
     assert_stays(
         &[Rights::User, Rights::UserWithoutGetfd],
@@ -127,23 +129,27 @@ fn epolls_that_watch_a_socket_before_it_is_bound_watch_it_afterwards() {
 
 #[test]
 fn a_duplicate_from_before_bind_stays_one() {
+    needs_other_users!();
     assert_stays(&ALL, &["duplicate", "duplicate edge two"]);
     assert_stays(&[Rights::Neither], &["duplicate"]);
 }
 
 #[test]
 fn options_from_before_bind_stay() {
+    needs_other_users!();
     assert_stays(&ALL, &["options", "options edge", "options thread"]);
     assert_stays(&[Rights::UserWithoutGetfd], &["options ipv6", "options duplicate edge"]);
 }
 
 #[test]
 fn a_worker_that_is_traced_already_keeps_what_its_socket_had() {
+    needs_other_users!();
     assert_stays(&[Rights::Root, Rights::User], &["traced edge two", "traced options duplicate"]);
 }
 
 #[test]
 fn a_bind_fails_if_the_worker_could_not_watch_its_socket() {
+    needs_other_users!();
     let user = User::new();
     let program = own_socket(&user.folder);
     for (rights, words) in [(Rights::Neither, "edge"), (Rights::UserWithoutGetfd, "edge traced")] {
@@ -162,11 +168,13 @@ fn a_bind_fails_if_the_worker_could_not_watch_its_socket() {
 
 #[test]
 fn processes_that_are_killed_amid_their_binds_leave_no_warning_and_no_trace() {
+    needs_other_users!();
     assert_stays(&[Rights::User, Rights::UserWithoutGetfd, Rights::RootWithoutPtrace], &["killed level"]);
 }
 
 #[test]
 fn the_end_of_a_worker_that_is_killed_amid_its_bind_is_seen_and_it_is_replaced() {
+    needs_other_users!();
     const WORKERS: usize = 16; // each is replaced at once only the first time
     let user = User::new();
     let program = own_socket(&user.folder);
@@ -190,6 +198,7 @@ fn the_end_of_a_worker_that_is_killed_amid_its_bind_is_seen_and_it_is_replaced()
 
 #[test]
 fn a_socket_whose_epolls_can_not_be_found_stays_the_workers_own() {
+    needs_other_users!();
     let user = User::new();
     let program = own_socket(&user.folder);
     let addr = free_address();
@@ -204,11 +213,13 @@ fn a_socket_whose_epolls_can_not_be_found_stays_the_workers_own() {
 
 #[test]
 fn a_server_that_looks_at_a_flag_when_accept_times_out_ends() {
+    needs_other_users!();
     assert_stays(&ALL, &["timeout"]);
 }
 
 #[test]
 fn a_unix_socket_stays_what_it_was_too() {
+    needs_other_users!();
     let user = User::new();
     let program = own_socket(&user.folder);
     std::os::unix::fs::chown(&user.folder.0, Some(user.id), None).expect("chown");

@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use common::load::{Load, LoadOptions, Mode};
 use common::{
-    DEADLINE, Folder, Service, answered_more, get, join_network, load, naive, node, own_network, reuse_run,
-    wait_until,
+    DEADLINE, Folder, Service, answered_more, get, join_network, load, naive, needs_other_users, node,
+    own_network, reuse_run, wait_until,
 };
 use nix::sys::signal::Signal;
 use oci::{Bundle, Container, Identity, Runtime, profile};
@@ -141,6 +141,7 @@ impl ConfigMap {
 
 #[test]
 fn buildkit_accepts_the_dockerfile_whose_entrypoint_starts_and_whose_healthcheck_is_healthy() {
+    needs_other_users!();
     let instructions = parse("dockerfile", CONTAINERS, "Dockerfile");
     let all: Vec<&Value> = instructions.as_array().expect("a list").iter().collect();
     let last = |name: &str| *all.iter().rfind(|instruction| instruction["cmd"] == name).expect(name);
@@ -172,6 +173,7 @@ fn buildkit_accepts_the_dockerfile_whose_entrypoint_starts_and_whose_healthcheck
 
 #[test]
 fn docker_compose_accepts_the_service_and_it_reloads_its_configuration_in_place() {
+    needs_other_users!();
     let found = parse("compose", CONTAINERS, "compose.yaml");
     let service = &found["services"]["app"];
     assert_eq!(service["read_only"], true);
@@ -194,6 +196,7 @@ fn docker_compose_accepts_the_service_and_it_reloads_its_configuration_in_place(
 
 #[test]
 fn kubernetes_accepts_the_deployment_whose_probes_pass_and_whose_config_map_is_reloaded_in_place() {
+    needs_other_users!();
     let deployment = parse("deployment", KUBERNETES, "deployment.yaml");
     let pod = &deployment["spec"]["template"]["spec"];
     let container = &pod["containers"][0];

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use common::load::LoadOptions;
 use common::{
-    Folder, Service, User, arguments, behind, get, get_path, own_network, python, reload_under_load,
-    reuse_run_with,
+    Folder, Service, User, arguments, behind, get, get_path, needs_other_users, own_network, python,
+    reload_under_load, reuse_run_with,
 };
 
 /// A server on port 20000 of a new network namespace whose socket has these options.
@@ -151,6 +151,7 @@ fn the_largest_time_to_live_that_is_asked_for_while_a_socket_is_held_stays() {
 
 #[test]
 fn in_a_user_namespace_of_its_own_a_worker_gets_no_privileged_port_and_removes_no_file() {
+    needs_other_users!();
     own_network();
     let folder = Folder::new();
     let [listener, new] = ["listener", "new"].map(|name| folder.path(name));
@@ -176,6 +177,7 @@ fn owners(service: &Service, port: u16) -> Vec<String> {
 
 #[test]
 fn the_sockets_of_a_worker_that_became_another_user_belong_to_that_user() {
+    needs_other_users!();
     let (addr, command) = limited("user 54321");
     let mut service = Service::spawn_ready(reuse_run_with("-n 2", &command));
     assert_eq!(owners(&service, addr.port()), ["54321", "54321"]);
@@ -189,6 +191,7 @@ fn the_sockets_of_a_worker_that_became_another_user_belong_to_that_user() {
 
 #[test]
 fn a_worker_without_root_binds_a_privileged_port_if_it_has_the_capability() {
+    needs_other_users!();
     for (caps, expected) in [("+net_bind_service", true), ("-all", false)] {
         own_network();
         let ambient = if expected { "--ambient-caps=+net_bind_service" } else { "--ambient-caps=-all" };
@@ -227,6 +230,7 @@ fn a_mark_is_carried_over() {
 
 #[test]
 fn a_file_capability_that_the_filter_takes_away_is_named_and_an_ambient_one_is_enough() {
+    needs_other_users!();
     own_network();
     let user = User::new();
     // VFS_CAP_REVISION_2 with the effective bit, CAP_NET_BIND_SERVICE permitted: capabilities(7), linux/capability.h.

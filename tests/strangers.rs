@@ -11,8 +11,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::{
-    DEADLINE, Outcome, Service, User, arguments, behind, control_name, free_address, get, naive, own_network,
-    reuse_run, run, run_words, status, stranger, stranger_behind, wait_until,
+    DEADLINE, Outcome, Service, User, arguments, behind, control_name, free_address, get, naive,
+    needs_other_users, own_network, reuse_run, run, run_words, status, stranger, stranger_behind, wait_until,
 };
 use nix::sys::signal::Signal;
 
@@ -37,6 +37,7 @@ fn assert_refuses(service: &Service, stranger: &Service, why: &str) {
 
 #[test]
 fn the_control_socket_refuses_other_users() {
+    needs_other_users!();
     own_network();
     let mut service = Service::run_ready("-n 1", &naive(free_address()));
     let stranger = stranger(&["ask", &control_name(service.pid()), STOP]);
@@ -76,6 +77,7 @@ fn the_control_socket_of_a_pid_namespace_refuses_processes_outside_of_it() {
 
 #[test]
 fn the_control_socket_refuses_processes_of_other_user_namespaces() {
+    needs_other_users!();
     own_network();
     let mut service = Service::run_ready("-n 1", &naive(free_address()));
     let name = control_name(service.pid());
@@ -93,6 +95,7 @@ fn the_control_socket_refuses_processes_of_other_user_namespaces() {
 /// In a user namespace each user without a number there looks like 65534.
 #[test]
 fn a_reuse_run_of_nobody_in_a_user_namespace_refuses_users_without_a_number() {
+    needs_other_users!();
     own_network();
     let unshare = ["unshare", "--user", "--map-user=65534", "--map-group=65534", "--"];
     let service = Service::spawn_ready(behind(&unshare, "-n 1", &naive(free_address())));
@@ -122,6 +125,7 @@ fn a_client_whose_process_has_ended_is_refused() {
 
 #[test]
 fn a_flood_of_refused_clients_keeps_no_command_waiting() {
+    needs_other_users!();
     own_network();
     let addr = free_address();
     let mut service = Service::run_ready("-n 1", &naive(addr));
@@ -141,6 +145,7 @@ fn a_flood_of_refused_clients_keeps_no_command_waiting() {
 
 #[test]
 fn a_name_that_another_user_has_taken_keeps_no_reuse_run_from_being_commanded() {
+    needs_other_users!();
     own_network();
     let addr = free_address();
     // Until the stranger has the name, reuse-run must not ask for it.
@@ -189,17 +194,20 @@ fn assert_is_not_believed(what: &str) {
 
 #[test]
 fn a_command_believes_no_socket_of_another_user_whatever_its_name() {
+    needs_other_users!();
     assert_is_not_believed("listen");
 }
 
 #[test]
 fn a_command_does_not_wait_for_the_full_queue_of_another_user() {
+    needs_other_users!();
     assert_is_not_believed("fill");
 }
 
 /// Root may name any process, also one that isn't a reuse-run at all.
 #[test]
 fn root_sees_no_control_character_of_a_process_that_it_has_named() {
+    needs_other_users!();
     own_network();
     let stranger = stranger(&["listen", &control_name(0).replace("/0", "/{pid}")]);
     stranger.wait_for_output("listens");
@@ -220,6 +228,7 @@ fn root_sees_no_control_character_of_a_process_that_it_has_named() {
 
 #[test]
 fn root_does_not_wait_for_ever_for_a_process_that_it_has_named() {
+    needs_other_users!();
     own_network();
     let name = control_name(0).replace("/0", "/{pid}");
     for (what, most) in [("fill", 20), ("be-silent", 60)] {
@@ -246,6 +255,7 @@ fn run_as(user: &User, words: &str) -> Outcome {
 
 #[test]
 fn each_user_commands_their_own_reuse_run_and_root_another_users_by_its_pid() {
+    needs_other_users!();
     own_network();
     let user = User::new();
     run_as(&user, "status").assert_failed(&["no reuse-run is running here"]);

@@ -9,8 +9,8 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use common::{
-    DEADLINE, Folder, Lines, Service, User, arguments, assert_prompt, assert_prompt_of, behind, run, send,
-    terminal, ticks, unlinking, wait_until,
+    DEADLINE, Folder, Lines, Service, User, arguments, assert_prompt, assert_prompt_of, behind,
+    needs_other_users, run, send, terminal, ticks, unlinking, wait_until,
 };
 use nix::sys::signal::Signal;
 
@@ -49,6 +49,7 @@ fn wait_for(lines: &Lines, part: &str) {
 /// As after `su`: the terminal belongs to another user, and can't be opened again.
 #[test]
 fn another_users_terminal_that_nobody_reads_does_not_make_reuse_run_wait() {
+    needs_other_users!();
     let (user, folder) = (User::new(), Folder::new());
     std::fs::set_permissions(&folder.0, std::os::unix::fs::PermissionsExt::from_mode(0o777)).expect("chmod");
     for options in ["--label -n 2 --ready notify", "-n 2 --ready notify"] {

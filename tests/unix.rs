@@ -11,8 +11,8 @@ use std::process::{Child, Command, Stdio};
 
 use common::load::{self, Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Service, app, behind, free_address, inline, own_network, packaged, reload_under_load,
-    reuse_run_with, run, send, turn, wait_until,
+    DEADLINE, Folder, Service, app, behind, free_address, inline, needs_other_users, own_network, packaged,
+    reload_under_load, reuse_run_with, run, send, turn, wait_until,
 };
 use nix::sys::signal::Signal;
 use socket2::SockAddr;
@@ -486,6 +486,7 @@ fn a_request_from_another_network_namespace_is_finished_before_the_stop_signal()
 
 #[test]
 fn a_worker_with_another_user_whose_fds_cannot_be_read_has_the_whole_drain() {
+    needs_other_users!();
     let folder = Folder::new();
     fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o755)).expect("open the folder");
     let path = folder.path("socket");
@@ -606,6 +607,7 @@ fn when_each_worker_has_only_its_own_path_the_log_names_the_remedy() {
 /// end in it, and what follows looks like a connection by a path of ours.
 #[test]
 fn a_name_that_another_user_chose_does_not_hold_up_a_reload() {
+    needs_other_users!();
     own_network();
     let folder = Folder::new();
     let path = folder.path("s");

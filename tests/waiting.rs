@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use common::{
     DEADLINE, Folder, Service, all_children, app, behind, control_name, free_address, inline, kernel, naive,
-    own_network, python, reuse_run_with, run, status, status_time, wait_until,
+    needs_other_users, own_network, python, reuse_run_with, run, status, status_time, wait_until,
 };
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
@@ -122,6 +122,7 @@ fn sender(service: &Service, kind: &str, folder: &Folder, count: usize) -> Servi
 
 #[test]
 fn what_another_user_sends_to_the_control_socket_makes_nobody_wait() {
+    needs_other_users!();
     own_network();
     for kind in KINDS {
         let (addr, folder) = (free_address(), open_folder());

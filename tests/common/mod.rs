@@ -3,7 +3,7 @@
 //! `service` is `reuse-run` under test, `program` what it runs, `load` and `client` are its clients, `command`
 //! its commands; `process` reads /proc, `lines` collects output, `wait` waits for a condition.
 // Each test is a crate of its own that uses only some of this.
-#![allow(dead_code, unused_imports)]
+#![allow(dead_code, unused_imports, unused_macros)]
 
 mod address;
 mod built;

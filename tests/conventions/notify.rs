@@ -12,8 +12,8 @@ use nix::sys::signal::Signal;
 
 use crate::common::load::LoadOptions;
 use crate::common::{
-    self, DEADLINE, Folder, Service, answered_more, free_address, inline, naive, python_packages,
-    reload_under_load, reuse_run_with, run, turn, wait_until,
+    self, DEADLINE, Folder, Service, answered_more, free_address, inline, naive, needs_other_users,
+    python_packages, reload_under_load, reuse_run_with, run, turn, wait_until,
 };
 use crate::{NOBODY, light_load, variable};
 
@@ -67,6 +67,7 @@ fn a_barrier_is_answered_before_and_after_the_worker_is_ready() {
 
 #[test]
 fn a_worker_that_has_given_up_its_privileges_may_become_ready() {
+    needs_other_users!();
     let addr = free_address();
     let user = format!("uid={NOBODY}");
     let messages = [user.as_str(), "BARRIER=1", "READY=1"];
@@ -90,6 +91,7 @@ fn sender(program: &str, rest: &[&str]) -> Vec<String> {
 
 #[test]
 fn fds_that_come_with_notifications_are_closed_even_if_there_are_many() {
+    needs_other_users!();
     let folder = Folder::new();
     // When the barrier is closed, everything before it has been read.
     let program = "user = os.fork()\n\
@@ -215,6 +217,7 @@ fn with_temporary(folder: &Folder, options: &str) -> Service {
 
 #[test]
 fn no_other_user_can_find_the_sockets() {
+    needs_other_users!();
     let folder = Folder::new();
     fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o755)).expect("chmod");
     let mut service = with_temporary(&folder, "-n 1");
@@ -232,6 +235,7 @@ fn no_other_user_can_find_the_sockets() {
 
 #[test]
 fn what_killed_ones_have_left_is_removed_at_the_next_start() {
+    needs_other_users!();
     let folder = Folder::new();
     let mut killed = with_temporary(&folder, "-n 2");
     killed.signal(Signal::SIGKILL);
@@ -260,6 +264,7 @@ fn what_killed_ones_have_left_is_removed_at_the_next_start() {
 /// As root, for workers of the user who owns the folder for temporary files.
 #[test]
 fn the_owner_of_the_folder_for_temporary_files_gets_no_other_file() {
+    needs_other_users!();
     let (folder, victims) = (Folder::new(), Folder::new());
     chown(&folder.0, Some(54322), Some(54322)).expect("chown");
     let victim = victims.write("victim", "");

@@ -9,7 +9,8 @@ use nix::sys::signal::Signal;
 
 use crate::common::load::LoadOptions;
 use crate::common::{
-    Folder, Service, User, arguments, behind_shell, free_address, naive, reload_under_load, reuse_run_with,
+    Folder, Service, User, arguments, behind_shell, free_address, naive, needs_other_users,
+    reload_under_load, reuse_run_with,
 };
 use crate::{SECRET, assert_reload_fails, assert_start_fails, replace_one, value_in};
 
@@ -101,6 +102,7 @@ fn reuse_run_dumps_no_core_when_it_has_read_values() {
 
 #[test]
 fn a_user_may_run_reuse_run_with_secrets_and_their_other_processes_cannot_read_them() {
+    needs_other_users!();
     let (addr, user) = (free_address(), User::new());
     let secret = user.folder.write("key", SECRET);
     chown(&secret, Some(user.id), Some(user.id)).expect("chown");

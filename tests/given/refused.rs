@@ -7,7 +7,8 @@ use std::process::Command;
 use socket2::{Domain, Socket, Type};
 
 use crate::common::{
-    Folder, Service, User, arguments, free_address, free_port, naive, own_network, reuse_run,
+    Folder, Service, User, arguments, free_address, free_port, naive, needs_other_users, own_network,
+    reuse_run,
 };
 
 /// Asserts that `-l` fails: status 1, one line with these parts, and no worker was started.
@@ -62,6 +63,7 @@ fn when_the_last_of_several_addresses_is_in_use_no_worker_is_started() {
 
 #[test]
 fn when_a_port_is_not_permitted_no_worker_is_started() {
+    needs_other_users!();
     own_network(); // a new one has the kernel's default of net.ipv4.ip_unprivileged_port_start
     let user = User::new();
     let parts = ["127.0.0.1:80", "Permission denied", "takes root or CAP_NET_BIND_SERVICE"];

@@ -9,8 +9,8 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::common::{
-    Outcome, Service, User, arguments, behind, free_address, get, naive, own_network, reuse_run, run,
-    run_words, status,
+    Outcome, Service, User, arguments, behind, free_address, get, naive, needs_other_users, own_network,
+    reuse_run, run, run_words, status,
 };
 
 /// Runs `reuse-run WORDS` as another user.
@@ -140,6 +140,7 @@ fn pid_1_of_a_pid_namespace_is_found_first() {
 
 #[test]
 fn a_user_finds_their_reuse_run_and_root_commands_it_even_when_it_has_secrets() {
+    needs_other_users!();
     own_network();
     let user = User::new();
     let secret = user.folder.path("secret");
@@ -158,6 +159,7 @@ fn a_user_finds_their_reuse_run_and_root_commands_it_even_when_it_has_secrets() 
 
 #[test]
 fn another_user_may_not_command_roots_reuse_run() {
+    needs_other_users!();
     own_network();
     let user = User::new();
     let mut service = Service::run_ready("-n 1", &naive(free_address()));

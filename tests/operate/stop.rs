@@ -11,7 +11,7 @@ use nix::sys::stat::Mode;
 
 use crate::common::{
     DEADLINE, Folder, Process, Service, User, begin, free_address, get, get_path, naive, naive_with,
-    own_network, redirected, run, send, wait_until,
+    needs_other_users, own_network, redirected, run, send, wait_until,
 };
 use crate::find::run_as;
 
@@ -127,6 +127,7 @@ fn a_pid_file_that_another_process_has_written_is_left_alone() {
 
 #[test]
 fn when_the_pid_file_cannot_be_written_no_worker_is_started() {
+    needs_other_users!();
     let user = User::new();
     let folder = user.folder.path("");
     for (file, part) in [
