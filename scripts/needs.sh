@@ -40,6 +40,11 @@ is_root() {
   ((EUID == 0)) && awk '{ users += $3 } END { exit users == 1 }' /proc/self/uid_map
 }
 
+# Prints where this machine gets Debian's packages from.
+debian_mirror() {
+  apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | sed -n '\|/debian/$|h; ${x; p}'
+}
+
 # Installs packages without starting the services in them.
 install_debian_packages() (
   policy=/usr/sbin/policy-rc.d
