@@ -104,12 +104,25 @@ fn every_build_that_is_shown_takes_the_versions_of_cargo_lock() {
 
 // The threat model.
 
-/// The file in which a function is that the threat model names as `path::name`.
+/// The file in which a function is that a page names as `path::name`.
 fn file_of(path: &str) -> PathBuf {
     match path.strip_suffix("::fuzz") {
         Some(source) => here(&format!("src/{source}.rs")),
         None => here(&format!("tests/{path}.rs")),
     }
+}
+
+/// Asserts that there is a test of this name, as `FILE::TEST` or as `servers::FOLDER`.
+#[track_caller]
+fn assert_test_exists(name: &str) {
+    let (path, function) = name.rsplit_once("::").unwrap_or_else(|| panic!("{name} has no file"));
+    let found = match path {
+        "servers" => here(&format!("tests/servers/{function}/server.toml")).exists(),
+        _ => {
+            read(&file_of(path)).lines().any(|line| line.trim_start().starts_with(&format!("fn {function}(")))
+        }
+    };
+    assert!(found, "there is no {name}");
 }
 
 #[test]
@@ -122,14 +135,40 @@ fn every_row_of_the_threat_model_names_tests_and_every_test_exists() {
         let names: Vec<&str> = held_by.split('`').skip(1).step_by(2).collect();
         assert!(!names.is_empty(), "no test holds: {row}");
         for name in names {
-            let (path, function) = name.rsplit_once("::").unwrap_or_else(|| panic!("{name} has no file"));
-            let text = read(&file_of(path));
-            let found = text.lines().any(|line| line.trim_start().starts_with(&format!("fn {function}(")));
-            assert!(found, "there is no {name}");
+            assert_test_exists(name);
             count += 1;
         }
     }
     assert!(count > 60, "{count} tests");
+}
+
+// Moving over.
+
+/// What stands in tests/moving/held.toml for a row that only names another tool.
+const ANOTHER_TOOL: &str = "another tool";
+
+#[test]
+fn every_row_about_moving_over_is_held_by_tests_that_exist() {
+    let text = read(&here("tests/moving/held.toml"));
+    let held: BTreeMap<String, BTreeMap<String, Vec<String>>> =
+        toml::from_str(&text).expect("pages, rows and tests");
+    for (page, held) in held {
+        let text = read(&here(&page));
+        // The line after the names of the columns has dashes alone.
+        let is_row = |(line, next): &(&str, &str)| line.starts_with("| ") && !next.starts_with("|-");
+        let rows =
+            text.lines().zip(text.lines().skip(1).chain([""])).filter(is_row).map(|(line, _)| cells(line));
+        let rows: BTreeMap<String, String> =
+            rows.map(|cells| (cells[0].clone(), cells[1..].join(" "))).collect();
+        assert_eq!(rows.keys().collect::<Vec<_>>(), held.keys().collect::<Vec<_>>(), "{page}");
+        for (row, tests) in held {
+            assert!(!tests.is_empty(), "{page}: no test holds {row}");
+            let says_nothing = !rows[&row].contains("reuse-run") && !rows[&row].contains("--");
+            for name in tests.iter().filter(|name| *name != ANOTHER_TOOL || !says_nothing) {
+                assert_test_exists(name);
+            }
+        }
+    }
 }
 
 // Figures.
