@@ -65,7 +65,8 @@ install_debian_packages() (
 # machine only installs them. Packages that are for a newer Node are left out by npm if an older one runs it.
 use_locked_node() {
   (cd tests/node && install_node_packages)
-  PATH=$PWD/tests/node/node_modules/.bin:$PATH
+  # Debian 12's npm links no command of an optional package.
+  PATH=$(echo "$PWD"/tests/node/node_modules/node-linux-*/bin):$PWD/tests/node/node_modules/.bin:$PATH
   if [[ $(command -v node) != "$PWD"/tests/* ]]; then
     echo "${0##*/}: tests/node/package-lock.json has no Node for $(uname -m)" >&2
     exit 1
