@@ -52,6 +52,9 @@ impl Order {
 
     /// `member` began to listen and `others` left. It is unknown which came first.
     pub fn push_while_leaving(&mut self, member: MemberId, others: &BTreeSet<MemberId>) {
+        if others.is_empty() {
+            return self.push(member);
+        }
         let mut left_first = self.clone();
         left_first.leave(others);
         left_first.push(member);
