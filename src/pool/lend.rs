@@ -185,13 +185,17 @@ impl Pool {
             }
             break;
         }
-        if let Some(listener) = self.foreign_listener(address) {
+        let is_alone = self.look_for_foreign(address).map_err(|listener| {
             if let Some(more) = self.warnings.take(Instant::now()) {
                 warn!("{address} is in use: {}{more}", foreign::describe(&listener));
             }
-            return Err(io::Error::from_raw_os_error(libc::EADDRINUSE));
+            io::Error::from_raw_os_error(libc::EADDRINUSE)
+        })?;
+        let id = self.add(address, owner)?;
+        if let Some(group) = self.groups.get_mut(&address).filter(|_| is_alone) {
+            group.update_foreign(Vec::new(), || self.members.new_id()); // the next look isn't due at once
         }
-        self.add(address, owner)
+        Ok(id)
     }
 
     /// Whether a process that an ended worker left behind has the socket open, or a worker whose bind has failed since. It

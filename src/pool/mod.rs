@@ -144,7 +144,7 @@ impl Pool {
     /// Why the address can't be taken, in one line.
     pub fn take(&mut self, address: Address) -> io::Result<()> {
         let error = |why: String| io::Error::other(format!("can't listen on {address}: {why}"));
-        if let Some(listener) = self.foreign_listener(address) {
+        if let Err(listener) = self.look_for_foreign(address) {
             return Err(error(format!("it is in use, {}", foreign::describe(&listener))));
         }
         let Err(cause) = self.add(address, Owner::this_process()) else { return Ok(()) };
@@ -158,17 +158,19 @@ impl Pool {
         }))
     }
 
-    /// A foreign listener that is in the way of the first bind of an address. The kernel would let a program of the same
-    /// user that asks for SO_REUSEPORT share the port without notice. (To bind and see is no check: connections in
-    /// TIME_WAIT are in its way too.)
-    fn foreign_listener(&self, address: Address) -> Option<Listener> {
+    /// Looks for a foreign listener that is in the way of the first bind of an address. The kernel would let a program of
+    /// the same user that asks for SO_REUSEPORT share the port without notice. (To bind and see is no check: connections in
+    /// TIME_WAIT are in its way too.) Returns whether there is none for sure, not even one that is dying.
+    fn look_for_foreign(&self, address: Address) -> Result<bool, Listener> {
         if self.groups.contains_key(&address) {
-            return None;
+            return Ok(false);
         }
         let found = foreign::find(address, |inode| self.members.id(inode).is_some());
         let found =
             found.inspect_err(|error| debug!("can't find out who else listens on {address}: {error}"));
-        found.ok()?.into_iter().find(|listener| !foreign::is_dying(listener))
+        let Ok(found) = found else { return Ok(false) };
+        let is_alone = found.is_empty();
+        found.into_iter().find(|listener| !foreign::is_dying(listener)).map_or(Ok(is_alone), Err)
     }
 
     /// Finds programs that share an address since it was first bound.
