@@ -1,15 +1,23 @@
-//! Where a worker listens. A TCP address is what the pool groups its sockets by.
+//! Where a worker listens. An address of TCP or UDP is what the pool groups its sockets by.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::path::PathBuf;
 
-/// A TCP address. Within a network namespace and for one user, the sockets that agree in these fields form a reuseport
-/// group of the kernel: family, address, port, IPV6_V6ONLY and device (`inet_reuseport_add_sock`,
-/// net/ipv4/inet_hashtables.c).
+/// The protocol above IP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Transport {
+    Tcp,
+    Udp,
+}
+
+/// A port of TCP or UDP. Within a network namespace and for one user, the sockets that agree in these fields form a
+/// reuseport group of the kernel: protocol, family, address, port, IPV6_V6ONLY and device (`inet_reuseport_add_sock`,
+/// net/ipv4/inet_hashtables.c, and `udp_reuseport_add_sock`, net/ipv4/udp.c).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Address {
     pub socket: SocketAddr,
+    pub transport: Transport,
     /// False for IPv4, which has no such option.
     pub v6only: bool,
     /// The index of the only interface that it gets connections from (SO_BINDTODEVICE, socket(7)); 0 for any.
@@ -17,7 +25,7 @@ pub struct Address {
 }
 
 impl Address {
-    /// A link-local address belongs to the interface that its scope names, or else its device (`__inet6_bind`).
+    /// Of TCP. A link-local address belongs to the interface that its scope names, or else its device (`__inet6_bind`).
     pub fn new(mut socket: SocketAddr, v6only: bool, mut device: u32) -> Self {
         if let SocketAddr::V6(v6) = &mut socket
             && v6.ip().is_unicast_link_local()
@@ -25,7 +33,16 @@ impl Address {
             device = if v6.scope_id() == 0 { device } else { v6.scope_id() };
             v6.set_scope_id(device);
         }
-        Self { socket, v6only: v6only && socket.is_ipv6(), device }
+        Self { socket, transport: Transport::Tcp, v6only: v6only && socket.is_ipv6(), device }
+    }
+
+    /// The same port of this protocol.
+    pub fn over(self, transport: Transport) -> Self {
+        Self { transport, ..self }
+    }
+
+    pub fn is_udp(&self) -> bool {
+        self.transport == Transport::Udp
     }
 
     /// The address in a `struct sockaddr` as bind(2) takes it (ip(7), ipv6(7)), for a socket with this IPV6_V6ONLY and
@@ -55,10 +72,13 @@ impl Address {
         Some(Self::new(socket, v6only, device))
     }
 
-    /// Whether a connection could belong to both addresses, so that the kernel refuses to bind the second one without
+    /// Whether a packet could belong to both addresses, so that the kernel refuses to bind the second one without
     /// SO_REUSEPORT.
     pub fn overlaps(&self, other: &Self) -> bool {
         let devices = [self.device, other.device];
+        if self.transport != other.transport {
+            return false;
+        }
         if self.socket.port() != other.socket.port() || !devices.contains(&0) && devices[0] != devices[1] {
             return false;
         }
@@ -92,31 +112,35 @@ impl Address {
 /// Where a worker listens.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Endpoint {
-    Tcp(Address),
+    Port(Address),
     /// A Unix socket's path.
     Unix(PathBuf),
 }
 
 impl Endpoint {
-    /// The TCP port.
-    pub fn port(&self) -> Option<u16> {
+    /// Where connections come.
+    pub fn tcp(&self) -> Option<Address> {
         match self {
-            Self::Tcp(address) => Some(address.socket.port()),
+            Self::Port(address) => Some(*address).filter(|address| !address.is_udp()),
             Self::Unix(_) => None,
         }
+    }
+
+    pub fn is_udp(&self) -> bool {
+        matches!(self, Self::Port(address) if address.is_udp())
     }
 }
 
 impl From<Address> for Endpoint {
     fn from(address: Address) -> Self {
-        Self::Tcp(address)
+        Self::Port(address)
     }
 }
 
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
-            Self::Tcp(address) => address.fmt(f),
+            Self::Port(address) => address.fmt(f),
             Self::Unix(path) => path.display().fmt(f),
         }
     }
@@ -124,6 +148,9 @@ impl fmt::Display for Endpoint {
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        if self.is_udp() {
+            f.write_str("udp ")?;
+        }
         self.socket.fmt(f)?;
         match self.socket {
             _ if self.device == 0 => Ok(()),
@@ -214,6 +241,15 @@ mod tests {
             [on(0), on(2)].map(|address| address.to_string()),
             ["0.0.0.0:1", "0.0.0.0:1 on interface 2"]
         );
+    }
+
+    #[test]
+    fn a_port_of_tcp_and_one_of_udp_do_not_overlap() {
+        let tcp = address("127.0.0.1:53", false);
+        let udp = tcp.over(Transport::Udp);
+        assert!(udp.overlaps(&udp) && !udp.overlaps(&tcp) && !tcp.overlaps(&udp));
+        assert_eq!([tcp, udp].map(|address| address.to_string()), ["127.0.0.1:53", "udp 127.0.0.1:53"]);
+        assert_eq!(Endpoint::from(udp).tcp(), None);
     }
 
     #[test]

@@ -53,9 +53,10 @@
 //! | a log line of the fleet; the facts about workers for status | `fleet/story`; `fleet/views` |
 //! | what each role of a worker means for new connections | `steering/mod` |
 //! | which worker is stuck and skipped; which has the fewest connections | `steering/load`; `steering/spread` |
-//! | the model of the kernel's array of members; the BPF instructions that choose one; those that choose by the client's address | `steering/order`; `steering/program`; `steering/by_client` |
+//! | the model of the kernel's array of members; the BPF instructions that choose one; those that choose by the client's address or flow | `steering/order`; `steering/program`; `steering/by_client` |
 //! | lending a socket and taking it back; the sockets' states | `pool/lend`; `pool/member` |
 //! | what epoll reports about the sockets | `pool/mod` |
+//! | what is different about sockets of UDP; when datagrams last came | `pool/udp`; `pool/arrivals` |
 //! | carrying out a plan; attaching the BPF program to a group | `pool/steer`; `pool/group` |
 //! | connections of our own to one worker | `pool/reach` |
 //! | sending a request to a worker; what counts as an answer | `probe/mod`; `probe/answer` |
@@ -66,8 +67,8 @@
 //! | Unix sockets: sharing a path, and its hand-over to the next generation; what is done to its file | `pool/paths`; `pool/files` |
 //! | which system calls are stopped | `intercept/filter` |
 //! | what answers for processes that outlive the wrapper | `intercept/keeper` |
-//! | the answer to a bind of a port; to a bind or unlink of a Unix socket's path | `intercept/tcp`; `intercept/unix` |
-//! | which UDP ports workers hold | `intercept/udp` |
+//! | the answer to a bind of a port; to a bind or unlink of a Unix socket's path | `intercept/port`; `intercept/unix` |
+//! | which ports of UDP workers hold that aren't shared | `intercept/udp` |
 //! | socket options that a worker sets; what the log says about a worker once | `intercept/options`; `intercept/complaints` |
 //! | what the wrapper may do for a worker; what is read of it, without waiting | `intercept/caller`; `intercept/reader` |
 //! | what hangs on a worker's own socket when one of the pool takes its place; its options | `intercept/carry`; `intercept/inherit` |
@@ -87,6 +88,7 @@
 //! | labels before lines; how stdout and stderr are written; the log's form; lines that come once a second | `output/labels`; `output/sink`; `output/log`; `output/seldom` |
 //! | a system call (with `kernel/tracee` and `kernel/notice` the only unsafe code); a file of /proc; a query to sock_diag | `kernel/sys`; `kernel/procfs`; `kernel/sockdiag` |
 //! | how long threads have waited for a CPU; whether files are ready; that one was readable for a moment | `kernel/scheduling`; `kernel/ready`; `kernel/notice` |
+//! | whether datagrams wait in a socket | `kernel/datagrams` |
 //! | which process has a socket open; duplicates of workers' sockets | `kernel/search`; `kernel/duplicate` |
 //! | processes that do what may wait; their queues, and what becomes of one that is late | `kernel/helper`; `kernel/jobs` |
 //! | what hangs on a worker's socket in its table of descriptors; tracing a thread | `kernel/fdtable`; `kernel/tracee` |
@@ -95,11 +97,11 @@
 //! # The ways through the rooms
 //!
 //! - **A bind.** The worker's bind(2) stops in its filter. epoll reports the filter's fd: `supervisor::calls` →
-//!   `intercept::Interception::answer` reads the call, and `intercept::reader` the address in the worker's memory → `intercept::tcp` →
+//!   `intercept::Interception::answer` reads the call, and `intercept::reader` the address in the worker's memory → `intercept::port` →
 //!   `pool::Pool::lend` finds or makes a socket in the reuseport group of the address → `intercept` puts that socket over the
 //!   worker's fd and answers "success". If the worker watches its socket by epoll already, or the wrapper may not duplicate it,
 //!   the worker's thread is traced and does some system calls first: `intercept::errand`. Its listen(2) goes the same way to `Pool::listen`; the supervisor then hands
-//!   [`fleet::Event::Listens`] to the fleet, and with it the worker may be ready.
+//!   [`fleet::Event::Listens`] to the fleet, and with it the worker may be ready. A port of UDP takes no listen(2): its bind is that.
 //! - **A SIGUSR2.** `operate::signals` → `supervisor::take_signals` → [`fleet::Fleet::command`] → [`fleet::Action::Start`] for
 //!   each slot → `supervisor::starts` → `worker::Starter::start`. When all are ready the fleet switches: [`fleet::Action::Steer`] carries a
 //!   [`steering::Plan`] → `Pool::steer` → `steering::decide` and `steering::program` → one setsockopt(2) for each address.

@@ -75,6 +75,11 @@ pub struct RunArgs {
     #[argh(option, arg_name = "DURATION")]
     pub idle_after: Option<Period>,
 
+    /// time for which no datagram must have come to a worker that gets no more of UDP before it has answered those that
+    /// came; should be longer than the longest answer takes (default 5s)
+    #[argh(option, default = "Period(Duration::from_secs(5))", arg_name = "duration")]
+    pub quiet_after: Period,
+
     /// replace a worker that does nothing for so long while a connection waits for it; should be longer than the longest
     /// request of a program that serves one after the other (default: never)
     #[argh(option, arg_name = "DURATION")]
@@ -115,7 +120,7 @@ pub struct RunArgs {
         short = 'l',
         arg_name = "ADDRESS",
         description = "listen on this address and give the socket to the workers, as systemd does (LISTEN_FDS): 3000, \
-                       127.0.0.1:3000 or [::1]:3000 (repeatable)"
+                       127.0.0.1:3000 or [::1]:3000; udp:3000 for UDP (repeatable)"
     )]
     pub listen: Vec<Address>,
 

@@ -191,7 +191,11 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
         probe_path: args.ready.path,
         sources: Sources { env_files: args.env_file, secrets: args.secret, directory: args.chdir },
         listen: args.listen,
-        idle_rule: IdleRule { idle_after: args.idle_after.map(|after| after.0), is_stopping: false },
+        idle_rule: IdleRule {
+            idle_after: args.idle_after.map(|after| after.0),
+            quiet_after: args.quiet_after.0,
+            is_stopping: false,
+        },
         balance: args.balance,
         max_memory: args.max_memory.map(|size| size.0),
         retire_signal: args.retire_signal.map(|signal| signal.0),

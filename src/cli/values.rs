@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use crate::address::Address;
+use crate::address::{Address, Transport};
 use crate::fleet::Readiness;
 use crate::fleet::policy::{MAX_DURATION, MAX_WORKERS};
 use crate::kernel::procfs;
@@ -71,19 +71,23 @@ impl FromStr for Which {
     }
 }
 
-/// From "3000", ":3000", "127.0.0.1:3000" or `[::]:3000`. A port alone means all addresses of both families, or of IPv4
+/// From "3000", ":3000", "127.0.0.1:3000" or `[::]:3000`, behind "udp:" for UDP. A port alone means all addresses of both families, or of IPv4
 /// if the kernel has no IPv6.
 impl FromStr for Address {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let port = text.strip_prefix(':').unwrap_or(text).parse::<u16>().ok();
+        let (rest, transport) = match text.strip_prefix("udp:") {
+            Some(rest) => (rest, Transport::Udp),
+            None => (text, Transport::Tcp),
+        };
+        let port = rest.strip_prefix(':').unwrap_or(rest).parse::<u16>().ok();
         let everywhere: IpAddr = match procfs::has_ipv6() {
             true => Ipv6Addr::UNSPECIFIED.into(),
             false => Ipv4Addr::UNSPECIFIED.into(),
         };
-        match port.map(|port| SocketAddr::new(everywhere, port)).or_else(|| text.parse().ok()) {
-            Some(socket) if socket.port() != 0 => Ok(Self::new(socket, false, 0)),
+        match port.map(|port| SocketAddr::new(everywhere, port)).or_else(|| rest.parse().ok()) {
+            Some(socket) if socket.port() != 0 => Ok(Self::new(socket, false, 0).over(transport)),
             _ => Err(format!("{text:?} is not an address such as 3000, 127.0.0.1:3000 or [::1]:3000")),
         }
     }
@@ -259,7 +263,10 @@ mod tests {
             assert_eq!(text.parse(), Ok(address("[::]:3000")), "{text}");
         }
         assert_eq!("127.0.0.1:3000".parse(), Ok(address("127.0.0.1:3000")));
-        for text in ["", "0", ":0", "localhost:3000", "127.0.0.1", "[::1]", "70000"] {
+        let udp = |text| address(text).over(Transport::Udp);
+        assert_eq!("udp:127.0.0.1:53".parse(), Ok(udp("127.0.0.1:53")));
+        assert_eq!("udp:53".parse(), Ok(udp("[::]:53")));
+        for text in ["", "0", ":0", "localhost:3000", "127.0.0.1", "[::1]", "70000", "udp:", "tcp:53"] {
             assert!(text.parse::<Address>().is_err(), "{text}");
         }
     }

@@ -116,13 +116,17 @@ impl Drain {
     }
 
     /// The workers that may have finished their work, if a poll is due. Call [`Drain::polled`] after it.
-    pub fn poll(&mut self, pool: &Pool, unix: &UnixSockets, now: Instant) -> Vec<Arrived> {
+    pub fn poll(&mut self, pool: &mut Pool, unix: &UnixSockets, now: Instant) -> Vec<Arrived> {
         if self.next_poll.is_none_or(|at| at > now) {
             return Vec::new();
         }
         // The queues first: a connection that leaves its queue later has an owner when connections are listed.
         let empty: BTreeSet<WorkerId> =
-            self.retired.keys().copied().filter(|worker| pool.accept_queues_are_empty(*worker)).collect();
+            self.retired.keys().copied().filter(|worker| pool.queues_are_empty(*worker)).collect();
+        let rule = self.rule;
+        let mut is_quiet =
+            |worker| pool.last_datagram(worker, now).is_none_or(|last| rule.is_quiet(last, now));
+        let quiet: BTreeSet<WorkerId> = self.retired.keys().copied().filter(|id| is_quiet(*id)).collect();
         let connections = match self.connections() {
             Ok(connections) => connections,
             Err(error) => {
@@ -142,7 +146,8 @@ impl Drain {
         for (worker, retired) in &mut self.retired {
             let at = |address| of(address).iter().filter(|row| address.accepts(row.local));
             let rows: Vec<&Connection> = retired.addresses.iter().flat_map(at).collect();
-            if retired.has_arrived(&rows, empty.contains(worker), now) && !busy_on_paths.contains(worker) {
+            let is_waiting = !quiet.contains(worker) || busy_on_paths.contains(worker);
+            if retired.has_arrived(&rows, empty.contains(worker), now) && !is_waiting {
                 arrived.push((*worker, retired.pid, retired.generation));
             }
         }

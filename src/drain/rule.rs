@@ -64,10 +64,19 @@ impl Seen {
 pub struct IdleRule {
     /// How long no data must have moved on a connection, in either direction, if this was asked for.
     pub idle_after: Option<Duration>,
+    /// For how long no datagram must have come.
+    pub quiet_after: Duration,
     pub is_stopping: bool,
 }
 
 impl IdleRule {
+    /// Whether a worker has answered all datagrams, if the last one may have come then. The kernel counts neither what it
+    /// has sent nor to whom, so time alone tells.
+    pub fn is_quiet(&self, last: Instant, now: Instant) -> bool {
+        let least = if self.is_stopping { self.quiet_after.min(DOUBT_AT_STOP) } else { self.quiet_after };
+        now - last >= least
+    }
+
     /// Whether the worker has no request of this connection to answer, by what the kernel knows.
     ///
     /// - It has one if something that came wasn't read, or something that it wrote wasn't sent. What was sent the kernel
@@ -151,7 +160,7 @@ mod tests {
 
     /// By one poll.
     fn is_idle(idle_after: Option<u64>, connection: &Connection) -> bool {
-        let rule = IdleRule { idle_after: idle_after.map(Duration::from_millis), is_stopping: false };
+        let rule = IdleRule { idle_after: idle_after.map(Duration::from_millis), ..IdleRule::default() };
         rule.is_idle(connection, &Seen::update(None, connection, Instant::now()))
     }
 
@@ -216,6 +225,20 @@ mod tests {
             let quiet = connection(segments, received_ago + later, sent_ago + later);
             assert!(is_idle(None, &quiet), "{what}");
         }
+    }
+
+    #[test]
+    fn datagrams_are_answered_when_none_came_for_the_time_that_was_asked_for_and_at_a_stop_after_three_seconds()
+     {
+        let start = Instant::now();
+        let is_quiet = |after, is_stopping, ms| {
+            let rule =
+                IdleRule { quiet_after: Duration::from_secs(after), is_stopping, ..IdleRule::default() };
+            rule.is_quiet(start, start + Duration::from_millis(ms))
+        };
+        assert!(!is_quiet(5, false, 4999) && is_quiet(5, false, 5000));
+        assert!(!is_quiet(5, true, 2999) && is_quiet(5, true, 3000) && is_quiet(2, true, 2000));
+        assert!(is_quiet(0, false, 0));
     }
 
     #[test]

@@ -128,6 +128,13 @@ impl Crew {
         self.roster.state(worker)
     }
 
+    /// Whether a worker may yet open what it opens at its start.
+    pub fn is_opening(&self, worker: WorkerId, now: Instant) -> bool {
+        self.roster.get(worker).is_some_and(|worker| {
+            worker.state == State::Starting || now - worker.begun_to_listen() < SETTLED_AFTER
+        })
+    }
+
     pub fn is_starting(&self, worker: WorkerId) -> bool {
         self.roster.state(worker) == Some(State::Starting)
     }
@@ -363,9 +370,7 @@ impl Crew {
 
     /// What a worker opens long after its first listener is not asked of its replacement.
     pub(super) fn udp_changed(&mut self, id: WorkerId, address: Address, change: UdpChange, now: Instant) {
-        let Some(worker) = self.roster.get(id) else { return };
-        let is_late = worker.state != State::Starting && now - worker.begun_to_listen() >= SETTLED_AFTER;
-        if change == UdpChange::Closed || !is_late {
+        if change == UdpChange::Closed || self.is_opening(id, now) {
             self.udp.change(id, address, change, now);
         }
     }

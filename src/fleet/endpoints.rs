@@ -20,6 +20,10 @@ enum Need {
 /// How many addresses are kept on which a worker listens no more. Some programs open and close very many.
 const MAX_LEFT: usize = 64;
 
+/// Programs that send from a port that nobody has to know, such as resolvers with another one for each query, choose none
+/// below this.
+const FIRST_RANDOM_PORT: u16 = 1024;
+
 #[derive(Debug, Default)]
 pub struct Endpoints {
     /// Addresses on which each worker is given a socket that listens already.
@@ -33,8 +37,8 @@ pub struct Endpoints {
     left: BTreeMap<WorkerId, BTreeSet<Address>>,
     /// Where the worker of a slot listens, or listened when it ended.
     of_slots: BTreeMap<SlotId, BTreeMap<Endpoint, Need>>,
-    /// Unix sockets that several workers have listened on. Another one may be a worker's own, for processes that it
-    /// starts.
+    /// Unix sockets, and ports of UDP, that several workers have listened on. Another one may be a worker's own: a Unix
+    /// socket for processes that it starts, a port to send from.
     shared: BTreeSet<Endpoint>,
 }
 
@@ -49,8 +53,8 @@ impl Endpoints {
         self.of_workers.insert(id, given);
     }
 
-    /// A worker has called listen(2). Returns whether clients are known to come there from now on, since it is the
-    /// second worker of a Unix socket.
+    /// A worker has called listen(2), or bound a port of UDP. Returns whether clients are known to come there from now on,
+    /// since it is the second worker of a Unix socket or of such a port.
     pub fn add(&mut self, id: WorkerId, endpoint: Endpoint) -> bool {
         let is_new = !self.is_public(&endpoint) && self.is_anothers(id, &endpoint);
         if is_new {
@@ -64,11 +68,11 @@ impl Endpoints {
 
     pub fn remove(&mut self, id: WorkerId, endpoint: &Endpoint) {
         if self.of_workers.get_mut(&id).is_some_and(|endpoints| endpoints.remove(endpoint).is_some())
-            && let Endpoint::Tcp(address) = endpoint
+            && let Some(address) = endpoint.tcp()
             && !self.inherited.contains(endpoint)
         {
             let left = self.left.entry(id).or_default();
-            left.extend((left.len() < MAX_LEFT).then_some(*address));
+            left.extend((left.len() < MAX_LEFT).then_some(address));
         }
     }
 
@@ -91,9 +95,10 @@ impl Endpoints {
     /// Where to send a worker requests: on this port if one is named, and only where clients are known to come, unless there
     /// is only this worker. What it is given counts although it has not called listen(2).
     pub fn probed_at(&self, id: WorkerId, port: Option<u16>, is_alone: bool) -> Option<&Endpoint> {
-        let mut endpoints = self.of_workers.get(&id).into_iter().flatten().map(|(endpoint, _)| endpoint);
-        endpoints.find(|endpoint| {
-            port.is_none_or(|port| endpoint.port() == Some(port)) && (is_alone || self.is_public(endpoint))
+        let endpoints = self.of_workers.get(&id).into_iter().flatten().map(|(endpoint, _)| endpoint);
+        endpoints.filter(|endpoint| !endpoint.is_udp()).find(|endpoint| {
+            let is_named = |port| endpoint.tcp().is_some_and(|address| address.socket.port() == port);
+            port.is_none_or(is_named) && (is_alone || self.is_public(endpoint))
         })
     }
 
@@ -101,11 +106,7 @@ impl Endpoints {
     pub fn addresses(&self, id: WorkerId) -> BTreeSet<Address> {
         let endpoints = self.of_workers.get(&id).into_iter().flatten().map(|(endpoint, _)| endpoint);
         let own = endpoints.filter(|endpoint| !self.inherited.contains(*endpoint));
-        own.filter_map(|endpoint| match endpoint {
-            Endpoint::Tcp(address) => Some(*address),
-            Endpoint::Unix(_) => None,
-        })
-        .collect()
+        own.filter_map(Endpoint::tcp).collect()
     }
 
     /// The TCP addresses at which connections came to this worker alone that it may still have.
@@ -115,7 +116,9 @@ impl Endpoints {
 
     /// Whether clients are known to come to an endpoint.
     pub fn is_public(&self, endpoint: &Endpoint) -> bool {
-        matches!(endpoint, Endpoint::Tcp(_)) || self.shared.contains(endpoint)
+        let is_known = matches!(endpoint, Endpoint::Port(address)
+            if !address.is_udp() || address.socket.port() < FIRST_RANDOM_PORT);
+        is_known || self.shared.contains(endpoint)
     }
 
     /// Whether clients are known to come to some endpoint of a worker.
@@ -148,9 +151,13 @@ impl Endpoints {
 
     fn lacking(&self, id: WorkerId, slot: SlotId) -> impl Iterator<Item = (&Endpoint, Need)> {
         let its: BTreeSet<&Endpoint> = self.of(id).collect();
-        let is_lacking = move |endpoint: &Endpoint| self.is_public(endpoint) && !its.contains(endpoint);
         let of_slot = self.of_slots.get(&slot).into_iter().flatten();
-        of_slot.filter(move |(endpoint, _)| is_lacking(endpoint)).map(|(endpoint, need)| (endpoint, *need))
+        let lacking = of_slot.filter(move |(endpoint, _)| !its.contains(endpoint));
+        lacking.filter_map(|(endpoint, need)| match need {
+            _ if self.is_public(endpoint) => Some((endpoint, *need)),
+            Need::Required if endpoint.is_udp() => Some((endpoint, Need::Later(Duration::ZERO))), // for a moment
+            _ => None,
+        })
     }
 
     /// Whether the last worker of this slot listens for clients, where there are so many slots.
@@ -213,6 +220,7 @@ impl Endpoints {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::address::Transport;
 
     const ONE: WorkerId = WorkerId(1);
     const TWO: WorkerId = WorkerId(2);
@@ -221,13 +229,17 @@ mod tests {
         Address::new(([127, 0, 0, 1], port).into(), false, 0)
     }
 
+    fn udp(port: u16) -> Endpoint {
+        address(port).over(Transport::Udp).into()
+    }
+
     fn path(name: &str) -> Endpoint {
         Endpoint::Unix(name.into())
     }
 
     #[test]
     fn connections_come_to_a_worker_alone_by_what_it_is_given_and_by_its_own_listeners_only() {
-        let inherited = Endpoint::Tcp(address(1));
+        let inherited = Endpoint::Port(address(1));
         let mut endpoints = Endpoints::new([address(2)].into(), [inherited.clone()].into());
         endpoints.add_worker(ONE);
         assert_eq!(endpoints.of(ONE).count(), 0, "it hasn't called listen");
@@ -285,5 +297,22 @@ mod tests {
         endpoints.remove_slot(SlotId(0));
         assert_eq!(endpoints.missing(TWO, SlotId(0)), []);
         assert_eq!(endpoints.public(2), [&address(2).into()].into());
+    }
+
+    #[test]
+    fn a_port_of_udp_from_1024_on_is_public_from_its_second_worker_on_and_is_waited_for_until_then() {
+        let mut endpoints = Endpoints::default();
+        endpoints.add_worker(ONE);
+        endpoints.add_worker(TWO);
+        assert!(!endpoints.add(ONE, udp(53)) && endpoints.has_public(ONE), "nobody sends from port 53");
+        assert!(!endpoints.add(ONE, udp(5353)) && !endpoints.is_public(&udp(5353)));
+        assert!(endpoints.addresses(ONE).is_empty() && endpoints.probed_at(ONE, None, true).is_none());
+        endpoints.require(ONE, SlotId(0));
+        assert_eq!(endpoints.missing(TWO, SlotId(0)), [udp(53)]);
+        assert_eq!(endpoints.lacks_later(TWO, SlotId(0)), Some(Duration::ZERO));
+        assert!(endpoints.add(TWO, udp(5353)));
+        assert_eq!(endpoints.lacks_later(TWO, SlotId(0)), None);
+        endpoints.remove(TWO, &udp(5353));
+        assert_eq!(endpoints.missing(TWO, SlotId(0)), [udp(53), udp(5353)]);
     }
 }

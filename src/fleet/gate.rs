@@ -102,7 +102,8 @@ pub fn describe(lack: Option<Lack>, worker: &Worker, policy: &Policy) -> String 
                 .to_owned()
         }
         Some(Lack::SharedListener) => {
-            "it listens only on Unix sockets that no other worker has (see --ready notify)".to_owned()
+            "it listens only on Unix sockets or ports of UDP that no other worker has (see --ready notify)"
+                .to_owned()
         }
         Some(Lack::Endpoints(missing)) => format!(
             "it does not listen on {}, as the worker that it replaces does (see reload --ports-may-change)",
@@ -128,7 +129,7 @@ mod tests {
     const NEW: WorkerId = WorkerId(1);
 
     fn port(port: u16) -> Endpoint {
-        Endpoint::Tcp(Address::new(([127, 0, 0, 1], port).into(), false, 0))
+        Endpoint::Port(Address::new(([127, 0, 0, 1], port).into(), false, 0))
     }
 
     /// Endpoints of an old worker that listened on ports 1 and 2 when its generation became ready, and on 3 later, and of a

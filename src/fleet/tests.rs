@@ -283,7 +283,7 @@ fn endpoint(port: u16) -> Endpoint {
 }
 
 pub(super) fn address(port: u16) -> Endpoint {
-    Endpoint::Tcp(Address::new(([127, 0, 0, 1], port).into(), false, 0))
+    Endpoint::Port(Address::new(([127, 0, 0, 1], port).into(), false, 0))
 }
 
 /// "0 Draining, 1 Ready"

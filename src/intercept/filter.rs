@@ -44,6 +44,9 @@ const OPTIONS: &[(i32, &[(i32, SocketOption)])] = &[
             (libc::IPV6_MINHOPCOUNT, SocketOption::MinHopCount),
             (libc::IPV6_IPSEC_POLICY, SocketOption::Peers),
             (libc::IPV6_XFRM_POLICY, SocketOption::Peers),
+            (libc::IPV6_ADD_MEMBERSHIP, SocketOption::Multicast),
+            (MCAST_JOIN_GROUP, SocketOption::Multicast),
+            (MCAST_JOIN_SOURCE_GROUP, SocketOption::Multicast),
         ],
     ),
     (
@@ -52,6 +55,10 @@ const OPTIONS: &[(i32, &[(i32, SocketOption)])] = &[
             (libc::IP_MINTTL, SocketOption::MinTtl),
             (libc::IP_IPSEC_POLICY, SocketOption::Peers),
             (libc::IP_XFRM_POLICY, SocketOption::Peers),
+            (libc::IP_ADD_MEMBERSHIP, SocketOption::Multicast),
+            (libc::IP_ADD_SOURCE_MEMBERSHIP, SocketOption::Multicast),
+            (MCAST_JOIN_GROUP, SocketOption::Multicast),
+            (MCAST_JOIN_SOURCE_GROUP, SocketOption::Multicast),
         ],
     ),
     (
@@ -66,6 +73,9 @@ const OPTIONS: &[(i32, &[(i32, SocketOption)])] = &[
 
 /// asm-generic/socket.h, Linux 5.3.
 const SO_DETACH_REUSEPORT_BPF: i32 = 68;
+/// linux/in.h.
+const MCAST_JOIN_GROUP: i32 = 42;
+const MCAST_JOIN_SOURCE_GROUP: i32 = 46;
 /// linux/tcp.h, Linux 6.7.
 const TCP_AO_ADD_KEY: i32 = 38;
 
@@ -172,6 +182,8 @@ pub enum SocketOption {
     Peers,
     /// The program that chooses a member of a reuseport group.
     GroupProgram,
+    /// The socket joins a multicast group.
+    Multicast,
 }
 
 /// Decodes what the kernel says about a stopped call.

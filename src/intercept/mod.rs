@@ -1,6 +1,6 @@
 //! Answers the system calls of workers that the filter stops (seccomp_unotify(2)).
 //!
-//! A worker's `bind` to a TCP port replaces its socket by one of the pool, and the wrapper does its `listen`.
+//! A worker's `bind` to a port of TCP or UDP replaces its socket by one of the pool, and the wrapper does its `listen`.
 //! A `bind` to a Unix socket's path replaces its socket by the one of its generation. An `unlink` of such a path,
 //! and the question whether a lent socket listens, are answered as the worker expects it of a socket of its own.
 //! Everything else is answered with "continue": the kernel then does what it would have done without the wrapper.
@@ -15,8 +15,8 @@ mod inherit;
 mod install;
 pub mod keeper;
 mod options;
+mod port;
 pub mod reader;
-mod tcp;
 pub mod udp;
 mod unix;
 
@@ -50,7 +50,7 @@ pub enum ListenChange {
     Listens(Endpoint),
     /// The worker removed the path of its own socket.
     StoppedListening(Endpoint),
-    /// The worker asks the kernel for a UDP port, for the socket with this inode number.
+    /// The worker asks the kernel for a port of UDP that isn't shared, for the socket with this inode number.
     BindsUdp {
         inode: u64,
         address: Address,
@@ -79,6 +79,8 @@ pub struct AtHand<'a> {
     pub reader: &'a mut Reader,
     /// Whether the worker has yet to become ready.
     pub is_starting: bool,
+    /// Whether it may yet open what it opens at its start.
+    pub is_opening: bool,
 }
 
 /// What is known about a worker.
@@ -87,8 +89,8 @@ struct Known {
     options: NotedOptions,
     bound: BoundSockets,
     complaints: Complaints,
-    /// What the bind that is being answered asks for if that is a UDP port.
-    udp_bind: Option<(u64, Address)>,
+    /// What the bind that is being answered means at once.
+    change: Option<ListenChange>,
     errands: Errands,
 }
 
@@ -101,7 +103,7 @@ impl Interception {
     ) -> Self {
         let (options, bound) = (NotedOptions::default(), BoundSockets::new(answers));
         let (complaints, errands) = (Complaints::default(), Errands::default());
-        let known = Known { options, bound, complaints, udp_bind: None, errands };
+        let known = Known { options, bound, complaints, change: None, errands };
         let waiting = HashMap::new();
         Self { notify_fd, borrower, inherited, known, has_seen_listen: false, worker_ended: false, waiting }
     }
@@ -203,7 +205,7 @@ impl Interception {
         at_hand: &mut AtHand,
     ) -> (NotifResponse, Option<ListenChange>) {
         const CONTINUE: (NotifResponse, Option<ListenChange>) = (NotifResponse::Continue, None);
-        let AtHand { pool, unix, is_starting, .. } = at_hand;
+        let AtHand { pool, unix, is_starting, is_opening, .. } = at_hand;
         let caller = Caller::new(self.notify_fd.as_fd(), notif, self.borrower, readings);
         let Known { options, bound, complaints, .. } = &mut self.known;
         match decode(&notif.data) {
@@ -216,10 +218,9 @@ impl Interception {
                 Ok(Some((own, sockaddr))) => {
                     let response = match paths::path_of_sockaddr(&sockaddr) {
                         Some(path) => unix::bind(&caller, own, &path, &mut self.known, unix),
-                        None => tcp::bind(&caller, own, &sockaddr, &mut self.known, pool),
+                        None => port::bind(&caller, own, &sockaddr, &mut self.known, pool, *is_opening),
                     };
-                    let udp_bind = self.known.udp_bind.take();
-                    (response, udp_bind.map(|(inode, address)| ListenChange::BindsUdp { inode, address }))
+                    (response, self.known.change.take())
                 }
                 Ok(None) => CONTINUE,
                 Err(error) => {
@@ -292,7 +293,7 @@ fn listen(
         return (NotifResponse::Continue, Some(endpoint.clone()));
     }
     let listens = if pool.lent(caller.borrower.worker, inode).is_some() {
-        pool.listen(caller.borrower.worker, inode, backlog).map(Endpoint::Tcp)
+        pool.listen(caller.borrower.worker, inode, backlog).map(Endpoint::Port)
     } else if unix.socket(inode).is_some() {
         unix.listen(inode, backlog).map(Endpoint::Unix)
     } else {

@@ -33,11 +33,13 @@ pub struct Options {
     pub min_ttl: MinTtl,
     /// Whether the socket may limit who may connect in a way that can't be read and set on another one.
     pub limits_peers: bool,
+    /// Whether the socket has joined a multicast group.
+    pub is_multicast: bool,
 }
 
 impl Options {
     fn has_limits(&self) -> bool {
-        self.device != 0 || self.min_ttl != MinTtl::default() || self.limits_peers
+        self.is_multicast || self.device != 0 || self.min_ttl != MinTtl::default() || self.limits_peers
     }
 }
 
@@ -50,6 +52,7 @@ enum Setting {
     MinTtl { ipv6: bool, ttl: u8 },
     LimitsPeers,
     GroupProgram,
+    Multicast,
 }
 
 impl Setting {
@@ -77,6 +80,7 @@ impl Setting {
             SocketOption::MinHopCount => Self::MinTtl { ipv6: true, ttl: int()?.try_into().ok()? },
             SocketOption::Peers => Self::LimitsPeers,
             SocketOption::GroupProgram => Self::GroupProgram,
+            SocketOption::Multicast => Self::Multicast,
         })
     }
 }
@@ -117,6 +121,7 @@ impl NotedOptions {
             Setting::MinTtl { ipv6: true, ttl } => options.min_ttl.v6 = ttl,
             Setting::MinTtl { ipv6: false, ttl } => options.min_ttl.v4 = ttl,
             Setting::LimitsPeers => options.limits_peers = true,
+            Setting::Multicast => options.is_multicast = true,
             Setting::GroupProgram => {} // of a group that the socket leaves when it is bound
         }
     }
@@ -153,7 +158,7 @@ pub fn set(
         Setting::MinTtl { ipv6, ttl } if caller.still_waits() && pool.set_min_ttl(inode, ipv6, ttl) => {
             return NotifResponse::Success;
         }
-        Setting::LimitsPeers => pool.never_lend_again(inode),
+        Setting::LimitsPeers | Setting::Multicast => pool.never_lend_again(inode),
         // The group belongs to all workers, and has the wrapper's program.
         Setting::GroupProgram => {
             debug!(
@@ -197,7 +202,8 @@ mod tests {
         noted.note(2, Setting::ReusePort(true));
         noted.note(2, Setting::ReusePort(false));
         let min_ttl = MinTtl { v4: 0, v6: 9 };
-        let expected = Options { v6only: Some(false), shares: true, device: 3, min_ttl, limits_peers: false };
+        let expected =
+            Options { v6only: Some(false), shares: true, device: 3, min_ttl, ..Options::default() };
         assert_eq!(noted.of(1), expected);
         assert_eq!(noted.of(2), Options::default());
         noted.forget(1);

@@ -83,7 +83,7 @@ pub fn bind(
         Ok(()) => {
             debug!("worker {} (pid {tid}) binds {endpoint}", borrower.slot);
             bound.insert(inode, endpoint, |other, endpoint| {
-                matches!(endpoint, Endpoint::Tcp(_)) || unix.socket(other).is_some()
+                matches!(endpoint, Endpoint::Port(_)) || unix.socket(other).is_some()
             });
             NotifResponse::Success
         }

@@ -22,6 +22,16 @@ pub const fn load_byte(offset: u32) -> sock_filter {
     op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, offset)
 }
 
+/// Loads the length in bytes of the IPv4 header at an offset of the data into the index register.
+pub const fn load_header_len(offset: u32) -> sock_filter {
+    op(libc::BPF_LDX | libc::BPF_B | libc::BPF_MSH, 0, 0, offset)
+}
+
+/// As [`load_half`], at an offset behind what the index register says.
+pub const fn load_half_behind(offset: u32) -> sock_filter {
+    op(libc::BPF_LD | libc::BPF_H | libc::BPF_IND, 0, 0, offset)
+}
+
 pub const fn add(k: u32) -> sock_filter {
     op(libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K, 0, 0, k)
 }
@@ -179,7 +189,7 @@ pub fn run(program: &[sock_filter], mut load: impl FnMut(u32, usize) -> u32) -> 
     use libc::{
         BPF_IMM, BPF_JGT, BPF_LD, BPF_MEM, BPF_MISC, BPF_MOD, BPF_MUL, BPF_RET, BPF_RSH, BPF_ST, BPF_TAX,
     };
-    use libc::{BPF_W, BPF_X, BPF_XOR};
+    use libc::{BPF_IND, BPF_LDX, BPF_MSH, BPF_W, BPF_X, BPF_XOR};
     let (mut accumulator, mut next, mut steps) = (0u32, 0usize, 0usize);
     // The kernel refuses a program that loads a word before it has stored it.
     let (mut index, mut memory) = (0u32, [None; libc::BPF_MEMWORDS as usize]);
@@ -191,6 +201,8 @@ pub fn run(program: &[sock_filter], mut load: impl FnMut(u32, usize) -> u32) -> 
             code if code == BPF_LD | BPF_W | BPF_ABS => accumulator = load(k, 4),
             code if code == BPF_LD | BPF_H | BPF_ABS => accumulator = load(k, 2),
             code if code == BPF_LD | BPF_B | BPF_ABS => accumulator = load(k, 1),
+            code if code == BPF_LD | BPF_H | BPF_IND => accumulator = load(index.wrapping_add(k), 2),
+            code if code == BPF_LDX | BPF_B | BPF_MSH => index = (load(k, 1) & 0xf) * 4,
             code if code == BPF_ALU | BPF_MOD | BPF_K => accumulator %= k,
             code if code == BPF_ALU | BPF_ADD | BPF_K => accumulator = accumulator.wrapping_add(k),
             code if code == BPF_ALU | BPF_MUL | BPF_K => accumulator = accumulator.wrapping_mul(k),

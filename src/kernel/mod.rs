@@ -1,6 +1,7 @@
 //! The edge to the kernel: system calls, /proc, sock_diag and BPF instructions. It decides nothing.
 
 pub mod bpf;
+pub mod datagrams;
 pub mod duplicate;
 pub mod fdtable;
 pub mod file;

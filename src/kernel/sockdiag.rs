@@ -1,4 +1,4 @@
-//! The state of TCP sockets: of all in this network namespace by sock_diag(7), and of one socket by TCP_INFO
+//! The state of TCP and UDP sockets: of all in this network namespace by sock_diag(7), and of one socket by TCP_INFO
 //! (tcp(7)). Which file each Unix socket belongs to, by sock_diag(7).
 
 use std::io;
@@ -8,14 +8,16 @@ use std::time::Duration;
 
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::SockDiagMessage;
-use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, TCP_ESTABLISHED, TCP_SYN_RECV};
+use netlink_packet_sock_diag::constants::{
+    AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP, TCP_ESTABLISHED, TCP_SYN_RECV,
+};
 use netlink_packet_sock_diag::inet::nlas::Nla;
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags};
 use netlink_packet_sock_diag::unix::nlas::Nla as UnixNla;
 use netlink_packet_sock_diag::unix::{self, ShowFlags, UnixRequest, UnixResponse};
 use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
 
-use crate::address::Address;
+use crate::address::{Address, Transport};
 use crate::kernel::sys;
 
 /// A TCP connection, from the point of view of the side that accepts it.
@@ -125,7 +127,7 @@ fn field(info: &[u8], at: usize) -> u32 {
     bytes.map_or(0, u32::from_ne_bytes)
 }
 
-/// A listening TCP socket of any process.
+/// A listening TCP socket of any process, or one of UDP that isn't connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Listener {
     pub address: Address,
@@ -184,6 +186,7 @@ impl SockDiag {
     pub fn connecting(&mut self, port: u16) -> io::Result<Vec<u64>> {
         let mut inodes = Vec::new();
         self.dump_both(
+            IPPROTO_TCP,
             StateFlags::SYN_SENT,
             |id| id.destination_port = port,
             |response| {
@@ -201,6 +204,7 @@ impl SockDiag {
     pub fn was_reached_from_here(&mut self, port: u16) -> io::Result<bool> {
         let mut was = false;
         self.dump_both(
+            IPPROTO_TCP,
             StateFlags::TIME_WAIT | StateFlags::FIN_WAIT1 | StateFlags::FIN_WAIT2,
             |id| id.destination_port = port,
             |response| {
@@ -212,10 +216,14 @@ impl SockDiag {
     }
 
     /// All sockets that listen on `port`, or on any port if it is 0, of both families.
-    pub fn listeners(&mut self, port: u16) -> io::Result<Vec<Listener>> {
+    pub fn listeners(&mut self, transport: Transport, port: u16) -> io::Result<Vec<Listener>> {
+        let (protocol, states) = match transport {
+            Transport::Tcp => (IPPROTO_TCP, StateFlags::LISTEN),
+            Transport::Udp => (IPPROTO_UDP, StateFlags::CLOSE),
+        };
         let mut listeners = Vec::new();
-        let each = |response: &InetResponse| listeners.push(listener(response));
-        self.dump_both(StateFlags::LISTEN, |id| id.source_port = port, each)?;
+        let each = |response: &InetResponse| listeners.push(listener(response, transport));
+        self.dump_both(protocol, states, |id| id.source_port = port, each)?;
         Ok(listeners)
     }
 
@@ -239,6 +247,7 @@ impl SockDiag {
     /// The sockets of both families in these states, of the port that `choose` sets.
     fn dump_both(
         &mut self,
+        protocol: u8,
         states: StateFlags,
         choose: impl Fn(&mut SocketId),
         mut each: impl FnMut(&InetResponse),
@@ -246,7 +255,7 @@ impl SockDiag {
         for (family, mut socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
             choose(&mut socket_id);
             let (extensions, states) = (ExtensionFlags::empty(), states.clone());
-            let request = InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id };
+            let request = InetRequest { family, protocol, extensions, states, socket_id };
             self.dump_inet(request, &mut each)?;
         }
         Ok(())
@@ -300,12 +309,13 @@ fn parse(part: &[u8], each: &mut impl FnMut(&SockDiagMessage)) -> io::Result<boo
     Ok(false)
 }
 
-fn listener(response: &InetResponse) -> Listener {
+fn listener(response: &InetResponse, transport: Transport) -> Listener {
     let header = &response.header;
     let id = &header.socket_id;
     let v6only = response.nlas.iter().any(|nla| matches!(nla, Nla::SkV6Only(true)));
     let socket = SocketAddr::new(id.source_address, id.source_port);
-    Listener { address: Address::new(socket, v6only, id.interface_id), inode: header.inode, uid: header.uid }
+    let address = Address::new(socket, v6only, id.interface_id).over(transport);
+    Listener { address, inode: header.inode, uid: header.uid }
 }
 
 fn unix_socket(response: &UnixResponse) -> UnixSocket {
@@ -427,7 +437,7 @@ mod tests {
         fn read(message: &SockDiagMessage) {
             match message {
                 SockDiagMessage::InetResponse(response) => {
-                    let _ = (listener(response), connection(response));
+                    let _ = (listener(response, Transport::Tcp), connection(response));
                 }
                 SockDiagMessage::UnixResponse(response) => {
                     let _ = unix_socket(response);
@@ -453,7 +463,7 @@ mod tests {
                 let mut read = Vec::new();
                 let ended = parse(&part, &mut |message| {
                     if let SockDiagMessage::InetResponse(response) = message {
-                        read.push((listener(response), connection(response)));
+                        read.push((listener(response, Transport::Tcp), connection(response)));
                     }
                 }).unwrap();
                 prop_assert_eq!(ended, is_last);
@@ -521,7 +531,7 @@ mod tests {
         let _v4 = TcpListener::bind(("127.0.0.1", port)).unwrap();
         let mut addresses: Vec<Address> = SockDiag::new()
             .unwrap()
-            .listeners(port)
+            .listeners(Transport::Tcp, port)
             .unwrap()
             .iter()
             .map(|listener| listener.address)

@@ -117,9 +117,12 @@ impl Pool {
             return false;
         }
         let pid = |id: MemberId| self.members[id].place.map(|place| place.pid);
-        let superseded: Vec<MemberId> =
+        let mut superseded: Vec<MemberId> =
             self.others(id, worker).filter(|other| pid(*other) == pid(id)).collect();
         let now = Instant::now();
+        if self.members[id].address.is_udp() && !superseded.is_empty() {
+            superseded = vec![id]; // it may be about to connect this one
+        }
         superseded.iter().for_each(|other| self.closed.is_superseded(*other, now));
         self.closed.take_changed()
     }

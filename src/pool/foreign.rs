@@ -22,7 +22,7 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(10);
 /// # Errors
 /// Those of sock_diag(7).
 pub fn find(address: Address, ours: impl Fn(u64) -> bool) -> io::Result<Vec<Listener>> {
-    let mut listeners = SockDiag::new()?.listeners(address.socket.port())?;
+    let mut listeners = SockDiag::new()?.listeners(address.transport, address.socket.port())?;
     listeners.retain(|listener| listener.address.overlaps(&address) && !ours(listener.inode.into()));
     Ok(listeners)
 }

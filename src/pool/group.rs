@@ -15,7 +15,7 @@ use crate::kernel::sys;
 use crate::pool::closed::Standing;
 use crate::pool::foreign::{self, ForeignMembers};
 use crate::pool::member::{Member, Members, Owner};
-use crate::steering::by_client::Key;
+use crate::steering::by_client::{Key, Origin};
 use crate::steering::load::{Balancing, Load, least_loaded};
 use crate::steering::order::Order;
 use crate::steering::program::{Aim, Choice, MAX_AIMS, Targets, program};
@@ -61,7 +61,7 @@ impl Group {
             aims: BTreeMap::new(),
             has_aims: false,
             balancing,
-            is_exact,
+            is_exact: is_exact || address.is_udp(),
         }
     }
 
@@ -109,6 +109,15 @@ impl Group {
         if !members.is_empty() {
             self.targets = None;
         }
+    }
+
+    /// Whether a member may be in the kernel's array.
+    pub fn has_place(&self, member: MemberId) -> bool {
+        !self.order.places(member).is_empty()
+    }
+
+    pub fn is_exact(&self) -> bool {
+        self.is_exact
     }
 
     /// Whether to find out which foreign listeners are in the group before a member begins to listen: their order in
@@ -204,11 +213,14 @@ impl Group {
         indices.iter().zip(weights).flat_map(|(index, weight)| vec![*index; weight]).collect()
     }
 
-    /// How one of the primary members is chosen, and of the canary's.
+    /// How one of the primary members is chosen, and of the canary's. A datagram goes where others of its flow went: only
+    /// there is it known what they said.
     fn choice(&self, lists: [&BTreeSet<MemberId>; 2], members: &Members) -> Choice {
-        if self.balancing != Balancing::Client {
-            return Choice::Random;
-        }
+        let of = match self.balancing {
+            Balancing::Client => Origin::Client,
+            _ if self.address.is_udp() => Origin::Flow,
+            _ => return Choice::Random,
+        };
         let mut keys: BTreeMap<u32, Key> = BTreeMap::new();
         for list in lists {
             let mut numbers: BTreeMap<SlotId, u32> = BTreeMap::new();
@@ -220,7 +232,7 @@ impl Group {
             });
             keys.extend(self.order.assign(by_id.collect()));
         }
-        Choice::Client(keys)
+        Choice::By(of, keys)
     }
 
     /// Has a connection of our own, from `source`, go to a member from the next [`Group::steer`] on.

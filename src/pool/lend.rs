@@ -11,7 +11,7 @@ use log::{debug, warn};
 use nix::sys::resource::{Resource, getrlimit, rlim_t};
 use nix::unistd::Pid;
 
-use super::{Pool, foreign};
+use super::{Group, Pool, foreign};
 use crate::address::Address;
 use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
 use crate::kernel::procfs;
@@ -54,6 +54,7 @@ impl Pool {
         member.set_min_ttl(MinTtl::default())?;
         member.socket.set_nonblocking(false)?;
         let socket = member.socket.as_fd().try_clone_to_owned()?;
+        self.arrivals.forget(id);
         self.watch(id);
         Ok(socket)
     }
@@ -99,6 +100,7 @@ impl Pool {
         member.place = Some(request.place);
         let inode = member.inode;
         self.closed.forget(id);
+        self.arrivals.forget(id);
         self.watch(id);
         Ok(inode)
     }
@@ -161,7 +163,8 @@ impl Pool {
     /// With one queue for a generation, the socket that others of it have. Of two workers that hear of a connection, one is
     /// late: its accept(2) must not wait, because it may have other listeners.
     fn sharable(&self, borrower: Borrower, request: BindRequest) -> Option<MemberId> {
-        let shares = request.nonblocking && self.sharing.contains(&borrower.worker);
+        let shares =
+            request.nonblocking && !request.address.is_udp() && self.sharing.contains(&borrower.worker);
         let is_sharing = |worker| self.sharing.contains(&worker) && self.plan.role(worker) == Role::Starting;
         shares.then(|| self.members.sharable(borrower, request.address, is_sharing)).flatten()
     }
@@ -180,7 +183,8 @@ impl Pool {
                 continue;
             }
             let is_free = self.members[id].is_free();
-            if !self.is_exact || !is_free || !self.members[id].listening || self.locate(address, id) {
+            let is_exact = self.groups.get(&address).is_some_and(Group::is_exact);
+            if !is_exact || !is_free || !self.members[id].listening || self.locate(address, id) {
                 return Ok(id);
             }
             break;
@@ -233,6 +237,11 @@ impl Pool {
         self.members.nobody_is_left(worker);
     }
 
+    /// Whether sockets of this address belong to the pool.
+    pub fn has(&self, address: Address) -> bool {
+        self.groups.contains_key(&address)
+    }
+
     /// The socket with this inode number, if it is lent to `worker`.
     pub fn lent(&self, worker: WorkerId, inode: u64) -> Option<BorrowedFd<'_>> {
         let member = self.members.get(self.members.id(inode)?)?;
@@ -255,7 +264,7 @@ impl Pool {
         let Some(member) = self.members.get_mut(id) else { return };
         (member.loans, member.reserved) = (Vec::new(), None);
         let address = member.address;
-        let left = member.socket.shutdown(Shutdown::Both).is_ok();
+        let left = !address.is_udp() && member.socket.shutdown(Shutdown::Both).is_ok();
         self.watch(id);
         self.handle_events(None); // removes it, if epoll has reported that it has left its group
         if let Some(group) = self.groups.get_mut(&address).filter(|group| left && group.ids().contains(&id)) {
@@ -335,8 +344,8 @@ impl Pool {
     pub fn reset_reserved(&mut self, slot: SlotId, generation: u32) {
         for id in self.members.reserved_for(slot, generation) {
             if let Some(member) = self.members.get_mut(id) {
-                if member.loans.iter().any(|loan| loan.listens) {
-                    continue; // it takes them
+                if member.address.is_udp() || member.loans.iter().any(|loan| loan.listens) {
+                    continue; // nobody can be told to try again, or it takes them
                 }
                 member.reserved = Some(Reserved { slot, generation, overdue: true });
             }

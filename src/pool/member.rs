@@ -10,11 +10,11 @@ use std::time::Duration;
 use nix::unistd::{Pid, getegid, geteuid};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use crate::address::Address;
+use crate::address::{Address, Transport};
 use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
 use crate::kernel::search::{Place, Seen};
 use crate::kernel::sockdiag::{self, ListenInfo};
-use crate::kernel::{procfs, sys};
+use crate::kernel::{datagrams, procfs, sys};
 use crate::steering::{Plan, Role};
 
 /// What a worker asks for by bind(2), with what its own socket was like.
@@ -22,7 +22,7 @@ use crate::steering::{Plan, Role};
 pub struct BindRequest {
     pub address: Address,
     pub nonblocking: bool,
-    /// Whether SO_REUSEPORT was set, so that the worker may bind the address several times.
+    /// Whether SO_REUSEPORT was set, or for UDP SO_REUSEADDR, so that the worker may bind the address several times.
     pub shares: bool,
     pub min_ttl: MinTtl,
     pub owner: Owner,
@@ -138,7 +138,11 @@ impl Member {
     /// Those of socket(2), setsockopt(2) and bind(2).
     fn bind(address: Address, owner: Owner) -> io::Result<Self> {
         let domain = if address.socket.is_ipv6() { Domain::IPV6 } else { Domain::IPV4 };
-        let new = || Socket::new(domain, Type::STREAM, Some(Protocol::TCP));
+        let (kind, protocol) = match address.transport {
+            Transport::Tcp => (Type::STREAM, Protocol::TCP),
+            Transport::Udp => (Type::DGRAM, Protocol::UDP),
+        };
+        let new = || Socket::new(domain, kind, Some(protocol));
         let socket =
             if owner == Owner::this_process() { new() } else { sys::with_fsids(owner.uid, owner.gid, new) }?;
         socket.set_reuse_address(true)?;
@@ -151,6 +155,9 @@ impl Member {
             sys::set_socket_option(socket.as_fd(), libc::SOL_SOCKET, sys::SO_BINDTOIFINDEX, device)?;
         }
         socket.bind(&address.socket.into())?;
+        if address.is_udp() {
+            socket.set_reuse_address(false)?; // any user's program could take the packets (socket(7))
+        }
         let inode = procfs::inode(socket.as_fd())?;
         let device = sys::bound_device(socket.as_fd())?;
         Ok(Self {
@@ -280,6 +287,31 @@ impl Member {
         }
     }
 
+    /// Does listen(2). A socket of UDP has no such call: it is in the array of its group from its bind on.
+    ///
+    /// # Errors
+    /// Those of listen(2).
+    pub fn listen(&mut self, backlog: i32) -> io::Result<()> {
+        if !self.address.is_udp() {
+            self.socket.listen(backlog)?;
+        }
+        (self.listening, self.backlog) = (true, backlog);
+        Ok(())
+    }
+
+    /// Whether connections or datagrams wait for a borrower.
+    pub fn is_awaited(&self) -> bool {
+        match self.address.transport {
+            Transport::Tcp => self.listen_info().is_ok_and(|info| info.accept_queue > 0 && info.listening),
+            Transport::Udp => datagrams::wait(self.socket.as_fd()),
+        }
+    }
+
+    /// Whether its borrower has connected it, so that only one peer reaches it.
+    pub fn is_connected(&self) -> bool {
+        self.address.is_udp() && self.socket.peer_addr().is_ok()
+    }
+
     /// The state of the socket.
     ///
     /// # Errors
@@ -292,12 +324,13 @@ impl Member {
     ///
     /// The socket drops all packets whose time to live is below 255: all except those of a neighbour that sends with
     /// 255. (A socket filter could tell a SYN exactly, but new kernels ask for CAP_NET_ADMIN to attach one to a TCP
-    /// socket.) Accepted connections inherit the limit, so no handshake may be under way on the socket.
+    /// socket.) Accepted connections inherit the limit, so no handshake may be under way on the socket. It means nothing
+    /// to a socket of UDP.
     ///
     /// # Errors
     /// Those of getsockopt(2) and setsockopt(2).
     pub fn hold(&mut self) -> io::Result<()> {
-        if !self.held {
+        if !self.held && !self.address.is_udp() {
             self.min_ttl = self.current_min_ttl()?;
             self.apply_min_ttl(MinTtl::NOBODY)?;
             self.held = true;
@@ -361,9 +394,12 @@ impl Member {
     }
 
     /// Accepts the connections that wait and closes them with a reset. Returns how many there were, and the error that
-    /// left some in the queue.
+    /// left some in the queue. Datagrams are read, without a word to anybody.
     pub fn reset_queue(&self) -> (usize, io::Result<()>) {
-        self.reset_all(|_| {})
+        match self.address.transport {
+            Transport::Tcp => self.reset_all(|_| {}),
+            Transport::Udp => (0, datagrams::discard(&self.socket)),
+        }
     }
 
     /// As [`Member::reset_queue`]. Returns whether a connection from `source` was among them.

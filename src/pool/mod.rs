@@ -12,6 +12,7 @@
 //! workers can't be intercepted.
 
 pub mod accept_queues;
+mod arrivals;
 mod closed;
 mod closing;
 mod files;
@@ -22,6 +23,7 @@ mod member;
 pub mod paths;
 mod reach;
 mod steer;
+mod udp;
 pub mod unintercepted;
 mod unserved;
 mod watcher;
@@ -38,6 +40,7 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
 use self::accept_queues::Sample;
+use self::arrivals::Arrivals;
 use self::closed::ClosedListeners;
 use self::closing::Ongoing;
 use self::group::Group;
@@ -46,11 +49,11 @@ use self::member::{Loan, Member, Members, Reserved};
 pub use self::reach::Reach;
 use self::unserved::Unserved;
 use self::watcher::{Interest, Watcher};
-use crate::address::Address;
+use crate::address::{Address, Transport};
 use crate::ids::{MemberId, WorkerId};
 use crate::kernel::duplicate::close_without_waiting;
 use crate::kernel::sockdiag::Listener;
-use crate::kernel::{procfs, scheduling};
+use crate::kernel::{datagrams, procfs, scheduling};
 use crate::output::seldom::Seldom;
 use crate::steering::Plan;
 use crate::steering::load::{Balancing, Change, LONG, Load, LoadTracker, Turn};
@@ -71,6 +74,7 @@ pub struct Pool {
     members: Members,
     groups: BTreeMap<Address, Group>,
     watcher: Watcher,
+    arrivals: Arrivals,
     balancing: Balancing,
     /// Whether the indices of all members have to be known: for calls of [`Pool::reach`], or for a choice by client.
     is_exact: bool,
@@ -119,6 +123,7 @@ impl Pool {
             members: Members::default(),
             groups: BTreeMap::new(),
             watcher,
+            arrivals: Arrivals::default(),
             balancing,
             is_exact: is_exact || balancing == Balancing::Client,
             tracker: LoadTracker::new(balancing),
@@ -180,6 +185,12 @@ impl Pool {
         }
     }
 
+    fn update_foreign_if_due(&mut self, address: Address) {
+        if self.groups.get(&address).is_none_or(|group| group.is_foreign_check_due(Instant::now())) {
+            self.update_foreign(address);
+        }
+    }
+
     fn update_foreign(&mut self, address: Address) {
         let Ok(found) = foreign::find(address, |inode| self.members.id(inode).is_some()) else { return };
         if let Some(group) = self.groups.get_mut(&address) {
@@ -190,11 +201,17 @@ impl Pool {
     /// Makes a new socket and binds it. If it is not the first one of its address, it belongs to the owner of the others.
     fn add(&mut self, address: Address, owner: Owner) -> io::Result<MemberId> {
         let owner = self.groups.get(&address).map_or(owner, |group| group.owner);
-        let id = self.members.bind(address, owner)?;
+        let id = match address.transport {
+            Transport::Tcp => self.members.bind(address, owner)?,
+            Transport::Udp => self.bind_datagrams(address, owner)?,
+        };
         self.groups
             .entry(address)
             .or_insert_with(|| Group::new(address, owner, self.balancing, self.is_exact))
             .add(id);
+        if address.is_udp() {
+            self.begin_to_listen(id, 0)?;
+        }
         Ok(id)
     }
 
@@ -204,8 +221,25 @@ impl Pool {
     /// What listen(2) would have said to the worker.
     pub fn listen(&mut self, worker: WorkerId, inode: u64, backlog: i32) -> io::Result<Address> {
         let id = self.members.id(inode).ok_or(io::ErrorKind::NotFound)?;
+        if self.members[id].address.is_udp() {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
         self.handle_events(None);
         self.listen_on(id, backlog)?;
+        self.serve(worker, id)
+    }
+
+    /// The worker that borrowed a socket of UDP has it. It gets no datagram until [`Pool::steer`] sends it some.
+    ///
+    /// # Errors
+    /// NotFound if there is no such socket.
+    pub fn receive(&mut self, worker: WorkerId, inode: u64) -> io::Result<Address> {
+        let id = self.members.id(inode).ok_or(io::ErrorKind::NotFound)?;
+        self.serve(worker, id)
+    }
+
+    /// A worker listens by this socket from now on.
+    fn serve(&mut self, worker: WorkerId, id: MemberId) -> io::Result<Address> {
         let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
         if let Some(loan) = member.loan_mut(worker) {
             loan.listens = true;
@@ -220,23 +254,22 @@ impl Pool {
     }
 
     fn listen_on(&mut self, id: MemberId, backlog: i32) -> io::Result<()> {
-        match self.members[id].listening {
-            true => self.members[id].socket.listen(backlog), // its queue may have been shorter
-            false => self.begin_to_listen(id, backlog),
+        match self.members.get_mut(id).filter(|member| member.listening) {
+            Some(member) => member.listen(backlog), // its queue may have been shorter
+            None => self.begin_to_listen(id, backlog),
         }
     }
 
     fn begin_to_listen(&mut self, id: MemberId, backlog: i32) -> io::Result<()> {
         let address = self.members.get(id).ok_or(io::ErrorKind::NotFound)?.address;
-        if self.groups.get(&address).is_none_or(|group| group.is_foreign_check_due(Instant::now())) {
-            self.update_foreign(address);
+        if !address.is_udp() {
+            self.update_foreign_if_due(address);
         }
         let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
         member.hold()?;
-        // The order of the kernel's array is that of the calls of listen(2). Members that were known to have left did so
-        // before this call. Those that are found to have left after it may have done so before or after.
-        member.socket.listen(backlog)?;
-        (member.listening, member.backlog) = (true, backlog);
+        // The order of the kernel's array is that of the calls of listen(2), or of bind(2) for UDP. Members that were known to
+        // have left did so before this call. Those that are found to have left after it may have done so before or after.
+        member.listen(backlog)?;
         self.handle_events(Some(id));
         self.watch(id);
         Ok(())
@@ -254,7 +287,12 @@ impl Pool {
             for (id, event) in batch.events {
                 let Some(member) = self.members.get_mut(id) else { continue };
                 let address = member.address;
-                if !member.listening {
+                if address.is_udp() && !member.is_free() {
+                    self.datagram_came(id, Instant::now());
+                } else if address.is_udp() {
+                    self.unserved.add(id);
+                    self.watch(id);
+                } else if !member.listening {
                     // A worker may bind a socket to connect from it. The wrapper's duplicate would keep the connection
                     // open when the worker closes it, so the wrapper closes the duplicate as soon as the socket is, or
                     // becomes, a connection.
@@ -328,8 +366,12 @@ impl Pool {
             self.watcher.forget(id, member.socket.as_fd());
             self.tracker.forget(id);
             close_without_waiting(member.socket.as_fd()); // a worker may have made a connection of it
+            self.arrivals.forget(id);
             if let Some(group) = self.groups.get_mut(&member.address) {
                 group.remove(id);
+                if member.address.is_udp() && group.has_place(id) {
+                    group.left(&[id].into()); // epoll doesn't report it
+                }
             }
         }
     }
@@ -338,7 +380,7 @@ impl Pool {
     pub fn deadline(&self) -> Option<Instant> {
         let of_queues = self.watcher.queues.deadline();
         let others = [self.unserved.deadline(), self.closed_deadline(), self.spread_deadline()];
-        others.into_iter().chain([of_queues]).flatten().min()
+        others.into_iter().chain([of_queues, self.arrivals.deadline()]).flatten().min()
     }
 
     /// Finds out which workers take connections and which don't, if it is time to, and steers accordingly. Returns
@@ -350,6 +392,7 @@ impl Pool {
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         let samples = is_due(self.watcher.queues.deadline());
         let spreads = is_due(self.spread_deadline());
+        self.look_at_datagram_sockets(now);
         if !samples && !spreads && !is_due(self.closed_deadline()) {
             return false;
         }
@@ -444,6 +487,13 @@ impl Pool {
     fn watch(&mut self, id: MemberId) {
         let Some(member) = self.members.get(id) else { return };
         let interest = match member.reserved {
+            _ if member.address.is_udp() && !member.is_free() => {
+                return self.watch_datagrams(id, Instant::now());
+            }
+            _ if member.address.is_udp() && self.unserved.contains(id) => {
+                self.arrivals.forget(id);
+                return self.watcher.forget(id, member.socket.as_fd());
+            }
             _ if !member.listening => Interest::Changes,
             None if member.is_lent() => Interest::AcceptQueue,
             _ if self.unserved.contains(id) => Interest::ShutDown,
@@ -469,6 +519,10 @@ impl Pool {
 
     fn reset_queue(&mut self, id: MemberId) -> Option<(Address, usize)> {
         let member = self.members.get(id).filter(|member| member.is_unserved())?;
+        if member.address.is_udp() && datagrams::is_shut_down(member.socket.as_fd()) {
+            self.shut_down(id); // by its last worker
+            return None;
+        }
         let (address, (connections, result)) = (member.address, member.reset_queue());
         if let Err(error) = result {
             warn!("can't reset the connections that wait on {address}: {error}");
@@ -526,11 +580,9 @@ impl Pool {
         !self.stopped.is_empty() || !self.shut.is_empty() || self.unserved.has_pending()
     }
 
-    /// Whether no connection waits to be accepted by the worker.
-    pub fn accept_queues_are_empty(&self, worker: WorkerId) -> bool {
-        self.members.lent_to(worker).all(|(_, member)| {
-            member.listen_info().map_or(true, |info| info.accept_queue == 0 || !info.listening)
-        })
+    /// Whether no connection and no datagram waits for the worker.
+    pub fn queues_are_empty(&self, worker: WorkerId) -> bool {
+        !self.members.lent_to(worker).any(|(_, member)| member.is_awaited())
     }
 
     /// How many connections wait to be accepted by the worker.

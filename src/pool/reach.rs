@@ -69,6 +69,9 @@ impl Pool {
     /// members that may stand there, a connection of our own shows it.
     pub(super) fn locate(&mut self, address: Address, member: MemberId) -> bool {
         let Some(group) = self.groups.get(&address) else { return false };
+        if address.is_udp() {
+            return group.places(member).is_empty(); // nothing of ours could be told from a client's datagram
+        }
         for (index, candidates) in group.places(member) {
             let is_free = |id: &MemberId| self.members.get(*id).is_some_and(Member::is_free);
             if !candidates.iter().all(is_free) {

@@ -70,6 +70,9 @@ impl Pool {
         if self.groups.get(&address).is_some_and(lacks_sink) {
             self.add_spare(address);
         }
+        if address.is_udp() {
+            self.find_connected(address);
+        }
         let Some(group) = self.groups.get_mut(&address) else { return Ok(()) };
         let rank = |id| (self.closed.standing(id), self.tracker.load(id), self.spread.is_full(id));
         let spares_lacking = group.steer(&self.plan, rank, &mut self.members)?;
@@ -98,7 +101,9 @@ impl Pool {
 
     /// Finds out which workers have the fewest connections.
     fn look_at_descriptors(&mut self, now: Instant) {
-        let is_served = |(_, member): &(MemberId, &Member)| member.role(&self.plan).is_served();
+        let is_served = |(_, member): &(MemberId, &Member)| {
+            !member.address.is_udp() && member.role(&self.plan).is_served()
+        };
         let descriptors = |(id, member): (MemberId, &Member)| {
             let pid = member.loans.first()?.borrower.pid;
             Some((id, fdtable::len(pid)?))
@@ -114,7 +119,7 @@ impl Pool {
     fn add_spare(&mut self, address: Address) {
         let added = sys::has_fds_in_reserve()
             .and_then(|()| self.add(address, Owner::this_process()))
-            .and_then(|spare| self.begin_to_listen(spare, SPARE_BACKLOG));
+            .and_then(|spare| self.listen_on(spare, SPARE_BACKLOG));
         if let Err(error) = added
             && let Some(more) = self.warnings.take(Instant::now())
         {

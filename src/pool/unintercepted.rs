@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use log::{debug, warn};
 use nix::unistd::Pid;
 
-use crate::address::Address;
+use crate::address::{Address, Transport};
 use crate::fleet::Readiness;
 use crate::ids::WorkerId;
 use crate::kernel::procfs;
@@ -77,7 +77,7 @@ impl Unintercepted {
         }
         self.next_scan = (!starting.is_empty()).then(|| now + INTERVAL);
         self.known.retain(|worker, _| starting.iter().any(|(id, _)| id == worker));
-        let listeners = match SockDiag::new().and_then(|mut diag| diag.listeners(0)) {
+        let listeners = match SockDiag::new().and_then(|mut diag| diag.listeners(Transport::Tcp, 0)) {
             Ok(listeners) => listeners,
             Err(error) => {
                 debug!("can't find out who listens: {error}");

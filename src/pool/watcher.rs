@@ -22,6 +22,8 @@ pub enum Interest {
     Connections,
     /// That a connection waits, by way of the accept queues.
     AcceptQueue,
+    /// The next datagram, and nothing after it.
+    Datagram,
 }
 
 /// What epoll reports when the accept queues are to be sampled.
@@ -68,6 +70,7 @@ impl Watcher {
             Interest::Changes => EpollFlags::EPOLLOUT | EpollFlags::EPOLLET,
             Interest::ShutDown | Interest::AcceptQueue => EpollFlags::empty(),
             Interest::Connections => EpollFlags::EPOLLIN,
+            Interest::Datagram => REPORTED_ONCE,
         };
         let event = EpollEvent::new(flags, u64::from(id.0));
         self.epoll.modify(socket, &mut event.clone()).or_else(|_| self.epoll.add(socket, event))?;

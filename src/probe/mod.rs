@@ -105,7 +105,7 @@ impl Probes {
             && let Some(Wanted { worker, generation, endpoint, .. }) = self.wanted.pop_front()
         {
             let opened = match &endpoint {
-                Endpoint::Tcp(address) => {
+                Endpoint::Port(address) => {
                     pool.reach(worker, *address).map(|(socket, reach)| (socket, Some(reach)))
                 }
                 Endpoint::Unix(path) => unix.reach(path, generation, worker).map(|socket| (socket, None)),

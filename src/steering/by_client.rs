@@ -1,4 +1,5 @@
-//! Instructions that choose a member by the client's address, so that a client always reaches the same worker.
+//! Instructions that choose a member by the client's address, so that a client always reaches the same worker; or by its
+//! port as well, so that a flow of datagrams does.
 //!
 //! Rendezvous hashing (Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit Rates", 1998): each target has a
 //! score, which follows from the client's address and the target's key, and the greatest score wins. When a target goes,
@@ -11,8 +12,9 @@ use libc::sock_filter;
 use super::program::ip_header;
 use crate::ids::SlotId;
 use crate::kernel::bpf::{
-    jump, jump_at_least, jump_greater_than_index, load, load_byte, load_constant, load_memory, multiply,
-    ret_accumulator, shift_right, store, to_index, xor, xor_index,
+    jump, jump_at_least, jump_greater_than_index, load, load_byte, load_constant, load_half,
+    load_half_behind, load_header_len, load_memory, multiply, ret_accumulator, shift_right, store, to_index,
+    xor, xor_index,
 };
 
 /// What a target is for its clients. Another worker that takes its place has the same.
@@ -23,7 +25,7 @@ pub struct Key {
     pub number: u32,
 }
 
-/// The words of the program's memory: the hash of the client's address, and the index with the greatest score so far.
+/// The words of the program's memory: the hash of where the packet comes from, and the index with the greatest score so far.
 const HASH: u32 = 0;
 const BEST: u32 = 1;
 
@@ -36,17 +38,32 @@ const SHIFTS: [u32; 3] = [16, 13, 16];
 /// How many instructions each target takes, at most.
 const LEN_OF_TARGET: usize = 7;
 
-/// Instructions that store the hash of the client's address. It stands where it does whichever options or extension headers
-/// follow.
-pub fn hash_client() -> Vec<sock_filter> {
+/// What goes to one target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// All packets from an address.
+    Client,
+    /// All packets from a port of an address.
+    Flow,
+}
+
+/// Instructions that store the hash of where the packet comes from. The address stands where it does whichever options or
+/// extension headers follow. The port stands behind IPv4's options. Behind extension headers of IPv6 something else is taken for
+/// it, which is nearly always the same for all packets of a flow.
+pub fn hash(of: Origin) -> Vec<sock_filter> {
     const V6: u32 = 0x60;
-    let mut of_v6 = vec![load(ip_header(8))];
-    for offset in [12, 16, 20] {
-        of_v6.push(multiply(FACTORS[0]));
-        of_v6.extend(xor_shifted(16));
-        of_v6.extend([to_index(), load(ip_header(offset)), xor_index()]);
+    let mut of_v4 = vec![load_header_len(ip_header(0)), load_half_behind(ip_header(0))];
+    let mut of_v6 = vec![load_half(ip_header(40))];
+    for (code, address) in [(&mut of_v4, 12), (&mut of_v6, 8)] {
+        match of {
+            Origin::Client => *code = vec![load(ip_header(address))],
+            Origin::Flow => code.extend(mixed_with(address)),
+        }
     }
-    let of_v4 = [load(ip_header(12)), jump(of_v6.len() as u32)];
+    for offset in [12, 16, 20] {
+        of_v6.extend(mixed_with(offset));
+    }
+    of_v4.push(jump(of_v6.len() as u32));
     let mut code = vec![load_byte(ip_header(0)), jump_at_least(V6, of_v4.len() as u8, 0)];
     code.extend(of_v4);
     code.extend(of_v6);
@@ -56,6 +73,14 @@ pub fn hash_client() -> Vec<sock_filter> {
     }
     code.extend(xor_shifted(SHIFTS[2]));
     code.push(store(HASH));
+    code
+}
+
+/// Mixes the accumulator, and XORs it with a word of the IP header.
+fn mixed_with(offset: u32) -> Vec<sock_filter> {
+    let mut code = vec![multiply(FACTORS[0])];
+    code.extend(xor_shifted(16));
+    code.extend([to_index(), load(ip_header(offset)), xor_index()]);
     code
 }
 
@@ -106,7 +131,7 @@ fn mix(number: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
     use proptest::collection::{btree_set, vec};
     use proptest::prelude::*;
@@ -122,13 +147,42 @@ mod tests {
         let keys: BTreeMap<u32, Key> = keys.collect();
         Targets {
             primary: keys.keys().copied().collect(),
-            choice: Choice::Client(keys),
+            choice: Choice::By(Origin::Client, keys),
             ..Targets::default()
         }
     }
 
     fn index(slot: u32) -> u32 {
         (slot * 37 + 11) % 4099
+    }
+
+    /// The same that are chosen by flow.
+    fn by_flow(targets: Targets) -> Targets {
+        let Choice::By(_, keys) = targets.choice else { unreachable!() };
+        Targets { choice: Choice::By(Origin::Flow, keys), ..targets }
+    }
+
+    /// What the program returns for a packet from this port, with so many bytes of IPv4 options.
+    fn run_flow(program: &[sock_filter], flow: SocketAddr, options: usize) -> u32 {
+        let mut packet = match flow.ip() {
+            IpAddr::V4(ip) => {
+                let mut header = vec![0x5a; 20 + options];
+                header[0] = 0x40 | (header.len() / 4) as u8;
+                header[12..16].copy_from_slice(&ip.octets());
+                header
+            }
+            IpAddr::V6(ip) => {
+                let mut header = vec![0x60; 40];
+                header[8..24].copy_from_slice(&ip.octets());
+                header
+            }
+        };
+        packet.extend(flow.port().to_be_bytes());
+        let load = |offset: u32, size: usize| {
+            let at = (offset - 0xfff0_0000) as usize;
+            packet[at..at + size].iter().fold(0, |number, byte| number << 8 | u32::from(*byte))
+        };
+        bpf::run(program, load).0
     }
 
     /// What the program returns for a packet from this address.
@@ -198,6 +252,33 @@ mod tests {
     }
 
     #[test]
+    fn the_flows_of_one_client_are_spread_evenly() {
+        for ip in ["127.0.0.1", "10.1.2.3", "::1", "2001:db8::7"].map(|ip| ip.parse::<IpAddr>().unwrap()) {
+            for count in [1, 2, 4, 7, 16] {
+                let program = program(&by_flow(targets(0..count)));
+                let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
+                for port in 32_768..60_999 {
+                    *counts.entry(run_flow(&program, SocketAddr::new(ip, port), 0)).or_default() += 1;
+                }
+                assert_eq!(counts.keys().copied().collect::<BTreeSet<_>>(), (0..count).map(index).collect());
+                let is_fair = |number: &usize| is_fair(*number, 60_999 - 32_768, 1.0 / f64::from(count));
+                assert!(counts.values().all(is_fair), "{ip}: {counts:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_canary_has_its_share_of_the_flows_of_one_client() {
+        let mut targets = by_flow(targets(0..6));
+        targets.canary = targets.primary.split_off(4);
+        targets.share = Share(2000);
+        let program = program(&targets);
+        let flows = (1024..65_535).map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+        let at_canary = flows.filter(|flow| targets.canary.contains(&run_flow(&program, *flow, 0))).count();
+        assert!(is_fair(at_canary, 65_535 - 1024, 0.2), "{at_canary}");
+    }
+
+    #[test]
     fn a_client_stays_on_one_side_of_a_canary_and_the_sides_are_spread_evenly() {
         for (kind, clients) in kinds_of_clients() {
             for percent in [1, 10, 50] {
@@ -211,7 +292,7 @@ mod tests {
                 targets.canary = canary.keys().copied().collect();
                 targets.share = Share(percent * 100);
                 targets.primary = all.primary.clone();
-                if let Choice::Client(keys) = &mut targets.choice {
+                if let Choice::By(_, keys) = &mut targets.choice {
                     keys.extend(canary);
                 }
                 let (with, without) = (program(&targets), program(&all));
@@ -238,8 +319,11 @@ mod tests {
     fn where_a_worker_has_several_sockets_all_of_them_get_clients() {
         let keys: BTreeMap<u32, Key> =
             (0..8).map(|index| (index, Key { slot: SlotId(index / 2), number: index % 2 })).collect();
-        let targets =
-            Targets { primary: (0..8).collect(), choice: Choice::Client(keys), ..Targets::default() };
+        let targets = Targets {
+            primary: (0..8).collect(),
+            choice: Choice::By(Origin::Client, keys),
+            ..Targets::default()
+        };
         let (_, clients) = kinds_of_clients().swap_remove(0);
         let counts = counts(&targets, &clients);
         assert_eq!(counts.len(), 8);
@@ -265,12 +349,31 @@ mod tests {
 
     #[test]
     fn without_a_key_a_target_is_chosen_as_well() {
-        let targets =
-            Targets { primary: vec![7], choice: Choice::Client(BTreeMap::new()), ..Targets::default() };
+        let targets = Targets {
+            primary: vec![7],
+            choice: Choice::By(Origin::Client, BTreeMap::new()),
+            ..Targets::default()
+        };
         assert_eq!(run(&program(&targets), Ipv4Addr::LOCALHOST.into()), 7);
     }
 
     proptest! {
+        #[test]
+        fn when_a_worker_goes_or_comes_only_its_flows_move(
+            slots in btree_set(0u32..64, 2..12), which: prop::sample::Index,
+            flows in vec(any::<(IpAddr, u16)>(), 64), options in 0usize..10
+        ) {
+            let one = *which.get(&slots.iter().copied().collect::<Vec<_>>());
+            let with = program(&by_flow(targets(slots.iter().copied())));
+            let without = program(&by_flow(targets(slots.iter().copied().filter(|slot| *slot != one))));
+            for flow in flows.into_iter().map(SocketAddr::from) {
+                let (before, after) = (run_flow(&with, flow, options * 4), run_flow(&without, flow, options * 4));
+                prop_assert!(before == after || before == index(one));
+                prop_assert!(after != index(one));
+                prop_assert_eq!(before, run_flow(&with, flow, 0), "options make no other flow");
+            }
+        }
+
         #[test]
         fn when_a_worker_goes_or_comes_only_its_clients_move(
             slots in btree_set(0u32..64, 2..12), which: prop::sample::Index, clients in vec(any::<IpAddr>(), 64)
@@ -292,10 +395,10 @@ mod tests {
             let other = other % 4000;
             let moved = |index: u32| (index + other) % 4099;
             let targets = targets(slots);
-            let Choice::Client(keys) = &targets.choice else { unreachable!() };
+            let Choice::By(_, keys) = &targets.choice else { unreachable!() };
             let keys = keys.iter().map(|(index, key)| (moved(*index), *key)).collect();
             let primary = targets.primary.iter().map(|index| moved(*index)).collect();
-            let reloaded = Targets { primary, choice: Choice::Client(keys), ..Targets::default() };
+            let reloaded = Targets { primary, choice: Choice::By(Origin::Client, keys), ..Targets::default() };
             prop_assert_eq!(run(&program(&reloaded), client), moved(run(&program(&targets), client)));
         }
     }

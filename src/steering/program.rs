@@ -9,7 +9,7 @@ use crate::kernel::bpf::{
     add, jump, jump_at_least, jump_equal, load, load_byte, load_half, modulo, ret, ret_accumulator,
 };
 use crate::steering::Share;
-use crate::steering::by_client::{self, Key};
+use crate::steering::by_client::{self, Key, Origin};
 
 /// The indices that a program chooses from, each as often as it stands here. Both lists ascend.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -28,8 +28,8 @@ pub struct Targets {
 pub enum Choice {
     #[default]
     Random,
-    /// By the client's address, and these keys of the indices.
-    Client(BTreeMap<u32, Key>),
+    /// By where the packet comes from, and these keys of the indices.
+    By(Origin, BTreeMap<u32, Key>),
 }
 
 /// The connection from one source address goes to one index.
@@ -103,11 +103,11 @@ fn choose(targets: &Targets, max_len: usize) -> Vec<sock_filter> {
     let Targets { primary, canary, share, choice, .. } = targets;
     let (mut program, number) = match choice {
         Choice::Random => (Vec::new(), vec![load(RANDOM)]),
-        Choice::Client(_) => (by_client::hash_client(), by_client::number_for_canary()),
+        Choice::By(of, _) => (by_client::hash(*of), by_client::number_for_canary()),
     };
     let choose_one = |indices: &[u32], max_len| match choice {
         Choice::Random => choose_one(indices, max_len),
-        Choice::Client(keys) => by_client::choose_one(indices, keys, max_len),
+        Choice::By(_, keys) => by_client::choose_one(indices, keys, max_len),
     };
     let max_len = max_len - program.len();
     match (primary.is_empty(), canary.is_empty()) {

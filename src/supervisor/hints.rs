@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::{Process, Supervisor};
-use crate::address::{Address, Endpoint};
+use crate::address::{Address, Endpoint, Transport};
 use crate::fleet::{End, Readiness};
 use crate::ids::WorkerId;
 use crate::kernel::procfs;
@@ -61,10 +61,7 @@ impl Supervisor {
     /// connection that was closed on this side leaves a trace for a minute.
     fn connects_first(&self, worker: WorkerId) -> Option<String> {
         let own = self.fleet.crew().addresses(worker);
-        let others = self.fleet.crew().endpoints().into_iter().filter_map(|endpoint| match endpoint {
-            Endpoint::Tcp(address) => Some(*address),
-            Endpoint::Unix(_) => None,
-        });
+        let others = self.fleet.crew().endpoints().into_iter().filter_map(Endpoint::tcp);
         let mut missing = others.filter(|address| !own.contains(address));
         let mut diag = SockDiag::new().ok()?;
         let found =
@@ -106,7 +103,8 @@ impl Supervisor {
         // Listeners of -l and of systemd listen already.
         let given: HashSet<u64> = procfs::socket_inodes(Pid::this()).ok()?.into_iter().collect();
         let its = sockets_below(pid);
-        let mut listeners = SockDiag::new().and_then(|mut diag| diag.listeners(0)).ok()?.into_iter();
+        let mut listeners =
+            SockDiag::new().and_then(|mut diag| diag.listeners(Transport::Tcp, 0)).ok()?.into_iter();
         let unseen =
             listeners.find(|it| its.contains(&it.inode.into()) && !given.contains(&it.inode.into()))?;
         Some(format!(

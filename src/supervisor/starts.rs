@@ -149,7 +149,7 @@ impl Supervisor {
     /// The sockets that a worker is given.
     fn listeners(&mut self, borrower: Borrower) -> Result<Vec<Listener>, StartError> {
         let give = |address: &Address| match self.pool.give(borrower, *address) {
-            Ok(socket) => Ok(Listener { name: address.socket.port().to_string(), socket }),
+            Ok(socket) => Ok(Listener { name: listener_name(address), socket }),
             Err(error) => Err(StartError::new(&format!("can't listen on {address}"), &error)),
         };
         self.listen.iter().map(give).collect()
@@ -280,4 +280,10 @@ impl Supervisor {
             }
         }
     }
+}
+
+/// In LISTEN_FDNAMES, which separates names by colons: "443", or "udp-443".
+fn listener_name(address: &Address) -> String {
+    let port = address.socket.port();
+    if address.is_udp() { format!("udp-{port}") } else { port.to_string() }
 }

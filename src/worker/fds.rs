@@ -9,9 +9,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, fcntl};
-use socket2::SockRef;
+use socket2::{SockRef, Type};
 
-use crate::address::{Address, Endpoint};
+use crate::address::{Address, Endpoint, Transport};
 use crate::kernel::procfs;
 use crate::kernel::sys;
 
@@ -48,7 +48,9 @@ impl Listener {
             Some(socket_address) => {
                 let v6only = socket_address.is_ipv6() && socket.only_v6().unwrap_or(false);
                 let device = sys::bound_device(self.socket.as_fd()).unwrap_or(0);
-                Endpoint::Tcp(Address::new(socket_address, v6only, device))
+                let is_datagram = socket.r#type().is_ok_and(|kind| kind == Type::DGRAM);
+                let transport = if is_datagram { Transport::Udp } else { Transport::Tcp };
+                Address::new(socket_address, v6only, device).over(transport).into()
             }
             None => Endpoint::Unix(address.as_pathname()?.to_owned()),
         };
@@ -120,7 +122,7 @@ mod tests {
         let expected = Address::new(socket.local_addr().unwrap(), false, 0);
         let listener = Listener { name: "http".to_owned(), socket: socket.into() };
         let (inode, endpoint) = listener.endpoint().unwrap();
-        assert_eq!(endpoint, Endpoint::Tcp(expected));
+        assert_eq!(endpoint, Endpoint::Port(expected));
         assert_eq!(
             listener.try_clone().unwrap().endpoint(),
             Some((inode, endpoint)),

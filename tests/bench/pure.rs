@@ -139,7 +139,7 @@ impl World {
         let now = Instant::now();
         let (fleet, actions) = Fleet::new(policy, Endpoints::default(), now);
         let socket = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 3000));
-        let endpoint = Endpoint::Tcp(Address::new(socket, false, 0));
+        let endpoint = Endpoint::Port(Address::new(socket, false, 0));
         let mut world = World { fleet, now, endpoint };
         world.carry_out(actions);
         world

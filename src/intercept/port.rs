@@ -1,35 +1,38 @@
-//! `bind` to a TCP port: the worker gets a socket of the pool in the place of its own.
+//! `bind` to a port of TCP or UDP: the worker gets a socket of the pool in the place of its own.
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsFd;
 
 use log::debug;
 
-use crate::address::{Address, Endpoint};
-use crate::intercept::Known;
+use crate::address::{Address, Endpoint, Transport};
 use crate::intercept::caller::{Caller, OwnSocket};
 use crate::intercept::carry::{Errands, OwnDuplicate};
 use crate::intercept::complaints::Complaint;
 use crate::intercept::inherit;
 use crate::intercept::options::Options;
+use crate::intercept::{Known, ListenChange};
 use crate::kernel::duplicate::Duplicate;
 use crate::kernel::procfs;
 use crate::kernel::search::Place;
 use crate::kernel::sys::{self, NotifResponse};
 use crate::pool::{BindRequest, MinTtl, Pool};
 
-/// Binds the caller's socket to the address in `sockaddr`, a `struct sockaddr`. What isn't a TCP port that
-/// the caller may bind is left to the kernel.
+/// Binds the caller's socket to the address in `sockaddr`, a `struct sockaddr`. What isn't a port that the caller may bind
+/// is left to the kernel, and so is a port of UDP unless the caller's worker is opening its ports (`is_opening`).
 pub fn bind(
     caller: &Caller,
     own: OwnSocket,
     sockaddr: &[u8],
     known: &mut Known,
     pool: &mut Pool,
+    is_opening: bool,
 ) -> NotifResponse {
     let Caller { tid, borrower, .. } = *caller;
     let Known { options: noted, bound, complaints, errands, .. } = known;
-    let bind = match understand(caller, own, sockaddr, noted.of(own.inode), errands) {
+    let is_shared = |address| is_opening || pool.has(address);
+    let bind = match understand(caller, own, sockaddr, noted.of(own.inode), errands, is_shared) {
         Ok(bind) => bind,
         Err(NotOurs::Unknown) => return NotifResponse::Success, // which the caller never sees
         Err(NotOurs::Limited) => {
@@ -37,7 +40,8 @@ pub fn bind(
             return NotifResponse::Continue;
         }
         Err(NotOurs::Udp(address)) => {
-            known.udp_bind = Some((own.inode, address)).filter(|_| caller.still_waits());
+            let binds = ListenChange::BindsUdp { inode: own.inode, address };
+            known.change = Some(binds).filter(|_| caller.still_waits());
             return NotifResponse::Continue;
         }
         Err(NotOurs::Other) => return NotifResponse::Continue,
@@ -62,7 +66,12 @@ pub fn bind(
             }
             // An error without a number means that the pool can't do it. The kernel perhaps can. It also takes an
             // address that the machine doesn't have from a socket with IP_FREEBIND or IP_TRANSPARENT.
-            let errno = error.raw_os_error().filter(|errno| *errno != libc::EADDRNOTAVAIL);
+            // A port of UDP may be in use and yet be bound, if all have SO_REUSEADDR.
+            let may_be_bound = |errno: &i32| match *errno {
+                libc::EADDRINUSE => address.is_udp(),
+                errno => errno == libc::EADDRNOTAVAIL,
+            };
+            let errno = error.raw_os_error().filter(|errno| !may_be_bound(errno));
             return errno.map_or(NotifResponse::Continue, NotifResponse::Errno);
         }
     };
@@ -82,6 +91,10 @@ pub fn bind(
             });
             debug!("worker {} (pid {tid}) binds {address}", borrower.slot);
             noted.forget(own.inode);
+            if address.is_udp() {
+                known.change =
+                    pool.receive(borrower.worker, inode).ok().map(|at| ListenChange::Listens(at.into()));
+            }
             NotifResponse::Success
         }
         Err(error) => {
@@ -102,9 +115,9 @@ struct Bind {
 
 /// Why the kernel has to answer a bind.
 enum NotOurs {
-    /// It is no TCP port that the caller may bind, or the caller can't be read.
+    /// It is no port that the caller may bind, or the caller can't be read.
     Other,
-    /// It is a UDP port of the wrapper's network.
+    /// It is a port of UDP that isn't shared.
     Udp(Address),
     /// Its socket limits who may connect in a way that no other socket can be given.
     Limited,
@@ -119,25 +132,34 @@ fn understand(
     sockaddr: &[u8],
     noted: Options,
     errands: &mut Errands,
+    is_shared: impl Fn(Address) -> bool,
 ) -> Result<Bind, NotOurs> {
     let protocol = caller.protocol(own.fd).map_err(|_| NotOurs::Other)?;
     let v6only = noted.v6only.unwrap_or_else(|| protocol.ends_with("v6") && procfs::v6only_by_default());
     let address = Address::from_sockaddr(sockaddr, v6only, 0).ok_or(NotOurs::Other)?;
-    let port = address.socket.port();
-    let is_udp = matches!(protocol.as_str(), "UDP" | "UDPv6");
-    if is_udp && port != 0 && !address.socket.ip().is_multicast() && procfs::same_namespace(caller.tid, "net")
-    {
+    let transport = transport_of(&protocol, &address).ok_or(NotOurs::Other)?;
+    let (address, port) = (address.over(transport), address.socket.port());
+    if port == 0 || goes_to_all(address.socket.ip()) {
+        return Err(NotOurs::Other);
+    }
+    let is_private = noted.is_multicast || address.is_udp() && !is_shared(address);
+    if is_private && procfs::same_namespace(caller.tid, "net") {
         return Err(NotOurs::Udp(address));
     }
-    if !is_tcp_of_family(&protocol, &address) || port == 0 || !caller.may_bind(port) {
+    if is_private || !caller.may_bind(port) {
         return Err(NotOurs::Other);
     }
     let flags = procfs::fd_flags(caller.tid, own.fd).map_err(|_| NotOurs::Other)?;
     let duplicate = match errands.duplicate(caller, own) {
         OwnDuplicate::Here(duplicate) => Some(duplicate),
         OwnDuplicate::Comes => return Err(NotOurs::Unknown),
+        OwnDuplicate::Refused if address.is_udp() => return Err(NotOurs::Other), // it would lose its options
         OwnDuplicate::Refused => None,
     };
+    let has = |option| duplicate.as_ref().is_some_and(|it| has_option(it, option));
+    if address.is_udp() && has(libc::SO_BROADCAST) {
+        return Err(NotOurs::Udp(address));
+    }
     let limits = duplicate.as_ref().map_or(Ok((noted.device, noted.min_ttl)), |duplicate| {
         let socket = duplicate.as_fd();
         Ok((sys::bound_device(socket)?, MinTtl::of(socket, address.socket.is_ipv6())?))
@@ -147,21 +169,33 @@ fn understand(
     if noted.limits_peers || duplicate.as_ref().is_some_and(has_filter) {
         return Err(NotOurs::Limited);
     }
-    let address = Address::new(address.socket, address.v6only, device);
+    let address = Address::new(address.socket, address.v6only, device).over(transport);
     let owner = caller.owner().ok_or(NotOurs::Other)?;
-    let (nonblocking, shares) = (flags & libc::O_NONBLOCK != 0, noted.shares);
+    let shares = noted.shares || address.is_udp() && has(libc::SO_REUSEADDR);
+    let nonblocking = flags & libc::O_NONBLOCK != 0;
     let place = Place { pid: procfs::process_of(caller.tid).unwrap_or(caller.tid), fd: own.fd };
     let request = BindRequest { address, nonblocking, shares, min_ttl, owner, place };
     Ok(Bind { duplicate, close_on_exec: flags & libc::O_CLOEXEC != 0, request })
 }
 
-/// Whether a socket with this protocol name is a TCP socket of the address's family.
-fn is_tcp_of_family(protocol: &str, address: &Address) -> bool {
-    match protocol {
-        "TCP" | "MPTCP" => address.socket.is_ipv4(),
-        "TCPv6" | "MPTCPv6" => address.socket.is_ipv6(),
-        _ => false,
-    }
+/// What a socket with this protocol name is shared as, if it is of the address's family.
+fn transport_of(protocol: &str, address: &Address) -> Option<Transport> {
+    let (name, is_ipv6) = protocol.strip_suffix("v6").map_or((protocol, false), |name| (name, true));
+    let transport = match name {
+        "TCP" | "MPTCP" => Transport::Tcp,
+        "UDP" => Transport::Udp,
+        _ => return None,
+    };
+    (is_ipv6 == address.socket.is_ipv6()).then_some(transport)
+}
+
+/// Whether the kernel gives a packet to such an address to every socket there.
+fn goes_to_all(ip: IpAddr) -> bool {
+    ip.is_multicast() || ip == Ipv4Addr::BROADCAST
+}
+
+fn has_option(socket: &impl AsFd, option: i32) -> bool {
+    sys::socket_option(socket.as_fd(), libc::SOL_SOCKET, option).is_ok_and(|value| value != 0)
 }
 
 /// Whether a socket has a port already, because it is connected or was bound without the wrapper.
@@ -179,13 +213,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_tcp_socket_of_the_same_family_as_its_address_is_bound_by_the_pool() {
+    fn only_a_socket_of_tcp_or_udp_and_of_the_family_of_its_address_is_bound_by_the_pool() {
         let v4 = Address::new("127.0.0.1:3000".parse().unwrap(), false, 0);
         let v6 = Address::new("[::1]:3000".parse().unwrap(), false, 0);
-        let fits = |protocol| (is_tcp_of_family(protocol, &v4), is_tcp_of_family(protocol, &v6));
-        assert_eq!([fits("TCP"), fits("MPTCP")], [(true, false); 2]);
-        assert_eq!([fits("TCPv6"), fits("MPTCPv6")], [(false, true); 2]);
-        assert_eq!([fits("UDP"), fits("SCTP"), fits("UNIX-STREAM")], [(false, false); 3]);
+        let of = |protocol| (transport_of(protocol, &v4), transport_of(protocol, &v6));
+        let (tcp, udp) = (Some(Transport::Tcp), Some(Transport::Udp));
+        assert_eq!([of("TCP"), of("MPTCP"), of("UDP")], [(tcp, None), (tcp, None), (udp, None)]);
+        assert_eq!([of("TCPv6"), of("MPTCPv6"), of("UDPv6")], [(None, tcp), (None, tcp), (None, udp)]);
+        assert_eq!([of("UDP-Lite"), of("SCTP"), of("UNIX-STREAM")], [(None, None); 3]);
     }
 
     #[test]

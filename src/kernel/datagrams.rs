@@ -1,0 +1,93 @@
+//! Datagrams that wait in a socket.
+
+use std::fs;
+use std::io;
+use std::mem::MaybeUninit;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use socket2::Socket;
+
+/// How many are discarded at once. More may come as fast as they are read.
+const AT_ONCE: usize = 4096;
+
+/// Whether a datagram waits to be read. (The kernel's count of bytes includes some that were read: `udp_rmem_release`,
+/// net/ipv4/udp.c.) Not in a socket that is shut down: that is always readable.
+pub fn wait(socket: BorrowedFd) -> bool {
+    let events = events(socket);
+    events.contains(PollFlags::POLLIN) && !events.contains(PollFlags::POLLHUP)
+}
+
+/// Whether the socket was shut down: then nothing can be read from it any more, although it still has its port.
+pub fn is_shut_down(socket: BorrowedFd) -> bool {
+    events(socket).contains(PollFlags::POLLHUP)
+}
+
+fn events(socket: BorrowedFd) -> PollFlags {
+    let mut fds = [PollFd::new(socket, PollFlags::POLLIN)];
+    match poll(&mut fds, PollTimeout::ZERO) {
+        Ok(_) => fds[0].revents().unwrap_or(PollFlags::empty()),
+        Err(_) => PollFlags::empty(),
+    }
+}
+
+/// Reads what waits, and the errors that wait.
+///
+/// # Errors
+/// WouldBlock if there may be more.
+pub fn discard(socket: &Socket) -> io::Result<()> {
+    let read = |flags| socket.recv_with_flags(&mut [MaybeUninit::uninit()], flags | libc::MSG_DONTWAIT);
+    let has_error = |_| read(libc::MSG_ERRQUEUE).is_ok();
+    let had_datagram = |_| wait(socket.as_fd()) && !matches!(read(0), Err(error) if is_empty(&error));
+    match (0..AT_ONCE).all(has_error) || (0..AT_ONCE).all(had_datagram) {
+        true => Err(io::ErrorKind::WouldBlock.into()),
+        false => Ok(()),
+    }
+}
+
+/// Any other error is that of an earlier datagram.
+fn is_empty(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock
+}
+
+/// Whether connect(2) takes a socket that is bound to this address from its reuseport group: one of a particular address since
+/// Linux 6.13 (`udp_lib_hash4`, net/ipv4/udp.c), any other one always (`udp_lib_rehash`).
+pub fn leaves_by_connecting(address: SocketAddr) -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    let version: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    address.ip().is_unspecified() || version >= (6, 13)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+
+    use super::*;
+
+    #[test]
+    fn datagrams_wait_until_they_are_read_or_discarded() {
+        let [ours, other] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+        let send = |text: &[u8]| other.send_to(text, ours.local_addr().unwrap()).unwrap();
+        assert!(!wait(ours.as_fd()));
+        send(b"one");
+        assert!(wait(ours.as_fd()));
+        ours.recv(&mut [0; 8]).unwrap();
+        assert!(!wait(ours.as_fd()));
+        let _ = [&b"two"[..], b"", b"three"].map(send);
+        let socket = Socket::from(ours);
+        discard(&socket).unwrap();
+        assert!(!wait(socket.as_fd()));
+        discard(&socket).unwrap();
+    }
+
+    #[test]
+    fn in_a_socket_that_is_shut_down_nothing_waits() {
+        let ours = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let socket = Socket::from(ours);
+        let _ = socket.shutdown(std::net::Shutdown::Both); // ENOTCONN, and it is shut down all the same
+        assert!(!wait(socket.as_fd()) && is_shut_down(socket.as_fd()));
+        discard(&socket).unwrap();
+    }
+}

@@ -1,0 +1,130 @@
+//! What is different about sockets of UDP.
+//!
+//! A socket of UDP is in the kernel's array of its group from its bind on. What reaches it waits for whoever has it. Nearly
+//! always it leaves when its worker connects it ([`datagrams::leaves_by_connecting`]). Then only its peer reaches it.
+//!
+//! A socket that is bound afterwards would make a new group with the connected one, if that still had SO_REUSEPORT
+//! (`udp_reuseport_add_sock`), and the kernel would prefer that group. So a connected socket has SO_REUSEADDR instead, and so has
+//! each other one during its bind.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use log::{debug, warn};
+use nix::unistd::Pid;
+
+use super::Pool;
+use crate::address::Address;
+use crate::ids::{MemberId, WorkerId};
+use crate::kernel::search::Seen;
+use crate::kernel::{datagrams, procfs};
+use crate::pool::member::{Member, Owner};
+use crate::pool::watcher::Interest;
+
+impl Pool {
+    /// Looks whether workers still have the sockets that they got, or to which datagrams came, a while ago, and has the next
+    /// datagram reported.
+    pub(super) fn look_at_datagram_sockets(&mut self, now: Instant) {
+        for id in self.arrivals.take_due(now) {
+            self.note_connected(id);
+            let Some(member) = self.members.get(id).filter(|member| member.is_lent()) else { continue };
+            let is_gone = match member.place {
+                Some(_) => member.look() == Seen::Gone,
+                None => member.loans.iter().all(|loan| !is_open_below(loan.borrower.pid, member.inode)), // it was given
+            };
+            match is_gone {
+                true => self.closed.looked(id, Seen::Gone, now),
+                false => self.await_datagram(id, now),
+            }
+        }
+    }
+
+    /// A worker has the socket, or will.
+    pub(super) fn watch_datagrams(&mut self, id: MemberId, now: Instant) {
+        if !self.arrivals.has(id) {
+            self.arrivals.begin(id, now);
+            self.await_datagram(id, now);
+        }
+    }
+
+    /// Has epoll report the next datagram.
+    fn await_datagram(&mut self, id: MemberId, now: Instant) {
+        let Some(member) = self.members.get(id) else { return };
+        match self.watcher.watch(id, member.socket.as_fd(), Interest::Datagram) {
+            Ok(()) => self.arrivals.watch(id, now),
+            Err(_) => self.arrivals.came(id, now), // for all that is known
+        }
+    }
+
+    /// A datagram has come to a socket that is lent.
+    pub(super) fn datagram_came(&mut self, id: MemberId, now: Instant) {
+        if let Some(member) = self.members.get(id) {
+            self.watcher.forget(id, member.socket.as_fd());
+            self.arrivals.came(id, now);
+        }
+    }
+
+    /// A socket that its worker has connected is in no group any more. Returns whether this is news.
+    fn note_connected(&mut self, id: MemberId) -> bool {
+        let Some(member) = self.members.get_mut(id).filter(|member| member.listening) else { return false };
+        if !member.is_connected() {
+            return false;
+        }
+        let address = member.address;
+        debug!("a socket of {address} is connected to one peer by its worker");
+        member.listening = false;
+        let set = member.socket.set_reuse_address(true).and_then(|()| member.socket.set_reuse_port(false));
+        if let Err(error) = set {
+            warn!("can't keep a connected socket of {address} out of its group: {error}");
+        }
+        if datagrams::leaves_by_connecting(address.socket)
+            && let Some(group) = self.groups.get_mut(&address)
+        {
+            group.left(&[id].into());
+        }
+        true
+    }
+
+    /// Finds out which sockets of an address workers have connected. Returns whether there are new ones.
+    pub(super) fn find_connected(&mut self, address: Address) -> bool {
+        let ids = self.groups.get(&address).map(|group| group.ids().clone()).unwrap_or_default();
+        ids.into_iter().filter(|id| self.note_connected(*id)).count() > 0
+    }
+
+    /// Makes a new socket that joins the group of its address.
+    ///
+    /// # Errors
+    /// What bind(2) says; EAGAIN if workers connect their sockets all the time.
+    pub(super) fn bind_datagrams(&mut self, address: Address, owner: Owner) -> io::Result<MemberId> {
+        const TRIES: usize = 10;
+        self.update_foreign_if_due(address);
+        self.find_connected(address);
+        for _ in 0..TRIES {
+            let id = self.members.bind(address, owner)?;
+            if !self.find_connected(address) {
+                return Ok(id);
+            }
+            self.members.remove(id); // it may be in a group with one that was connected a moment ago
+        }
+        Err(io::Error::from_raw_os_error(libc::EAGAIN))
+    }
+
+    /// When a datagram may last have come to a worker; `None`: none has come.
+    pub fn last_datagram(&mut self, worker: WorkerId, now: Instant) -> Option<Instant> {
+        self.handle_events(None);
+        let is_udp = |(_, member): &(MemberId, &Member)| member.address.is_udp();
+        let its: Vec<MemberId> = self.members.lent_to(worker).filter(is_udp).map(|(id, _)| id).collect();
+        for id in &its {
+            if !self.arrivals.is_watched(*id) && !self.members[*id].is_awaited() {
+                self.await_datagram(*id, now);
+            }
+        }
+        its.into_iter().filter_map(|id| self.arrivals.last(id, now)).max()
+    }
+}
+
+/// Whether a process or one of its descendants has a socket open; also if that can't be known.
+fn is_open_below(pid: Pid, inode: u64) -> bool {
+    pid.as_raw() == 0 || !procfs::first_holders(pid, &|other| other == inode).is_empty()
+}

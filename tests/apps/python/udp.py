@@ -1,0 +1,140 @@
+"""Answers datagrams, and connections to the same ports, at the addresses that the arguments name.
+
+The answer is `pid=… generation=… slot=… TEXT`. Of some texts:
+sleep MS …   is answered so much later
+connect …    is answered by a new socket of the same port, which the server connects to the client
+close …      closes the socket, after the answer
+bind PORT …  binds another port, and says so
+options …    has the names of the socket options that aren't as in a new socket
+"""
+import argparse
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+
+parser = argparse.ArgumentParser()
+parser.add_argument('addresses', nargs='*')
+parser.add_argument('--share', action='store_true')
+parser.add_argument('--set', action='store_true', help='options before the bind')
+parser.add_argument('--broadcast', action='store_true')
+parser.add_argument('--member', action='store_true', help='of a multicast group, before the bind')
+parser.add_argument('--tcp', action='store_true', help='serve TCP there too')
+parser.add_argument('--given', type=int, default=0, help='how many sockets of LISTEN_FDS')
+parser.add_argument('--query', action='store_true', help='bind some other port at the start')
+parser.add_argument('--count', action='store_true', help='print how many datagrams came, at SIGTERM')
+arguments = parser.parse_args()
+
+WHO = 'pid={} generation={} slot={} '.format(
+    os.getpid(), os.environ.get('REUSE_RUN_GENERATION'), os.environ.get('REUSE_RUN_SLOT'))
+OPTIONS = {
+    'IP_PKTINFO': (socket.IPPROTO_IP, 8, 1), 'IP_RECVTOS': (socket.IPPROTO_IP, 13, 1),
+    'IP_MTU_DISCOVER': (socket.IPPROTO_IP, 10, 0), 'IP_TTL': (socket.IPPROTO_IP, socket.IP_TTL, 7),
+    'IP_MULTICAST_TTL': (socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 5),
+    'UDP_GRO': (socket.IPPROTO_UDP, 104, 1), 'SO_RCVBUF': (socket.SOL_SOCKET, socket.SO_RCVBUF, 50000),
+    'SO_RXQ_OVFL': (socket.SOL_SOCKET, 40, 1), 'IP_RECVORIGDSTADDR': (socket.IPPROTO_IP, 20, 1),
+}
+OPTIONS_V6 = {'IPV6_RECVPKTINFO': (socket.IPPROTO_IPV6, 49, 1), 'IPV6_RECVTCLASS': (socket.IPPROTO_IPV6, 66, 1)}
+DEFAULTS = {}
+
+
+def say(line):
+    sys.stdout.write(line + '\n')
+    sys.stdout.flush()
+
+
+def options_of(family):
+    return {**OPTIONS, **(OPTIONS_V6 if family == socket.AF_INET6 else {})}
+
+
+def changed(sock):
+    """The names of the options that aren't as in a new socket."""
+    names = options_of(sock.family)
+    if sock.family not in DEFAULTS:
+        with socket.socket(sock.family, socket.SOCK_DGRAM) as new:
+            DEFAULTS[sock.family] = {name: new.getsockopt(*names[name][:2]) for name in names}
+    return ' '.join(sorted(n for n in names if sock.getsockopt(*names[n][:2]) != DEFAULTS[sock.family][n]))
+
+
+def new(kind, address, shares):
+    host, port = address.rsplit(':', 1)
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    sock = socket.socket(family, kind)
+    if kind == socket.SOCK_STREAM:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shares:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if arguments.set and kind == socket.SOCK_DGRAM:
+        for option in options_of(family).values():
+            sock.setsockopt(*option)
+    if arguments.broadcast and kind == socket.SOCK_DGRAM:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+    if arguments.member and kind == socket.SOCK_DGRAM:
+        group = socket.inet_aton('239.1.2.3') + socket.inet_aton('127.0.0.1')
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
+    sock.bind((host.strip('[]'), int(port)))
+    return sock
+
+
+def answer(sock, text, client):
+    words = text.split()
+    if words[0] == 'sleep':
+        threading.Timer(int(words[1]) / 1000, sock.sendto, ((WHO + text).encode(), client)).start()
+        return
+    if words[0] == 'connect':
+        name = sock.getsockname()
+        sock = new(socket.SOCK_DGRAM, '{}:{}'.format(name[0], name[1]), True)
+        sock.connect(client)
+        kept.append(sock)
+        sock.send((WHO + text).encode())
+        return
+    if words[0] == 'bind':
+        try:
+            kept.append(new(socket.SOCK_DGRAM, '127.0.0.1:' + words[1], False))
+            text += ' bound'
+        except OSError as error:
+            text += ' ' + error.strerror
+    if words[0] == 'options':
+        text = 'options ' + changed(sock)
+    sock.sendto((WHO + text).encode(), client)
+    if words[0] == 'close':
+        selector.unregister(sock)
+        sock.close()
+
+
+kept = []
+selector = selectors.DefaultSelector()
+for address in arguments.addresses:
+    try:
+        kept.append(new(socket.SOCK_DGRAM, address, arguments.share))
+        selector.register(kept[-1], selectors.EVENT_READ)
+        if arguments.set:
+            say('options: ' + changed(kept[-1]))
+    except OSError as error:
+        say('udp: {}'.format(error.strerror))
+        if not arguments.broadcast and not arguments.member:
+            raise
+    if arguments.tcp:
+        kept.append(new(socket.SOCK_STREAM, address, arguments.share))
+        kept[-1].listen()
+        selector.register(kept[-1], selectors.EVENT_READ)
+for number in range(arguments.given):
+    kept.append(socket.socket(fileno=3 + number))
+    selector.register(kept[-1], selectors.EVENT_READ)
+if arguments.query:
+    say('query: {}'.format(new(socket.SOCK_DGRAM, '127.0.0.1:{}'.format(20000 + os.getpid() % 10000), False).getsockname()[1]))
+if 'READY_FD' in os.environ:
+    os.write(int(os.environ['READY_FD']), b'\n')
+
+while True:
+    for key, _ in selector.select():
+        if key.fileobj.type == socket.SOCK_STREAM:
+            connection, _ = key.fileobj.accept()
+            text = connection.recv(2048)
+            connection.sendall(WHO.encode() + text)
+            connection.close()
+            continue
+        text, client = key.fileobj.recvfrom(2048)
+        answer(key.fileobj, text.decode(), client)

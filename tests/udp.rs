@@ -1,0 +1,517 @@
+//! Ports of UDP: each flow has its worker, and no query is lost.
+#![cfg_attr(clippy, deny(warnings))]
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use common::{
+    DEADLINE, Service, begin, free_address, free_port, freeze, holds_for, own_network, python, run,
+    run_words, send, serving, status, turn, wait_until, workers_where,
+};
+use nix::sys::signal::Signal;
+
+/// A query without an answer after this time is lost. Only a worker that is stopped answers later.
+const LOST_AFTER: Duration = Duration::from_secs(20);
+
+/// Who has answered what.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Answer {
+    pid: u32,
+    generation: u32,
+    slot: u32,
+    text: String,
+}
+
+impl Answer {
+    #[track_caller]
+    fn parse(answer: &[u8]) -> Answer {
+        let answer = String::from_utf8_lossy(answer).into_owned();
+        let mut words = answer.splitn(4, ' ');
+        let mut number = |name: &str| {
+            let value = words.next().and_then(|word| word.strip_prefix(name));
+            value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {name} in {answer:?}"))
+        };
+        let (pid, generation, slot) = (number("pid="), number("generation="), number("slot="));
+        Answer { pid, generation, slot, text: words.next().unwrap_or_default().to_owned() }
+    }
+}
+
+/// One flow: the datagrams between a port of ours and the server.
+struct Flow(UdpSocket);
+
+impl Flow {
+    fn to(server: SocketAddr) -> Flow {
+        let own: IpAddr =
+            if server.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+        let socket = UdpSocket::bind((own, 0)).expect("a socket");
+        socket.connect(server).expect("connect it");
+        socket.set_read_timeout(Some(LOST_AFTER)).expect("a time-out");
+        Flow(socket)
+    }
+
+    fn say(&self, text: &str) {
+        self.0.send(text.as_bytes()).expect("send a query");
+    }
+
+    /// The next answer; `None` if there is none.
+    fn hear(&self) -> Option<Answer> {
+        let mut answer = [0; 2048];
+        let len = self.0.recv(&mut answer).ok()?;
+        Some(Answer::parse(&answer[..len]))
+    }
+
+    fn ask(&self, text: &str) -> Option<Answer> {
+        self.say(text);
+        self.hear()
+    }
+
+    /// Whether nothing comes for a while.
+    fn is_silent(&self) -> bool {
+        self.0.set_read_timeout(Some(Duration::from_millis(300))).expect("a time-out");
+        let silent = self.hear().is_none();
+        self.0.set_read_timeout(Some(LOST_AFTER)).expect("a time-out");
+        silent
+    }
+}
+
+#[track_caller]
+fn ask(flow: &Flow, text: &str) -> Answer {
+    flow.ask(text).unwrap_or_else(|| panic!("{text:?} was not answered"))
+}
+
+fn flows(server: SocketAddr, count: usize) -> Vec<Flow> {
+    (0..count).map(|_| Flow::to(server)).collect()
+}
+
+#[track_caller]
+fn workers_of(flows: &[Flow]) -> Vec<Answer> {
+    flows.iter().map(|flow| ask(flow, "who")).collect()
+}
+
+/// Flows that ask all the time.
+struct Load {
+    end: Arc<AtomicBool>,
+    answers: Arc<AtomicU64>,
+    threads: Vec<JoinHandle<Vec<Told>>>,
+}
+
+/// What a flow was told: the processes that have answered it, one after the other, and how many queries were lost.
+#[derive(Debug, Default, Clone)]
+struct Told {
+    pids: Vec<u32>,
+    lost: usize,
+}
+
+impl Load {
+    fn start(server: SocketAddr, flows_of_each: usize, threads: usize) -> Load {
+        let (end, answers) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let one = |_| {
+            let (end, answers) = (Arc::clone(&end), Arc::clone(&answers));
+            let flows = flows(server, flows_of_each);
+            thread::spawn(move || {
+                let mut told = vec![Told::default(); flows.len()];
+                while !end.load(Ordering::Relaxed) {
+                    flows.iter().for_each(|flow| flow.say("load"));
+                    for (flow, told) in flows.iter().zip(&mut told) {
+                        match flow.hear() {
+                            Some(answer) if told.pids.last() == Some(&answer.pid) => {}
+                            Some(answer) => told.pids.push(answer.pid),
+                            None => told.lost += 1,
+                        }
+                        answers.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+                told
+            })
+        };
+        Load { threads: (0..threads).map(one).collect(), end, answers }
+    }
+
+    #[track_caller]
+    fn wait_for_more(&self) {
+        let before = self.answers.load(Ordering::Relaxed);
+        wait_until("more answers", DEADLINE, || self.answers.load(Ordering::Relaxed) > before + 1000);
+    }
+
+    /// What each flow was told. Nothing was lost.
+    #[track_caller]
+    fn stop(self) -> Vec<Told> {
+        self.end.store(true, Ordering::Relaxed);
+        let told: Vec<Told> =
+            self.threads.into_iter().flat_map(|thread| thread.join().expect("the load")).collect();
+        let lost: usize = told.iter().map(|told| told.lost).sum();
+        assert_eq!(lost, 0, "of {} queries", self.answers.load(Ordering::Relaxed));
+        told
+    }
+}
+
+fn server(addresses: &[SocketAddr], more: &[&str]) -> Vec<String> {
+    let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+    let mut words: Vec<&str> = addresses.iter().map(String::as_str).collect();
+    words.extend(more);
+    python("udp.py", &words)
+}
+
+/// So many workers at a free address.
+fn started(options: &str, more: &[&str]) -> (SocketAddr, Service) {
+    let address = free_address();
+    (address, Service::run_ready(&format!("--quiet-after 300ms {options}"), &server(&[address], more)))
+}
+
+fn addresses(service: &Service) -> Vec<String> {
+    let addresses = status(service)["addresses"].clone();
+    addresses.as_array().expect("a list").iter().map(|it| it.as_str().expect("a text").to_owned()).collect()
+}
+
+#[test]
+fn no_query_is_lost_in_reloads_and_between_them_each_flow_has_one_worker() {
+    const RELOADS: usize = 4;
+    let (address, mut service) = started("-n 4", &[]);
+    let load = Load::start(address, 50, 4);
+    for _ in 0..RELOADS {
+        load.wait_for_more();
+        service.reload();
+    }
+    load.wait_for_more();
+    let told = load.stop();
+    assert_eq!(told.len(), 200);
+    assert!(told.iter().all(|told| told.pids.len() == RELOADS + 1), "{told:?}");
+    for number in 0..=RELOADS {
+        let pids: BTreeSet<u32> = told.iter().map(|told| told.pids[number]).collect();
+        assert_eq!(pids.len(), 4, "each worker of generation {} has flows", number + 1);
+    }
+    assert_eq!(addresses(&service), [format!("udp {address}")]);
+    service.stop();
+}
+
+#[test]
+fn ipv4_ipv6_and_both_on_one_socket_are_shared() {
+    own_network();
+    let port = free_port();
+    let [v4, v6] = [SocketAddr::from((Ipv4Addr::LOCALHOST, port)), (Ipv6Addr::LOCALHOST, port).into()];
+    let [any_v4, any_v6] =
+        [SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)), (Ipv6Addr::UNSPECIFIED, port).into()];
+    for (binds, clients) in [(&[v4, v6][..], &[v4, v6][..]), (&[any_v4], &[v4]), (&[any_v6], &[v4, v6])] {
+        let mut service = Service::run_ready("-n 2 --ready notify --quiet-after 300ms", &server(binds, &[]));
+        let loads: Vec<Load> = clients.iter().map(|client| Load::start(*client, 20, 1)).collect();
+        for _ in 0..2 {
+            loads.iter().for_each(Load::wait_for_more);
+            service.reload();
+        }
+        for told in loads.into_iter().map(Load::stop) {
+            assert!(told.iter().all(|told| told.pids.len() == 3), "{binds:?}: {told:?}");
+            let pids: BTreeSet<u32> = told.iter().map(|told| told.pids[2]).collect();
+            assert_eq!(pids.len(), 2, "{binds:?}");
+        }
+        service.stop();
+    }
+}
+
+#[test]
+fn a_server_of_udp_and_tcp_on_one_port_switches_both() {
+    let (address, mut service) = started("-n 2", &["--tcp"]);
+    assert_eq!(addresses(&service), [address.to_string(), format!("udp {address}")]);
+    let by_tcp = || {
+        let mut connection = TcpStream::connect(address).expect("connect");
+        connection.write_all(b"tcp").expect("ask");
+        let mut answer = Vec::new();
+        connection.read_to_end(&mut answer).expect("an answer");
+        Answer::parse(&answer).generation
+    };
+    let load = Load::start(address, 20, 1);
+    for generation in 2..4 {
+        load.wait_for_more();
+        let from = service.log.count();
+        let reload = begin(&service, "reload");
+        service.wait_for_line_after(from, &format!("generation {generation} serves; "));
+        for flow in flows(address, 20) {
+            assert_eq!((ask(&flow, "who").generation, by_tcp()), (generation, generation));
+        }
+        common::Outcome::of(reload).assert_done(&format!("2 workers of generation {generation}"));
+    }
+    load.stop();
+    service.stop();
+}
+
+#[test]
+fn what_a_dead_worker_has_not_read_its_successor_answers() {
+    let (address, mut service) = started("-n 2", &[]);
+    let flows = flows(address, 40);
+    let before = workers_of(&flows);
+    let dead = before[0].pid;
+    freeze(dead);
+    let its: Vec<&Flow> =
+        flows.iter().zip(&before).filter(|(_, answer)| answer.pid == dead).map(|it| it.0).collect();
+    let others: Vec<(&Flow, &Answer)> =
+        flows.iter().zip(&before).filter(|(_, answer)| answer.pid != dead).collect();
+    assert!(its.len() > 5 && others.len() > 5);
+    its.iter().for_each(|flow| flow.say("while it is stopped"));
+    for (flow, answer) in &others {
+        assert_eq!(ask(flow, "who").pid, answer.pid, "who else has a worker keeps it");
+    }
+    assert!(its[0].is_silent());
+    send(dead, Signal::SIGKILL);
+    for flow in &its {
+        let answer = flow.hear().expect("an answer of the successor");
+        assert_eq!((answer.slot, answer.text.as_str()), (before[0].slot, "while it is stopped"));
+        assert_ne!(answer.pid, dead);
+    }
+    for (flow, answer) in &others {
+        assert_eq!(ask(flow, "who").pid, answer.pid);
+    }
+    service.stop();
+}
+
+#[test]
+fn the_flows_of_a_worker_that_is_stopped_wait_and_no_others() {
+    let (address, mut service) = started("-n 4", &[]);
+    let flows = flows(address, 80);
+    let before = workers_of(&flows);
+    let stopped = before[0].pid;
+    freeze(stopped);
+    flows.iter().for_each(|flow| flow.say("who"));
+    for (flow, answer) in flows.iter().zip(&before).filter(|(_, answer)| answer.pid != stopped) {
+        assert_eq!(flow.hear().as_ref(), Some(answer));
+    }
+    send(stopped, Signal::SIGCONT);
+    for (flow, answer) in flows.iter().zip(&before).filter(|(_, answer)| answer.pid == stopped) {
+        assert_eq!(flow.hear().as_ref(), Some(answer));
+    }
+    service.stop();
+}
+
+#[test]
+fn more_workers_take_their_share_of_the_flows_and_fewer_give_it_back_and_nothing_is_lost() {
+    let (address, mut service) = started("-n 3", &[]);
+    let load = Load::start(address, 20, 2);
+    let flows = flows(address, 120);
+    let before = workers_of(&flows);
+    run(&service, "scale +1").assert_done("4");
+    let with = workers_of(&flows);
+    let moved = before.iter().zip(&with).filter(|(before, with)| before != with);
+    let to: Vec<u32> = moved.map(|(_, with)| with.slot).collect();
+    assert!((10..60).contains(&to.len()) && to.iter().all(|slot| *slot == 3), "{to:?}");
+    run(&service, "scale -1").assert_done("3");
+    assert_eq!(workers_of(&flows), before);
+    run_words(&format!("recycle --pid {} --all", service.pid())).assert_done("");
+    let after = workers_of(&flows);
+    let slots = |answers: &[Answer]| answers.iter().map(|answer| answer.slot).collect::<Vec<_>>();
+    assert_eq!(slots(&after), slots(&before), "the next worker of a slot has its flows");
+    load.wait_for_more();
+    load.stop();
+    service.stop();
+}
+
+#[test]
+fn a_canary_has_its_share_of_the_flows_and_they_stay_there() {
+    let (address, mut service) = started("-n 2", &[]);
+    let load = Load::start(address, 20, 1);
+    let from = service.log.count();
+    let reload = begin(&service, "reload --canary 25 --for 5s");
+    service.wait_for_line_after(from, "25 %");
+    let flows = flows(address, 400);
+    let first = workers_of(&flows);
+    let at_canary = first.iter().filter(|answer| answer.generation == 2).count();
+    assert!((60..140).contains(&at_canary), "{at_canary} of 400");
+    assert_eq!(workers_of(&flows), first);
+    common::Outcome::of(reload).assert_done("2 workers of generation 2");
+    let after = workers_of(&flows);
+    assert!(after.iter().all(|answer| answer.generation == 2));
+    for (before, after) in first.iter().zip(&after).filter(|(before, _)| before.generation == 2) {
+        assert_eq!(before, after);
+    }
+    load.stop();
+    service.stop();
+}
+
+#[test]
+fn a_query_that_is_being_answered_delays_the_stop_signal_as_long_as_it_was_asked_for() {
+    let address = free_address();
+    let mut service = Service::run_ready("-n 2 --quiet-after 2s", &server(&[address], &[]));
+    let flow = Flow::to(address);
+    let old = ask(&flow, "who").pid;
+    flow.say("sleep 1000 slow");
+    let took = service.reload();
+    let answer = flow.hear().expect("an answer");
+    assert_eq!((answer.pid, answer.text.as_str()), (old, "sleep 1000 slow"));
+    assert!(took >= Duration::from_secs(1), "{took:?}");
+    assert_ne!(ask(&flow, "who").pid, old);
+    service.stop();
+}
+
+#[test]
+fn a_worker_to_which_no_datagram_has_come_is_not_waited_for() {
+    let address = free_address();
+    let mut service = Service::run_ready("-n 2 --quiet-after 60s --drain 100s", &server(&[address], &[]));
+    let took = service.reload();
+    assert!(took < Duration::from_secs(40), "{took:?}");
+    service.stop();
+}
+
+#[test]
+fn options_that_a_program_sets_before_its_bind_hold_on_the_socket_that_it_gets() {
+    own_network();
+    let port = free_port();
+    for address in [SocketAddr::from((Ipv4Addr::LOCALHOST, port)), (Ipv6Addr::LOCALHOST, port).into()] {
+        let bare = {
+            let mut command = server(&[address], &["--set"]).into_iter();
+            let mut child = std::process::Command::new(command.next().expect("a program"));
+            child.args(command).stdout(std::process::Stdio::piped());
+            let mut child = child.spawn().expect("start it");
+            let mut line = String::new();
+            let out = child.stdout.take().expect("a pipe");
+            std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut line).expect("a line");
+            child.kill().and_then(|()| child.wait()).expect("end it");
+            line.trim().to_owned()
+        };
+        assert!(
+            bare.contains("IP_PKTINFO") && bare.contains("SO_RCVBUF") && bare.contains("UDP_GRO"),
+            "{bare}"
+        );
+        let mut service = Service::run_ready("-n 2 --quiet-after 300ms", &server(&[address], &["--set"]));
+        service.reload();
+        wait_until("all have bound", DEADLINE, || service.out.count_of("options: ") == 4);
+        assert_eq!(service.out.count_of(&bare), 4, "{bare}\n{}", service.out.text());
+        service.stop();
+    }
+}
+
+#[test]
+fn a_port_to_send_from_is_asked_of_no_replacement_and_is_free_when_its_worker_has_closed_it() {
+    let (address, mut service) = started("-n 2", &["--query"]);
+    service.wait_for_output("query: ");
+    assert_eq!(addresses(&service), [format!("udp {address}")]);
+    service.reload();
+    let ports: Vec<u16> =
+        service.out.all().iter().filter_map(|line| line.text.strip_prefix("query: ")?.parse().ok()).collect();
+    wait_until("the ports are free", DEADLINE, || {
+        ports.iter().all(|port| UdpSocket::bind((Ipv4Addr::LOCALHOST, *port)).is_ok())
+    });
+    service.stop();
+}
+
+#[test]
+fn a_port_that_a_worker_binds_long_after_its_start_is_its_own() {
+    let (address, mut service) = started("-n 2", &[]);
+    let (flow, port) = (Flow::to(address), free_port());
+    let worker = ask(&flow, "who");
+    let other =
+        flows(address, 40).into_iter().find(|flow| ask(flow, "who").pid != worker.pid).expect("another");
+    holds_for("the workers are no longer young", Duration::from_millis(1500), || true);
+    assert!(ask(&flow, &format!("bind {port} x")).text.ends_with("bound"));
+    assert!(ask(&other, &format!("bind {port} x")).text.ends_with("in use"));
+    assert_eq!(addresses(&service), [format!("udp {address}")]);
+    service.reload();
+    service.stop();
+}
+
+#[test]
+fn when_a_worker_closes_its_socket_the_others_get_its_flows() {
+    let (address, mut service) = started("-n 2", &[]);
+    let flows = flows(address, 40);
+    let before = workers_of(&flows);
+    let closes = ask(&flows[0], "close now").pid;
+    let its: Vec<&Flow> =
+        flows.iter().zip(&before).filter(|(_, answer)| answer.pid == closes).map(|it| it.0).collect();
+    wait_until("the other one answers all", DEADLINE, || {
+        its.iter().all(|flow| {
+            flow.0.set_read_timeout(Some(Duration::from_millis(200))).expect("a time-out");
+            flow.ask("who").is_some_and(|answer| answer.pid != closes)
+        })
+    });
+    service.wait_for_line("has stopped listening on udp");
+    service.stop();
+}
+
+#[test]
+fn a_socket_that_a_worker_connects_takes_its_client_and_no_other_flow() {
+    let (address, mut service) = started("-n 2", &["--share"]);
+    let flows = flows(address, 60);
+    let before = workers_of(&flows);
+    // Each of these has a socket of its own from then on.
+    for (flow, answer) in flows.iter().zip(&before).take(6) {
+        assert_eq!(ask(flow, "connect me").pid, answer.pid);
+    }
+    for _ in 0..3 {
+        assert_eq!(workers_of(&flows[6..]), before[6..]);
+        holds_for("a while", Duration::from_millis(400), || true);
+    }
+    service.reload();
+    let after = workers_of(&flows[6..]);
+    assert!(after.iter().all(|answer| answer.generation == 2));
+    service.stop();
+}
+
+#[test]
+fn workers_are_given_sockets_of_udp() {
+    let address = free_address();
+    let options = format!("-n 2 -l udp:{address} --ready notify --quiet-after 300ms");
+    for more in ["", " --no-intercept"] {
+        let mut service =
+            Service::run_ready(&format!("{options}{more}"), &python("udp.py", &["--given", "1"]));
+        let load = Load::start(address, 20, 1);
+        load.wait_for_more();
+        service.reload();
+        load.wait_for_more();
+        let told = load.stop();
+        assert!(told.iter().all(|told| told.pids.len() == 2), "{told:?}");
+        service.stop();
+    }
+}
+
+#[test]
+fn what_the_kernel_gives_to_every_socket_is_left_to_it() {
+    for more in ["--broadcast", "--member"] {
+        let address = free_address();
+        let mut service = Service::run_ready("-n 2 --ready 500ms", &server(&[address], &[more]));
+        wait_until("one of them can't bind it", DEADLINE, || {
+            service.out.count_of("udp: Address already") == 1
+        });
+        service.stop();
+    }
+}
+
+#[test]
+fn a_port_of_another_program_is_not_shared_with_it() {
+    let other = UdpSocket::bind(free_address()).expect("a port");
+    let address = other.local_addr().expect("its address");
+    let mut service = Service::run("-n 2", &server(&[address], &[]));
+    assert!(!service.wait_end().success());
+    assert!(service.log.text().contains(&format!("udp {address} is in use: ")), "{}", service.log.text());
+}
+
+#[test]
+fn a_worker_with_no_other_port_than_one_of_udp_is_ready_alone_too() {
+    let (address, mut service) = started("-n 1", &[]);
+    let load = Load::start(address, 10, 1);
+    for _ in 0..2 {
+        load.wait_for_more();
+        service.reload();
+    }
+    assert!(load.stop().iter().all(|told| told.pids.len() == 3));
+    assert_eq!(serving(&service), [(0, 3)]);
+    service.stop();
+}
+
+#[test]
+fn without_traffic_nothing_wakes_the_wrapper() {
+    let _turn = turn();
+    let (address, mut service) = started("-n 2", &[]);
+    ask(&Flow::to(address), "who");
+    let wake_ups = || common::wake_ups(service.pid());
+    wait_until("it sleeps", DEADLINE, || {
+        let before = wake_ups();
+        holds_for("a while", Duration::from_secs(2), || true);
+        wake_ups() == before
+    });
+    let slots: BTreeMap<u64, u64> = serving(&service).into_iter().collect();
+    assert_eq!(workers_where(&service, |worker| worker["serves"] == true).len(), slots.len());
+    service.stop();
+}
