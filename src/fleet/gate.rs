@@ -110,7 +110,7 @@ pub fn describe(lack: Option<Lack>, worker: &Worker, policy: &Policy) -> String 
             list(missing)
         ),
         Some(Lack::UdpPorts(refused)) => format!(
-            "it could not bind UDP {}, which the worker that it replaces holds (see reload --ports-may-change)",
+            "it could not bind {}, which the worker that it replaces holds (see reload --ports-may-change)",
             list(refused)
         ),
         Some(Lack::Answer) => "it answered no request".to_owned(),

@@ -139,7 +139,7 @@ fn understand(
     let address = Address::from_sockaddr(sockaddr, v6only, 0).ok_or(NotOurs::Other)?;
     let transport = transport_of(&protocol, &address).ok_or(NotOurs::Other)?;
     let (address, port) = (address.over(transport), address.socket.port());
-    if port == 0 || goes_to_all(address.socket.ip()) {
+    if port == 0 || address.is_udp() && goes_to_all(address.socket.ip()) {
         return Err(NotOurs::Other);
     }
     let is_private = noted.is_multicast || address.is_udp() && !is_shared(address);

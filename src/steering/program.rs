@@ -101,6 +101,9 @@ fn aim_at(aim: &Aim) -> Vec<sock_filter> {
 /// A program of at most `max_len` instructions that chooses one of the indices.
 fn choose(targets: &Targets, max_len: usize) -> Vec<sock_filter> {
     let Targets { primary, canary, share, choice, .. } = targets;
+    if let ([only], []) | ([], [only]) = (&primary[..], &canary[..]) {
+        return vec![ret(*only)];
+    }
     let (mut program, number) = match choice {
         Choice::Random => (Vec::new(), vec![load(RANDOM)]),
         Choice::By(of, _) => (by_client::hash(*of), by_client::number_for_canary()),
@@ -256,8 +259,9 @@ mod tests {
     }
 
     #[test]
-    fn successive_indices_take_no_more_instructions_than_one() {
-        assert_eq!(program(&primary(&[4, 5, 6, 7])).len(), program(&primary(&[4])).len());
+    fn successive_indices_take_no_more_instructions_than_two_and_a_single_one_takes_one() {
+        assert_eq!(program(&primary(&[4, 5, 6, 7])).len(), program(&primary(&[4, 5])).len());
+        assert_eq!(program(&primary(&[4])).len(), 1);
     }
 
     #[test]
