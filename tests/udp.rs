@@ -5,152 +5,15 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::{self, JoinHandle};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::thread;
 use std::time::Duration;
 
 use common::{
-    DEADLINE, Service, begin, free_address, free_port, freeze, holds_for, own_network, python, run,
-    run_words, send, serving, status, turn, wait_until, workers_where,
+    Answer, DEADLINE, Flow, FlowLoad, Service, ask, begin, flows, free_address, free_port, freeze, holds_for,
+    own_network, python, run, run_words, send, serving, status, turn, wait_until, workers_of, workers_where,
 };
 use nix::sys::signal::Signal;
-
-/// A query without an answer after this time is lost. Only a worker that is stopped answers later.
-const LOST_AFTER: Duration = Duration::from_secs(20);
-
-/// Who has answered what.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Answer {
-    pid: u32,
-    generation: u32,
-    slot: u32,
-    text: String,
-}
-
-impl Answer {
-    #[track_caller]
-    fn parse(answer: &[u8]) -> Answer {
-        let answer = String::from_utf8_lossy(answer).into_owned();
-        let mut words = answer.splitn(4, ' ');
-        let mut number = |name: &str| {
-            let value = words.next().and_then(|word| word.strip_prefix(name));
-            value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {name} in {answer:?}"))
-        };
-        let (pid, generation, slot) = (number("pid="), number("generation="), number("slot="));
-        Answer { pid, generation, slot, text: words.next().unwrap_or_default().to_owned() }
-    }
-}
-
-/// One flow: the datagrams between a port of ours and the server.
-struct Flow(UdpSocket);
-
-impl Flow {
-    fn to(server: SocketAddr) -> Flow {
-        let own: IpAddr =
-            if server.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
-        let socket = UdpSocket::bind((own, 0)).expect("a socket");
-        socket.connect(server).expect("connect it");
-        socket.set_read_timeout(Some(LOST_AFTER)).expect("a time-out");
-        Flow(socket)
-    }
-
-    fn say(&self, text: &str) {
-        self.0.send(text.as_bytes()).expect("send a query");
-    }
-
-    /// The next answer; `None` if there is none.
-    fn hear(&self) -> Option<Answer> {
-        let mut answer = [0; 2048];
-        let len = self.0.recv(&mut answer).ok()?;
-        Some(Answer::parse(&answer[..len]))
-    }
-
-    fn ask(&self, text: &str) -> Option<Answer> {
-        self.say(text);
-        self.hear()
-    }
-
-    /// Whether nothing comes for a while.
-    fn is_silent(&self) -> bool {
-        self.0.set_read_timeout(Some(Duration::from_millis(300))).expect("a time-out");
-        let silent = self.hear().is_none();
-        self.0.set_read_timeout(Some(LOST_AFTER)).expect("a time-out");
-        silent
-    }
-}
-
-#[track_caller]
-fn ask(flow: &Flow, text: &str) -> Answer {
-    flow.ask(text).unwrap_or_else(|| panic!("{text:?} was not answered"))
-}
-
-fn flows(server: SocketAddr, count: usize) -> Vec<Flow> {
-    (0..count).map(|_| Flow::to(server)).collect()
-}
-
-#[track_caller]
-fn workers_of(flows: &[Flow]) -> Vec<Answer> {
-    flows.iter().map(|flow| ask(flow, "who")).collect()
-}
-
-/// Flows that ask all the time.
-struct Load {
-    end: Arc<AtomicBool>,
-    answers: Arc<AtomicU64>,
-    threads: Vec<JoinHandle<Vec<Told>>>,
-}
-
-/// What a flow was told: the processes that have answered it, one after the other, and how many queries were lost.
-#[derive(Debug, Default, Clone)]
-struct Told {
-    pids: Vec<u32>,
-    lost: usize,
-}
-
-impl Load {
-    fn start(server: SocketAddr, flows_of_each: usize, threads: usize) -> Load {
-        let (end, answers) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let one = |_| {
-            let (end, answers) = (Arc::clone(&end), Arc::clone(&answers));
-            let flows = flows(server, flows_of_each);
-            thread::spawn(move || {
-                let mut told = vec![Told::default(); flows.len()];
-                while !end.load(Ordering::Relaxed) {
-                    flows.iter().for_each(|flow| flow.say("load"));
-                    for (flow, told) in flows.iter().zip(&mut told) {
-                        match flow.hear() {
-                            Some(answer) if told.pids.last() == Some(&answer.pid) => {}
-                            Some(answer) => told.pids.push(answer.pid),
-                            None => told.lost += 1,
-                        }
-                        answers.fetch_add(1, Ordering::Relaxed);
-                    }
-                }
-                told
-            })
-        };
-        Load { threads: (0..threads).map(one).collect(), end, answers }
-    }
-
-    #[track_caller]
-    fn wait_for_more(&self) {
-        let before = self.answers.load(Ordering::Relaxed);
-        wait_until("more answers", DEADLINE, || self.answers.load(Ordering::Relaxed) > before + 1000);
-    }
-
-    /// What each flow was told. Nothing was lost.
-    #[track_caller]
-    fn stop(self) -> Vec<Told> {
-        self.end.store(true, Ordering::Relaxed);
-        let told: Vec<Told> =
-            self.threads.into_iter().flat_map(|thread| thread.join().expect("the load")).collect();
-        let lost: usize = told.iter().map(|told| told.lost).sum();
-        assert_eq!(lost, 0, "of {} queries", self.answers.load(Ordering::Relaxed));
-        told
-    }
-}
 
 fn server(addresses: &[SocketAddr], more: &[&str]) -> Vec<String> {
     let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
@@ -174,7 +37,7 @@ fn addresses(service: &Service) -> Vec<String> {
 fn no_query_is_lost_in_reloads_and_between_them_each_flow_has_one_worker() {
     const RELOADS: usize = 4;
     let (address, mut service) = started("-n 4", &[]);
-    let load = Load::start(address, 50, 4);
+    let load = FlowLoad::start(address, 50, 4);
     for _ in 0..RELOADS {
         load.wait_for_more();
         service.reload();
@@ -200,12 +63,12 @@ fn ipv4_ipv6_and_both_on_one_socket_are_shared() {
         [SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)), (Ipv6Addr::UNSPECIFIED, port).into()];
     for (binds, clients) in [(&[v4, v6][..], &[v4, v6][..]), (&[any_v4], &[v4]), (&[any_v6], &[v4, v6])] {
         let mut service = Service::run_ready("-n 2 --ready notify --quiet-after 300ms", &server(binds, &[]));
-        let loads: Vec<Load> = clients.iter().map(|client| Load::start(*client, 20, 1)).collect();
+        let loads: Vec<FlowLoad> = clients.iter().map(|client| FlowLoad::start(*client, 20, 1)).collect();
         for _ in 0..2 {
-            loads.iter().for_each(Load::wait_for_more);
+            loads.iter().for_each(FlowLoad::wait_for_more);
             service.reload();
         }
-        for told in loads.into_iter().map(Load::stop) {
+        for told in loads.into_iter().map(FlowLoad::stop) {
             assert!(told.iter().all(|told| told.pids.len() == 3), "{binds:?}: {told:?}");
             let pids: BTreeSet<u32> = told.iter().map(|told| told.pids[2]).collect();
             assert_eq!(pids.len(), 2, "{binds:?}");
@@ -225,7 +88,7 @@ fn a_server_of_udp_and_tcp_on_one_port_switches_both() {
         connection.read_to_end(&mut answer).expect("an answer");
         Answer::parse(&answer).generation
     };
-    let load = Load::start(address, 20, 1);
+    let load = FlowLoad::start(address, 20, 1);
     for generation in 2..4 {
         load.wait_for_more();
         let from = service.log.count();
@@ -290,7 +153,7 @@ fn the_flows_of_a_worker_that_is_stopped_wait_and_no_others() {
 #[test]
 fn more_workers_take_their_share_of_the_flows_and_fewer_give_it_back_and_nothing_is_lost() {
     let (address, mut service) = started("-n 3", &[]);
-    let load = Load::start(address, 20, 2);
+    let load = FlowLoad::start(address, 20, 2);
     let flows = flows(address, 120);
     let before = workers_of(&flows);
     run(&service, "scale +1").assert_done("4");
@@ -312,7 +175,7 @@ fn more_workers_take_their_share_of_the_flows_and_fewer_give_it_back_and_nothing
 #[test]
 fn a_canary_has_its_share_of_the_flows_and_they_stay_there() {
     let (address, mut service) = started("-n 2", &[]);
-    let load = Load::start(address, 20, 1);
+    let load = FlowLoad::start(address, 20, 1);
     let from = service.log.count();
     let reload = begin(&service, "reload --canary 25 --for 5s");
     service.wait_for_line_after(from, "25 %");
@@ -450,13 +313,36 @@ fn a_socket_that_a_worker_connects_takes_its_client_and_no_other_flow() {
 }
 
 #[test]
+fn a_receiver_of_lines_that_keeps_up_loses_none_of_them() {
+    const LINES: usize = 200_000;
+    let (address, mut service) = started("-n 2 --stop-signal TERM", &["--count"]);
+    let sender = thread::spawn(move || {
+        let flows = flows(address, 20);
+        for number in 0..LINES {
+            flows[number % flows.len()].say("<14>a line");
+            if number % 100 == 99 {
+                thread::sleep(Duration::from_millis(5)); // no more than 20,000 lines a second
+            }
+        }
+    });
+    while !sender.is_finished() {
+        service.reload();
+    }
+    sender.join().expect("the sender");
+    service.stop();
+    let counts = service.out.all();
+    let counts = counts.iter().filter_map(|line| line.text.strip_prefix("count ")?.parse::<usize>().ok());
+    assert_eq!(counts.sum::<usize>(), LINES, "{}", service.out.text());
+}
+
+#[test]
 fn workers_are_given_sockets_of_udp() {
     let address = free_address();
     let options = format!("-n 2 -l udp:{address} --ready notify --quiet-after 300ms");
     for more in ["", " --no-intercept"] {
         let mut service =
             Service::run_ready(&format!("{options}{more}"), &python("udp.py", &["--given", "1"]));
-        let load = Load::start(address, 20, 1);
+        let load = FlowLoad::start(address, 20, 1);
         load.wait_for_more();
         service.reload();
         load.wait_for_more();
@@ -490,7 +376,7 @@ fn a_port_of_another_program_is_not_shared_with_it() {
 #[test]
 fn a_worker_with_no_other_port_than_one_of_udp_is_ready_alone_too() {
     let (address, mut service) = started("-n 1", &[]);
-    let load = Load::start(address, 10, 1);
+    let load = FlowLoad::start(address, 10, 1);
     for _ in 0..2 {
         load.wait_for_more();
         service.reload();

@@ -11,7 +11,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
 
-use common::{DEADLINE, Folder, children, join_network, own_socket, wait_until};
+use common::{DEADLINE, FlowLoad, Folder, children, join_network, own_socket, wait_until};
 use oci::{ADDRESS, Bundle, Container, Identity, Runtime, profile};
 use serde_json::{Value, json};
 
@@ -109,6 +109,41 @@ fn under_containerds_profile_a_workers_socket_stays_what_it_was() {
 #[test]
 fn under_podmans_profile_a_workers_socket_stays_what_it_was() {
     assert_own_socket_stays("podman.json");
+}
+
+/// Asserts that reuse-run shares a port of UDP, and that reloads lose no query.
+#[track_caller]
+fn assert_shares_udp(name: &str) {
+    for identity in [Identity::Root, Identity::User, Identity::Bare] {
+        let bundle = Bundle::empty(identity).seccomp(profile(name, identity, &[]));
+        let server = ["/server", "--udp", "0.0.0.0:8080", "--listen", "0.0.0.0:8080"];
+        let command = [&["-n", "2", "--quiet-after", "300ms", "--"], &server[..]].concat();
+        let (container, addr) = bundle.start_ready(Runtime::Runc, &command);
+        let load = FlowLoad::start(addr, 20, 1);
+        for _ in 0..3 {
+            load.wait_for_more();
+            let (status, text) = container.exec(&["reuse-run", "reload"]);
+            assert_eq!(status, Some(0), "{text}\nlog:\n{}", container.service.log.text());
+        }
+        let told = load.stop();
+        assert!(told.iter().all(|told| told.pids.len() == 4), "{identity:?}: {told:?}");
+        container.stop();
+    }
+}
+
+#[test]
+fn under_dockers_profile_a_port_of_udp_is_shared() {
+    assert_shares_udp("docker.json");
+}
+
+#[test]
+fn under_containerds_profile_a_port_of_udp_is_shared() {
+    assert_shares_udp("containerd.json");
+}
+
+#[test]
+fn under_podmans_profile_a_port_of_udp_is_shared() {
+    assert_shares_udp("podman.json");
 }
 
 // Roots.

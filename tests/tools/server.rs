@@ -2,7 +2,7 @@
 //!
 //! It answers `pid=… generation=… slot=… port=… work=…`. `/sleep/MS` takes that many milliseconds. For a request with
 //! `?id=X` it prints `begun X` when it has read the request and `done X` when it has written the answer. With `--share` it
-//! sets SO_REUSEPORT, with `--given` it also serves the listeners of LISTEN_FDS, and with `--announce` it prints
+//! sets SO_REUSEPORT, with `--udp` it also answers datagrams, with `--given` it also serves the listeners of LISTEN_FDS, and with `--announce` it prints
 //! `accepted pid=…` and `closed pid=…` for each connection.
 #![cfg_attr(clippy, deny(warnings))]
 #![allow(unsafe_code)]
@@ -10,7 +10,7 @@
 use std::env;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::path::PathBuf;
 use std::process::exit;
@@ -25,7 +25,7 @@ use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 use socket2::{Domain, Socket, Type};
 
-const USAGE: &str = "usage: server [--listen HOST:PORT]... [--share] [--non-blocking] [--given] [--listen-after MS] [--ready-after MS] \
+const USAGE: &str = "usage: server [--listen HOST:PORT]... [--udp HOST:PORT] [--share] [--non-blocking] [--given] [--listen-after MS] [--ready-after MS] \
     [--exit-after MS] [--exit-status N] [--shutdown-on-int] [--ignore-int] [--exit-on-int] [--die-of-int MS] \
     [--hang] \
     [--keep-alive] [--announce] [--deaf-while FILE]";
@@ -33,6 +33,7 @@ const USAGE: &str = "usage: server [--listen HOST:PORT]... [--share] [--non-bloc
 #[derive(Default)]
 struct Options {
     listen: Vec<String>,
+    udp: Option<String>,
     share: bool,
     non_blocking: bool,
     given: bool,
@@ -57,6 +58,7 @@ fn parse() -> Options {
         let mut value = || args.next().unwrap_or_else(|| wrong(&format!("{arg} needs a value")));
         match arg.as_str() {
             "--listen" => options.listen.push(value()),
+            "--udp" => options.udp = Some(value()),
             "--share" => options.share = true,
             "--non-blocking" => options.non_blocking = true,
             "--given" => options.given = true,
@@ -143,6 +145,11 @@ fn main() {
     }
 
     thread::sleep(options.listen_after);
+    if let Some(addr) = &options.udp {
+        let socket = UdpSocket::bind(addr).unwrap_or_else(|error| wrong(&format!("bind {addr}: {error}")));
+        let server = Arc::clone(&server);
+        thread::spawn(move || answer_datagrams(&server, &socket));
+    }
     let mut listeners = Vec::new();
     if !options.hang {
         for addr in &options.listen {
@@ -206,6 +213,17 @@ fn main() {
     }
     loop {
         thread::park();
+    }
+}
+
+/// Answers with who it is, and with what came.
+fn answer_datagrams(server: &Server, socket: &UdpSocket) {
+    let who = format!("pid={} generation={} slot={} ", std::process::id(), server.generation, server.slot);
+    let mut text = [0; 2048];
+    loop {
+        if let Ok((len, client)) = socket.recv_from(&mut text) {
+            let _ = socket.send_to(&[who.as_bytes(), &text[..len]].concat(), client);
+        }
     }
 }
 

@@ -10,6 +10,7 @@ options …    has the names of the socket options that aren't as in a new socke
 import argparse
 import os
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -24,7 +25,7 @@ parser.add_argument('--member', action='store_true', help='of a multicast group,
 parser.add_argument('--tcp', action='store_true', help='serve TCP there too')
 parser.add_argument('--given', type=int, default=0, help='how many sockets of LISTEN_FDS')
 parser.add_argument('--query', action='store_true', help='bind some other port at the start')
-parser.add_argument('--count', action='store_true', help='print how many datagrams came, at SIGTERM')
+parser.add_argument('--count', action='store_true', help='answer nothing, and print at SIGTERM how many datagrams came')
 arguments = parser.parse_args()
 
 WHO = 'pid={} generation={} slot={} '.format(
@@ -104,6 +105,12 @@ def answer(sock, text, client):
         sock.close()
 
 
+def report(signum, frame):
+    say('count {}'.format(count))
+    os._exit(0)
+
+
+count = 0
 kept = []
 selector = selectors.DefaultSelector()
 for address in arguments.addresses:
@@ -127,6 +134,13 @@ if arguments.query:
     say('query: {}'.format(new(socket.SOCK_DGRAM, '127.0.0.1:{}'.format(20000 + os.getpid() % 10000), False).getsockname()[1]))
 if 'READY_FD' in os.environ:
     os.write(int(os.environ['READY_FD']), b'\n')
+
+if arguments.count:
+    signal.signal(signal.SIGTERM, report)
+    kept[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 200000)
+    while True:
+        kept[0].recv(2048)
+        count += 1
 
 while True:
     for key, _ in selector.select():
