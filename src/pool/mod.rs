@@ -229,15 +229,6 @@ impl Pool {
         self.serve(worker, id)
     }
 
-    /// The worker that borrowed a socket of UDP has it. It gets no datagram until [`Pool::steer`] sends it some.
-    ///
-    /// # Errors
-    /// NotFound if there is no such socket.
-    pub fn receive(&mut self, worker: WorkerId, inode: u64) -> io::Result<Address> {
-        let id = self.members.id(inode).ok_or(io::ErrorKind::NotFound)?;
-        self.serve(worker, id)
-    }
-
     /// A worker listens by this socket from now on.
     fn serve(&mut self, worker: WorkerId, id: MemberId) -> io::Result<Address> {
         let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
@@ -287,11 +278,8 @@ impl Pool {
             for (id, event) in batch.events {
                 let Some(member) = self.members.get_mut(id) else { continue };
                 let address = member.address;
-                if address.is_udp() && !member.is_free() {
+                if address.is_udp() {
                     self.datagram_came(id, Instant::now());
-                } else if address.is_udp() {
-                    self.unserved.add(id);
-                    self.watch(id);
                 } else if !member.listening {
                     // A worker may bind a socket to connect from it. The wrapper's duplicate would keep the connection
                     // open when the worker closes it, so the wrapper closes the duplicate as soon as the socket is, or
@@ -485,15 +473,11 @@ impl Pool {
 
     /// Has epoll report what matters of a socket.
     fn watch(&mut self, id: MemberId) {
+        if self.watch_datagrams(id, Instant::now()) {
+            return;
+        }
         let Some(member) = self.members.get(id) else { return };
         let interest = match member.reserved {
-            _ if member.address.is_udp() && !member.is_free() => {
-                return self.watch_datagrams(id, Instant::now());
-            }
-            _ if member.address.is_udp() && self.unserved.contains(id) => {
-                self.arrivals.forget(id);
-                return self.watcher.forget(id, member.socket.as_fd());
-            }
             _ if !member.listening => Interest::Changes,
             None if member.is_lent() => Interest::AcceptQueue,
             _ if self.unserved.contains(id) => Interest::ShutDown,

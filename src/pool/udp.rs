@@ -40,12 +40,25 @@ impl Pool {
         }
     }
 
-    /// A worker has the socket, or will.
-    pub(super) fn watch_datagrams(&mut self, id: MemberId, now: Instant) {
-        if !self.arrivals.has(id) {
-            self.arrivals.begin(id, now);
-            self.await_datagram(id, now);
+    /// Has epoll report what matters of a socket of UDP that a worker has, or will, or of one that has yet to be emptied. Returns
+    /// whether it is one.
+    pub(super) fn watch_datagrams(&mut self, id: MemberId, now: Instant) -> bool {
+        let Some(member) = self.members.get(id).filter(|member| member.address.is_udp()) else {
+            return false;
+        };
+        match (member.is_free(), self.unserved.contains(id)) {
+            (false, _) if !self.arrivals.has(id) => {
+                self.arrivals.begin(id, now);
+                self.await_datagram(id, now);
+            }
+            (false, _) => {}
+            (true, true) => {
+                self.watcher.forget(id, member.socket.as_fd());
+                self.arrivals.forget(id);
+            }
+            (true, false) => return false,
         }
+        true
     }
 
     /// Has epoll report the next datagram.
@@ -57,12 +70,23 @@ impl Pool {
         }
     }
 
-    /// A datagram has come to a socket that is lent.
+    /// A datagram has come, or an error. Nobody reads those of a free socket.
     pub(super) fn datagram_came(&mut self, id: MemberId, now: Instant) {
-        if let Some(member) = self.members.get(id) {
-            self.watcher.forget(id, member.socket.as_fd());
-            self.arrivals.came(id, now);
+        let Some(member) = self.members.get(id) else { return };
+        self.watcher.forget(id, member.socket.as_fd());
+        match member.is_free() {
+            true => self.unserved.add(id),
+            false => self.arrivals.came(id, now),
         }
+    }
+
+    /// The worker that borrowed a socket of UDP has it. It gets no datagram until [`Pool::steer`] sends it some.
+    ///
+    /// # Errors
+    /// NotFound if there is no such socket.
+    pub fn receive(&mut self, worker: WorkerId, inode: u64) -> io::Result<Address> {
+        let id = self.members.id(inode).ok_or(io::ErrorKind::NotFound)?;
+        self.serve(worker, id)
     }
 
     /// A socket that its worker has connected is in no group any more. Returns whether this is news.
