@@ -180,12 +180,12 @@ fn a_replacement_may_listen_on_more_addresses() {
 }
 
 #[test]
-fn broadcast_unix_and_port_0_binds_are_left_to_the_kernel() {
+fn udp_unix_and_port_0_binds_are_left_to_the_kernel() {
     let port = free_port();
     let command = python("binds.py", &["others", &port.to_string()]);
     let mut service = Service::run_ready("-n 2", &command);
     wait_until("both workers have bound everything", DEADLINE, || service.out.count_of("port 0: ") == 2);
-    // Only one worker can have such a port of UDP. If it were shared, both would have it.
+    // Only one worker can have a UDP port. If it were shared like a TCP port, both would have it.
     assert_eq!(service.out.count_of("udp: bound"), 1, "{}", service.out.text());
     assert_eq!(service.out.count_of("udp: in use"), 1, "{}", service.out.text());
     assert_eq!(service.out.count_of("unix: bound"), 2, "{}", service.out.text());

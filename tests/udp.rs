@@ -25,7 +25,7 @@ fn server(addresses: &[SocketAddr], more: &[&str]) -> Vec<String> {
 /// So many workers at a free address.
 fn started(options: &str, more: &[&str]) -> (SocketAddr, Service) {
     let address = free_address();
-    (address, Service::run_ready(&format!("--quiet-after 300ms {options}"), &server(&[address], more)))
+    (address, Service::run_ready(&format!("--udp --quiet-after 300ms {options}"), &server(&[address], more)))
 }
 
 fn addresses(service: &Service) -> Vec<String> {
@@ -62,7 +62,8 @@ fn ipv4_ipv6_and_both_on_one_socket_are_shared() {
     let [any_v4, any_v6] =
         [SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)), (Ipv6Addr::UNSPECIFIED, port).into()];
     for (binds, clients) in [(&[v4, v6][..], &[v4, v6][..]), (&[any_v4], &[v4]), (&[any_v6], &[v4, v6])] {
-        let mut service = Service::run_ready("-n 2 --ready notify --quiet-after 300ms", &server(binds, &[]));
+        let mut service =
+            Service::run_ready("-n 2 --udp --ready notify --quiet-after 300ms", &server(binds, &[]));
         let loads: Vec<FlowLoad> = clients.iter().map(|client| FlowLoad::start(*client, 20, 1)).collect();
         for _ in 0..2 {
             loads.iter().for_each(FlowLoad::wait_for_more);
@@ -197,7 +198,7 @@ fn a_canary_has_its_share_of_the_flows_and_they_stay_there() {
 #[test]
 fn a_query_that_is_being_answered_delays_the_stop_signal_as_long_as_it_was_asked_for() {
     let address = free_address();
-    let mut service = Service::run_ready("-n 2 --quiet-after 2s", &server(&[address], &[]));
+    let mut service = Service::run_ready("-n 2 --udp --quiet-after 2s", &server(&[address], &[]));
     let flow = Flow::to(address);
     let old = ask(&flow, "who").pid;
     flow.say("sleep 1000 slow");
@@ -212,7 +213,8 @@ fn a_query_that_is_being_answered_delays_the_stop_signal_as_long_as_it_was_asked
 #[test]
 fn a_worker_to_which_no_datagram_has_come_is_not_waited_for() {
     let address = free_address();
-    let mut service = Service::run_ready("-n 2 --quiet-after 60s --drain 100s", &server(&[address], &[]));
+    let mut service =
+        Service::run_ready("-n 2 --udp --quiet-after 60s --drain 100s", &server(&[address], &[]));
     let took = service.reload();
     assert!(took < Duration::from_secs(40), "{took:?}");
     service.stop();
@@ -238,7 +240,8 @@ fn options_that_a_program_sets_before_its_bind_hold_on_the_socket_that_it_gets()
             bare.contains("IP_PKTINFO") && bare.contains("SO_RCVBUF") && bare.contains("UDP_GRO"),
             "{bare}"
         );
-        let mut service = Service::run_ready("-n 2 --quiet-after 300ms", &server(&[address], &["--set"]));
+        let mut service =
+            Service::run_ready("-n 2 --udp --quiet-after 300ms", &server(&[address], &["--set"]));
         service.reload();
         wait_until("all have bound", DEADLINE, || service.out.count_of("options: ") == 4);
         assert_eq!(service.out.count_of(&bare), 4, "{bare}\n{}", service.out.text());
@@ -356,7 +359,7 @@ fn workers_are_given_sockets_of_udp() {
 fn what_the_kernel_gives_to_every_socket_is_left_to_it() {
     for more in ["--broadcast", "--member"] {
         let address = free_address();
-        let mut service = Service::run_ready("-n 2 --ready 500ms", &server(&[address], &[more]));
+        let mut service = Service::run_ready("-n 2 --udp --ready 500ms", &server(&[address], &[more]));
         wait_until("one of them can't bind it", DEADLINE, || {
             service.out.count_of("udp: Address already") == 1
         });
@@ -368,7 +371,7 @@ fn what_the_kernel_gives_to_every_socket_is_left_to_it() {
 fn a_port_of_another_program_is_not_shared_with_it() {
     let other = UdpSocket::bind(free_address()).expect("a port");
     let address = other.local_addr().expect("its address");
-    let mut service = Service::run("-n 2", &server(&[address], &[]));
+    let mut service = Service::run("-n 2 --udp", &server(&[address], &[]));
     assert!(!service.wait_end().success());
     assert!(service.log.text().contains(&format!("udp {address} is in use: ")), "{}", service.log.text());
 }

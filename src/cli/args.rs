@@ -137,6 +137,10 @@ pub struct RunArgs {
     #[argh(option, short = 'C', arg_name = "DIRECTORY")]
     pub chdir: Option<PathBuf>,
 
+    /// share the ports of UDP that workers bind at their start, as those of TCP
+    #[argh(switch)]
+    pub udp: bool,
+
     /// give workers no IPC channel like that of Node's fork
     #[argh(switch)]
     pub no_node_ipc: bool,

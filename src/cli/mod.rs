@@ -44,6 +44,8 @@ pub struct Options {
     pub retire_signal: Option<Signal>,
     /// By which commands find it.
     pub name: Option<Name>,
+    /// Whether ports of UDP that workers bind are shared.
+    pub shares_udp: bool,
     pub pidfile: Option<PathBuf>,
     /// Whether the workers' output passes through here, line by line.
     pub label: bool,
@@ -200,6 +202,7 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
         max_memory: args.max_memory.map(|size| size.0),
         retire_signal: args.retire_signal.map(|signal| signal.0),
         name: args.name,
+        shares_udp: args.udp,
         pidfile: args.pidfile,
         label: args.label,
     }
@@ -302,7 +305,7 @@ mod tests {
     #[test]
     fn every_option_is_understood() {
         let line = "-n 2 --ready :9000/healthz --ready-timeout 5s --drain 250ms --stop-timeout 1m --stop-within 25s --idle-after 2s \
-                    --stop-signal sigterm --max-failures 3 --balance random --hung-timeout 8s --max-memory 500M --max-age 1h --retire-signal usr2 -l 3000 --env-file a --env-file b -C /srv --no-node-ipc \
+                    --stop-signal sigterm --max-failures 3 --balance random --hung-timeout 8s --max-memory 500M --max-age 1h --retire-signal usr2 --udp --quiet-after 4s -l 3000 --env-file a --env-file b -C /srv --no-node-ipc \
                     --no-intercept --batch 2 --name web --pidfile p --label x y";
         let options = run(line).unwrap();
         let Options {
@@ -317,6 +320,7 @@ mod tests {
             max_memory,
             retire_signal,
             name,
+            shares_udp,
             pidfile,
             label,
         } = options;
@@ -334,6 +338,7 @@ mod tests {
         assert_eq!(idle_rule.idle_after, Some(Duration::from_secs(2)));
         assert_eq!([policy.hung_timeout, policy.max_age], [8, 3600].map(|it| Some(Duration::from_secs(it))));
         assert_eq!((max_memory, retire_signal), (Some(500 * 1024), Some(Signal::SIGUSR2)));
+        assert_eq!((shares_udp, idle_rule.quiet_after), (true, Duration::from_secs(4)));
         assert_eq!((policy.stop_signal, policy.max_failures), ("SIGTERM", 3));
         assert_eq!(policy.rollout, Rollout::Batches(2));
         assert_eq!(

@@ -80,7 +80,7 @@ pub struct AtHand<'a> {
     /// Whether the worker has yet to become ready.
     pub is_starting: bool,
     /// Whether it may yet open what it opens at its start.
-    pub is_opening: bool,
+    pub shares_udp: bool,
 }
 
 /// What is known about a worker.
@@ -205,7 +205,7 @@ impl Interception {
         at_hand: &mut AtHand,
     ) -> (NotifResponse, Option<ListenChange>) {
         const CONTINUE: (NotifResponse, Option<ListenChange>) = (NotifResponse::Continue, None);
-        let AtHand { pool, unix, is_starting, is_opening, .. } = at_hand;
+        let AtHand { pool, unix, is_starting, shares_udp, .. } = at_hand;
         let caller = Caller::new(self.notify_fd.as_fd(), notif, self.borrower, readings);
         let Known { options, bound, complaints, .. } = &mut self.known;
         match decode(&notif.data) {
@@ -218,7 +218,7 @@ impl Interception {
                 Ok(Some((own, sockaddr))) => {
                     let response = match paths::path_of_sockaddr(&sockaddr) {
                         Some(path) => unix::bind(&caller, own, &path, &mut self.known, unix),
-                        None => port::bind(&caller, own, &sockaddr, &mut self.known, pool, *is_opening),
+                        None => port::bind(&caller, own, &sockaddr, &mut self.known, pool, *shares_udp),
                     };
                     (response, self.known.change.take())
                 }

@@ -20,18 +20,18 @@ use crate::kernel::sys::{self, NotifResponse};
 use crate::pool::{BindRequest, MinTtl, Pool};
 
 /// Binds the caller's socket to the address in `sockaddr`, a `struct sockaddr`. What isn't a port that the caller may bind
-/// is left to the kernel, and so is a port of UDP unless the caller's worker is opening its ports (`is_opening`).
+/// is left to the kernel, and so is a port of UDP that isn't in the pool already, unless `shares_udp`.
 pub fn bind(
     caller: &Caller,
     own: OwnSocket,
     sockaddr: &[u8],
     known: &mut Known,
     pool: &mut Pool,
-    is_opening: bool,
+    shares_udp: bool,
 ) -> NotifResponse {
     let Caller { tid, borrower, .. } = *caller;
     let Known { options: noted, bound, complaints, errands, .. } = known;
-    let is_shared = |address| is_opening || pool.has(address);
+    let is_shared = |address| shares_udp || pool.has(address);
     let bind = match understand(caller, own, sockaddr, noted.of(own.inode), errands, is_shared) {
         Ok(bind) => bind,
         Err(NotOurs::Unknown) => return NotifResponse::Success, // which the caller never sees
@@ -71,6 +71,9 @@ pub fn bind(
                 libc::EADDRINUSE => address.is_udp(),
                 errno => errno == libc::EADDRNOTAVAIL,
             };
+            if address.is_udp() {
+                known.change = Some(ListenChange::BindsUdp { inode: own.inode, address });
+            }
             let errno = error.raw_os_error().filter(|errno| !may_be_bound(errno));
             return errno.map_or(NotifResponse::Continue, NotifResponse::Errno);
         }
@@ -142,23 +145,22 @@ fn understand(
     if port == 0 || address.is_udp() && goes_to_all(address.socket.ip()) {
         return Err(NotOurs::Other);
     }
-    let is_private = noted.is_multicast || address.is_udp() && !is_shared(address);
-    if is_private && procfs::same_namespace(caller.tid, "net") {
-        return Err(NotOurs::Udp(address));
-    }
+    let is_watched = address.is_udp() && procfs::same_namespace(caller.tid, "net");
+    let not_ours = || if is_watched { NotOurs::Udp(address) } else { NotOurs::Other };
+    let is_private = address.is_udp() && (noted.is_multicast || !is_shared(address));
     if is_private || !caller.may_bind(port) {
-        return Err(NotOurs::Other);
+        return Err(not_ours());
     }
-    let flags = procfs::fd_flags(caller.tid, own.fd).map_err(|_| NotOurs::Other)?;
+    let flags = procfs::fd_flags(caller.tid, own.fd).map_err(|_| not_ours())?;
     let duplicate = match errands.duplicate(caller, own) {
         OwnDuplicate::Here(duplicate) => Some(duplicate),
         OwnDuplicate::Comes => return Err(NotOurs::Unknown),
-        OwnDuplicate::Refused if address.is_udp() => return Err(NotOurs::Other), // it would lose its options
+        OwnDuplicate::Refused if address.is_udp() => return Err(not_ours()), // it would lose its options
         OwnDuplicate::Refused => None,
     };
     let has = |option| duplicate.as_ref().is_some_and(|it| has_option(it, option));
     if address.is_udp() && has(libc::SO_BROADCAST) {
-        return Err(NotOurs::Udp(address));
+        return Err(not_ours());
     }
     let limits = duplicate.as_ref().map_or(Ok((noted.device, noted.min_ttl)), |duplicate| {
         let socket = duplicate.as_fd();

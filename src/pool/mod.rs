@@ -566,7 +566,7 @@ impl Pool {
 
     /// Whether no connection and no datagram waits for the worker.
     pub fn queues_are_empty(&self, worker: WorkerId) -> bool {
-        !self.members.lent_to(worker).any(|(_, member)| member.is_awaited())
+        !self.members.lent_to(worker).any(|(_, member)| member.gets_flows() && member.is_awaited())
     }
 
     /// How many connections wait to be accepted by the worker.

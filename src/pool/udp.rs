@@ -137,7 +137,7 @@ impl Pool {
     /// When a datagram may last have come to a worker; `None`: none has come.
     pub fn last_datagram(&mut self, worker: WorkerId, now: Instant) -> Option<Instant> {
         self.handle_events(None);
-        let is_udp = |(_, member): &(MemberId, &Member)| member.address.is_udp();
+        let is_udp = |(_, member): &(MemberId, &Member)| member.address.is_udp() && member.gets_flows();
         let its: Vec<MemberId> = self.members.lent_to(worker).filter(is_udp).map(|(id, _)| id).collect();
         for id in &its {
             if !self.arrivals.is_watched(*id) && !self.members[*id].is_awaited() {
@@ -145,6 +145,14 @@ impl Pool {
             }
         }
         its.into_iter().filter_map(|id| self.arrivals.last(id, now)).max()
+    }
+}
+
+impl Member {
+    /// Whether what reaches it comes by the steering program: it is of TCP, or of UDP and neither connected nor in a multicast
+    /// group, whose datagrams the kernel gives to all.
+    pub fn gets_flows(&self) -> bool {
+        !self.address.is_udp() || self.listening && !self.is_limited()
     }
 }
 

@@ -68,8 +68,8 @@ impl Supervisor {
         let Some(interception) = self.interceptions.get_mut(&worker) else { return };
         let (pool, unix, reader) = (&mut self.pool, &mut self.unix, &mut self.reader);
         let is_starting = self.fleet.crew().is_starting(worker);
-        let is_opening = self.fleet.crew().is_opening(worker, Instant::now());
-        match answer(interception, &mut AtHand { pool, unix, reader, is_starting, is_opening }) {
+        let shares_udp = self.shares_udp && self.fleet.crew().is_opening(worker, Instant::now());
+        match answer(interception, &mut AtHand { pool, unix, reader, is_starting, shares_udp }) {
             Some(ListenChange::Listens(endpoint)) => self.handle(Event::Listens { worker, endpoint }),
             Some(ListenChange::StoppedListening(endpoint)) => {
                 self.handle(Event::StoppedListening { worker, endpoint });

@@ -106,6 +106,7 @@ pub struct Supervisor {
     stop_signal: Signal,
     /// What tells a worker that it gets no more connections.
     retire_signal: Option<Signal>,
+    shares_udp: bool,
     starts: Starts,
     processes: BTreeMap<WorkerId, Process>,
     /// One for each worker; also for one that has ended, as long as a process that it started lives on.
@@ -231,6 +232,7 @@ impl Supervisor {
             inherited,
             stop_signal,
             retire_signal: options.retire_signal,
+            shares_udp: options.shares_udp,
             starts: Starts::default(),
             processes: BTreeMap::new(),
             interceptions: BTreeMap::new(),

@@ -117,7 +117,7 @@ fn assert_shares_udp(name: &str) {
     for identity in [Identity::Root, Identity::User, Identity::Bare] {
         let bundle = Bundle::empty(identity).seccomp(profile(name, identity, &[]));
         let server = ["/server", "--udp", "0.0.0.0:8080", "--listen", "0.0.0.0:8080"];
-        let command = [&["-n", "2", "--quiet-after", "300ms", "--"], &server[..]].concat();
+        let command = [&["-n", "2", "--udp", "--quiet-after", "300ms", "--"], &server[..]].concat();
         let (container, addr) = bundle.start_ready(Runtime::Runc, &command);
         let load = FlowLoad::start(addr, 20, 1);
         for _ in 0..3 {

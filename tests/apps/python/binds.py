@@ -1,6 +1,6 @@
 """Binds what the first argument names, prints the results, and serves the TCP port that is the second argument.
 
-others:    a UDP socket for broadcasts on the same number, a Unix socket, and a TCP socket on port 0
+others:    a UDP socket on the same number, a Unix socket, and a TCP socket on port 0
 wildcards: the port on 0.0.0.0 and on [::], two listeners
 options:   the port. Prints the socket options before and after the bind; the first generation sets some before
 """
@@ -54,7 +54,6 @@ kept = []
 servers = []
 if what == 'others':
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
     try:
         udp.bind(('127.0.0.1', port))
         say('udp: bound')
