@@ -22,7 +22,8 @@ use crate::steering::{Plan, Role, Share};
 use crate::words::millis;
 
 /// A worker that has begun to listen may begin to listen elsewhere for so long. Then its log line says where it has to; and
-/// the only worker that has nothing but a Unix socket, which may be its own, is taken as ready.
+/// the only worker that has nothing but a Unix socket, which may be its own, is taken as ready,
+/// and so is one that has bound a port of UDP and doesn't listen.
 const SETTLED_AFTER: Duration = Duration::from_secs(1);
 /// The time from a failed request to a starting worker to the next one.
 const PROBE_PAUSE: Duration = Duration::from_millis(100);
@@ -250,7 +251,7 @@ impl Crew {
 
     /// A worker has called listen(2). Returns the workers that may be ready by that.
     pub(super) fn listens(&mut self, id: WorkerId, endpoint: Endpoint, now: Instant) -> Vec<WorkerId> {
-        let became_public = self.endpoints.add(id, endpoint.clone());
+        let became_public = self.endpoints.add(id, endpoint.clone(), self.slots());
         if !self.is_starting(id) {
             return Vec::new();
         }

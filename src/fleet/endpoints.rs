@@ -20,9 +20,9 @@ enum Need {
 /// How many addresses are kept on which a worker listens no more. Some programs open and close very many.
 const MAX_LEFT: usize = 64;
 
-/// Programs that send from a port that nobody has to know, such as resolvers with another one for each query, choose none
-/// below this.
-const FIRST_RANDOM_PORT: u16 = 1024;
+/// Programs that send from a port that nobody has to know choose none below this: bindresvport(3) begins here, resolvers with
+/// another port for each query at 1024.
+const FIRST_RANDOM_PORT: u16 = 512;
 
 #[derive(Debug, Default)]
 pub struct Endpoints {
@@ -37,8 +37,9 @@ pub struct Endpoints {
     left: BTreeMap<WorkerId, BTreeSet<Address>>,
     /// Where the worker of a slot listens, or listened when it ended.
     of_slots: BTreeMap<SlotId, BTreeMap<Endpoint, Need>>,
-    /// Unix sockets, and ports of UDP, that several workers have listened on. Another one may be a worker's own: a Unix
-    /// socket for processes that it starts, a port to send from.
+    /// Unix sockets that several workers have listened on, and ports of UDP that the workers of all slots have bound, and more
+    /// than one. Another one may be a worker's own: a Unix socket for processes that it starts, a port to send from, which
+    /// two workers may have chosen by chance.
     shared: BTreeSet<Endpoint>,
 }
 
@@ -53,10 +54,11 @@ impl Endpoints {
         self.of_workers.insert(id, given);
     }
 
-    /// A worker has called listen(2), or bound a port of UDP. Returns whether clients are known to come there from now on,
-    /// since it is the second worker of a Unix socket or of such a port.
-    pub fn add(&mut self, id: WorkerId, endpoint: Endpoint) -> bool {
-        let is_new = !self.is_public(&endpoint) && self.is_anothers(id, &endpoint);
+    /// A worker has called listen(2), or bound a port of UDP, where there are so many slots. Returns whether clients are known
+    /// to come there from now on, since so many workers listen there.
+    pub fn add(&mut self, id: WorkerId, endpoint: Endpoint, slots: usize) -> bool {
+        let others = if endpoint.is_udp() { slots.max(2) - 1 } else { 1 };
+        let is_new = !self.is_public(&endpoint) && self.count_of_others(id, &endpoint) >= others;
         if is_new {
             self.shared.insert(endpoint.clone());
         }
@@ -126,11 +128,16 @@ impl Endpoints {
         self.of(id).any(|endpoint| self.is_public(endpoint))
     }
 
-    /// Whether another worker listens there, or a slot's last one did.
-    fn is_anothers(&self, id: WorkerId, endpoint: &Endpoint) -> bool {
-        let mut others = self.of_workers.keys().filter(|other| **other != id);
-        others.any(|other| self.of(*other).any(|its| its == endpoint))
-            || self.of_slots.values().any(|endpoints| endpoints.contains_key(endpoint))
+    /// Whether they open connections there.
+    pub fn has_listener(&self, id: WorkerId) -> bool {
+        self.of(id).any(|endpoint| self.is_public(endpoint) && !endpoint.is_udp())
+    }
+
+    /// How many other workers listen there, or in how many slots the last one did.
+    fn count_of_others(&self, id: WorkerId, endpoint: &Endpoint) -> usize {
+        let others = self.of_workers.keys().filter(|other| **other != id);
+        let listen = others.filter(|other| self.of(**other).any(|its| its == endpoint)).count();
+        listen.max(self.of_slots.values().filter(|endpoints| endpoints.contains_key(endpoint)).count())
     }
 
     /// Where a worker of this slot has to listen and doesn't yet.
@@ -160,11 +167,12 @@ impl Endpoints {
         })
     }
 
-    /// Whether the last worker of this slot listens for clients, where there are so many slots.
+    /// Whether the last worker of this slot listens for clients, where there are so many slots. A single one may have a port
+    /// of UDP to send from.
     pub fn are_expected(&self, slot: SlotId, slots: usize) -> bool {
         let mut open =
             self.of_slots.get(&slot).into_iter().flatten().filter(|(_, need)| **need != Need::Closed);
-        open.any(|(endpoint, _)| slots == 1 || self.is_public(endpoint))
+        open.any(|(endpoint, _)| slots == 1 && !endpoint.is_udp() || self.is_public(endpoint))
     }
 
     /// The generation of a worker that serves in this slot is ready: where it listens now its replacement has to.
@@ -245,7 +253,7 @@ mod tests {
         assert_eq!(endpoints.of(ONE).count(), 0, "it hasn't called listen");
         assert_eq!(endpoints.addresses(ONE), [address(2)].into());
         for endpoint in [inherited, address(3).into(), path("a")] {
-            endpoints.add(ONE, endpoint);
+            endpoints.add(ONE, endpoint, 2);
         }
         assert_eq!(endpoints.addresses(ONE), [address(2), address(3)].into());
         endpoints.remove(ONE, &address(2).into());
@@ -264,18 +272,18 @@ mod tests {
         let mut endpoints = Endpoints::default();
         endpoints.add_worker(ONE);
         endpoints.add_worker(TWO);
-        assert!(!endpoints.add(ONE, path("a")) && !endpoints.has_public(ONE));
-        assert!(!endpoints.add(ONE, path("a")), "it is the same worker");
-        assert!(endpoints.add(TWO, path("a")) && endpoints.has_public(ONE) && endpoints.has_public(TWO));
-        assert!(!endpoints.add(ONE, path("a")), "it is public already");
+        assert!(!endpoints.add(ONE, path("a"), 2) && !endpoints.has_public(ONE));
+        assert!(!endpoints.add(ONE, path("a"), 2), "it is the same worker");
+        assert!(endpoints.add(TWO, path("a"), 2) && endpoints.has_public(ONE) && endpoints.has_public(TWO));
+        assert!(!endpoints.add(ONE, path("a"), 2), "it is public already");
 
         let mut endpoints = Endpoints::default();
         endpoints.add_worker(ONE);
-        endpoints.add(ONE, path("a"));
+        endpoints.add(ONE, path("a"), 2);
         endpoints.require(ONE, SlotId(0));
         endpoints.remove_worker(ONE);
         endpoints.add_worker(TWO);
-        assert!(endpoints.add(TWO, path("a")), "its slot's last worker had it");
+        assert!(endpoints.add(TWO, path("a"), 2), "its slot's last worker had it");
     }
 
     #[test]
@@ -283,11 +291,11 @@ mod tests {
         let mut endpoints = Endpoints::default();
         endpoints.add_worker(ONE);
         for endpoint in [address(1).into(), address(2).into(), path("own")] {
-            endpoints.add(ONE, endpoint);
+            endpoints.add(ONE, endpoint, 2);
         }
         endpoints.require(ONE, SlotId(0));
         endpoints.add_worker(TWO);
-        endpoints.add(TWO, address(2).into());
+        endpoints.add(TWO, address(2).into(), 2);
         assert_eq!(endpoints.missing(TWO, SlotId(0)), [address(1).into()]);
         assert_eq!(endpoints.missing(TWO, SlotId(1)), []);
         assert_eq!(endpoints.public(1).len(), 3, "clients of the only worker may come anywhere");
@@ -300,19 +308,35 @@ mod tests {
     }
 
     #[test]
-    fn a_port_of_udp_from_1024_on_is_public_from_its_second_worker_on_and_is_waited_for_until_then() {
+    fn a_port_of_udp_from_512_on_is_public_when_a_worker_of_each_slot_has_it_and_is_waited_for_until_then() {
         let mut endpoints = Endpoints::default();
         endpoints.add_worker(ONE);
         endpoints.add_worker(TWO);
-        assert!(!endpoints.add(ONE, udp(53)) && endpoints.has_public(ONE), "nobody sends from port 53");
-        assert!(!endpoints.add(ONE, udp(5353)) && !endpoints.is_public(&udp(5353)));
+        assert!(!endpoints.add(ONE, udp(53), 2) && endpoints.has_public(ONE), "nobody sends from port 53");
+        assert!(!endpoints.has_listener(ONE));
+        assert!(!endpoints.add(ONE, udp(512), 2) && !endpoints.is_public(&udp(512)));
         assert!(endpoints.addresses(ONE).is_empty() && endpoints.probed_at(ONE, None, true).is_none());
         endpoints.require(ONE, SlotId(0));
         assert_eq!(endpoints.missing(TWO, SlotId(0)), [udp(53)]);
         assert_eq!(endpoints.lacks_later(TWO, SlotId(0)), Some(Duration::ZERO));
-        assert!(endpoints.add(TWO, udp(5353)));
+        assert!(
+            !endpoints.add(TWO, udp(512), 3) && !endpoints.is_public(&udp(512)),
+            "two of three by chance"
+        );
+        assert!(endpoints.add(TWO, udp(512), 1));
         assert_eq!(endpoints.lacks_later(TWO, SlotId(0)), None);
-        endpoints.remove(TWO, &udp(5353));
-        assert_eq!(endpoints.missing(TWO, SlotId(0)), [udp(53), udp(5353)]);
+        endpoints.remove(TWO, &udp(512));
+        assert_eq!(endpoints.missing(TWO, SlotId(0)), [udp(53), udp(512)]);
+    }
+
+    #[test]
+    fn a_port_of_udp_that_the_only_worker_may_send_from_is_expected_of_no_replacement() {
+        let mut endpoints = Endpoints::default();
+        endpoints.add_worker(ONE);
+        endpoints.add(ONE, udp(4000), 1);
+        endpoints.require(ONE, SlotId(0));
+        assert!(!endpoints.are_expected(SlotId(0), 1));
+        endpoints.add_worker(TWO);
+        assert!(endpoints.add(TWO, udp(4000), 1) && endpoints.are_expected(SlotId(0), 1));
     }
 }

@@ -53,12 +53,14 @@ pub fn lack(
     let Worker { shown, ports_may_change, .. } = worker;
     let has_listener =
         endpoints.has_public(id) || shown.has_settled && slots == 1 && endpoints.of(id).next().is_some();
+    // One that has bound a port of UDP may be about to listen.
+    let shows_ready = has_listener && (shown.has_settled || endpoints.has_listener(id));
     let no_listener = || match endpoints.of(id).next() {
         None => Lack::Listener,
         Some(_) => Lack::SharedListener,
     };
     let lack = match policy.readiness {
-        Readiness::Listen => (!shown.says_ready && !has_listener).then(no_listener),
+        Readiness::Listen => (!shown.says_ready && !shows_ready).then(no_listener),
         Readiness::Notify => (!shown.says_ready).then_some(Lack::Word),
         Readiness::Alive(_) => (!shown.is_old_enough).then_some(Lack::Age),
         Readiness::Answers { .. } if shown.probed_at.is_none() => Some(no_listener()),
@@ -122,6 +124,7 @@ pub fn describe(lack: Option<Lack>, worker: &Worker, policy: &Policy) -> String 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::address::Transport;
     use crate::fleet::policy::example;
     use crate::ids::SlotId;
 
@@ -140,10 +143,10 @@ mod tests {
             endpoints.add_worker(worker);
         }
         for number in [1, 2] {
-            endpoints.add(OLD, port(number));
+            endpoints.add(OLD, port(number), 2);
         }
         endpoints.require(OLD, SlotId(0));
-        endpoints.add(OLD, port(3));
+        endpoints.add(OLD, port(3), 2);
         endpoints.add_later(SlotId(0), port(3), Duration::from_secs(2));
         endpoints
     }
@@ -171,8 +174,8 @@ mod tests {
                 Some(Lack::Endpoints(vec![port(1), port(2)])),
                 "{readiness:?}"
             );
-            endpoints.add(NEW, port(1));
-            endpoints.add(NEW, port(2));
+            endpoints.add(NEW, port(1), 2);
+            endpoints.add(NEW, port(2), 2);
             let until = start + Duration::from_secs(5);
             assert_eq!(lack(&endpoints, &worker, 4), Some(Lack::Moment { until }));
             assert_eq!(lack(&endpoints, &worker, 5), None, "what was opened later doesn't count");
@@ -188,9 +191,29 @@ mod tests {
         assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2, worker.started), None, "it replaces nobody");
         endpoints.add_later(SlotId(0), port(1), Duration::ZERO);
         assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2, worker.started), Some(Lack::Listener));
-        endpoints.add(NEW, port(2));
+        endpoints.add(NEW, port(2), 2);
         let later = worker.started + LEAST_MOMENT;
         assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2, later), None);
+    }
+
+    #[test]
+    fn a_server_of_udp_is_ready_when_it_has_not_begun_to_listen_for_a_while() {
+        let mut endpoints = Endpoints::default();
+        endpoints.add_worker(NEW);
+        let (mut worker, policy) = (worker(), example(Readiness::Listen));
+        let lack =
+            |endpoints: &Endpoints, worker: &Worker| lack(NEW, worker, &policy, endpoints, 2, worker.started);
+        endpoints.add(
+            NEW,
+            Address::new(([127, 0, 0, 1], 53).into(), false, 0).over(Transport::Udp).into(),
+            2,
+        );
+        assert_eq!(lack(&endpoints, &worker), Some(Lack::SharedListener));
+        worker.shown.has_settled = true;
+        assert_eq!(lack(&endpoints, &worker), None);
+        worker.shown.has_settled = false;
+        endpoints.add(NEW, port(53), 2);
+        assert_eq!(lack(&endpoints, &worker), None, "it listens");
     }
 
     #[test]
@@ -200,7 +223,7 @@ mod tests {
         let policy = example(Readiness::Answers { port: None });
         let mut worker = worker();
         assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2, worker.started), Some(Lack::Listener));
-        endpoints.add(NEW, port(1));
+        endpoints.add(NEW, port(1), 2);
         worker.shown.probed_at = Some(port(1));
         assert_eq!(lack(NEW, &worker, &policy, &endpoints, 2, worker.started), Some(Lack::Answer));
         worker.shown.has_answered = true;
