@@ -12,10 +12,10 @@ use nix::sys::resource::{Resource, getrlimit, rlim_t};
 use nix::unistd::Pid;
 
 use super::{Group, Pool, foreign};
-use crate::address::Address;
+use crate::address::{Address, Transport};
 use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
 use crate::kernel::procfs;
-use crate::pool::member::{BindRequest, Heir, Loan, MinTtl, Overlap, Owner, Reserved};
+use crate::pool::member::{BindRequest, Heir, Loan, Member, MinTtl, Overlap, Owner, Reserved};
 use crate::steering::Role;
 
 /// After so many binds, the sockets that a worker has closed are taken back if it has as many.
@@ -26,7 +26,8 @@ const GIVEN_BACKLOG: i32 = 4096;
 /// At most one part in so many of the time goes into finding out what ended workers have left open.
 const LEFT_OPEN_SHARE: u32 = 20;
 
-/// How many sockets one worker may borrow. Each takes a descriptor of the wrapper's, which needs some for every worker.
+/// How many sockets of TCP one worker may borrow, and how many of UDP. Each takes a descriptor of the wrapper's, which needs
+/// some for every worker.
 pub(super) fn max_for_each_worker() -> usize {
     const SHARE: rlim_t = 16;
     let open_files = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
@@ -75,7 +76,9 @@ impl Pool {
             .map_or_else(|| self.members.lent_again(borrower, request), |id| Ok(Some(id)));
         let id = match again {
             Ok(Some(id)) => id,
-            Ok(None) if self.has_too_many(borrower) => return Err(io::ErrorKind::QuotaExceeded.into()),
+            Ok(None) if self.has_too_many(borrower, request.address.transport) => {
+                return Err(io::ErrorKind::QuotaExceeded.into());
+            }
             Ok(None) => match self.inherit(borrower, request.address, false) {
                 Some(id) => id,
                 None => match self.sharable(borrower, request) {
@@ -105,11 +108,12 @@ impl Pool {
         Ok(inode)
     }
 
-    /// Whether a worker borrows as many sockets as it may. One that borrows very many, to find a free port for example,
-    /// has closed most of them: these are taken back first.
-    fn has_too_many(&mut self, borrower: Borrower) -> bool {
+    /// Whether a worker borrows as many sockets of TCP, or of UDP, as it may. One that borrows very many, to find a free port
+    /// for example, has closed most of them: these are taken back first.
+    fn has_too_many(&mut self, borrower: Borrower, transport: Transport) -> bool {
         let max = max_for_each_worker();
-        let count = |pool: &Self| pool.members.lent_to(borrower.worker).count();
+        let is_such = |(_, member): &(MemberId, &Member)| member.address.transport == transport;
+        let count = |pool: &Self| pool.members.lent_to(borrower.worker).filter(is_such).count();
         let lent = count(self);
         self.unchecked += 1;
         if lent.min(self.unchecked) >= TAKE_BACK_EVERY - 1 {
