@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::path::PathBuf;
 
-/// The protocol above IP.
+/// The protocol above IP. In the order in which a port is steered: who connects finds the new worker at both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Transport {
     Tcp,
@@ -244,10 +244,11 @@ mod tests {
     }
 
     #[test]
-    fn a_port_of_tcp_and_one_of_udp_do_not_overlap() {
+    fn a_port_of_tcp_and_one_of_udp_do_not_overlap_and_that_of_tcp_comes_first() {
         let tcp = address("127.0.0.1:53", false);
         let udp = tcp.over(Transport::Udp);
         assert!(udp.overlaps(&udp) && !udp.overlaps(&tcp) && !tcp.overlaps(&udp));
+        assert!(tcp < udp && udp < address("127.0.0.1:54", false) && udp < address("127.0.0.2:53", false));
         assert_eq!([tcp, udp].map(|address| address.to_string()), ["127.0.0.1:53", "udp 127.0.0.1:53"]);
         assert_eq!(Endpoint::from(udp).tcp(), None);
     }
