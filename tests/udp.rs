@@ -10,8 +10,9 @@ use std::thread;
 use std::time::Duration;
 
 use common::{
-    Answer, DEADLINE, Flow, FlowLoad, Service, ask, begin, flows, free_address, free_port, freeze, holds_for,
-    own_network, python, run, run_words, send, serving, status, turn, wait_until, workers_of, workers_where,
+    Answer, DEADLINE, Flow, FlowLoad, Service, ask, begin, behind_shell, flows, free_address, free_port,
+    freeze, holds_for, own_network, python, run, run_words, send, serving, status, turn, wait_until,
+    workers_of, workers_where,
 };
 use nix::sys::signal::Signal;
 
@@ -102,6 +103,117 @@ fn a_server_of_udp_and_tcp_on_one_port_switches_both() {
     }
     load.stop();
     service.stop();
+}
+
+#[test]
+fn a_server_that_binds_a_port_of_udp_first_is_ready_when_it_listens() {
+    let (address, mut service) = started("-n 2", &["--tcp", "300"]);
+    TcpStream::connect(address).expect("it listens");
+    service.stop();
+}
+
+#[test]
+fn many_ports_of_udp_leave_as_many_of_tcp_to_share() {
+    own_network();
+    let addresses: Vec<SocketAddr> = (3000..3012).map(|port| (Ipv4Addr::LOCALHOST, port).into()).collect();
+    // 16 for each worker.
+    let limited = r#"ulimit -n 256; exec "$0" "$@""#;
+    let command = behind_shell(limited, "-n 2 --udp", &server(&addresses, &["--tcp"]));
+    let mut service = Service::spawn_ready(command);
+    assert_eq!(self::addresses(&service).len(), 24);
+    service.stop();
+}
+
+/// The ports that each worker has for itself, by its process id.
+fn private_ports(service: &Service) -> BTreeMap<u32, SocketAddr> {
+    wait_until("both have said", DEADLINE, || service.out.count_of("private: ") == 2);
+    let lines = service.out.all();
+    let ports = lines.iter().filter_map(|line| line.text.strip_prefix("private: ")?.split_once(' '));
+    let at = |port: &str| SocketAddr::from((Ipv4Addr::LOCALHOST, port.parse().expect("a port")));
+    ports.map(|(pid, port)| (pid.parse().expect("a process id"), at(port))).collect()
+}
+
+#[test]
+fn a_port_that_one_worker_alone_has_is_its_own_until_it_ends() {
+    let address = free_address();
+    let server = server(&[address], &["--private"]);
+    let mut service = Service::run_ready("-n 2 --udp --quiet-after 3s", &server);
+    let ports = private_ports(&service);
+    let flow = Flow::to(address);
+    let old = ask(&flow, "who").pid;
+    let (own, from) = (Flow::to(ports[&old]), service.log.count());
+    let reload = begin(&service, "reload");
+    service.wait_for_line_after(from, "generation 2 serves; ");
+    assert_ne!(ask(&flow, "who").pid, old);
+    assert_eq!(ask(&own, "who").pid, old, "it may ask others by it until it ends");
+    common::Outcome::of(reload).assert_done("2 workers of generation 2");
+    wait_until("it is free", DEADLINE, || UdpSocket::bind(ports[&old]).is_ok());
+    service.stop();
+}
+
+#[test]
+fn datagrams_at_a_port_of_its_own_do_not_keep_a_worker() {
+    let server = server(&[free_address()], &["--private"]);
+    let mut service = Service::run_ready("-n 2 --udp --quiet-after 60s --drain 100s", &server);
+    private_ports(&service)
+        .into_iter()
+        .for_each(|(pid, port)| assert_eq!(ask(&Flow::to(port), "who").pid, pid));
+    let took = service.reload();
+    assert!(took < Duration::from_secs(40), "{took:?}");
+    service.stop();
+}
+
+#[test]
+fn a_worker_whose_child_serves_is_drained_at_once_when_nothing_has_come_for_a_while() {
+    let address = free_address();
+    let server = server(&[address], &["--child"]);
+    let mut service = Service::run_ready("-n 2 --udp --quiet-after 10s --drain 100s", &server);
+    ask(&Flow::to(address), "who");
+    holds_for("nothing comes", Duration::from_secs(13), || true);
+    let took = service.reload();
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    service.stop();
+}
+
+#[test]
+fn a_socket_of_which_a_worker_has_made_what_no_other_can_use_costs_nothing_and_is_closed_with_it() {
+    let _turn = turn();
+    own_network();
+    let address = free_address();
+    let exists = |inode: &str| {
+        let table = std::fs::read_to_string("/proc/thread-self/net/udp").expect("the kernel's table");
+        table.lines().any(|line| line.split_whitespace().any(|field| field == inode))
+    };
+    // The only one that its process has.
+    let socket_of = |pid: u32| {
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("its files");
+        let links = files.filter_map(|file| {
+            std::fs::read_link(file.ok()?.path()).ok()?.into_os_string().into_string().ok()
+        });
+        let inodes =
+            links.filter_map(|link| Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()));
+        inodes.into_iter().find(|inode| exists(inode)).expect("a socket of UDP")
+    };
+    for what in ["shut", "refused", "join"] {
+        let server = server(&[address], &[]);
+        let mut service = Service::run_ready("-n 2 --udp --quiet-after 300ms", &server);
+        let flows = flows(address, 40);
+        let last = flows.iter().find(|flow| ask(flow, "who").slot == 1).expect("one of the last slot");
+        let inode = socket_of(ask(last, "who").pid);
+        last.say(what);
+        let is_idle = || {
+            let before = common::ticks(service.pid());
+            holds_for("a while", Duration::from_secs(1), || true);
+            let took = common::ticks(service.pid()) - before;
+            assert!(took < 20, "{what}: {took} ticks of the CPU");
+        };
+        is_idle();
+        assert!(exists(&inode), "{what}");
+        run(&service, "scale -1").assert_done("1");
+        wait_until("its socket is closed", DEADLINE, || !exists(&inode));
+        is_idle();
+        service.stop();
+    }
 }
 
 #[test]
@@ -275,6 +387,27 @@ fn a_port_that_a_worker_binds_long_after_its_start_is_its_own() {
     assert!(ask(&other, &format!("bind {port} x")).text.ends_with("in use"));
     assert_eq!(addresses(&service), [format!("udp {address}")]);
     service.reload();
+    service.stop();
+}
+
+#[test]
+fn a_port_that_another_worker_has_for_itself_is_not_shared_by_chance() {
+    let (address, mut service) = started("-n 2", &["--private"]);
+    let worker = ask(&Flow::to(address), "who").pid;
+    let ports = private_ports(&service);
+    let (_, other) = ports.iter().find(|(pid, _)| **pid != worker).expect("another worker");
+    holds_for("the workers are no longer young", Duration::from_millis(1500), || true);
+    let own = Flow::to(ports[&worker]);
+    assert!(ask(&own, &format!("bind {} x", other.port())).text.ends_with("in use"));
+    service.stop();
+}
+
+#[test]
+fn a_port_that_is_closed_without_a_datagram_is_free() {
+    let (_, mut service) = started("-n 2", &["--query", "2500"]);
+    let line = service.wait_for_output("query: ").text;
+    let port: u16 = line["query: ".len()..].parse().expect("a port");
+    wait_until("it is free", DEADLINE, || UdpSocket::bind((Ipv4Addr::LOCALHOST, port)).is_ok());
     service.stop();
 }
 

@@ -31,7 +31,7 @@ pub fn bind(
 ) -> NotifResponse {
     let Caller { tid, borrower, .. } = *caller;
     let Known { options: noted, bound, complaints, errands, .. } = known;
-    let is_shared = |address| shares_udp || pool.has(address);
+    let is_shared = |address| shares_udp || pool.shares(borrower.worker, address);
     let bind = match understand(caller, own, sockaddr, noted.of(own.inode), errands, is_shared) {
         Ok(bind) => bind,
         Err(NotOurs::Unknown) => return NotifResponse::Success, // which the caller never sees
@@ -139,7 +139,7 @@ fn understand(
 ) -> Result<Bind, NotOurs> {
     let protocol = caller.protocol(own.fd).map_err(|_| NotOurs::Other)?;
     let v6only = noted.v6only.unwrap_or_else(|| protocol.ends_with("v6") && procfs::v6only_by_default());
-    let address = Address::from_sockaddr(sockaddr, v6only, 0).ok_or(NotOurs::Other)?;
+    let address = Address::from_sockaddr(sockaddr, v6only, noted.device).ok_or(NotOurs::Other)?;
     let transport = transport_of(&protocol, &address).ok_or(NotOurs::Other)?;
     let (address, port) = (address.over(transport), address.socket.port());
     if port == 0 || address.is_udp() && goes_to_all(address.socket.ip()) {
@@ -147,8 +147,8 @@ fn understand(
     }
     let is_watched = address.is_udp() && procfs::same_namespace(caller.tid, "net");
     let not_ours = || if is_watched { NotOurs::Udp(address) } else { NotOurs::Other };
-    let is_private = address.is_udp() && (noted.is_multicast || !is_shared(address));
-    if is_private || !caller.may_bind(port) {
+    let is_private = |address: Address| address.is_udp() && (noted.is_multicast || !is_shared(address));
+    if is_private(address) || !caller.may_bind(port) {
         return Err(not_ours());
     }
     let flags = procfs::fd_flags(caller.tid, own.fd).map_err(|_| not_ours())?;
@@ -172,6 +172,9 @@ fn understand(
         return Err(NotOurs::Limited);
     }
     let address = Address::new(address.socket, address.v6only, device).over(transport);
+    if is_private(address) {
+        return Err(not_ours()); // the kernel has bound it to a device by itself
+    }
     let owner = caller.owner().ok_or(NotOurs::Other)?;
     let shares = noted.shares || address.is_udp() && has(libc::SO_REUSEADDR);
     let nonblocking = flags & libc::O_NONBLOCK != 0;

@@ -9,27 +9,22 @@ use std::os::fd::{AsFd, BorrowedFd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::Socket;
 
+use crate::kernel::ready;
+
 /// How many are discarded at once. More may come as fast as they are read.
 const AT_ONCE: usize = 4096;
 
 /// Whether a datagram waits to be read. (The kernel's count of bytes includes some that were read: `udp_rmem_release`,
 /// net/ipv4/udp.c.) Not in a socket that is shut down: that is always readable.
 pub fn wait(socket: BorrowedFd) -> bool {
-    let events = events(socket);
-    events.contains(PollFlags::POLLIN) && !events.contains(PollFlags::POLLHUP)
+    ready::now(socket, PollFlags::POLLIN).contains(PollFlags::POLLIN) && !is_shut_down(socket)
 }
 
-/// Whether the socket was shut down: then nothing can be read from it any more, although it still has its port.
+/// Whether reading from the socket was shut down. It has its port all the same.
 pub fn is_shut_down(socket: BorrowedFd) -> bool {
-    events(socket).contains(PollFlags::POLLHUP)
-}
-
-fn events(socket: BorrowedFd) -> PollFlags {
-    let mut fds = [PollFd::new(socket, PollFlags::POLLIN)];
-    match poll(&mut fds, PollTimeout::ZERO) {
-        Ok(_) => fds[0].revents().unwrap_or(PollFlags::empty()),
-        Err(_) => PollFlags::empty(),
-    }
+    let mut fds = [PollFd::new(socket, PollFlags::from_bits_retain(libc::POLLRDHUP))];
+    let is_seen = |seen: PollFlags| seen.bits() & libc::POLLRDHUP != 0;
+    poll(&mut fds, PollTimeout::ZERO).is_ok() && fds[0].revents().is_none_or(is_seen) // nix has no name for it
 }
 
 /// Reads what waits, and the errors that wait.
@@ -37,6 +32,7 @@ fn events(socket: BorrowedFd) -> PollFlags {
 /// # Errors
 /// WouldBlock if there may be more.
 pub fn discard(socket: &Socket) -> io::Result<()> {
+    let _ = socket.take_error(); // such as that a datagram found no receiver
     let read = |flags| socket.recv_with_flags(&mut [MaybeUninit::uninit()], flags | libc::MSG_DONTWAIT);
     let has_error = |_| read(libc::MSG_ERRQUEUE).is_ok();
     let had_datagram = |_| wait(socket.as_fd()) && !matches!(read(0), Err(error) if is_empty(&error));
@@ -62,7 +58,7 @@ pub fn leaves_by_connecting(address: SocketAddr) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::net::UdpSocket;
+    use std::net::{Shutdown, UdpSocket};
 
     use super::*;
 
@@ -84,10 +80,26 @@ mod tests {
 
     #[test]
     fn in_a_socket_that_is_shut_down_nothing_waits() {
+        for how in [Shutdown::Read, Shutdown::Both] {
+            let socket = Socket::from(UdpSocket::bind("127.0.0.1:0").unwrap());
+            assert!(!is_shut_down(socket.as_fd()));
+            let _ = socket.shutdown(how); // ENOTCONN, and it is shut down all the same
+            assert!(!wait(socket.as_fd()) && is_shut_down(socket.as_fd()), "{how:?}");
+            discard(&socket).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_error_that_waits_is_discarded() {
         let ours = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let nobody = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        ours.connect(nobody).unwrap();
+        ours.send(b"refused").unwrap();
+        let has_error =
+            |ours: &Socket| ready::now(ours.as_fd(), PollFlags::empty()).contains(PollFlags::POLLERR);
         let socket = Socket::from(ours);
-        let _ = socket.shutdown(std::net::Shutdown::Both); // ENOTCONN, and it is shut down all the same
-        assert!(!wait(socket.as_fd()) && is_shut_down(socket.as_fd()));
+        assert!(has_error(&socket));
         discard(&socket).unwrap();
+        assert!(!has_error(&socket));
     }
 }

@@ -70,6 +70,9 @@ impl Pool {
             }
             if self.closed.searched(id, found, patience, now) {
                 closed.push(id);
+            } else if self.members[id].address.is_udp() && self.closed.standing(id) == Standing::Open {
+                self.closed.forget(id); // its queue isn't sampled
+                self.await_datagram(id, now);
             }
         }
         closed

@@ -182,7 +182,7 @@ impl Pool {
                 continue; // or it was closed with its address
             }
             if self.members[id].is_limited() {
-                debug!("a socket of {address} is closed: its last worker limited who may connect to it");
+                debug!("a socket of {address} is closed: its last worker limited who reaches it");
                 self.shut_down(id);
                 continue;
             }
@@ -241,9 +241,12 @@ impl Pool {
         self.members.nobody_is_left(worker);
     }
 
-    /// Whether sockets of this address belong to the pool.
-    pub fn has(&self, address: Address) -> bool {
-        self.groups.contains_key(&address)
+    /// Whether this worker, or several others, have the address, so that a further socket of it is not another worker's port
+    /// by chance.
+    pub fn shares(&self, worker: WorkerId, address: Address) -> bool {
+        let ids = self.groups.get(&address).map(Group::ids).into_iter().flatten();
+        let workers: BTreeSet<WorkerId> = ids.flat_map(|id| self.members[*id].workers()).collect();
+        workers.len() > 1 || workers.contains(&worker)
     }
 
     /// The socket with this inode number, if it is lent to `worker`.
@@ -375,10 +378,13 @@ impl Pool {
         if reserved.is_none() {
             member.loans.clear();
         }
-        let address = member.address;
-        if !member.listening {
+        let (address, listening) = (member.address, member.listening);
+        // A limited one may be in multicast groups, of which the kernel would go on to give it the packets.
+        let is_used_up = address.is_udp() && member.is_limited();
+        if !listening || is_used_up && !self.is_left_open(id) {
             self.remove(id);
         } else {
+            let Some(member) = self.members.get_mut(id) else { return };
             member.reserved = reserved;
             if reserved.is_none() {
                 self.unserved.add(id);

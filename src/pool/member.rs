@@ -385,12 +385,13 @@ impl Member {
         self.is_limited = true;
     }
 
-    /// Whether a borrower has set what the next one must not have.
+    /// Whether a borrower has set, or done, what the next one must not have.
     pub fn is_limited(&self) -> bool {
         let socket = self.socket.as_fd();
         let is_as_new = sys::bound_device(socket).is_ok_and(|device| device == self.device)
             && sys::has_filter(socket).is_ok_and(|has| !has);
-        self.is_limited || !is_as_new
+        let is_of_one = self.address.is_udp() && (self.is_connected() || datagrams::is_shut_down(socket));
+        self.is_limited || !is_as_new || is_of_one
     }
 
     /// Accepts the connections that wait and closes them with a reset. Returns how many there were, and the error that

@@ -53,7 +53,7 @@ use crate::address::{Address, Transport};
 use crate::ids::{MemberId, WorkerId};
 use crate::kernel::duplicate::close_without_waiting;
 use crate::kernel::sockdiag::Listener;
-use crate::kernel::{datagrams, procfs, scheduling};
+use crate::kernel::{procfs, scheduling};
 use crate::output::seldom::Seldom;
 use crate::steering::Plan;
 use crate::steering::load::{Balancing, Change, LONG, Load, LoadTracker, Turn};
@@ -503,10 +503,6 @@ impl Pool {
 
     fn reset_queue(&mut self, id: MemberId) -> Option<(Address, usize)> {
         let member = self.members.get(id).filter(|member| member.is_unserved())?;
-        if member.address.is_udp() && datagrams::is_shut_down(member.socket.as_fd()) {
-            self.shut_down(id); // by its last worker
-            return None;
-        }
         let (address, (connections, result)) = (member.address, member.reset_queue());
         if let Err(error) = result {
             warn!("can't reset the connections that wait on {address}: {error}");
@@ -566,7 +562,7 @@ impl Pool {
 
     /// Whether no connection and no datagram waits for the worker.
     pub fn queues_are_empty(&self, worker: WorkerId) -> bool {
-        !self.members.lent_to(worker).any(|(_, member)| member.gets_flows() && member.is_awaited())
+        !self.members.lent_to(worker).any(|(_, member)| self.gets_flows(member) && member.is_awaited())
     }
 
     /// How many connections wait to be accepted by the worker.

@@ -66,12 +66,15 @@ impl Pool {
     }
 
     pub(super) fn steer_address(&mut self, address: Address) -> io::Result<()> {
+        if address.is_udp() {
+            self.find_connected(address);
+        }
+        if self.is_private(address) {
+            return Ok(());
+        }
         let lacks_sink = |group: &Group| group.lacks_sink(&self.plan, &self.members);
         if self.groups.get(&address).is_some_and(lacks_sink) {
             self.add_spare(address);
-        }
-        if address.is_udp() {
-            self.find_connected(address);
         }
         let Some(group) = self.groups.get_mut(&address) else { return Ok(()) };
         let rank = |id| (self.closed.standing(id), self.tracker.load(id), self.spread.is_full(id));

@@ -7,6 +7,7 @@
 //! (`udp_reuseport_add_sock`), and the kernel would prefer that group. So a connected socket has SO_REUSEADDR instead, and so has
 //! each other one during its bind.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsFd;
 use std::time::Instant;
@@ -14,7 +15,7 @@ use std::time::Instant;
 use log::{debug, warn};
 use nix::unistd::Pid;
 
-use super::Pool;
+use super::{Group, Pool};
 use crate::address::Address;
 use crate::ids::{MemberId, WorkerId};
 use crate::kernel::search::Seen;
@@ -52,17 +53,17 @@ impl Pool {
                 self.await_datagram(id, now);
             }
             (false, _) => {}
-            (true, true) => {
+            (true, is_noted) if is_noted || member.is_limited() => {
                 self.watcher.forget(id, member.socket.as_fd());
                 self.arrivals.forget(id);
             }
-            (true, false) => return false,
+            (true, _) => return false,
         }
         true
     }
 
     /// Has epoll report the next datagram.
-    fn await_datagram(&mut self, id: MemberId, now: Instant) {
+    pub(super) fn await_datagram(&mut self, id: MemberId, now: Instant) {
         let Some(member) = self.members.get(id) else { return };
         match self.watcher.watch(id, member.socket.as_fd(), Interest::Datagram) {
             Ok(()) => self.arrivals.watch(id, now),
@@ -137,7 +138,7 @@ impl Pool {
     /// When a datagram may last have come to a worker; `None`: none has come.
     pub fn last_datagram(&mut self, worker: WorkerId, now: Instant) -> Option<Instant> {
         self.handle_events(None);
-        let is_udp = |(_, member): &(MemberId, &Member)| member.address.is_udp() && member.gets_flows();
+        let is_udp = |(_, member): &(MemberId, &Member)| member.address.is_udp() && self.gets_flows(member);
         let its: Vec<MemberId> = self.members.lent_to(worker).filter(is_udp).map(|(id, _)| id).collect();
         for id in &its {
             if !self.arrivals.is_watched(*id) && !self.members[*id].is_awaited() {
@@ -146,13 +147,25 @@ impl Pool {
         }
         its.into_iter().filter_map(|id| self.arrivals.last(id, now)).max()
     }
-}
 
-impl Member {
-    /// Whether what reaches it comes by the steering program: it is of TCP, or of UDP and neither connected nor in a multicast
-    /// group, whose datagrams the kernel gives to all.
-    pub fn gets_flows(&self) -> bool {
-        !self.address.is_udp() || self.listening && !self.is_limited()
+    /// Whether what reaches a socket comes by the steering program: it is of TCP, or of UDP and neither its worker's alone nor
+    /// connected, nor in a multicast group, whose datagrams the kernel gives to all.
+    pub(super) fn gets_flows(&self, member: &Member) -> bool {
+        let is_steered = || member.listening && !member.is_limited() && !self.is_private(member.address);
+        !member.address.is_udp() || is_steered()
+    }
+
+    /// Whether a worker that is retired is alone among several with a port of UDP: it may send from it. What comes there is
+    /// for it, until it ends.
+    pub(super) fn is_private(&self, address: Address) -> bool {
+        let ids = self.groups.get(&address).filter(|_| address.is_udp()).map(Group::ids);
+        let members = || ids.into_iter().flatten().map(|id| &self.members[*id]);
+        let workers: BTreeSet<WorkerId> = members().flat_map(Member::workers).collect();
+        let is_retired = |worker: &WorkerId| self.plan.role(*worker).is_leaving();
+        workers.len() == 1
+            && workers.iter().all(is_retired)
+            && self.plan.roles.len() > 1
+            && members().all(|member| member.is_lent() && member.reserved.is_none())
     }
 }
 

@@ -4,6 +4,9 @@ The answer is `pid=… generation=… slot=… TEXT`. Of some texts:
 sleep MS …   is answered so much later
 connect …    is answered by a new socket of the same port, which the server connects to the client
 close …      closes the socket, after the answer
+shut …       is not answered: the server shuts the socket down for reading
+refused …    is not answered: the server connects the socket to a port of nobody, and sends
+join …       has the socket join a multicast group
 bind PORT …  binds another port, and says so
 options …    has the names of the socket options that aren't as in a new socket
 """
@@ -22,16 +25,18 @@ parser.add_argument('--share', action='store_true')
 parser.add_argument('--set', action='store_true', help='options before the bind')
 parser.add_argument('--broadcast', action='store_true')
 parser.add_argument('--member', action='store_true', help='of a multicast group, before the bind')
-parser.add_argument('--tcp', action='store_true', help='serve TCP there too')
+parser.add_argument('--tcp', type=int, nargs='?', const=0, help='serve TCP there too, after so many milliseconds')
 parser.add_argument('--given', type=int, default=0, help='how many sockets of LISTEN_FDS')
-parser.add_argument('--query', action='store_true', help='bind some other port at the start')
+parser.add_argument('--query', type=int, nargs='?', const=0, help='bind some other port at the start, for so many milliseconds')
+parser.add_argument('--private', action='store_true', help='answer at some other port too')
+parser.add_argument('--child', action='store_true', help='have a child serve')
 parser.add_argument('--count', action='store_true', help='answer nothing, and print at SIGTERM how many datagrams came')
 arguments = parser.parse_args()
 
 WHO = 'pid={} generation={} slot={} '.format(
     os.getpid(), os.environ.get('REUSE_RUN_GENERATION'), os.environ.get('REUSE_RUN_SLOT'))
 OPTIONS = {
-    'IP_PKTINFO': (socket.IPPROTO_IP, 8, 1), 'IP_RECVTOS': (socket.IPPROTO_IP, 13, 1),
+    'SO_REUSEADDR': (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1), 'IP_PKTINFO': (socket.IPPROTO_IP, 8, 1), 'IP_RECVTOS': (socket.IPPROTO_IP, 13, 1),
     'IP_MTU_DISCOVER': (socket.IPPROTO_IP, 10, 0), 'IP_TTL': (socket.IPPROTO_IP, socket.IP_TTL, 7),
     'IP_MULTICAST_TTL': (socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 5),
     'UDP_GRO': (socket.IPPROTO_UDP, 104, 1), 'SO_RCVBUF': (socket.SOL_SOCKET, socket.SO_RCVBUF, 50000),
@@ -59,6 +64,17 @@ def changed(sock):
     return ' '.join(sorted(n for n in names if sock.getsockopt(*names[n][:2]) != DEFAULTS[sock.family][n]))
 
 
+def join(sock):
+    group = socket.inet_aton('239.1.2.3') + socket.inet_aton('127.0.0.1')
+    sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
+
+
+def free_port():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(('127.0.0.1', 0))
+        return sock.getsockname()[1]
+
+
 def new(kind, address, shares):
     host, port = address.rsplit(':', 1)
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
@@ -73,8 +89,7 @@ def new(kind, address, shares):
     if arguments.broadcast and kind == socket.SOCK_DGRAM:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
     if arguments.member and kind == socket.SOCK_DGRAM:
-        group = socket.inet_aton('239.1.2.3') + socket.inet_aton('127.0.0.1')
-        sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
+        join(sock)
     sock.bind((host.strip('[]'), int(port)))
     return sock
 
@@ -91,6 +106,18 @@ def answer(sock, text, client):
         kept.append(sock)
         sock.send((WHO + text).encode())
         return
+    if words[0] in ('shut', 'refused'):
+        selector.unregister(sock)
+        try:
+            if words[0] == 'shut':
+                sock.shutdown(socket.SHUT_RD)
+            sock.connect(('127.0.0.1', free_port()))
+            sock.send(b'to nobody')
+        except OSError:
+            pass  # it isn't connected, and is shut down all the same
+        return
+    if words[0] == 'join':
+        join(sock)
     if words[0] == 'bind':
         try:
             kept.append(new(socket.SOCK_DGRAM, '127.0.0.1:' + words[1], False))
@@ -123,17 +150,35 @@ for address in arguments.addresses:
         say('udp: {}'.format(error.strerror))
         if not arguments.broadcast and not arguments.member:
             raise
-    if arguments.tcp:
+    if arguments.tcp is not None:
+        time.sleep(arguments.tcp / 1000)
         kept.append(new(socket.SOCK_STREAM, address, arguments.share))
         kept[-1].listen()
         selector.register(kept[-1], selectors.EVENT_READ)
 for number in range(arguments.given):
     kept.append(socket.socket(fileno=3 + number))
     selector.register(kept[-1], selectors.EVENT_READ)
-if arguments.query:
-    say('query: {}'.format(new(socket.SOCK_DGRAM, '127.0.0.1:{}'.format(20000 + os.getpid() % 10000), False).getsockname()[1]))
+if arguments.query is not None:
+    query = new(socket.SOCK_DGRAM, '127.0.0.1:{}'.format(20000 + os.getpid() % 10000), False)
+    say('query: {}'.format(query.getsockname()[1]))
+    threading.Timer(arguments.query / 1000, query.close).start()
+if arguments.private:
+    kept.append(new(socket.SOCK_DGRAM, '127.0.0.1:{}'.format(free_port()), False))
+    selector.register(kept[-1], selectors.EVENT_READ)
+    say('private: {} {}'.format(os.getpid(), kept[-1].getsockname()[1]))
 if 'READY_FD' in os.environ:
     os.write(int(os.environ['READY_FD']), b'\n')
+
+if arguments.child:
+    child = os.fork()
+    if child > 0:
+        kept.clear()
+        selector.close()
+        end = lambda signum, frame: (os.kill(child, signal.SIGKILL), os._exit(0))
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, end)
+        while True:
+            signal.pause()
 
 if arguments.count:
     signal.signal(signal.SIGTERM, report)
