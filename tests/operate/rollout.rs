@@ -9,11 +9,11 @@ use nix::sys::signal::Signal;
 
 use crate::common::load::{Load, LoadOptions};
 use crate::common::{
-    DEADLINE, Outcome, Service, begin, children, free_address, get, naive, run, send, serving, turn,
+    DEADLINE, Outcome, Service, all_children, begin, free_address, get, naive, run, send, serving, turn,
     wait_for_answers, wait_until, workers_where,
 };
 
-/// Counts the children of a process, and keeps the highest number.
+/// Counts the workers of a reuse-run, and keeps the highest number.
 struct MostChildren {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<usize>>,
@@ -22,11 +22,16 @@ struct MostChildren {
 impl MostChildren {
     fn watch(service: &Service) -> MostChildren {
         let (stop, pid) = (Arc::new(AtomicBool::new(false)), service.pid());
+        // A process in which reuse-run does what may wait has the name of that one at first, and none at its end.
+        let is_worker = |pid: &u32| {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            !name.is_empty() && !name.starts_with("reuse-run")
+        };
         let stopped = Arc::clone(&stop);
         let thread = thread::spawn(move || {
             let mut most = 0;
             while !stopped.load(Ordering::Relaxed) {
-                most = most.max(children(pid).len());
+                most = most.max(all_children(pid).into_iter().filter(is_worker).count());
                 thread::sleep(Duration::from_millis(1));
             }
             most
