@@ -202,8 +202,7 @@ impl Supervisor {
         listen.iter().try_for_each(|address| pool.take(*address))?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let (reader, unix) = (reader::start()?, UnixSockets::new()?);
-        watch(&epoll, &signals, Source::Signals)?;
-        watch(&epoll, &pool, Source::Pool)?;
+        watch(&epoll, &signals, Source::Signals).and_then(|()| watch(&epoll, &pool, Source::Pool))?;
         watch(&epoll, &reader, Source::Reader).and_then(|()| watch(&epoll, &unix, Source::Paths))?;
         let control = control(options.name)?;
         control.iter().try_for_each(|control| watch(&epoll, control, Source::Control))?;
