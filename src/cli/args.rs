@@ -77,7 +77,7 @@ pub struct RunArgs {
 
     /// time for which no datagram must have come to a worker that gets no more of UDP before it has answered those that
     /// came; should be longer than the longest answer takes (default 5s)
-    #[argh(option, default = "Period(Duration::from_secs(5))", arg_name = "duration")]
+    #[argh(option, default = "Period(Duration::from_secs(5))", arg_name = "DURATION")]
     pub quiet_after: Period,
 
     /// replace a worker that does nothing for so long while a connection waits for it; should be longer than the longest
