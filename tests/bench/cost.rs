@@ -1,22 +1,35 @@
 //! The cost of reuse-run: throughput and CPU time, compared with the same program without it.
 
+use std::net::{SocketAddr, UdpSocket};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use crate::load::{Load, LoadOptions, Mode};
 use crate::peers::{App, Peer, Program, Server};
 use crate::report::{self, median, quartiles, table};
-use crate::{Options, Result, in_turn, isolated, length, process};
+use crate::{Context, Options, Result, in_turn, isolated, length, process};
 
-const CLIENTS: [(&str, Mode); 2] =
-    [("new connections", Mode::NewConnection), ("keep-alive", Mode::KeepAlive { think: Duration::ZERO })];
+/// What the clients send.
+#[derive(Clone, Copy)]
+enum Traffic {
+    Http(Mode),
+    /// Each client sends the next datagram when the last one was answered.
+    Datagrams,
+}
+
+const HTTP: &[(&str, Traffic)] = &[
+    ("new connections", Traffic::Http(Mode::NewConnection)),
+    ("keep-alive", Traffic::Http(Mode::KeepAlive { think: Duration::ZERO })),
+];
+const DATAGRAMS: &[(&str, Traffic)] = &[("UDP", Traffic::Datagrams)];
 
 /// Servers that run side by side and are loaded in turns. All are compared with the first one.
 struct Group {
     name: &'static str,
     program: Program,
+    traffic: &'static [(&'static str, Traffic)],
     workers: u32,
     clients: usize,
     peers: Vec<Peer>,
@@ -33,31 +46,58 @@ impl Group {
     }
 }
 
-fn groups() -> [Group; 3] {
+fn groups() -> [Group; 5] {
     let ours = Peer::ReuseRun(Vec::new());
     let three = || vec![Peer::Bare, Peer::Bare, ours.clone()];
+    let ours_for_udp = || Peer::ReuseRun(vec!["--udp"]);
+    let reuseport = || Peer::Reuseport { migrate: false };
     [
         Group {
             name: "one trivial server",
             program: Program::Trivial,
+            traffic: HTTP,
             workers: 1,
             clients: 4,
             peers: three(),
         },
-        Group { name: "one Node app", program: Program::Naive, workers: 1, clients: 8, peers: three() },
+        Group {
+            name: "one Node app",
+            program: Program::Naive,
+            traffic: HTTP,
+            workers: 1,
+            clients: 8,
+            peers: three(),
+        },
         Group {
             name: "four Node apps",
             program: Program::Naive,
+            traffic: HTTP,
             workers: 4,
             clients: 16,
             peers: vec![
-                Peer::Reuseport { migrate: false },
-                Peer::Reuseport { migrate: false },
+                reuseport(),
+                reuseport(),
                 ours,
                 Peer::SharedQueue,
                 Peer::Cluster,
                 Peer::Pm2 { wait_ready: false },
             ],
+        },
+        Group {
+            name: "one server of UDP",
+            program: Program::Datagrams,
+            traffic: DATAGRAMS,
+            workers: 1,
+            clients: 4,
+            peers: vec![Peer::Bare, Peer::Bare, ours_for_udp()],
+        },
+        Group {
+            name: "four servers of UDP",
+            program: Program::Datagrams,
+            traffic: DATAGRAMS,
+            workers: 4,
+            clients: 16,
+            peers: vec![reuseport(), reuseport(), ours_for_udp()],
         },
     ]
 }
@@ -104,24 +144,29 @@ fn measure(group: &Group, run: u32, options: &Options) -> Result<Vec<Figure>> {
     let app = App::new(group.program, group.workers);
     let servers = Server::start_side_by_side(&group.peers, &app, options)?;
     let mut figures = Vec::new();
-    for (clients, mode) in CLIENTS {
+    for &(clients, traffic) in group.traffic {
         let slice = |server: &Server, time| {
             let before = process::cpu_time(&server.pids());
-            let load = Load::start(LoadOptions::new(server.address(), group.clients).mode(mode));
-            thread::sleep(time);
-            let report = load.stop();
-            let cpu = process::cpu_time(&server.pids()) - before;
-            let (requests, failed) = (report.counts.requests, report.counts.failed);
-            Sum { requests, failed, seconds: report.elapsed.as_secs_f64(), cpu }
+            let sum = match traffic {
+                Traffic::Http(mode) => {
+                    let load = Load::start(LoadOptions::new(server.address(), group.clients).mode(mode));
+                    thread::sleep(time);
+                    let report = load.stop();
+                    let (requests, failed) = (report.counts.requests, report.counts.failed);
+                    Sum { requests, failed, seconds: report.elapsed.as_secs_f64(), ..Sum::default() }
+                }
+                Traffic::Datagrams => send_datagrams(server.address(), group.clients, time)?,
+            };
+            Ok::<Sum, String>(Sum { cpu: process::cpu_time(&server.pids()) - before, ..sum })
         };
         for server in &servers {
-            slice(server, length(options, 1.0, 0.3));
+            slice(server, length(options, 1.0, 0.3))?;
         }
         let mut sums = vec![Sum::default(); servers.len()];
         for turn in 0..if options.quick { 4 } else { 12 } {
             // Turns are short, so that other load on the machine slows all servers equally.
             for index in in_turn(turn, servers.len()) {
-                let more = slice(&servers[index], Duration::from_millis(250));
+                let more = slice(&servers[index], Duration::from_millis(250))?;
                 let sum = &mut sums[index];
                 sum.requests += more.requests;
                 sum.failed += more.failed;
@@ -144,6 +189,34 @@ fn measure(group: &Group, run: u32, options: &Options) -> Result<Vec<Figure>> {
         }));
     }
     Ok(figures)
+}
+
+/// Has so many clients ask and wait for the answer, again and again. One that waits for a second has failed.
+fn send_datagrams(server: SocketAddr, clients: usize, time: Duration) -> Result<Sum> {
+    let begun = Instant::now();
+    let client = || {
+        let socket = UdpSocket::bind("127.0.0.1:0").context("a socket")?;
+        socket.connect(server).context("connect")?;
+        socket.set_read_timeout(Some(Duration::from_secs(1))).context("a time-out")?;
+        let (mut sum, mut answer) = (Sum::default(), [0; 256]);
+        while begun.elapsed() < time {
+            sum.requests += 1;
+            let is_answered = socket.send(&[b'x'; 32]).is_ok() && socket.recv(&mut answer).is_ok();
+            sum.failed += u64::from(!is_answered);
+        }
+        Ok::<Sum, String>(sum)
+    };
+    let clients: Vec<Result<Sum>> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..clients).map(|_| scope.spawn(client)).collect();
+        threads.into_iter().map(|thread| thread.join().expect("a client")).collect()
+    });
+    let mut all = Sum { seconds: begun.elapsed().as_secs_f64(), ..Sum::default() };
+    for sum in clients {
+        let Sum { requests, failed, .. } = sum?;
+        all.requests += requests;
+        all.failed += failed;
+    }
+    Ok(all)
 }
 
 fn markdown(figures: &[Figure]) -> String {

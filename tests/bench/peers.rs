@@ -76,6 +76,8 @@ pub enum Program {
     Trivial,
     /// The same with a non-blocking listener.
     NonBlocking,
+    /// The same, also with a port of UDP.
+    Datagrams,
 }
 
 impl Program {
@@ -89,6 +91,7 @@ impl Program {
             Program::Nginx => "nginx",
             Program::Trivial => "trivial server",
             Program::NonBlocking => "trivial server, non-blocking",
+            Program::Datagrams => "trivial server of UDP",
         }
     }
 
@@ -154,6 +157,11 @@ impl App {
                     if self.program == Program::NonBlocking { "--non-blocking" } else { "--keep-alive" };
                 let listen = format!("0.0.0.0:{port}");
                 [server.as_str(), "--listen", &listen, "--keep-alive", more].map(str::to_owned).into()
+            }
+            Program::Datagrams => {
+                let server = options.binary_folder.join("examples/server").display().to_string();
+                let address = format!("0.0.0.0:{port}");
+                [server.as_str(), "--listen", &address, "--udp", &address].map(str::to_owned).into()
             }
         })
     }
@@ -301,6 +309,10 @@ impl Server<'_> {
                 vec![self.spawn(&words(&first))?]
             }
             Peer::Bare => vec![self.spawn(&one)?],
+            Peer::Reuseport { .. } if app.program == Program::Datagrams => {
+                let one = [one, vec!["--share".to_owned()]].concat();
+                (0..app.workers).map(|_| self.spawn(&one)).collect::<Result<_>>()?
+            }
             Peer::Reuseport { .. } => {
                 let listeners = (0..app.workers).map(|_| listener(app.port)).collect::<Result<Vec<_>>>()?;
                 self.spawn_each(&listeners)?

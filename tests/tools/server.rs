@@ -146,7 +146,8 @@ fn main() {
 
     thread::sleep(options.listen_after);
     if let Some(addr) = &options.udp {
-        let socket = UdpSocket::bind(addr).unwrap_or_else(|error| wrong(&format!("bind {addr}: {error}")));
+        let socket = bind_datagrams(addr, options.share);
+        let socket = socket.unwrap_or_else(|error| wrong(&format!("bind {addr}: {error}")));
         let server = Arc::clone(&server);
         thread::spawn(move || answer_datagrams(&server, &socket));
     }
@@ -225,6 +226,18 @@ fn answer_datagrams(server: &Server, socket: &UdpSocket) {
             let _ = socket.send_to(&[who.as_bytes(), &text[..len]].concat(), client);
         }
     }
+}
+
+/// As `UdpSocket::bind`, and with SO_REUSEPORT.
+fn bind_datagrams(addr: &str, share: bool) -> io::Result<UdpSocket> {
+    if !share {
+        return UdpSocket::bind(addr);
+    }
+    let addr: SocketAddr = addr.parse().unwrap_or_else(|_| wrong("--share needs an address in numbers"));
+    let socket = Socket::new(Domain::for_address(addr), Type::DGRAM, None)?;
+    socket.set_reuse_port(true)?;
+    socket.bind(&addr.into())?;
+    Ok(socket.into())
 }
 
 /// As `TcpListener::bind`, and with SO_REUSEPORT or O_NONBLOCK.
