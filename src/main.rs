@@ -7,8 +7,8 @@
 //! has happened, and carries out the actions that it returns.
 //!
 //! Words: the *wrapper* is this process. A *worker* is one copy of the server, a *slot* the place of a worker that serves,
-//! and a *generation* all workers that one reload started. A *member* is a listening socket of the wrapper in a reuseport
-//! group of the kernel; it is *lent* to a worker, the *borrower*. A *room* is a folder here, or a file beside this one.
+//! and a *generation* all workers that one reload started. A *member* is a listening socket of the wrapper, or one of UDP, in a
+//! reuseport group of the kernel; it is *lent* to a worker, the *borrower*. A *room* is a folder here, or a file beside this one.
 //!
 //! Where to begin: [`supervisor::run`] reads as the process lives. [`fleet::Event`] lists what can happen, [`fleet::Action`]
 //! what can be done about it. `fleet/tests.rs` has whole stories of both.
@@ -23,10 +23,10 @@
 //! | [`intercept`] | the seccomp filter of each worker, and the answers to the system calls that it stops |
 //! | [`drain`] | which retired workers have finished their work |
 //! | [`probe`] | requests to workers, to find out whether they serve |
-//! | [`pool`] | the listening sockets |
+//! | [`pool`] | the listening sockets, and those of UDP |
 //! | [`operate`] | control socket, status, signals, systemd, PID file |
 //! | [`fleet`] | pure: which workers there are, and what happens to them next |
-//! | [`steering`] | pure: which worker gets a new connection |
+//! | [`steering`] | pure: which worker gets a new connection, or a flow of datagrams |
 //! | [`output`] | the log, and the workers' output |
 //! | [`kernel`] | system calls, /proc, sock_diag |
 //! | [`ids`], [`address`], [`words`], [`lines`] | ids; addresses; text helpers; splitting a stream into lines |
@@ -56,7 +56,7 @@
 //! | the model of the kernel's array of members; the BPF instructions that choose one; those that choose by the client's address or flow | `steering/order`; `steering/program`; `steering/by_client` |
 //! | lending a socket and taking it back; the sockets' states | `pool/lend`; `pool/member` |
 //! | what epoll reports about the sockets | `pool/mod` |
-//! | what is different about sockets of UDP; when datagrams last came | `pool/udp`; `pool/arrivals` |
+//! | what is different about UDP sockets; when datagrams last came | `pool/udp`; `pool/arrivals` |
 //! | carrying out a plan; attaching the BPF program to a group | `pool/steer`; `pool/group` |
 //! | connections of our own to one worker | `pool/reach` |
 //! | sending a request to a worker; what counts as an answer | `probe/mod`; `probe/answer` |
@@ -68,7 +68,7 @@
 //! | which system calls are stopped | `intercept/filter` |
 //! | what answers for processes that outlive the wrapper | `intercept/keeper` |
 //! | the answer to a bind of a port; to a bind or unlink of a Unix socket's path | `intercept/port`; `intercept/unix` |
-//! | which ports of UDP workers hold that aren't shared | `intercept/udp` |
+//! | which UDP ports workers hold that aren't shared | `intercept/udp` |
 //! | socket options that a worker sets; what the log says about a worker once | `intercept/options`; `intercept/complaints` |
 //! | what the wrapper may do for a worker; what is read of it, without waiting | `intercept/caller`; `intercept/reader` |
 //! | what hangs on a worker's own socket when one of the pool takes its place; its options | `intercept/carry`; `intercept/inherit` |
@@ -101,7 +101,8 @@
 //!   `pool::Pool::lend` finds or makes a socket in the reuseport group of the address → `intercept` puts that socket over the
 //!   worker's fd and answers "success". If the worker watches its socket by epoll already, or the wrapper may not duplicate it,
 //!   the worker's thread is traced and does some system calls first: `intercept::errand`. Its listen(2) goes the same way to `Pool::listen`; the supervisor then hands
-//!   [`fleet::Event::Listens`] to the fleet, and with it the worker may be ready. A port of UDP takes no listen(2): its bind is that.
+//!   [`fleet::Event::Listens`] to the fleet, and with it the worker may be ready. A UDP port takes no
+//!   listen(2): its bind is that.
 //! - **A SIGUSR2.** `operate::signals` → `supervisor::take_signals` → [`fleet::Fleet::command`] → [`fleet::Action::Start`] for
 //!   each slot → `supervisor::starts` → `worker::Starter::start`. When all are ready the fleet switches: [`fleet::Action::Steer`] carries a
 //!   [`steering::Plan`] → `Pool::steer` → `steering::decide` and `steering::program` → one setsockopt(2) for each address.
@@ -117,7 +118,8 @@
 //! # What must not happen
 //!
 //! - Invariant: a listening socket belongs to the wrapper; a worker only borrows it. The kernel sends connections only to
-//!   ready workers, or, where none is ready, to the socket that the successor of a dead one inherits.
+//!   ready workers, or, where none is ready, to the socket that the successor of a dead one inherits. (Datagrams reach a UDP
+//!   socket from its bind on. While no worker is ready they wait for those that start.)
 //! - Invariant: a member that the BPF program chooses keeps its index in the kernel's array, whichever others leave
 //!   (`steering::order::Order::spares_lacking`).
 //! - Invariant: a replacement that fails never gets a connection, and the old workers are not touched.

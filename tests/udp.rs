@@ -81,7 +81,7 @@ fn ipv4_ipv6_and_both_on_one_socket_are_shared() {
 }
 
 #[test]
-fn a_server_of_udp_and_tcp_on_one_port_switches_both() {
+fn a_udp_server_and_tcp_on_one_port_switches_both() {
     let (address, mut service) = started("-n 2", &["--tcp"]);
     assert_eq!(addresses(&service), [address.to_string(), format!("udp {address}")]);
     let by_tcp = || {
@@ -107,14 +107,14 @@ fn a_server_of_udp_and_tcp_on_one_port_switches_both() {
 }
 
 #[test]
-fn a_server_that_binds_a_port_of_udp_first_is_ready_when_it_listens() {
+fn a_server_that_binds_a_udp_port_first_is_ready_when_it_listens() {
     let (address, mut service) = started("-n 2", &["--tcp", "300"]);
     TcpStream::connect(address).expect("it listens");
     service.stop();
 }
 
 #[test]
-fn many_ports_of_udp_leave_as_many_of_tcp_to_share() {
+fn many_udp_ports_leave_as_many_of_tcp_to_share() {
     own_network();
     let addresses: Vec<SocketAddr> = (3000..3012).map(|port| (Ipv4Addr::LOCALHOST, port).into()).collect();
     // 16 for each worker.
@@ -195,7 +195,7 @@ fn a_socket_of_which_a_worker_has_made_what_no_other_can_use_costs_nothing_and_i
         });
         let inodes =
             links.filter_map(|link| Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()));
-        inodes.into_iter().find(|inode| exists(inode)).expect("a socket of UDP")
+        inodes.into_iter().find(|inode| exists(inode)).expect("a UDP socket")
     };
     for what in ["shut", "refused", "join"] {
         let server = server(&[address], &[]);
@@ -451,6 +451,25 @@ fn a_socket_that_a_worker_connects_takes_its_client_and_no_other_flow() {
     service.stop();
 }
 
+#[test]
+fn when_a_worker_connects_its_only_socket_the_others_get_its_flows_and_keep_theirs() {
+    let (address, mut service) = started("-n 3", &[]);
+    let flows = flows(address, 60);
+    let before = workers_of(&flows);
+    let taken = &before[0];
+    assert_eq!(&ask(&flows[0], "take me").pid, &taken.pid);
+    wait_until("they are steered", DEADLINE, || {
+        let after = workers_of(&flows[1..]);
+        before[1..].iter().zip(&after).all(|(before, after)| {
+            after.pid != taken.pid && (before.pid == taken.pid || before.pid == after.pid)
+        })
+    });
+    assert_eq!(&ask(&flows[0], "who").pid, &taken.pid);
+    service.reload();
+    assert!(workers_of(&flows[1..]).iter().all(|answer| answer.generation == 2));
+    service.stop();
+}
+
 /// How much waits in the socket that is fullest (/proc/net/udp): it has room for 200 kB, with some 800 bytes for each line.
 fn waiting_bytes(address: SocketAddr) -> u64 {
     let sockets = fs::read_to_string("/proc/thread-self/net/udp").expect("the sockets");
@@ -488,7 +507,7 @@ fn a_receiver_of_lines_that_keeps_up_loses_none_of_them() {
 }
 
 #[test]
-fn workers_are_given_sockets_of_udp() {
+fn workers_are_given_udp_sockets() {
     let address = free_address();
     let options = format!("-n 2 -l udp:{address} --ready notify --quiet-after 300ms");
     for more in ["", " --no-intercept"] {
@@ -505,13 +524,15 @@ fn workers_are_given_sockets_of_udp() {
 }
 
 #[test]
-fn what_the_kernel_gives_to_every_socket_is_left_to_it() {
-    for more in ["--broadcast", "--member"] {
+fn what_the_kernel_gives_to_every_socket_or_another_may_not_have_is_left_to_it_and_is_not_forgotten() {
+    for more in ["--broadcast", "--member", "--filter"] {
         let address = free_address();
-        let mut service = Service::run_ready("-n 2 --udp --ready 500ms", &server(&[address], &[more]));
+        let options = "-n 2 --udp --ready notify --ready-timeout 5s";
+        let mut service = Service::run_ready(options, &server(&[address], &[more]));
         wait_until("one of them can't bind it", DEADLINE, || {
             service.out.count_of("udp: Address already") == 1
         });
+        run(&service, "reload").assert_failed(&[&format!("could not bind udp {address}")]);
         service.stop();
     }
 }

@@ -598,7 +598,7 @@ fn when_each_worker_has_only_its_own_path_the_log_names_the_remedy() {
     let mut service = Service::run("-n 2 --ready-timeout 4s", &["sh", "-c", &script]);
     assert_eq!(service.wait_end().code(), Some(1), "{}", service.log.text());
     let line = service.wait_for_line("not ready within").text;
-    for part in ["Unix sockets or ports of UDP that no other worker has", "--ready notify"] {
+    for part in ["Unix sockets or UDP ports that no other worker has", "--ready notify"] {
         assert!(line.contains(part), "no {part:?} in {line}");
     }
 }

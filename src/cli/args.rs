@@ -137,7 +137,7 @@ pub struct RunArgs {
     #[argh(option, short = 'C', arg_name = "DIRECTORY")]
     pub chdir: Option<PathBuf>,
 
-    /// share the ports of UDP that workers bind at their start, as those of TCP
+    /// share the UDP ports that workers bind at their start, as those of TCP
     #[argh(switch)]
     pub udp: bool,
 

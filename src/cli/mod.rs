@@ -44,7 +44,7 @@ pub struct Options {
     pub retire_signal: Option<Signal>,
     /// By which commands find it.
     pub name: Option<Name>,
-    /// Whether ports of UDP that workers bind are shared.
+    /// Whether UDP ports that workers bind are shared.
     pub shares_udp: bool,
     pub pidfile: Option<PathBuf>,
     /// Whether the workers' output passes through here, line by line.
@@ -174,6 +174,7 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
             stop_signal: args.stop_signal.0,
             node_ipc: !args.no_node_ipc,
             intercept: !args.no_intercept,
+            has_udp: args.udp || args.listen.iter().any(Address::is_udp),
         },
         policy: Policy {
             workers: args.workers.0,

@@ -71,8 +71,8 @@ impl FromStr for Which {
     }
 }
 
-/// From "3000", ":3000", "127.0.0.1:3000" or `[::]:3000`, behind "udp:" for UDP. A port alone means all addresses of both families, or of IPv4
-/// if the kernel has no IPv6.
+/// From "3000", ":3000", "127.0.0.1:3000" or `[::]:3000`, behind "udp:" for UDP. A port alone means all addresses of both
+/// families, or of IPv4 if the kernel has no IPv6.
 impl FromStr for Address {
     type Err = String;
 
@@ -88,7 +88,9 @@ impl FromStr for Address {
         };
         match port.map(|port| SocketAddr::new(everywhere, port)).or_else(|| rest.parse().ok()) {
             Some(socket) if socket.port() != 0 => Ok(Self::new(socket, false, 0).over(transport)),
-            _ => Err(format!("{text:?} is not an address such as 3000, 127.0.0.1:3000 or [::1]:3000")),
+            _ => Err(format!(
+                "{text:?} is not an address such as 3000, 127.0.0.1:3000, [::1]:3000 or udp:3000"
+            )),
         }
     }
 }

@@ -23,7 +23,7 @@ use crate::words::millis;
 
 /// A worker that has begun to listen may begin to listen elsewhere for so long. Then its log line says where it has to; and
 /// the only worker that has nothing but a Unix socket, which may be its own, is taken as ready,
-/// and so is one that has bound a port of UDP and doesn't listen.
+/// and so is one that has bound a UDP port and doesn't listen.
 const SETTLED_AFTER: Duration = Duration::from_secs(1);
 /// The time from a failed request to a starting worker to the next one.
 const PROBE_PAUSE: Duration = Duration::from_millis(100);

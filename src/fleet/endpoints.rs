@@ -37,7 +37,7 @@ pub struct Endpoints {
     left: BTreeMap<WorkerId, BTreeSet<Address>>,
     /// Where the worker of a slot listens, or listened when it ended.
     of_slots: BTreeMap<SlotId, BTreeMap<Endpoint, Need>>,
-    /// Unix sockets that several workers have listened on, and ports of UDP that the workers of all slots have bound, and more
+    /// Unix sockets that several workers have listened on, and UDP ports that the workers of all slots have bound, and more
     /// than one. Another one may be a worker's own: a Unix socket for processes that it starts, a port to send from, which
     /// two workers may have chosen by chance.
     shared: BTreeSet<Endpoint>,
@@ -54,7 +54,7 @@ impl Endpoints {
         self.of_workers.insert(id, given);
     }
 
-    /// A worker has called listen(2), or bound a port of UDP, where there are so many slots. Returns whether clients are known
+    /// A worker has called listen(2), or bound a UDP port, where there are so many slots. Returns whether clients are known
     /// to come there from now on, since so many workers listen there.
     pub fn add(&mut self, id: WorkerId, endpoint: Endpoint, slots: usize) -> bool {
         let others = if endpoint.is_udp() { slots.max(2) - 1 } else { 1 };
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_of_udp_from_512_on_is_public_when_a_worker_of_each_slot_has_it_and_is_waited_for_until_then() {
+    fn a_udp_port_from_512_on_is_public_when_a_worker_of_each_slot_has_it_and_is_waited_for_until_then() {
         let mut endpoints = Endpoints::default();
         endpoints.add_worker(ONE);
         endpoints.add_worker(TWO);
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_of_udp_that_the_only_worker_may_send_from_is_expected_of_no_replacement() {
+    fn a_udp_port_that_the_only_worker_may_send_from_is_expected_of_no_replacement() {
         let mut endpoints = Endpoints::default();
         endpoints.add_worker(ONE);
         endpoints.add(ONE, udp(4000), 1);

@@ -51,9 +51,10 @@ pub fn lack(
     now: Instant,
 ) -> Option<Lack> {
     let Worker { shown, ports_may_change, .. } = worker;
-    let has_listener =
-        endpoints.has_public(id) || shown.has_settled && slots == 1 && endpoints.of(id).next().is_some();
-    // One that has bound a port of UDP may be about to listen.
+    // Nobody else has to listen there yet, or ever.
+    let may_be_alone = shown.has_settled && (slots == 1 || *ports_may_change);
+    let has_listener = endpoints.has_public(id) || may_be_alone && endpoints.of(id).next().is_some();
+    // One that has bound a UDP port may be about to listen.
     let shows_ready = has_listener && (shown.has_settled || endpoints.has_listener(id));
     let no_listener = || match endpoints.of(id).next() {
         None => Lack::Listener,
@@ -104,7 +105,7 @@ pub fn describe(lack: Option<Lack>, worker: &Worker, policy: &Policy) -> String 
                 .to_owned()
         }
         Some(Lack::SharedListener) => {
-            "it listens only on Unix sockets or ports of UDP that no other worker has (see --ready notify)"
+            "it listens only on Unix sockets or UDP ports that no other worker has (see --ready notify)"
                 .to_owned()
         }
         Some(Lack::Endpoints(missing)) => format!(
@@ -197,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_of_udp_is_ready_when_it_has_not_begun_to_listen_for_a_while() {
+    fn a_udp_server_is_ready_when_it_has_not_begun_to_listen_for_a_while() {
         let mut endpoints = Endpoints::default();
         endpoints.add_worker(NEW);
         let (mut worker, policy) = (worker(), example(Readiness::Listen));
@@ -214,6 +215,20 @@ mod tests {
         worker.shown.has_settled = false;
         endpoints.add(NEW, port(53), 2);
         assert_eq!(lack(&endpoints, &worker), None, "it listens");
+    }
+
+    #[test]
+    fn a_worker_whose_ports_may_change_may_be_the_first_at_one_of_udp() {
+        let mut endpoints = Endpoints::default();
+        endpoints.add_worker(NEW);
+        let udp = Address::new(([127, 0, 0, 1], 5000).into(), false, 0).over(Transport::Udp);
+        endpoints.add(NEW, udp.into(), 4);
+        let (mut worker, policy) = (worker(), example(Readiness::Listen));
+        worker.shown.has_settled = true;
+        let lack = |worker: &Worker| lack(NEW, worker, &policy, &endpoints, 4, worker.started);
+        assert_eq!(lack(&worker), Some(Lack::SharedListener));
+        worker.ports_may_change = true;
+        assert_eq!(lack(&worker), None);
     }
 
     #[test]

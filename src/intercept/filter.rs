@@ -81,10 +81,10 @@ const TCP_AO_ADD_KEY: i32 = 38;
 
 /// The filter. It stops bind and listen, setsockopt of [`OPTIONS`], the question whether a socket listens (getsockopt
 /// with SO_ACCEPTCONN), and unlink, which could take the path of a Unix socket from other workers. It allows
-/// everything else, also calls of another ABI.
+/// everything else, also calls of another ABI. What is of interest for UDP ports alone it stops only if it `has_udp`.
 ///
 /// A filter can't read memory, only the numbers in `struct seccomp_data` (linux/seccomp.h).
-pub fn filter() -> Vec<sock_filter> {
+pub fn filter(has_udp: bool) -> Vec<sock_filter> {
     const NR: u32 = 0;
     const ARCH: u32 = 4;
     const LEVEL: u32 = arg(1);
@@ -116,7 +116,8 @@ pub fn filter() -> Vec<sock_filter> {
         let [other_level] = code.labels();
         code.jump_equal(*level as u32, NEXT, other_level);
         code.load(OPTION);
-        for (option, _) in *options {
+        let stopped = options.iter().filter(|(_, option)| has_udp || *option != SocketOption::Multicast);
+        for (option, _) in stopped {
             code.jump_equal(*option as u32, stop, NEXT);
         }
         code.ret(libc::SECCOMP_RET_ALLOW);
@@ -236,7 +237,7 @@ mod tests {
     }
 
     fn verdict(nr: i64, arch: u32, args: [u64; 6]) -> u32 {
-        verdict_of(&filter(), &libc::seccomp_data { arch, ..seccomp_data(nr, args) })
+        verdict_of(&filter(true), &libc::seccomp_data { arch, ..seccomp_data(nr, args) })
     }
 
     /// Whether the filter stops exactly the calls that [`decode`] understands.
@@ -277,8 +278,15 @@ mod tests {
     }
 
     #[test]
+    fn without_udp_ports_no_worker_waits_when_it_joins_a_multicast_group() {
+        let data = seccomp_data(libc::SYS_setsockopt, [3, 0, libc::IP_ADD_MEMBERSHIP as u64, 0, 8, 0]);
+        let verdicts = [false, true].map(|has_udp| verdict_of(&filter(has_udp), &data));
+        assert_eq!(verdicts, [libc::SECCOMP_RET_ALLOW, libc::SECCOMP_RET_USER_NOTIF]);
+    }
+
+    #[test]
     fn every_system_call_and_option_gets_the_verdict_that_its_decoding_says() {
-        let filter = filter();
+        let filter = filter(true);
         let levels = [libc::SOL_SOCKET, libc::IPPROTO_IP, libc::IPPROTO_TCP, libc::IPPROTO_IPV6, -1];
         for nr in 0..1024 {
             for level in levels {
@@ -309,7 +317,7 @@ mod tests {
             let chosen = [args[0], upper | level as u64, upper | option as u64, args[3], args[4], args[5]];
             for args in [args, chosen] {
                 let data = seccomp_data(nr, args);
-                prop_assert!(agree(&filter(), &data), "{data:?}");
+                prop_assert!(agree(&filter(true), &data), "{data:?}");
                 if let Call::Bind { fd, len, .. } = decode(&data) {
                     prop_assert_eq!((u64::from(fd), len), (args[0] & 0xffff_ffff, args[2] & 0xffff_ffff));
                 }

@@ -17,8 +17,8 @@ const LIMITS: [(i32, &[i32]); 3] = [
     (SOL_SOCKET, &[libc::SO_DONTROUTE, libc::SO_MARK]), // the routes of the answers
 ];
 
-/// All others that can be read and set, and that mean something for a listener, the connections that it accepts, or a socket of UDP. Those
-/// that decide where a socket is bound and how it is shared are not among them: the pool has set them. IP_TOS stands before
+/// All others that can be read and set, and that mean something for a listener, the connections that it accepts, or a UDP
+/// socket. Those that decide where a socket is bound and how it is shared are not among them: the pool has set them. IP_TOS stands before
 /// SO_PRIORITY, which it changes, and the sizes of buffers before SO_BUF_LOCK.
 const OTHERS: [(i32, &[i32]); 3] = [
     (
@@ -102,9 +102,9 @@ const OF_STREAMS: [(i32, &[i32]); 1] = [(
     ],
 )];
 
-/// Those of sockets of UDP alone.
+/// Those of UDP sockets alone.
 const OF_DATAGRAMS: [(i32, &[i32]); 4] = [
-    (IPPROTO_UDP, &[UDP_NO_CHECK6_TX, UDP_NO_CHECK6_RX, libc::UDP_SEGMENT, libc::UDP_GRO]),
+    (IPPROTO_UDP, &[UDP_ENCAP, UDP_NO_CHECK6_TX, UDP_NO_CHECK6_RX, libc::UDP_SEGMENT, libc::UDP_GRO]),
     (
         IPPROTO_IP,
         &[
@@ -143,6 +143,7 @@ const OF_DATAGRAMS: [(i32, &[i32]); 4] = [
 /// linux/in.h, Linux 5.9.
 const IP_RECVERR_RFC4884: i32 = 26;
 /// linux/udp.h.
+const UDP_ENCAP: i32 = 100;
 const UDP_NO_CHECK6_TX: i32 = 101;
 const UDP_NO_CHECK6_RX: i32 = 102;
 /// linux/in6.h.
@@ -279,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_of_udp_has_options_of_its_own() {
+    fn a_udp_socket_has_options_of_its_own() {
         for domain in [Domain::IPV4, Domain::IPV6] {
             let [own, ours, plain] = [(); 3].map(|()| Socket::new(domain, Type::DGRAM, None).unwrap());
             let int =

@@ -16,17 +16,19 @@ pub enum Answers {
 }
 
 /// Installs the filter for the calling thread and everything that it starts. Returns the fd from which the
-/// stopped calls are read. Sets no_new_privs if the process may not install a filter without it.
+/// stopped calls are read. `has_udp` is whether the worker may share UDP ports. Sets no_new_privs if the process may not
+/// install a filter without it.
 ///
 /// # Errors
 /// EBUSY if the process is behind such a filter already; ENOSYS and EINVAL if the kernel has none.
-pub fn install() -> io::Result<(OwnedFd, Answers)> {
+pub fn install(has_udp: bool) -> io::Result<(OwnedFd, Answers)> {
     let install = || {
         let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
         let killable = flags | libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV; // Linux 5.19
-        match sys::seccomp_set_mode_filter(killable, &filter()) {
+        let filter = filter(has_udp);
+        match sys::seccomp_set_mode_filter(killable, &filter) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                sys::seccomp_set_mode_filter(flags, &filter()).map(|fd| (fd, Answers::MayBeLost))
+                sys::seccomp_set_mode_filter(flags, &filter).map(|fd| (fd, Answers::MayBeLost))
             }
             result => result.map(|fd| (fd, Answers::Arrive)),
         }
@@ -50,7 +52,7 @@ pub fn probe() -> io::Result<Answers> {
     const ANSWERS_ARRIVE: i32 = libc::ECANCELED;
     const ANSWERS_MAY_BE_LOST: i32 = libc::ERESTART;
     sys::before_exec(&mut child, || {
-        let (_notify_fd, answers) = install()?;
+        let (_notify_fd, answers) = install(false)?;
         Err(io::Error::from_raw_os_error(match answers {
             Answers::Arrive => ANSWERS_ARRIVE,
             Answers::MayBeLost => ANSWERS_MAY_BE_LOST,

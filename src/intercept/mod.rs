@@ -1,6 +1,6 @@
 //! Answers the system calls of workers that the filter stops (seccomp_unotify(2)).
 //!
-//! A worker's `bind` to a port of TCP or UDP replaces its socket by one of the pool, and the wrapper does its `listen`.
+//! A worker's `bind` to a TCP or UDP port replaces its socket by one of the pool, and the wrapper does its `listen`.
 //! A `bind` to a Unix socket's path replaces its socket by the one of its generation. An `unlink` of such a path,
 //! and the question whether a lent socket listens, are answered as the worker expects it of a socket of its own.
 //! Everything else is answered with "continue": the kernel then does what it would have done without the wrapper.
@@ -50,7 +50,7 @@ pub enum ListenChange {
     Listens(Endpoint),
     /// The worker removed the path of its own socket.
     StoppedListening(Endpoint),
-    /// The worker asks the kernel for a port of UDP that isn't shared, for the socket with this inode number.
+    /// The worker asks the kernel for a UDP port that isn't shared, for the socket with this inode number.
     BindsUdp {
         inode: u64,
         address: Address,
@@ -79,7 +79,7 @@ pub struct AtHand<'a> {
     pub reader: &'a mut Reader,
     /// Whether the worker has yet to become ready.
     pub is_starting: bool,
-    /// Whether it may yet open what it opens at its start.
+    /// Whether the UDP ports that it binds now are shared.
     pub shares_udp: bool,
 }
 

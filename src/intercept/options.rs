@@ -39,7 +39,7 @@ pub struct Options {
 
 impl Options {
     fn has_limits(&self) -> bool {
-        self.is_multicast || self.device != 0 || self.min_ttl != MinTtl::default() || self.limits_peers
+        self.device != 0 || self.min_ttl != MinTtl::default() || self.limits_peers
     }
 }
 
@@ -230,6 +230,9 @@ mod tests {
             assert!(noted.of(inode).shares && noted.sockets.len() <= MAX_NOTED_SOCKETS);
         }
         assert_eq!(noted.of(u64::MAX).device, 1, "a limit is kept longer");
+        for inode in 0..10 * MAX_NOTED_SOCKETS as u64 {
+            noted.note(inode, Setting::Multicast);
+        }
         assert!(!noted.of(u64::MAX - 1).limits_peers);
         for inode in 0..10 * MAX_NOTED_SOCKETS as u64 {
             noted.note(inode, Setting::LimitsPeers);

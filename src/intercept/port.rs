@@ -1,4 +1,4 @@
-//! `bind` to a port of TCP or UDP: the worker gets a socket of the pool in the place of its own.
+//! `bind` to a TCP or UDP port: the worker gets a socket of the pool in the place of its own.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
@@ -20,7 +20,7 @@ use crate::kernel::sys::{self, NotifResponse};
 use crate::pool::{BindRequest, MinTtl, Pool};
 
 /// Binds the caller's socket to the address in `sockaddr`, a `struct sockaddr`. What isn't a port that the caller may bind
-/// is left to the kernel, and so is a port of UDP that isn't in the pool already, unless `shares_udp`.
+/// is left to the kernel, and so is a UDP port that isn't in the pool already, unless `shares_udp`.
 pub fn bind(
     caller: &Caller,
     own: OwnSocket,
@@ -35,16 +35,13 @@ pub fn bind(
     let bind = match understand(caller, own, sockaddr, noted.of(own.inode), errands, is_shared) {
         Ok(bind) => bind,
         Err(NotOurs::Unknown) => return NotifResponse::Success, // which the caller never sees
-        Err(NotOurs::Limited) => {
-            complaints.make(borrower.slot, Complaint::LimitedSocket);
+        Err(NotOurs::TheKernels { udp, is_limited }) => {
+            if is_limited {
+                complaints.make(borrower.slot, Complaint::LimitedSocket);
+            }
+            known.change = udp.filter(|_| caller.still_waits()).map(|address| binds_udp(own, address));
             return NotifResponse::Continue;
         }
-        Err(NotOurs::Udp(address)) => {
-            let binds = ListenChange::BindsUdp { inode: own.inode, address };
-            known.change = Some(binds).filter(|_| caller.still_waits());
-            return NotifResponse::Continue;
-        }
-        Err(NotOurs::Other) => return NotifResponse::Continue,
     };
     if !caller.still_waits() {
         return NotifResponse::Continue;
@@ -66,14 +63,11 @@ pub fn bind(
             }
             // An error without a number means that the pool can't do it. The kernel perhaps can. It also takes an
             // address that the machine doesn't have from a socket with IP_FREEBIND or IP_TRANSPARENT.
-            // A port of UDP may be in use and yet be bound, if all have SO_REUSEADDR.
             let may_be_bound = |errno: &i32| match *errno {
-                libc::EADDRINUSE => address.is_udp(),
+                libc::EADDRINUSE => bind.may_be_in_use,
                 errno => errno == libc::EADDRNOTAVAIL,
             };
-            if address.is_udp() {
-                known.change = Some(ListenChange::BindsUdp { inode: own.inode, address });
-            }
+            known.change = address.is_udp().then(|| binds_udp(own, address));
             let errno = error.raw_os_error().filter(|errno| !may_be_bound(errno));
             return errno.map_or(NotifResponse::Continue, NotifResponse::Errno);
         }
@@ -85,6 +79,7 @@ pub fn bind(
         debug!("worker {} can't have a socket of the pool: {error}", borrower.slot);
         complaints.make(borrower.slot, Complaint::LimitedSocket);
         pool.take_back(borrower.worker, inode);
+        known.change = address.is_udp().then(|| binds_udp(own, address));
         return NotifResponse::Continue;
     }
     match errands.replace(caller, own, socket, bind.close_on_exec) {
@@ -113,17 +108,25 @@ struct Bind {
     /// other options than those that were noted.
     duplicate: Option<Duplicate>,
     close_on_exec: bool,
+    /// Whether the kernel lets it bind a UDP port that is in use, because all have SO_REUSEADDR. With SO_REUSEPORT it would
+    /// be in the group of the pool's sockets.
+    may_be_in_use: bool,
     request: BindRequest,
 }
 
-/// Why the kernel has to answer a bind.
+fn binds_udp(own: OwnSocket, address: Address) -> ListenChange {
+    ListenChange::BindsUdp { inode: own.inode, address }
+}
+
+/// Why the pool doesn't carry out a bind.
 enum NotOurs {
-    /// It is no port that the caller may bind, or the caller can't be read.
-    Other,
-    /// It is a port of UDP that isn't shared.
-    Udp(Address),
-    /// Its socket limits who may connect in a way that no other socket can be given.
-    Limited,
+    /// It is no port that is shared, or that the caller may bind, or the caller can't be read.
+    TheKernels {
+        /// The UDP port, in the wrapper's network.
+        udp: Option<Address>,
+        /// Whether its socket limits who may connect in a way that no other socket can be given.
+        is_limited: bool,
+    },
     /// Not yet: the caller sends its socket first, and asks again.
     Unknown,
 }
@@ -137,18 +140,21 @@ fn understand(
     errands: &mut Errands,
     is_shared: impl Fn(Address) -> bool,
 ) -> Result<Bind, NotOurs> {
-    let protocol = caller.protocol(own.fd).map_err(|_| NotOurs::Other)?;
+    let others = || NotOurs::TheKernels { udp: None, is_limited: false };
+    let protocol = caller.protocol(own.fd).map_err(|_| others())?;
     let v6only = noted.v6only.unwrap_or_else(|| protocol.ends_with("v6") && procfs::v6only_by_default());
-    let address = Address::from_sockaddr(sockaddr, v6only, noted.device).ok_or(NotOurs::Other)?;
-    let transport = transport_of(&protocol, &address).ok_or(NotOurs::Other)?;
+    let address = Address::from_sockaddr(sockaddr, v6only, 0).ok_or_else(others)?;
+    let transport = transport_of(&protocol, &address).ok_or_else(others)?;
     let (address, port) = (address.over(transport), address.socket.port());
     if port == 0 || address.is_udp() && goes_to_all(address.socket.ip()) {
-        return Err(NotOurs::Other);
+        return Err(others());
     }
     let is_watched = address.is_udp() && procfs::same_namespace(caller.tid, "net");
-    let not_ours = || if is_watched { NotOurs::Udp(address) } else { NotOurs::Other };
-    let is_private = |address: Address| address.is_udp() && (noted.is_multicast || !is_shared(address));
-    if is_private(address) || !caller.may_bind(port) {
+    let udp = Some(address).filter(|_| is_watched);
+    let not_ours = || NotOurs::TheKernels { udp, is_limited: false };
+    let on_device = |device| Address::new(address.socket, address.v6only, device).over(transport);
+    let is_private = |device| address.is_udp() && (noted.is_multicast || !is_shared(on_device(device)));
+    if is_private(noted.device) || !caller.may_bind(port) {
         return Err(not_ours());
     }
     let flags = procfs::fd_flags(caller.tid, own.fd).map_err(|_| not_ours())?;
@@ -166,21 +172,22 @@ fn understand(
         let socket = duplicate.as_fd();
         Ok((sys::bound_device(socket)?, MinTtl::of(socket, address.socket.is_ipv6())?))
     });
-    let (device, min_ttl) = limits.map_err(|_: io::Error| NotOurs::Other)?;
+    let (device, min_ttl) = limits.map_err(|_: io::Error| not_ours())?;
     let has_filter = |duplicate: &Duplicate| sys::has_filter(duplicate.as_fd()).unwrap_or(true);
     if noted.limits_peers || duplicate.as_ref().is_some_and(has_filter) {
-        return Err(NotOurs::Limited);
+        return Err(NotOurs::TheKernels { udp, is_limited: true });
     }
-    let address = Address::new(address.socket, address.v6only, device).over(transport);
-    if is_private(address) {
+    if is_private(device) {
         return Err(not_ours()); // the kernel has bound it to a device by itself
     }
-    let owner = caller.owner().ok_or(NotOurs::Other)?;
-    let shares = noted.shares || address.is_udp() && has(libc::SO_REUSEADDR);
+    let owner = caller.owner().ok_or_else(not_ours)?;
+    let reuses_address = address.is_udp() && has(libc::SO_REUSEADDR);
     let nonblocking = flags & libc::O_NONBLOCK != 0;
     let place = Place { pid: procfs::process_of(caller.tid).unwrap_or(caller.tid), fd: own.fd };
+    let (address, shares) = (on_device(device), noted.shares || reuses_address);
     let request = BindRequest { address, nonblocking, shares, min_ttl, owner, place };
-    Ok(Bind { duplicate, close_on_exec: flags & libc::O_CLOEXEC != 0, request })
+    let may_be_in_use = reuses_address && !has(libc::SO_REUSEPORT);
+    Ok(Bind { duplicate, close_on_exec: flags & libc::O_CLOEXEC != 0, may_be_in_use, request })
 }
 
 /// What a socket with this protocol name is shared as, if it is of the address's family.

@@ -1,4 +1,4 @@
-//! When datagrams last came to the sockets of UDP that workers have, and when to see whether workers still have them.
+//! When datagrams last came to the UDP sockets that workers have, and when to see whether workers still have them.
 //!
 //! epoll reports the next datagram of a socket once, and then nothing for a while: so traffic costs nothing. A socket that its
 //! worker has closed is found at the end of such a while, or of one of some more, each twice as long as the one before.

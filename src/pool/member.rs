@@ -287,7 +287,7 @@ impl Member {
         }
     }
 
-    /// Does listen(2). A socket of UDP has no such call: it is in the array of its group from its bind on.
+    /// Does listen(2). A UDP socket has no such call: it is in the array of its group from its bind on.
     ///
     /// # Errors
     /// Those of listen(2).
@@ -325,7 +325,7 @@ impl Member {
     /// The socket drops all packets whose time to live is below 255: all except those of a neighbour that sends with
     /// 255. (A socket filter could tell a SYN exactly, but new kernels ask for CAP_NET_ADMIN to attach one to a TCP
     /// socket.) Accepted connections inherit the limit, so no handshake may be under way on the socket. It means nothing
-    /// to a socket of UDP.
+    /// to a UDP socket.
     ///
     /// # Errors
     /// Those of getsockopt(2) and setsockopt(2).

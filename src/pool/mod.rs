@@ -355,11 +355,13 @@ impl Pool {
             self.tracker.forget(id);
             close_without_waiting(member.socket.as_fd()); // a worker may have made a connection of it
             self.arrivals.forget(id);
-            if let Some(group) = self.groups.get_mut(&member.address) {
+            let address = member.address;
+            if let Some(group) = self.groups.get_mut(&address) {
                 group.remove(id);
-                if member.address.is_udp() && group.has_place(id) {
-                    group.left(&[id].into()); // epoll doesn't report it
-                }
+            }
+            drop(member);
+            if address.is_udp() {
+                self.has_closed(id, address);
             }
         }
     }
@@ -381,7 +383,7 @@ impl Pool {
         let samples = is_due(self.watcher.queues.deadline());
         let spreads = is_due(self.spread_deadline());
         self.look_at_datagram_sockets(now);
-        if !samples && !spreads && !is_due(self.closed_deadline()) {
+        if !samples && !spreads && !is_due(self.closed_deadline()) && !self.must_steer {
             return false;
         }
         let begun = cpu_time();
@@ -562,7 +564,7 @@ impl Pool {
 
     /// Whether no connection and no datagram waits for the worker.
     pub fn queues_are_empty(&self, worker: WorkerId) -> bool {
-        !self.members.lent_to(worker).any(|(_, member)| self.gets_flows(member) && member.is_awaited())
+        !self.members.lent_to(worker).any(|(_, member)| self.is_steered(member) && member.is_awaited())
     }
 
     /// How many connections wait to be accepted by the worker.

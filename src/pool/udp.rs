@@ -1,6 +1,6 @@
-//! What is different about sockets of UDP.
+//! What is different about UDP sockets.
 //!
-//! A socket of UDP is in the kernel's array of its group from its bind on. What reaches it waits for whoever has it. Nearly
+//! A UDP socket is in the kernel's array of its group from its bind on. What reaches it waits for whoever has it. Nearly
 //! always it leaves when its worker connects it ([`datagrams::leaves_by_connecting`]). Then only its peer reaches it.
 //!
 //! A socket that is bound afterwards would make a new group with the connected one, if that still had SO_REUSEPORT
@@ -27,8 +27,11 @@ impl Pool {
     /// Looks whether workers still have the sockets that they got, or to which datagrams came, a while ago, and has the next
     /// datagram reported.
     pub(super) fn look_at_datagram_sockets(&mut self, now: Instant) {
-        for id in self.arrivals.take_due(now) {
-            self.note_connected(id);
+        let due = self.arrivals.take_due(now);
+        let addresses: BTreeSet<Address> =
+            due.iter().filter_map(|id| Some(self.members.get(*id)?.address)).collect();
+        self.must_steer |= addresses.into_iter().filter(|address| self.find_connected(*address)).count() > 0;
+        for id in due {
             let Some(member) = self.members.get(id).filter(|member| member.is_lent()) else { continue };
             let is_gone = match member.place {
                 Some(_) => member.look() == Seen::Gone,
@@ -41,7 +44,7 @@ impl Pool {
         }
     }
 
-    /// Has epoll report what matters of a socket of UDP that a worker has, or will, or of one that has yet to be emptied. Returns
+    /// Has epoll report what matters of a UDP socket that a worker has, or will, or of one that has yet to be emptied. Returns
     /// whether it is one.
     pub(super) fn watch_datagrams(&mut self, id: MemberId, now: Instant) -> bool {
         let Some(member) = self.members.get(id).filter(|member| member.address.is_udp()) else {
@@ -81,7 +84,8 @@ impl Pool {
         }
     }
 
-    /// The worker that borrowed a socket of UDP has it. It gets no datagram until [`Pool::steer`] sends it some.
+    /// The worker that borrowed a UDP socket has it. If others are ready, it gets no datagram until [`Pool::steer`] sends it
+    /// some.
     ///
     /// # Errors
     /// NotFound if there is no such socket.
@@ -90,31 +94,47 @@ impl Pool {
         self.serve(worker, id)
     }
 
-    /// A socket that its worker has connected is in no group any more. Returns whether this is news.
-    fn note_connected(&mut self, id: MemberId) -> bool {
-        let Some(member) = self.members.get_mut(id).filter(|member| member.listening) else { return false };
-        if !member.is_connected() {
-            return false;
+    /// Notes which sockets of an address workers have connected since the last call. They have left its group, in an unknown
+    /// order, and so has the one that was just `closed`. Returns whether there are any.
+    fn note_left(&mut self, address: Address, closed: Option<MemberId>) -> bool {
+        let ids = self.groups.get(&address).map(|group| group.ids().clone()).unwrap_or_default();
+        let is_connected = |id: &MemberId| self.members[*id].listening && self.members[*id].is_connected();
+        let connected: BTreeSet<MemberId> = ids.into_iter().filter(is_connected).collect();
+        let leaves = datagrams::leaves_by_connecting(address.socket);
+        let left = connected.iter().copied().filter(|_| leaves).chain(closed).collect();
+        if let Some(group) = self.groups.get_mut(&address) {
+            group.left(&left);
         }
-        let address = member.address;
-        debug!("a socket of {address} is connected to one peer by its worker");
-        member.listening = false;
-        let set = member.socket.set_reuse_address(true).and_then(|()| member.socket.set_reuse_port(false));
-        if let Err(error) = set {
-            warn!("can't keep a connected socket of {address} out of its group: {error}");
+        for id in &connected {
+            debug!("a socket of {address} is connected to one peer by its worker");
+            let Some(member) = self.members.get_mut(*id) else { continue };
+            member.listening = false;
+            let set =
+                member.socket.set_reuse_address(true).and_then(|()| member.socket.set_reuse_port(false));
+            if let Err(error) = set {
+                warn!("can't keep a connected socket of {address} out of its group: {error}");
+            }
+            if leaves {
+                self.remove(*id); // it is its worker's alone, which may close it
+            }
         }
-        if datagrams::leaves_by_connecting(address.socket)
-            && let Some(group) = self.groups.get_mut(&address)
-        {
-            group.left(&[id].into());
-        }
-        true
+        !connected.is_empty()
     }
 
     /// Finds out which sockets of an address workers have connected. Returns whether there are new ones.
     pub(super) fn find_connected(&mut self, address: Address) -> bool {
-        let ids = self.groups.get(&address).map(|group| group.ids().clone()).unwrap_or_default();
-        ids.into_iter().filter(|id| self.note_connected(*id)).count() > 0
+        let is_any = self.note_left(address, None);
+        if is_any {
+            self.close_if_free(address);
+        }
+        is_any
+    }
+
+    /// A socket was closed, which epoll doesn't report.
+    pub(super) fn has_closed(&mut self, id: MemberId, address: Address) {
+        if self.groups.get(&address).is_some_and(|group| group.has_place(id)) {
+            self.note_left(address, Some(id));
+        }
     }
 
     /// Makes a new socket that joins the group of its address.
@@ -137,9 +157,11 @@ impl Pool {
 
     /// When a datagram may last have come to a worker; `None`: none has come.
     pub fn last_datagram(&mut self, worker: WorkerId, now: Instant) -> Option<Instant> {
-        self.handle_events(None);
-        let is_udp = |(_, member): &(MemberId, &Member)| member.address.is_udp() && self.gets_flows(member);
+        let is_udp = |(_, member): &(MemberId, &Member)| member.address.is_udp() && self.is_steered(member);
         let its: Vec<MemberId> = self.members.lent_to(worker).filter(is_udp).map(|(id, _)| id).collect();
+        if !its.is_empty() {
+            self.handle_events(None);
+        }
         for id in &its {
             if !self.arrivals.is_watched(*id) && !self.members[*id].is_awaited() {
                 self.await_datagram(*id, now);
@@ -150,12 +172,12 @@ impl Pool {
 
     /// Whether what reaches a socket comes by the steering program: it is of TCP, or of UDP and neither its worker's alone nor
     /// connected, nor in a multicast group, whose datagrams the kernel gives to all.
-    pub(super) fn gets_flows(&self, member: &Member) -> bool {
-        let is_steered = || member.listening && !member.is_limited() && !self.is_private(member.address);
-        !member.address.is_udp() || is_steered()
+    pub(super) fn is_steered(&self, member: &Member) -> bool {
+        let may_be = || member.listening && !member.is_limited() && !self.is_private(member.address);
+        !member.address.is_udp() || may_be()
     }
 
-    /// Whether a worker that is retired is alone among several with a port of UDP: it may send from it. What comes there is
+    /// Whether a worker that is retired is alone among several with a UDP port: it may send from it. What comes there is
     /// for it, until it ends.
     pub(super) fn is_private(&self, address: Address) -> bool {
         let ids = self.groups.get(&address).filter(|_| address.is_udp()).map(Group::ids);
@@ -172,4 +194,54 @@ impl Pool {
 /// Whether a process or one of its descendants has a socket open; also if that can't be known.
 fn is_open_below(pid: Pid, inode: u64) -> bool {
     pid.as_raw() == 0 || !procfs::first_holders(pid, &|other| other == inode).is_empty()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+
+    use super::*;
+    use crate::address::Transport;
+    use crate::steering::load::Balancing;
+
+    /// A pool with five sockets of an address.
+    fn pool() -> (Pool, Address, Vec<MemberId>) {
+        let port = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let address = Address::new((Ipv4Addr::UNSPECIFIED, port).into(), false, 0).over(Transport::Udp);
+        let mut pool = Pool::new(Balancing::Load, false).unwrap();
+        let ids = (0..5).map(|_| pool.add(address, Owner::this_process()).unwrap()).collect();
+        (pool, address, ids)
+    }
+
+    fn connect(pool: &Pool, id: MemberId) {
+        let nobody = SocketAddr::from((Ipv4Addr::LOCALHOST, 9));
+        pool.members[id].socket.connect(&nobody.into()).unwrap();
+    }
+
+    fn is_known(pool: &Pool, address: Address, id: MemberId) -> bool {
+        let group = &pool.groups[&address];
+        group.has_place(id) && group.places(id).is_empty()
+    }
+
+    #[test]
+    fn the_order_in_which_sockets_were_connected_is_unknown() {
+        let (mut pool, address, ids) = pool();
+        assert!(ids.iter().all(|id| is_known(&pool, address, *id)));
+        connect(&pool, ids[2]);
+        connect(&pool, ids[1]);
+        assert!(pool.note_left(address, None) && !pool.note_left(address, None));
+        assert!(pool.members.get(ids[1]).is_none() && pool.members.get(ids[2]).is_none());
+        let known: Vec<bool> = ids.iter().map(|id| is_known(&pool, address, *id)).collect();
+        assert_eq!(known, [true, false, false, false, false]);
+    }
+
+    #[test]
+    fn a_socket_may_have_been_connected_before_another_one_was_closed_or_after() {
+        let (mut pool, address, ids) = pool();
+        connect(&pool, ids[2]);
+        pool.remove(ids[1]);
+        let known: Vec<bool> = ids.iter().map(|id| is_known(&pool, address, *id)).collect();
+        assert_eq!(known, [true, false, false, false, false]);
+        assert!(!pool.note_left(address, None), "it was noticed");
+    }
 }

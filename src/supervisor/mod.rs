@@ -152,6 +152,11 @@ fn listener_watch(options: &Options) -> io::Result<ListenerWatch> {
         Ok(None) => "workers are not intercepted".to_owned(),
         Err(error) => format!("workers can't be intercepted ({error})"),
     };
+    if options.shares_udp {
+        let what =
+            format!("{why}, so no UDP port that they bind can be shared: use -l udp:ADDRESS, not --udp");
+        return Err(io::Error::other(what));
+    }
     unintercepted::announce(&why, !options.listen.is_empty(), options.policy.readiness)?;
     Ok(ListenerWatch::Scan(Unintercepted::default()))
 }

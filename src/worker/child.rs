@@ -36,6 +36,7 @@ pub struct Preparation {
     /// The child's end of the [`ReportSocket`].
     pub report: OwnedFd,
     pub intercept: bool,
+    pub has_udp: bool,
     pub stop_signal: Signal,
     /// The soft and the hard limit.
     pub open_files: (rlim_t, rlim_t),
@@ -130,7 +131,8 @@ impl Preparation {
         self.take_fds()?;
 
         *step = Step::Filter;
-        let notify_fd = self.intercept.then(intercept::install).transpose()?.map(|(notify_fd, _)| notify_fd);
+        let notify_fd = self.intercept.then(|| intercept::install(self.has_udp)).transpose()?;
+        let notify_fd = notify_fd.map(|(notify_fd, _)| notify_fd);
         let fds: Vec<RawFd> = notify_fd.iter().map(AsRawFd::as_raw_fd).collect();
         self.send(&[PREPARED], &fds)?;
         drop(notify_fd);
@@ -281,6 +283,7 @@ mod tests {
             node: None,
             report: fd(),
             intercept: true,
+            has_udp: false,
             stop_signal: Signal::SIGTERM,
             open_files: (0, 0),
         };

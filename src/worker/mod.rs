@@ -44,6 +44,8 @@ pub struct Settings {
     pub node_ipc: bool,
     /// Whether workers run behind the filter.
     pub intercept: bool,
+    /// Whether they may share UDP ports.
+    pub has_udp: bool,
 }
 
 /// A child that is about to execute its command.
@@ -209,6 +211,7 @@ impl Starter {
             node: node_end,
             report: report_end,
             intercept: self.settings.intercept,
+            has_udp: self.settings.has_udp,
             stop_signal: self.settings.stop_signal,
             open_files: self.open_files,
         };

@@ -76,7 +76,7 @@ pub enum Program {
     Trivial,
     /// The same with a non-blocking listener.
     NonBlocking,
-    /// The same, also with a port of UDP.
+    /// The same, also with a UDP port.
     Datagrams,
 }
 

@@ -111,7 +111,7 @@ fn under_podmans_profile_a_workers_socket_stays_what_it_was() {
     assert_own_socket_stays("podman.json");
 }
 
-/// Asserts that reuse-run shares a port of UDP, and that reloads lose no query.
+/// Asserts that reuse-run shares a UDP port, and that reloads lose no query.
 #[track_caller]
 fn assert_shares_udp(name: &str) {
     for identity in [Identity::Root, Identity::User, Identity::Bare] {
@@ -132,17 +132,17 @@ fn assert_shares_udp(name: &str) {
 }
 
 #[test]
-fn under_dockers_profile_a_port_of_udp_is_shared() {
+fn under_dockers_profile_a_udp_port_is_shared() {
     assert_shares_udp("docker.json");
 }
 
 #[test]
-fn under_containerds_profile_a_port_of_udp_is_shared() {
+fn under_containerds_profile_a_udp_port_is_shared() {
     assert_shares_udp("containerd.json");
 }
 
 #[test]
-fn under_podmans_profile_a_port_of_udp_is_shared() {
+fn under_podmans_profile_a_udp_port_is_shared() {
     assert_shares_udp("podman.json");
 }
 

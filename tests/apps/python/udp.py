@@ -3,6 +3,7 @@
 The answer is `pid=… generation=… slot=… TEXT`. Of some texts:
 sleep MS …   is answered so much later
 connect …    is answered by a new socket of the same port, which the server connects to the client
+take …       is answered by the socket, which the server connects to the client
 close …      closes the socket, after the answer
 shut …       is not answered: the server shuts the socket down for reading
 refused …    is not answered: the server connects the socket to a port of nobody, and sends
@@ -11,10 +12,12 @@ bind PORT …  binds another port, and says so
 options …    has the names of the socket options that aren't as in a new socket
 """
 import argparse
+import ctypes
 import os
 import selectors
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -25,6 +28,7 @@ parser.add_argument('--share', action='store_true')
 parser.add_argument('--set', action='store_true', help='options before the bind')
 parser.add_argument('--broadcast', action='store_true')
 parser.add_argument('--member', action='store_true', help='of a multicast group, before the bind')
+parser.add_argument('--filter', action='store_true', help='that lets everything pass, before the bind')
 parser.add_argument('--tcp', type=int, nargs='?', const=0, help='serve TCP there too, after so many milliseconds')
 parser.add_argument('--given', type=int, default=0, help='how many sockets of LISTEN_FDS')
 parser.add_argument('--query', type=int, nargs='?', const=0, help='bind some other port at the start, for so many milliseconds')
@@ -88,6 +92,10 @@ def new(kind, address, shares):
             sock.setsockopt(*option)
     if arguments.broadcast and kind == socket.SOCK_DGRAM:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+    if arguments.filter and kind == socket.SOCK_DGRAM:
+        everything = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0xFFFFFFFF))
+        program = struct.pack('HL', 1, ctypes.addressof(everything))
+        sock.setsockopt(socket.SOL_SOCKET, 26, program)
     if arguments.member and kind == socket.SOCK_DGRAM:
         join(sock)
     sock.bind((host.strip('[]'), int(port)))
@@ -115,6 +123,10 @@ def answer(sock, text, client):
             sock.send(b'to nobody')
         except OSError:
             pass  # it isn't connected, and is shut down all the same
+        return
+    if words[0] == 'take':
+        sock.connect(client)
+        sock.send((WHO + text).encode())
         return
     if words[0] == 'join':
         join(sock)
@@ -148,7 +160,7 @@ for address in arguments.addresses:
             say('options: ' + changed(kept[-1]))
     except OSError as error:
         say('udp: {}'.format(error.strerror))
-        if not arguments.broadcast and not arguments.member:
+        if not (arguments.broadcast or arguments.member or arguments.filter):
             raise
     if arguments.tcp is not None:
         time.sleep(arguments.tcp / 1000)
