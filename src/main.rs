@@ -56,7 +56,7 @@
 //! | the model of the kernel's array of members; the BPF instructions that choose one; those that choose by the client's address or flow | `steering/order`; `steering/program`; `steering/by_client` |
 //! | lending a socket and taking it back; the sockets' states | `pool/lend`; `pool/member` |
 //! | what epoll reports about the sockets | `pool/mod` |
-//! | what is different about UDP sockets; when datagrams last came | `pool/udp`; `pool/arrivals` |
+//! | what is different about UDP sockets; when to see whether workers still have them | `pool/udp`; `pool/looks` |
 //! | carrying out a plan; attaching the BPF program to a group | `pool/steer`; `pool/group` |
 //! | connections of our own to one worker | `pool/reach` |
 //! | sending a request to a worker; what counts as an answer | `probe/mod`; `probe/answer` |

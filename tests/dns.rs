@@ -127,12 +127,15 @@ fn assert_nothing_is_lost(options: &str, address: SocketAddr, command: &[&str]) 
 
 #[test]
 fn dnsmasq_loses_no_query_in_twenty_reloads() {
-    let address = free_address();
-    let port = address.port().to_string();
-    let options =
-        ["-k", "-C", "/dev/null", "-R", "-h", "-z", "-a", "127.0.0.1", "-u", "root", "-x", "/dev/null"];
-    let command = [&["dnsmasq"], &options[..], &["-A", "/test/192.0.2.1", "-p", &port]].concat();
-    assert_nothing_is_lost("--stop-signal TERM", address, &command);
+    let (address, folder) = (free_address(), Folder::new());
+    let path = folder.path("dnsmasq.conf");
+    let config = format!(
+        "keep-in-foreground\npid-file\nno-resolv\nno-hosts\nbind-interfaces\nlisten-address=127.0.0.1\nport={}\n\
+         user=root\naddress=/test/192.0.2.1\n",
+        address.port(),
+    );
+    std::fs::write(&path, config).expect("write its configuration");
+    assert_nothing_is_lost("--stop-signal TERM", address, &["dnsmasq", "-C", &path]);
 }
 
 #[test]

@@ -75,8 +75,7 @@ pub struct RunArgs {
     #[argh(option, arg_name = "DURATION")]
     pub idle_after: Option<Period>,
 
-    /// time for which no datagram must have come to a worker that gets no more of UDP before it has answered those that
-    /// came; should be longer than the longest answer takes (default 5s)
+    /// how long a worker that gets no more datagrams of UDP may take to answer those that it has read (default 5s)
     #[argh(option, default = "Period(Duration::from_secs(5))", arg_name = "DURATION")]
     pub quiet_after: Period,
 

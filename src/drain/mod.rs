@@ -42,6 +42,8 @@ struct Retired {
     addresses: BTreeSet<Address>,
     /// Clients whose handshake was under way at the first poll; `None` before it.
     handshakes: Option<HashSet<SocketAddr>>,
+    /// Since when its queues were empty at each poll.
+    empty_since: Option<Instant>,
 }
 
 /// A worker to which everything has come that was on its way.
@@ -95,7 +97,7 @@ impl Drain {
         addresses: BTreeSet<Address>,
         now: Instant,
     ) {
-        let retired = Retired { pid, generation, since: now, addresses, handshakes: None };
+        let retired = Retired { pid, generation, since: now, addresses, handshakes: None, empty_since: None };
         self.retired.insert(worker, retired);
         self.next_poll.get_or_insert(now);
     }
@@ -116,17 +118,19 @@ impl Drain {
     }
 
     /// The workers that may have finished their work, if a poll is due. Call [`Drain::polled`] after it.
-    pub fn poll(&mut self, pool: &mut Pool, unix: &UnixSockets, now: Instant) -> Vec<Arrived> {
+    pub fn poll(&mut self, pool: &Pool, unix: &UnixSockets, now: Instant) -> Vec<Arrived> {
         if self.next_poll.is_none_or(|at| at > now) {
             return Vec::new();
         }
         // The queues first: a connection that leaves its queue later has an owner when connections are listed.
-        let empty: BTreeSet<WorkerId> =
-            self.retired.keys().copied().filter(|worker| pool.queues_are_empty(*worker)).collect();
-        let rule = self.rule;
-        let mut is_quiet =
-            |worker| pool.last_datagram(worker, now).is_none_or(|last| rule.is_quiet(last, now));
-        let quiet: BTreeSet<WorkerId> = self.retired.keys().copied().filter(|id| is_quiet(*id)).collect();
+        let mut quiet = BTreeSet::new();
+        for (worker, retired) in &mut self.retired {
+            let since = retired.empty_since.unwrap_or(now);
+            retired.empty_since = pool.queues_are_empty(*worker).then_some(since);
+            if !pool.gets_datagrams(*worker) || self.rule.is_quiet(since, now) {
+                quiet.insert(*worker);
+            }
+        }
         let connections = match self.connections() {
             Ok(connections) => connections,
             Err(error) => {
@@ -147,7 +151,7 @@ impl Drain {
             let at = |address| of(address).iter().filter(|row| address.accepts(row.local));
             let rows: Vec<&Connection> = retired.addresses.iter().flat_map(at).collect();
             let is_waiting = !quiet.contains(worker) || busy_on_paths.contains(worker);
-            if retired.has_arrived(&rows, empty.contains(worker), now) && !is_waiting {
+            if retired.has_arrived(&rows, retired.empty_since.is_some(), now) && !is_waiting {
                 arrived.push((*worker, retired.pid, retired.generation));
             }
         }
@@ -306,6 +310,7 @@ mod tests {
             since,
             addresses: BTreeSet::new(),
             handshakes: None,
+            empty_since: None,
         }
     }
 

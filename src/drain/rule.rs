@@ -64,14 +64,14 @@ impl Seen {
 pub struct IdleRule {
     /// How long no data must have moved on a connection, in either direction, if this was asked for.
     pub idle_after: Option<Duration>,
-    /// For how long no datagram must have come.
+    /// For how long no datagram must have waited.
     pub quiet_after: Duration,
     pub is_stopping: bool,
 }
 
 impl IdleRule {
-    /// Whether a worker has answered all datagrams, if the last one may have come then. The kernel counts neither what it
-    /// has sent nor to whom, so time alone tells.
+    /// Whether a worker has answered all datagrams, if it has read the last one then at the latest. The kernel counts neither
+    /// what it has sent nor to whom, so time alone tells.
     pub fn is_quiet(&self, last: Instant, now: Instant) -> bool {
         let least = if self.is_stopping { self.quiet_after.min(DOUBT_AT_STOP) } else { self.quiet_after };
         now - last >= least

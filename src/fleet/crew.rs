@@ -15,16 +15,12 @@ use super::story;
 use super::timers::{SlotTimer, Timer, Timers, WorkerTimer};
 use super::udp::{UdpChange, UdpPorts};
 use super::views::{self, View};
-use super::worker::{State, Worker};
+use super::worker::{SETTLED_AFTER, State, Worker};
 use crate::address::{Address, Endpoint};
 use crate::ids::{SlotId, WorkerId};
 use crate::steering::{Plan, Role, Share};
 use crate::words::millis;
 
-/// A worker that has begun to listen may begin to listen elsewhere for so long. Then its log line says where it has to; and
-/// the only worker that has nothing but a Unix socket, which may be its own, is taken as ready,
-/// and so is one that has bound a UDP port and doesn't listen.
-const SETTLED_AFTER: Duration = Duration::from_secs(1);
 /// The time from a failed request to a starting worker to the next one.
 const PROBE_PAUSE: Duration = Duration::from_millis(100);
 /// The time between two requests to a canary.
@@ -131,9 +127,9 @@ impl Crew {
 
     /// Whether a worker may yet open what it opens at its start.
     pub fn is_opening(&self, worker: WorkerId, now: Instant) -> bool {
-        self.roster.get(worker).is_some_and(|worker| {
-            worker.state == State::Starting || now - worker.begun_to_listen() < SETTLED_AFTER
-        })
+        self.roster
+            .get(worker)
+            .is_some_and(|worker| worker.state == State::Starting || now < worker.opens_until())
     }
 
     pub fn is_starting(&self, worker: WorkerId) -> bool {

@@ -51,9 +51,9 @@ pub fn lack(
     now: Instant,
 ) -> Option<Lack> {
     let Worker { shown, ports_may_change, .. } = worker;
-    // Nobody else has to listen there yet, or ever.
-    let may_be_alone = shown.has_settled && (slots == 1 || *ports_may_change);
-    let has_listener = endpoints.has_public(id) || may_be_alone && endpoints.of(id).next().is_some();
+    // Nobody else has to have it, or yet.
+    let suffices = |endpoint: &Endpoint| slots == 1 || *ports_may_change && endpoint.is_udp();
+    let has_listener = endpoints.has_public(id) || shown.has_settled && endpoints.of(id).any(suffices);
     // One that has bound a UDP port may be about to listen.
     let shows_ready = has_listener && (shown.has_settled || endpoints.has_listener(id));
     let no_listener = || match endpoints.of(id).next() {

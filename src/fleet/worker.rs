@@ -1,7 +1,7 @@
 //! A worker as the fleet sees it.
 
 use std::fmt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::address::Endpoint;
 use crate::ids::{SlotId, WorkerId};
@@ -36,6 +36,11 @@ pub struct Worker {
     /// Whether it need not listen where the worker that it replaces does.
     pub ports_may_change: bool,
 }
+
+/// A worker that has begun to listen may begin to listen elsewhere for so long. Then its log line says where it has to; and
+/// the only worker that has nothing but a Unix socket, which may be its own, is taken as ready, and so is one that has bound a
+/// UDP port and doesn't listen.
+pub const SETTLED_AFTER: Duration = Duration::from_secs(1);
 
 /// What a worker has said or shown of its readiness.
 #[derive(Debug, Default)]
@@ -75,6 +80,12 @@ impl Worker {
         }
     }
 
+    /// Until when it may open what it opens at its start. On a busy machine that takes as long as all before it.
+    pub fn opens_until(&self) -> Instant {
+        let begun = self.begun_to_listen();
+        begun + SETTLED_AFTER.max(begun - self.started)
+    }
+
     /// When it first listened, or else when it started.
     pub fn begun_to_listen(&self) -> Instant {
         self.shown.listens_since.unwrap_or(self.started)
@@ -98,5 +109,21 @@ impl fmt::Display for Worker {
             Some(pid) => write!(f, "worker {slot} (pid {pid}, generation {generation})"),
             None => write!(f, "worker {slot} (generation {generation})"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_opens_what_it_opens_at_its_start_within_a_second_or_as_long_as_it_took_before() {
+        let start = Instant::now();
+        let mut worker = Worker::new(WorkerId(0), SlotId(0), 1, start);
+        assert_eq!(worker.opens_until(), start + Duration::from_secs(1));
+        worker.shown.listens_since = Some(start + Duration::from_millis(200));
+        assert_eq!(worker.opens_until(), start + Duration::from_millis(1200));
+        worker.shown.listens_since = Some(start + Duration::from_secs(4));
+        assert_eq!(worker.opens_until(), start + Duration::from_secs(8));
     }
 }

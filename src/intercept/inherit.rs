@@ -137,7 +137,10 @@ const OF_DATAGRAMS: [(i32, &[i32]); 4] = [
             libc::IPV6_MULTICAST_ALL,
         ],
     ),
-    (SOL_SOCKET, &[libc::SO_REUSEADDR, libc::SO_NO_CHECK, libc::SO_RXQ_OVFL, libc::SO_TXTIME]),
+    (
+        SOL_SOCKET,
+        &[libc::SO_REUSEADDR, libc::SO_BROADCAST, libc::SO_NO_CHECK, libc::SO_RXQ_OVFL, libc::SO_TXTIME],
+    ),
 ];
 
 /// linux/in.h, Linux 5.9.

@@ -165,9 +165,6 @@ fn understand(
         OwnDuplicate::Refused => None,
     };
     let has = |option| duplicate.as_ref().is_some_and(|it| has_option(it, option));
-    if address.is_udp() && has(libc::SO_BROADCAST) {
-        return Err(not_ours());
-    }
     let limits = duplicate.as_ref().map_or(Ok((noted.device, noted.min_ttl)), |duplicate| {
         let socket = duplicate.as_fd();
         Ok((sys::bound_device(socket)?, MinTtl::of(socket, address.socket.is_ipv6())?))

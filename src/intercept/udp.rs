@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 use crate::address::Address;
 use crate::ids::WorkerId;
 
-/// A bind that has not succeeded by then has failed.
-const FAILED_AFTER: Duration = Duration::from_secs(1);
+/// A bind that has not succeeded by then has failed, even on a busy machine.
+const FAILED_AFTER: Duration = Duration::from_secs(60);
+/// If a worker has too many, one that has not succeeded by then gives its place to another.
+const REPLACED_AFTER: Duration = Duration::from_secs(1);
 /// The first look at the list comes so soon after the bind, each further one after twice that time.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// Of a worker with more UDP ports, such as a DNS resolver with a port for each query, the others are not watched.
@@ -46,12 +48,17 @@ impl UdpBinds {
         if self.ports.iter().any(is_its) {
             return false; // a second bind of a socket, or a second try with one
         }
-        if self.ports.iter().filter(|port| port.worker == worker).count() >= MAX_PORTS {
-            return false;
+        let mut its = self.ports.iter().enumerate().filter(|(_, port)| port.worker == worker);
+        if its.clone().count() >= MAX_PORTS {
+            // A program may try one port after the other.
+            let has_failed = |port: &Port| !port.is_held && now - port.since >= REPLACED_AFTER;
+            let Some((failed, _)) = its.find(|(_, port)| has_failed(port)) else { return false };
+            self.ports.remove(failed);
         }
         self.ports.push(Port { worker, inode, address, since: now, is_held: false });
         self.pause = FIRST_PAUSE;
-        self.next = Some(now + FIRST_PAUSE);
+        let next = now + FIRST_PAUSE;
+        self.next = Some(self.next.map_or(next, |earlier| earlier.min(next)));
         true
     }
 
@@ -114,9 +121,15 @@ mod tests {
     fn of_one_worker_not_more_than_some_ports_are_watched() {
         let (mut binds, now) = (UdpBinds::default(), Instant::now());
         let address = |port| Address::new(([127, 0, 0, 1], port).into(), false, 0);
-        let added =
-            (1..100).filter(|port| binds.add(WorkerId(1), u64::from(*port), address(*port), now)).count();
-        assert_eq!(added, MAX_PORTS);
+        let mut add = |from, to, now| {
+            let all = from..to;
+            all.filter(|port| binds.add(WorkerId(1), u64::from(*port), address(*port), now)).count()
+        };
+        assert_eq!(add(1, 100, now), MAX_PORTS);
+        let later = now + REPLACED_AFTER;
+        assert_eq!(add(100, 103, later), 3, "others have most likely failed");
+        binds.look(&(1..1000).collect(), later);
+        assert!(!binds.add(WorkerId(1), 1000, address(1000), later), "all are held");
         assert!(binds.add(WorkerId(2), 1, address(1), now));
         binds.remove_worker(WorkerId(1));
         assert!(binds.add(WorkerId(1), 1, address(1), now));

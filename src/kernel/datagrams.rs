@@ -1,15 +1,15 @@
 //! Datagrams that wait in a socket.
 
-use std::fs;
 use std::io;
 use std::mem::MaybeUninit;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::OnceLock;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use socket2::Socket;
+use socket2::{Domain, Socket, Type};
 
-use crate::kernel::ready;
+use crate::kernel::{bpf, ready, sys};
 
 /// How many are discarded at once. More may come as fast as they are read.
 const AT_ONCE: usize = 4096;
@@ -50,10 +50,20 @@ fn is_empty(error: &io::Error) -> bool {
 /// Whether connect(2) takes a socket that is bound to this address from its reuseport group: one of a particular address since
 /// Linux 6.13 (`udp_lib_hash4`, net/ipv4/udp.c), any other one always (`udp_lib_rehash`).
 pub fn leaves_by_connecting(address: SocketAddr) -> bool {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
-    let version: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    address.ip().is_unspecified() || version >= (6, 13)
+    static OF_PARTICULAR: OnceLock<bool> = OnceLock::new();
+    address.ip().is_unspecified() || *OF_PARTICULAR.get_or_init(|| tries_to_leave().unwrap_or(false))
+}
+
+/// Only a socket in a group takes a program for it.
+fn tries_to_leave() -> io::Result<bool> {
+    let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let new = || Socket::new(Domain::IPV4, Type::DGRAM, None);
+    let (socket, peer) = (new()?, new()?);
+    socket.set_reuse_port(true)?;
+    socket.bind(&any_port.into())?;
+    peer.bind(&any_port.into())?;
+    socket.connect(&peer.local_addr()?)?;
+    Ok(sys::attach_reuseport_cbpf(socket.as_fd(), &[bpf::ret(0)]).is_err())
 }
 
 #[cfg(test)]

@@ -55,7 +55,7 @@ impl Pool {
         member.set_min_ttl(MinTtl::default())?;
         member.socket.set_nonblocking(false)?;
         let socket = member.socket.as_fd().try_clone_to_owned()?;
-        self.arrivals.forget(id);
+        self.looks.forget(id);
         self.watch(id);
         Ok(socket)
     }
@@ -103,7 +103,7 @@ impl Pool {
         member.place = Some(request.place);
         let inode = member.inode;
         self.closed.forget(id);
-        self.arrivals.forget(id);
+        self.looks.forget(id);
         self.watch(id);
         Ok(inode)
     }
@@ -191,7 +191,9 @@ impl Pool {
             if !is_exact || !is_free || !self.members[id].listening || self.locate(address, id) {
                 return Ok(id);
             }
-            break;
+            if !address.is_udp() {
+                break;
+            }
         }
         let is_alone = self.look_for_foreign(address).map_err(|listener| {
             if let Some(more) = self.warnings.take(Instant::now()) {

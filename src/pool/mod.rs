@@ -12,13 +12,13 @@
 //! workers can't be intercepted.
 
 pub mod accept_queues;
-mod arrivals;
 mod closed;
 mod closing;
 mod files;
 mod foreign;
 mod group;
 mod lend;
+mod looks;
 mod member;
 pub mod paths;
 mod reach;
@@ -40,10 +40,10 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
 use self::accept_queues::Sample;
-use self::arrivals::Arrivals;
 use self::closed::ClosedListeners;
 use self::closing::Ongoing;
 use self::group::Group;
+use self::looks::Looks;
 pub use self::member::{BindRequest, MinTtl, Owner};
 use self::member::{Loan, Member, Members, Reserved};
 pub use self::reach::Reach;
@@ -74,7 +74,7 @@ pub struct Pool {
     members: Members,
     groups: BTreeMap<Address, Group>,
     watcher: Watcher,
-    arrivals: Arrivals,
+    looks: Looks,
     balancing: Balancing,
     /// Whether the indices of all members have to be known: for calls of [`Pool::reach`], or for a choice by client.
     is_exact: bool,
@@ -123,7 +123,7 @@ impl Pool {
             members: Members::default(),
             groups: BTreeMap::new(),
             watcher,
-            arrivals: Arrivals::default(),
+            looks: Looks::default(),
             balancing,
             is_exact: is_exact || balancing == Balancing::Client,
             tracker: LoadTracker::new(balancing),
@@ -354,7 +354,7 @@ impl Pool {
             self.watcher.forget(id, member.socket.as_fd());
             self.tracker.forget(id);
             close_without_waiting(member.socket.as_fd()); // a worker may have made a connection of it
-            self.arrivals.forget(id);
+            self.looks.forget(id);
             let address = member.address;
             if let Some(group) = self.groups.get_mut(&address) {
                 group.remove(id);
@@ -370,7 +370,7 @@ impl Pool {
     pub fn deadline(&self) -> Option<Instant> {
         let of_queues = self.watcher.queues.deadline();
         let others = [self.unserved.deadline(), self.closed_deadline(), self.spread_deadline()];
-        others.into_iter().chain([of_queues, self.arrivals.deadline()]).flatten().min()
+        others.into_iter().chain([of_queues, self.looks.deadline()]).flatten().min()
     }
 
     /// Finds out which workers take connections and which don't, if it is time to, and steers accordingly. Returns
@@ -507,7 +507,10 @@ impl Pool {
         let member = self.members.get(id).filter(|member| member.is_unserved())?;
         let (address, (connections, result)) = (member.address, member.reset_queue());
         if let Err(error) = result {
-            warn!("can't reset the connections that wait on {address}: {error}");
+            // More datagrams come as fast as they are read.
+            if error.kind() != io::ErrorKind::WouldBlock {
+                warn!("can't reset the connections that wait on {address}: {error}");
+            }
             self.unserved.retry_later(id, Instant::now());
         }
         self.watch(id);
@@ -564,7 +567,10 @@ impl Pool {
 
     /// Whether no connection and no datagram waits for the worker.
     pub fn queues_are_empty(&self, worker: WorkerId) -> bool {
-        !self.members.lent_to(worker).any(|(_, member)| self.is_steered(member) && member.is_awaited())
+        !self
+            .members
+            .lent_to(worker)
+            .any(|(_, member)| member.is_awaited() && !self.is_private(member.address))
     }
 
     /// How many connections wait to be accepted by the worker.

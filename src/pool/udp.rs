@@ -27,10 +27,12 @@ impl Pool {
     /// Looks whether workers still have the sockets that they got, or to which datagrams came, a while ago, and has the next
     /// datagram reported.
     pub(super) fn look_at_datagram_sockets(&mut self, now: Instant) {
-        let due = self.arrivals.take_due(now);
+        let due = self.looks.take_due(now);
         let addresses: BTreeSet<Address> =
             due.iter().filter_map(|id| Some(self.members.get(*id)?.address)).collect();
-        self.must_steer |= addresses.into_iter().filter(|address| self.find_connected(*address)).count() > 0;
+        for address in addresses {
+            self.find_connected(address);
+        }
         for id in due {
             let Some(member) = self.members.get(id).filter(|member| member.is_lent()) else { continue };
             let is_gone = match member.place {
@@ -51,14 +53,14 @@ impl Pool {
             return false;
         };
         match (member.is_free(), self.unserved.contains(id)) {
-            (false, _) if !self.arrivals.has(id) => {
-                self.arrivals.begin(id, now);
+            (false, _) if !self.looks.has(id) => {
+                self.looks.begin(id, now);
                 self.await_datagram(id, now);
             }
             (false, _) => {}
             (true, is_noted) if is_noted || member.is_limited() => {
                 self.watcher.forget(id, member.socket.as_fd());
-                self.arrivals.forget(id);
+                self.looks.forget(id);
             }
             (true, _) => return false,
         }
@@ -68,9 +70,8 @@ impl Pool {
     /// Has epoll report the next datagram.
     pub(super) fn await_datagram(&mut self, id: MemberId, now: Instant) {
         let Some(member) = self.members.get(id) else { return };
-        match self.watcher.watch(id, member.socket.as_fd(), Interest::Datagram) {
-            Ok(()) => self.arrivals.watch(id, now),
-            Err(_) => self.arrivals.came(id, now), // for all that is known
+        if self.watcher.watch(id, member.socket.as_fd(), Interest::Datagram).is_err() {
+            self.looks.begin(id, now); // for all that is known
         }
     }
 
@@ -78,10 +79,12 @@ impl Pool {
     pub(super) fn datagram_came(&mut self, id: MemberId, now: Instant) {
         let Some(member) = self.members.get(id) else { return };
         self.watcher.forget(id, member.socket.as_fd());
-        match member.is_free() {
-            true => self.unserved.add(id),
-            false => self.arrivals.came(id, now),
+        if !member.is_free() {
+            return self.looks.begin(id, now);
         }
+        let address = member.address;
+        self.unserved.add(id);
+        self.find_connected(address); // that may be why
     }
 
     /// The worker that borrowed a UDP socket has it. If others are ready, it gets no datagram until [`Pool::steer`] sends it
@@ -118,6 +121,7 @@ impl Pool {
                 self.remove(*id); // it is its worker's alone, which may close it
             }
         }
+        self.must_steer |= !connected.is_empty();
         !connected.is_empty()
     }
 
@@ -155,26 +159,10 @@ impl Pool {
         Err(io::Error::from_raw_os_error(libc::EAGAIN))
     }
 
-    /// When a datagram may last have come to a worker; `None`: none has come.
-    pub fn last_datagram(&mut self, worker: WorkerId, now: Instant) -> Option<Instant> {
-        let is_udp = |(_, member): &(MemberId, &Member)| member.address.is_udp() && self.is_steered(member);
-        let its: Vec<MemberId> = self.members.lent_to(worker).filter(is_udp).map(|(id, _)| id).collect();
-        if !its.is_empty() {
-            self.handle_events(None);
-        }
-        for id in &its {
-            if !self.arrivals.is_watched(*id) && !self.members[*id].is_awaited() {
-                self.await_datagram(*id, now);
-            }
-        }
-        its.into_iter().filter_map(|id| self.arrivals.last(id, now)).max()
-    }
-
-    /// Whether what reaches a socket comes by the steering program: it is of TCP, or of UDP and neither its worker's alone nor
-    /// connected, nor in a multicast group, whose datagrams the kernel gives to all.
-    pub(super) fn is_steered(&self, member: &Member) -> bool {
-        let may_be = || member.listening && !member.is_limited() && !self.is_private(member.address);
-        !member.address.is_udp() || may_be()
+    /// Whether a worker may have datagrams to answer.
+    pub fn gets_datagrams(&self, worker: WorkerId) -> bool {
+        let is_such = |member: &Member| member.address.is_udp() && !self.is_private(member.address);
+        self.members.lent_to(worker).any(|(_, member)| is_such(member))
     }
 
     /// Whether a worker that is retired is alone among several with a UDP port: it may send from it. What comes there is

@@ -34,7 +34,7 @@ impl Supervisor {
         }
         self.learn_signal_effect();
         let cpu_before = cpu_time();
-        let mut arrived = self.drain.poll(&mut self.pool, &self.unix, begun);
+        let mut arrived = self.drain.poll(&self.pool, &self.unix, begun);
         signal_effect::order(&mut arrived);
         for arrived in arrived {
             let is_killed = self.fleet.crew().is_killed(arrived.worker);

@@ -26,7 +26,6 @@ parser = argparse.ArgumentParser()
 parser.add_argument('addresses', nargs='*')
 parser.add_argument('--share', action='store_true')
 parser.add_argument('--set', action='store_true', help='options before the bind')
-parser.add_argument('--broadcast', action='store_true')
 parser.add_argument('--member', action='store_true', help='of a multicast group, before the bind')
 parser.add_argument('--filter', action='store_true', help='that lets everything pass, before the bind')
 parser.add_argument('--tcp', type=int, nargs='?', const=0, help='serve TCP there too, after so many milliseconds')
@@ -40,7 +39,8 @@ arguments = parser.parse_args()
 WHO = 'pid={} generation={} slot={} '.format(
     os.getpid(), os.environ.get('REUSE_RUN_GENERATION'), os.environ.get('REUSE_RUN_SLOT'))
 OPTIONS = {
-    'SO_REUSEADDR': (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1), 'IP_PKTINFO': (socket.IPPROTO_IP, 8, 1), 'IP_RECVTOS': (socket.IPPROTO_IP, 13, 1),
+    'SO_REUSEADDR': (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),
+    'SO_BROADCAST': (socket.SOL_SOCKET, socket.SO_BROADCAST, 1), 'IP_PKTINFO': (socket.IPPROTO_IP, 8, 1), 'IP_RECVTOS': (socket.IPPROTO_IP, 13, 1),
     'IP_MTU_DISCOVER': (socket.IPPROTO_IP, 10, 0), 'IP_TTL': (socket.IPPROTO_IP, socket.IP_TTL, 7),
     'IP_MULTICAST_TTL': (socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 5),
     'UDP_GRO': (socket.IPPROTO_UDP, 104, 1), 'SO_RCVBUF': (socket.SOL_SOCKET, socket.SO_RCVBUF, 50000),
@@ -90,8 +90,6 @@ def new(kind, address, shares):
     if arguments.set and kind == socket.SOCK_DGRAM:
         for option in options_of(family).values():
             sock.setsockopt(*option)
-    if arguments.broadcast and kind == socket.SOCK_DGRAM:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
     if arguments.filter and kind == socket.SOCK_DGRAM:
         everything = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0xFFFFFFFF))
         program = struct.pack('HL', 1, ctypes.addressof(everything))
@@ -160,13 +158,15 @@ for address in arguments.addresses:
             say('options: ' + changed(kept[-1]))
     except OSError as error:
         say('udp: {}'.format(error.strerror))
-        if not (arguments.broadcast or arguments.member or arguments.filter):
+        if not arguments.member and not arguments.filter:
             raise
     if arguments.tcp is not None:
         time.sleep(arguments.tcp / 1000)
         kept.append(new(socket.SOCK_STREAM, address, arguments.share))
         kept[-1].listen()
         selector.register(kept[-1], selectors.EVENT_READ)
+if arguments.given:
+    say('names: ' + os.environ['LISTEN_FDNAMES'])
 for number in range(arguments.given):
     kept.append(socket.socket(fileno=3 + number))
     selector.register(kept[-1], selectors.EVENT_READ)
