@@ -52,7 +52,6 @@ use self::watcher::{Interest, Watcher};
 use crate::address::{Address, Transport};
 use crate::ids::{MemberId, WorkerId};
 use crate::kernel::duplicate::close_without_waiting;
-use crate::kernel::sockdiag::Listener;
 use crate::kernel::{procfs, scheduling};
 use crate::output::seldom::Seldom;
 use crate::steering::Plan;
@@ -161,41 +160,6 @@ impl Pool {
             io::ErrorKind::AddrNotAvailable => format!("{cause}; this machine doesn't have the address"),
             _ => cause.to_string(),
         }))
-    }
-
-    /// Looks for a foreign listener that is in the way of the first bind of an address. The kernel would let a program of
-    /// the same user that asks for SO_REUSEPORT share the port without notice. (To bind and see is no check: connections in
-    /// TIME_WAIT are in its way too.) Returns whether there is none for sure, not even one that is dying.
-    fn look_for_foreign(&self, address: Address) -> Result<bool, Listener> {
-        if self.groups.contains_key(&address) {
-            return Ok(false);
-        }
-        let found = foreign::find(address, |inode| self.members.id(inode).is_some());
-        let found =
-            found.inspect_err(|error| debug!("can't find out who else listens on {address}: {error}"));
-        let Ok(found) = found else { return Ok(false) };
-        let is_alone = found.is_empty();
-        found.into_iter().find(|listener| !foreign::is_dying(listener)).map_or(Ok(is_alone), Err)
-    }
-
-    /// Finds programs that share an address since it was first bound.
-    pub fn find_foreign_listeners(&mut self) {
-        for address in self.groups.keys().copied().collect::<Vec<_>>() {
-            self.update_foreign(address);
-        }
-    }
-
-    fn update_foreign_if_due(&mut self, address: Address) {
-        if self.groups.get(&address).is_none_or(|group| group.is_foreign_check_due(Instant::now())) {
-            self.update_foreign(address);
-        }
-    }
-
-    fn update_foreign(&mut self, address: Address) {
-        let Ok(found) = foreign::find(address, |inode| self.members.id(inode).is_some()) else { return };
-        if let Some(group) = self.groups.get_mut(&address) {
-            group.update_foreign(found, || self.members.new_id());
-        }
     }
 
     /// Makes a new socket and binds it. If it is not the first one of its address, it belongs to the owner of the others.
