@@ -15,12 +15,12 @@ use nix::sys::signal::Signal;
 
 const CLIENTS: usize = 8;
 
-/// tests/apps/python/recycles.py at a free address, and a load whose clients wait no longer than a second.
-fn app(options: &str, what: &str) -> (SocketAddr, Service, Load) {
+/// tests/apps/python/recycles.py at a free address, and a load whose clients wait no longer than this.
+fn app(options: &str, what: &str, timeout: Duration) -> (SocketAddr, Service, Load) {
     let addr = free_address();
     let command = python("recycles.py", &[&addr.port().to_string(), what]);
     let service = Service::run_ready(options, &command);
-    let load = Load::start(LoadOptions::new(addr, CLIENTS).timeout(Duration::from_secs(1)));
+    let load = Load::start(LoadOptions::new(addr, CLIENTS).timeout(timeout));
     answered_more(&load);
     (addr, service, load)
 }
@@ -31,7 +31,7 @@ fn wait_for_closed(service: &Service, times: usize) {
 
 /// Waits until several listeners have been replaced, and asserts that no request failed. (Without reuse-run some are reset.)
 fn assert_nothing_fails(options: &str, what: &str) {
-    let (_, mut service, load) = app(options, what);
+    let (_, mut service, load) = app(options, what, Duration::from_secs(1));
     wait_for_closed(&service, service.out.count_of("recycled") + 6);
     answered_more(&load);
     load.stop().assert_nothing_failed();
@@ -52,9 +52,9 @@ fn a_process_takes_the_listener_of_one_that_has_ended_and_what_waits_there() {
 }
 
 /// Has this worker close a listener. Each client may have come there once, and its connection is reset before it has waited
-/// for a second.
-fn close_under_load(options: &str, what: &str) -> (SocketAddr, Service) {
-    let (addr, service, load) = app(options, what);
+/// for so long.
+fn close_under_load(options: &str, what: &str, timeout: Duration) -> (SocketAddr, Service) {
+    let (addr, service, load) = app(options, what, timeout);
     let workers = service.workers();
     let listeners = workers.len() * if what == "threads" { 4 } else { 1 };
     wait_until("all listen", DEADLINE, || service.out.count_of("listens") == listeners);
@@ -76,13 +76,13 @@ fn close_under_load(options: &str, what: &str) -> (SocketAddr, Service) {
 #[test]
 fn clients_of_a_listener_that_a_thread_has_closed_wait_for_less_than_a_second() {
     for options in ["-n 2", "-n 1", "-n 2 --balance random"] {
-        close_under_load(options, "threads").1.stop();
+        close_under_load(options, "threads", Duration::from_secs(1)).1.stop();
     }
 }
 
 #[test]
 fn a_worker_that_watches_its_closed_listener_still_is_not_woken_by_it() {
-    let (addr, mut service) = close_under_load("-n 2", "loop");
+    let (addr, mut service) = close_under_load("-n 2", "loop", DEADLINE);
     service.wait_for_line("has stopped listening on");
     let woken = || service.out.count_of("woken by a closed listener");
     let before = woken();

@@ -522,6 +522,7 @@ fn workers_are_given_udp_sockets() {
         let told = load.stop();
         assert!(told.iter().all(|told| told.pids.len() == 2), "{told:?}");
         assert_eq!(service.out.count_of(&format!("names: udp-{}", address.port())), 4);
+        assert_eq!(addresses(&service), [format!("udp {address}")]);
         service.stop();
     }
 }

@@ -31,7 +31,7 @@ pub struct Endpoints {
     /// Where systemd, or another program that started reuse-run, listens for all workers: nobody steers these
     /// connections.
     inherited: BTreeSet<Endpoint>,
-    /// Where each worker listens, and whether it has called listen(2) itself.
+    /// Where each worker listens, and whether it has called listen(2) itself, which a UDP port doesn't take.
     of_workers: BTreeMap<WorkerId, BTreeMap<Endpoint, bool>>,
     /// Where each worker has stopped listening. It may still have connections that came there.
     left: BTreeMap<WorkerId, BTreeSet<Address>>,
@@ -50,7 +50,7 @@ impl Endpoints {
 
     /// A worker has started, with what it is given.
     pub fn add_worker(&mut self, id: WorkerId) {
-        let given = self.given.iter().map(|address| ((*address).into(), false)).collect();
+        let given = self.given.iter().map(|address| ((*address).into(), address.is_udp())).collect();
         self.of_workers.insert(id, given);
     }
 
@@ -119,7 +119,7 @@ impl Endpoints {
     /// Whether clients are known to come to an endpoint.
     pub fn is_public(&self, endpoint: &Endpoint) -> bool {
         let is_known = matches!(endpoint, Endpoint::Port(address)
-            if !address.is_udp() || address.socket.port() < FIRST_RANDOM_PORT);
+            if !address.is_udp() || address.socket.port() < FIRST_RANDOM_PORT || self.given.contains(address));
         is_known || self.shared.contains(endpoint)
     }
 
