@@ -21,7 +21,7 @@ use common::{
 };
 use socket2::SockAddr;
 
-/// Four workers on a page are so many here, for the sake of time.
+/// Four workers on a page, or processes of a worker, are two here, for the sake of time.
 const WORKERS: &str = "-n 2";
 
 fn here(path: &str) -> PathBuf {
@@ -44,7 +44,11 @@ fn spans(text: &str) -> impl Iterator<Item = &str> {
 fn line(page: &str, part: &str) -> String {
     let mut lines =
         code(page).into_iter().filter(|code| code.starts_with("reuse-run ") && code.contains(part));
-    lines.next().unwrap_or_else(|| panic!("{page} has no {part}")).replace("-n 4", WORKERS)
+    lines
+        .next()
+        .unwrap_or_else(|| panic!("{page} has no {part}"))
+        .replace("-n 4", WORKERS)
+        .replace("-w 4", "-w 2")
 }
 
 /// The cells of a page's row that begins with this.
@@ -135,7 +139,7 @@ fn every_command_loses_no_request(page: &str, part: &str, folder: &Folder, port:
 #[track_caller]
 fn assert_ready_when_loaded(line: &str, folder: &Folder, port: u16, loads_first: bool) {
     own_network();
-    let mut service = Service::spawn(shell(line, folder));
+    let mut service = Service::spawn(shell(&line.replace(WORKERS, "-n 1"), folder));
     service.wait_for_output("loads");
     if loads_first {
         assert!(!service.log.text().contains("is ready"), "{line}: {}", service.log.text());

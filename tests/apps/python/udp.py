@@ -18,7 +18,6 @@ import selectors
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 
@@ -51,8 +50,7 @@ DEFAULTS = {}
 
 
 def say(line):
-    sys.stdout.write(line + '\n')
-    sys.stdout.flush()
+    os.write(1, (line + '\n').encode())
 
 
 def options_of(family):
