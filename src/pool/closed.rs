@@ -80,6 +80,7 @@ impl Check {
 pub struct ClosedListeners {
     checks: BTreeMap<MemberId, Check>,
     has_changed: bool,
+    last_sample: Option<Instant>,
 }
 
 impl ClosedListeners {
@@ -105,10 +106,13 @@ impl ClosedListeners {
 
     /// A sample has shown on which queues connections wait that perhaps nobody takes, and from which some were taken.
     pub fn sampled(&mut self, doubtful: &BTreeSet<MemberId>, taken: &BTreeSet<MemberId>, now: Instant) {
+        // What was taken since the sample before may have been taken before it was closed.
+        let before = self.last_sample.replace(now);
+        let is_after = |since: &Instant| before.is_some_and(|before| before > *since);
         let moves = |id: &MemberId, check: &Check| match check {
             Check::Seen { .. } => !doubtful.contains(id),
             Check::Superseded { .. } => false,
-            Check::Missing { .. } | Check::Closed { .. } => taken.contains(id), // somebody has it
+            Check::Missing { since } | Check::Closed { since, .. } => taken.contains(id) && is_after(since), // somebody has it
         };
         let moved: Vec<MemberId> =
             self.checks.iter().filter(|(id, check)| moves(id, check)).map(|(id, _)| *id).collect();
@@ -271,6 +275,19 @@ mod tests {
     }
 
     #[test]
+    fn what_was_taken_before_a_listener_was_closed_is_no_sign_that_somebody_has_it() {
+        let mut world = World::new();
+        assert!(world.sample(0, true, false), "connections wait");
+        // Now its worker takes them and closes it.
+        assert_eq!(world.look(Seen::Gone), Standing::InDoubt);
+        assert_eq!(world.search(0, Found::Nowhere, Patience::Long), Some(false));
+        world.sample(20, false, true);
+        assert_eq!(world.standing(), Standing::Closed);
+        world.sample(40, false, true);
+        assert_eq!(world.standing(), Standing::Open);
+    }
+
+    #[test]
     fn a_listener_that_two_searches_do_not_find_is_closed() {
         use Patience::{Long, Short};
         for (patience, second) in [(Short, 25), (Long, 505)] {
@@ -316,6 +333,7 @@ mod tests {
         assert_eq!(world.standing(), Standing::Open);
         let mut world = gone();
         assert_eq!(world.search(0, Found::Nowhere, Patience::Short), Some(false));
+        world.sample(5, true, false);
         world.sample(10, false, true);
         assert_eq!(
             (world.standing(), world.search(20, Found::Nowhere, Patience::Short)),
