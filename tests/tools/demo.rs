@@ -1,5 +1,5 @@
 //! The demo: copies of an unmodified Express app behind reuse-run, clients that send requests without a pause, and a reload
-//! about every second. It shows how many requests fail.
+//! about every second. It shows how many requests fail. It can run the same with PM2 in place of reuse-run.
 #![cfg_attr(clippy, deny(warnings))]
 #![allow(unsafe_code)]
 
@@ -16,7 +16,7 @@ mod process;
 
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
@@ -31,6 +31,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use lines::{Line, Lines};
 use load::{Load, LoadOptions, Snapshot};
 
+const APP: &str = "tests/apps/express/app.js";
 /// The port of the app.
 const PORT: u16 = 3000;
 const WORKERS: usize = 4;
@@ -45,14 +46,20 @@ const PLAIN_LINE: Duration = Duration::from_secs(1);
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 const RELOAD_TIMEOUT: Duration = Duration::from_secs(120);
 
-const USAGE: &str = "usage: demo [SECONDS]
+const USAGE: &str = "usage: demo [--pm2 FILE] [SECONDS]
 
 Runs 4 copies of an unmodified Express app with reuse-run. 32 clients send requests without a pause, each on a
 new connection, and about every second all 4 copies are replaced. Ends after SECONDS (15) or at Ctrl-C. Exits
-with 0 only if every request was answered.";
+with 0 only if every request was answered. With --pm2 the program FILE, a PM2, runs and reloads the copies;
+PM2_HOME must name a new folder, because the demo ends PM2's daemon.";
 
 fn main() -> ExitCode {
-    let seconds = match std::env::args().nth(1).as_deref() {
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut pm2 = None;
+    if arguments.len() > 1 && arguments[0] == "--pm2" {
+        pm2 = arguments.drain(..2).nth(1);
+    }
+    let seconds = match arguments.first().map(String::as_str) {
         None => 15,
         Some("--help" | "-h") => {
             println!("{USAGE}");
@@ -66,7 +73,7 @@ fn main() -> ExitCode {
             }
         },
     };
-    match run(Duration::from_secs(seconds)) {
+    match run(pm2, Duration::from_secs(seconds)) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(message) => {
@@ -77,14 +84,19 @@ fn main() -> ExitCode {
 }
 
 /// Runs the demo; true if every request was answered.
-fn run(length: Duration) -> Result<bool, String> {
+fn run(pm2: Option<String>, length: Duration) -> Result<bool, String> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&interrupted)).map_err(|error| error.to_string())?;
     }
+    if pm2.is_some() && std::env::var_os("PM2_HOME").is_none() {
+        return Err(
+            "set PM2_HOME to a new folder, because the demo ends the daemon of that folder".to_owned()
+        );
+    }
     network()?;
 
-    let mut service = Service::start()?;
+    let mut service = Service::start(pm2)?;
     let started = Instant::now();
     while service.generation == 0 {
         service.follow()?;
@@ -116,7 +128,7 @@ fn run(length: Duration) -> Result<bool, String> {
         if service.reload_begun.is_some() {
             next_reload = next_reload.max(now + PAUSE);
         } else if now >= next_reload && begun.elapsed() < length {
-            service.reload();
+            service.reload()?;
             next_reload = now + RELOAD_EVERY;
         }
         if screen.show(&service, &load.snapshot(), begun.elapsed()).is_err() {
@@ -168,8 +180,10 @@ fn network() -> Result<(), String> {
     ))
 }
 
-/// reuse-run with the app, and its state by its log.
+/// reuse-run with the app, and its state by its log; or PM2 with the app.
 struct Service {
+    pm2: Option<String>,
+    /// reuse-run, or the last command of PM2.
     child: Child,
     log: Lines,
     reader: JoinHandle<()>,
@@ -183,17 +197,15 @@ struct Service {
     abandoned: u32,
 }
 
-/// The command as a user would type it in this repository.
-fn command_line() -> String {
-    format!("reuse-run -n {WORKERS} -- node tests/apps/express/app.js")
-}
-
 impl Service {
-    fn start() -> Result<Service, String> {
-        let built = built::program("reuse-run")?;
-        let mut command = Command::new(&built);
+    fn start(pm2: Option<String>) -> Result<Service, String> {
+        let program = match &pm2 {
+            Some(file) => std::path::absolute(file).map_err(|error| format!("{file}: {error}"))?,
+            None => built::program("reuse-run")?,
+        };
+        let mut command = Command::new(&program);
         command
-            .args(["-n", &WORKERS.to_string(), "--", "node", "tests/apps/express/app.js"])
+            .args(Self::arguments(pm2.is_some()))
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .env_remove("REUSE_RUN_LOG")
             .stdin(Stdio::null())
@@ -205,10 +217,11 @@ impl Service {
         unsafe {
             command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?));
         }
-        let mut child = command.spawn().map_err(|error| format!("start {}: {error}", built.display()))?;
+        let mut child = command.spawn().map_err(|error| format!("start {}: {error}", program.display()))?;
         let log = Lines::default();
         let reader = log.read(child.stderr.take().expect("stderr is a pipe"));
         Ok(Service {
+            pm2,
             child,
             log,
             reader,
@@ -221,8 +234,55 @@ impl Service {
         })
     }
 
+    fn arguments(pm2: bool) -> Vec<String> {
+        let line =
+            if pm2 { format!("start {APP} -i {WORKERS}") } else { format!("-n {WORKERS} -- node {APP}") };
+        line.split(' ').map(str::to_owned).collect()
+    }
+
+    /// The command as a user would type it in this repository.
+    fn command_line(&self) -> String {
+        let name = if self.pm2.is_some() { "pm2" } else { "reuse-run" };
+        format!("{name} {}", Self::arguments(self.pm2.is_some()).join(" "))
+    }
+
+    /// A command to PM2's daemon.
+    fn pm2_command(file: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(file);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.process_group(0);
+        command
+    }
+
+    /// Looks whether PM2's command has ended.
+    fn follow_pm2(&mut self) -> Result<(), String> {
+        let Some(status) = self.child.try_wait().map_err(|error| format!("wait for PM2: {error}"))? else {
+            return Ok(());
+        };
+        if self.generation == 0 {
+            if !status.success() {
+                return Err(format!("PM2 has not started the app ({status}):\n{}", self.last_lines()));
+            }
+            // PM2 says that workers are online before they listen.
+            if TcpStream::connect((Ipv4Addr::LOCALHOST, PORT)).is_ok() {
+                self.generation = 1;
+            }
+        } else if let Some(begun) = self.reload_begun.take() {
+            if status.success() {
+                self.reloads.push(begun.elapsed());
+                self.generation += 1;
+            } else {
+                self.abandoned += 1;
+            }
+        }
+        Ok(())
+    }
+
     /// Reads new lines of the log. An error if reuse-run has ended.
     fn follow(&mut self) -> Result<(), String> {
+        if self.pm2.is_some() {
+            return self.follow_pm2();
+        }
         for Line { text: line, .. } in self.log.all_from(self.lines_read) {
             self.lines_read += 1;
             if line.starts_with("reuse-run[") {
@@ -245,23 +305,34 @@ impl Service {
         match self.child.try_wait() {
             Ok(None) => Ok(()),
             Ok(Some(status)) => {
-                // Its last lines may still be in the pipe.
-                let deadline = Instant::now() + Duration::from_millis(200);
-                while !self.reader.is_finished() && Instant::now() < deadline {
-                    thread::sleep(Duration::from_millis(5));
-                }
-                let from = self.log.count().saturating_sub(10);
-                let lines: Vec<String> = self.log.all_from(from).into_iter().map(|line| line.text).collect();
-                Err(format!("reuse-run has ended ({status}); its last lines:\n{}", lines.join("\n")))
+                Err(format!("reuse-run has ended ({status}); its last lines:\n{}", self.last_lines()))
             }
             Err(error) => Err(format!("wait for reuse-run: {error}")),
         }
     }
 
-    fn reload(&mut self) {
+    /// What a program that has ended wrote last.
+    fn last_lines(&self) -> String {
+        // It may still be in the pipe.
+        let deadline = Instant::now() + Duration::from_millis(200);
+        while !self.reader.is_finished() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(5));
+        }
+        let from = self.log.count().saturating_sub(10);
+        let lines: Vec<String> = self.log.all_from(from).into_iter().map(|line| line.text).collect();
+        lines.join("\n")
+    }
+
+    fn reload(&mut self) -> Result<(), String> {
         self.reload_begun = Some(Instant::now());
         self.switched = false;
-        self.signal(Signal::SIGUSR2);
+        if let Some(file) = &self.pm2 {
+            let reload = Self::pm2_command(file, &["reload", "app"]).spawn();
+            self.child = reload.map_err(|error| format!("start {file}: {error}"))?;
+        } else {
+            self.signal(Signal::SIGUSR2);
+        }
+        Ok(())
     }
 
     fn signal(&self, signal: Signal) {
@@ -269,7 +340,12 @@ impl Service {
     }
 
     fn stop(&mut self) {
-        self.signal(Signal::SIGTERM);
+        if let Some(file) = self.pm2.take() {
+            let _ = self.child.kill();
+            let _ = Self::pm2_command(&file, &["kill"]).status();
+        } else {
+            self.signal(Signal::SIGTERM);
+        }
         let _ = self.child.wait();
     }
 
@@ -282,6 +358,7 @@ impl Service {
         let generation = self.generation;
         match self.reload_begun {
             None => "serving".to_owned(),
+            Some(_) if self.pm2.is_some() => "reload".to_owned(),
             Some(_) if !self.switched => {
                 format!("reload: {WORKERS} new workers start beside generation {generation}, which serves on")
             }
@@ -294,7 +371,7 @@ impl Service {
 
 impl Drop for Service {
     fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(None)) {
+        if self.pm2.is_some() || matches!(self.child.try_wait(), Ok(None)) {
             self.stop();
         }
     }
@@ -363,7 +440,7 @@ impl Screen {
         let times: Vec<String> =
             service.reloads.iter().rev().take(8).rev().map(|time| seconds(*time)).collect();
         let lines = [
-            format!("{bold}{}{plain}    an unmodified Express app", command_line()),
+            format!("{bold}{}{plain}    an unmodified Express app", service.command_line()),
             format!("{CLIENTS} clients, a new connection for each request, {:.0} s", elapsed.as_secs_f64()),
             String::new(),
             format!("  requests   {bold}{:>9}{plain}   {} a second", grouped(counts.requests), grouped(rate)),
@@ -402,7 +479,7 @@ impl Screen {
     ) -> io::Result<()> {
         let mut out = io::stdout().lock();
         if self.drawn == 0 {
-            writeln!(out, "{}    an unmodified Express app", command_line())?;
+            writeln!(out, "{}    an unmodified Express app", service.command_line())?;
             writeln!(out, "{CLIENTS} clients, a new connection for each request")?;
             self.drawn = 1;
         }
