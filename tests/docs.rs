@@ -7,6 +7,7 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use common::reuse_run;
 
@@ -19,9 +20,10 @@ fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// README.md, CHANGELOG.md and all of docs.
+/// README.md, CHANGELOG.md and all pages of docs.
 fn pages() -> Vec<PathBuf> {
     let docs = fs::read_dir(here("docs")).expect("docs").map(|entry| entry.expect("a file").path());
+    let docs = docs.filter(|path| path.extension().is_some_and(|extension| extension == "md"));
     docs.chain([here("README.md"), here("CHANGELOG.md")]).collect()
 }
 
@@ -82,6 +84,19 @@ fn every_page_is_linked_from_the_readme_and_says_for_whom_it_is() {
         let first = text.lines().nth(2).expect("a first line");
         assert!(first.starts_with("For those who "), "{name} begins with {first:?}");
     }
+}
+
+#[test]
+fn the_readmes_picture_is_small_well_formed_and_needs_no_other_file() {
+    assert!(read(&here("README.md")).contains("](docs/demo.svg)"));
+    let picture = read(&here("docs/demo.svg"));
+    assert!(picture.len() < 20_000, "{} bytes", picture.len());
+    for foreign in ["href", "<script", "url(", "@import"] {
+        assert!(!picture.contains(foreign), "{foreign}");
+    }
+    let parse = "import sys, xml.dom.minidom; xml.dom.minidom.parse(sys.argv[1])";
+    let status = Command::new("python3").args(["-c", parse]).arg(here("docs/demo.svg")).status();
+    assert!(status.expect("python3").success(), "docs/demo.svg is no XML");
 }
 
 #[test]
