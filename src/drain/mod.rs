@@ -123,13 +123,9 @@ impl Drain {
             return Vec::new();
         }
         // The queues first: a connection that leaves its queue later has an owner when connections are listed.
-        let mut quiet = BTreeSet::new();
         for (worker, retired) in &mut self.retired {
             let since = retired.empty_since.unwrap_or(now);
             retired.empty_since = pool.queues_are_empty(*worker).then_some(since);
-            if !pool.gets_datagrams(*worker) || self.rule.is_quiet(since, now) {
-                quiet.insert(*worker);
-            }
         }
         let connections = match self.connections() {
             Ok(connections) => connections,
@@ -150,8 +146,9 @@ impl Drain {
         for (worker, retired) in &mut self.retired {
             let at = |address| of(address).iter().filter(|row| address.accepts(row.local));
             let rows: Vec<&Connection> = retired.addresses.iter().flat_map(at).collect();
-            let is_waiting = !quiet.contains(worker) || busy_on_paths.contains(worker);
-            if retired.has_arrived(&rows, retired.empty_since.is_some(), now) && !is_waiting {
+            let is_quiet = |since| !pool.gets_datagrams(*worker) || self.rule.is_quiet(since, now);
+            let has_answered = retired.empty_since.is_some_and(is_quiet) && !busy_on_paths.contains(worker);
+            if retired.has_arrived(&rows, retired.empty_since.is_some(), now) && has_answered {
                 arrived.push((*worker, retired.pid, retired.generation));
             }
         }

@@ -70,8 +70,8 @@ pub struct IdleRule {
 }
 
 impl IdleRule {
-    /// Whether a worker has answered all datagrams, if it has read the last one then at the latest. The kernel counts neither
-    /// what it has sent nor to whom, so time alone tells.
+    /// Whether a worker has answered all datagrams, if it has read the last one then at the latest. The kernel doesn't count
+    /// what it sends, so only time tells.
     pub fn is_quiet(&self, last: Instant, now: Instant) -> bool {
         let least = if self.is_stopping { self.quiet_after.min(DOUBT_AT_STOP) } else { self.quiet_after };
         now - last >= least
