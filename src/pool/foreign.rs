@@ -112,7 +112,7 @@ impl Pool {
     }
 
     pub(super) fn update_foreign_if_due(&mut self, address: Address) {
-        if self.groups.get(&address).is_none_or(|group| group.is_foreign_check_due(Instant::now())) {
+        if self.groups.get(&address).is_some_and(|group| group.is_foreign_check_due(Instant::now())) {
             self.update_foreign(address);
         }
     }
