@@ -1,7 +1,7 @@
 //! What is different about UDP sockets.
 //!
-//! A UDP socket is in the kernel's array of its group from its bind on. What reaches it waits for whoever has it. Nearly
-//! always it leaves when its worker connects it ([`datagrams::leaves_by_connecting`]). Then only its peer reaches it.
+//! A UDP socket is in the kernel's array of its group from its bind on. When its worker connects it, only the peer reaches it,
+//! and on most kernels it leaves the array ([`datagrams::leaves_by_connecting`]).
 //!
 //! A socket that is bound afterwards would make a new group with the connected one, if that still had SO_REUSEPORT
 //! (`udp_reuseport_add_sock`), and the kernel would prefer that group. So a connected socket has SO_REUSEADDR instead, and so has
