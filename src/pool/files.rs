@@ -120,9 +120,10 @@ fn by_descriptor(file: &fs::File) -> PathBuf {
 }
 
 impl OwnFile {
-    /// Where it was bound.
-    pub fn first_path(&self) -> &Path {
-        as_path(&self.paths[0])
+    /// Where it was bound, if that isn't where it was handed over to.
+    pub fn temporary(&self) -> Option<&Path> {
+        let [first, second] = &self.paths;
+        (first != second).then(|| as_path(first))
     }
 
     /// Its path, and the file without the right to read or write it (O_PATH). The directory may belong to a worker, and another

@@ -226,10 +226,18 @@ impl UnixSockets {
         self.names().any(|ours| ours.file_name() == path.file_name())
     }
 
-    /// All paths, and the names of the sockets that haven't replaced older ones yet.
+    /// All paths, and the names of the sockets that were bound while an older one had the path.
     fn names(&self) -> impl Iterator<Item = &Path> {
-        let aside = self.bound().filter(|bound| bound.is_aside).filter_map(|bound| bound.file.as_ref());
-        self.paths.keys().map(SocketPath::path).chain(aside.map(OwnFile::first_path))
+        self.paths.keys().map(SocketPath::path).chain(self.temporaries())
+    }
+
+    fn temporaries(&self) -> impl Iterator<Item = &Path> {
+        self.bound().filter_map(|bound| bound.file.as_ref()?.temporary())
+    }
+
+    /// Whether a socket was bound to this name until it replaced an older one. getsockname(2) shows it for ever.
+    pub fn is_temporary(&self, path: &SocketPath) -> bool {
+        self.temporaries().any(|ours| ours.as_os_str() == path.0.as_os_str())
     }
 
     /// Removes a path for a worker, and forgets its socket, unless other workers have bound it too.
@@ -240,8 +248,8 @@ impl UnixSockets {
         if sockets.is_some_and(|sockets| sockets.values().any(is_others)) {
             return Removal::Kept;
         }
-        // A socket that hasn't replaced the older one yet has a temporary name, which the worker may have asked for.
-        if sockets.is_none() && self.names().any(|ours| ours == path.path()) {
+        // The worker may have asked the socket for its name.
+        if sockets.is_none() && self.is_temporary(path) {
             return Removal::Kept;
         }
         if sockets.is_some_and(|sockets| sockets.values().any(|bound| bound.file.is_none())) {
@@ -773,11 +781,14 @@ mod tests {
         assert_eq!(remove(&mut sockets, &socket_path, 1), Some(nothing));
         bind(&mut sockets, &socket_path, borrower(1, 1), 0).unwrap();
         bind(&mut sockets, &socket_path, borrower(2, 2), 0).unwrap();
-        for socket_path in [&socket_path, &socket_path.temporary(2)] {
+        let temporary = socket_path.temporary(2);
+        for socket_path in [&socket_path, &temporary] {
             assert_eq!(remove(&mut sockets, socket_path, 1), None);
             assert_eq!(remove(&mut sockets, socket_path, 2), None);
         }
         switch(&mut sockets, 2);
+        assert!(!temporary.path().exists() && sockets.may_have(temporary.path()));
+        assert_eq!(remove(&mut sockets, &temporary, 2), None, "the socket's name for getsockname");
         keep(&mut sockets, |generation| generation == 2);
         assert_eq!(remove(&mut sockets, &socket_path, 2), Some(removed), "the others are gone");
     }

@@ -176,19 +176,19 @@ fn gunicorn_with_an_asgi_app_or_a_given_socket_loses_no_request() {
     });
 }
 
-// What doesn't.
-
 #[test]
-fn a_gunicorn_whose_unix_socket_came_by_a_reload_loses_no_request_and_can_not_end_in_order() {
+fn gunicorn_on_a_unix_socket_loses_no_request_and_ends_in_order() {
     own_network();
     let folder = app("", WSGI);
     let line = line(PAGE, " -- gunicorn ").replace("127.0.0.1:8000", "unix:app.sock");
-    let mut service = start(&line.replace(" -- ", " --stop-timeout 3s -- "), &folder);
+    let mut service = start(&line, &folder);
     reload_under_load(&service, light(SockAddr::unix(folder.path("app.sock")).expect("an address")), 2);
-    assert!(service.log.text().contains("FileNotFoundError"), "{}", service.log.text());
-    service.signal(Signal::SIGTERM);
-    service.wait_end();
+    service.stop();
+    assert!(!service.log.text().contains("Error"), "{}", service.log.text());
+    assert!(!folder.0.join("app.sock").exists());
 }
+
+// What doesn't.
 
 /// The options with values in the page's last column: of the server that is named before them, or else of reuse-run.
 fn instead(of: &str) -> Vec<String> {
