@@ -6,6 +6,7 @@ and /dev/fuse."""
 import ctypes
 import errno
 import os
+import select
 import signal
 import struct
 import sys
@@ -33,6 +34,10 @@ def begin_to_hang(*_):
     os.write(1, b'hangs\n')  # the signal may come in the middle of a print
 
 
+# Python calls a handler when a system call ends. With this pipe a signal that comes just before select ends it too.
+wake, waker = os.pipe()
+os.set_blocking(waker, False)
+signal.set_wakeup_fd(waker)
 signal.signal(signal.SIGUSR1, begin_to_hang)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
@@ -92,7 +97,12 @@ def answer(opcode, unique, node, body):
 
 
 first = True
+os.set_blocking(fuse, False)
 while True:
+    ready, _, _ = select.select([fuse, wake], [], [])
+    if wake in ready:
+        os.read(wake, 1)
+        continue
     try:
         request = os.read(fuse, 1 << 18)
     except OSError as error:
