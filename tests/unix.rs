@@ -359,6 +359,30 @@ fn workers_that_remove_and_bind_the_same_paths_at_the_same_time_all_have_them() 
     }
 }
 
+#[test]
+fn a_worker_may_remove_its_path_by_the_name_that_getsockname_shows() {
+    let _turn = turn();
+    let folder = Folder::new();
+    let path = folder.path("socket");
+    let program = "import os, signal, socket, sys\n\
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n\
+        server = socket.socket(socket.AF_UNIX)\n\
+        server.bind(sys.argv[1])\n\
+        server.listen(64)\n\
+        os.write(int(os.environ['READY_FD']), b'\\n')\n\
+        signal.sigwait({signal.SIGINT})\n\
+        os.unlink(server.getsockname())\n\
+        os.write(1, b'removed\\n')";
+    let mut service = Service::run_ready("-n 2 --ready notify", &inline(program, &[&path]));
+    for _ in 0..2 {
+        service.reload();
+        assert!(Path::new(&path).exists(), "the next generation has it");
+    }
+    service.stop();
+    assert_eq!(service.out.count_of("removed"), 6, "{}", service.log.text());
+    assert_eq!(names(&folder), [""; 0]);
+}
+
 // Paths that others have changed.
 
 /// A worker that is ready when it has its path; from generation 2 on it first waits for the file PATH.go.

@@ -143,8 +143,10 @@ pub fn unlink(
     }
     match found {
         Found::Socket => {}
-        // What getsockname(2) shows after a reload: the worker removes its own socket, as it could without one.
-        Found::Nothing if unix.is_temporary(&place) => return (NotifResponse::Success, None),
+        // What getsockname(2) shows after a reload. The path stays until the generation has ended.
+        Found::Nothing if unix.had_name(caller.borrower.worker, &place) => {
+            return (NotifResponse::Success, None);
+        }
         Found::Nothing => return (NotifResponse::Errno(libc::ENOENT), None),
         Found::Other => return NOT_OURS,
     }

@@ -120,7 +120,7 @@ fn by_descriptor(file: &fs::File) -> PathBuf {
 }
 
 impl OwnFile {
-    /// Where it was bound, if that isn't where it was handed over to.
+    /// Where it was bound, if that isn't where it is, or will be, handed over to.
     pub fn temporary(&self) -> Option<&Path> {
         let [first, second] = &self.paths;
         (first != second).then(|| as_path(first))

@@ -128,6 +128,11 @@ impl Bound {
         Some(self.socket.local_addr().ok()?.as_pathname()?.to_string_lossy().into_owned())
     }
 
+    /// See [`OwnFile::temporary`].
+    fn temporary(&self) -> Option<&Path> {
+        self.file.as_ref()?.temporary()
+    }
+
     fn removal(&self) -> Option<Job> {
         self.file.clone().map(|file| Job::Remove { file })
     }
@@ -228,16 +233,15 @@ impl UnixSockets {
 
     /// All paths, and the names of the sockets that were bound while an older one had the path.
     fn names(&self) -> impl Iterator<Item = &Path> {
-        self.paths.keys().map(SocketPath::path).chain(self.temporaries())
+        let temporaries = self.bound().filter_map(Bound::temporary);
+        self.paths.keys().map(SocketPath::path).chain(temporaries)
     }
 
-    fn temporaries(&self) -> impl Iterator<Item = &Path> {
-        self.bound().filter_map(|bound| bound.file.as_ref()?.temporary())
-    }
-
-    /// Whether a socket was bound to this name until it replaced an older one. getsockname(2) shows it for ever.
-    pub fn is_temporary(&self, path: &SocketPath) -> bool {
-        self.temporaries().any(|ours| ours.as_os_str() == path.0.as_os_str())
+    /// Whether a worker has bound a socket that had this name until it replaced an older one. getsockname(2) shows it as long
+    /// as the socket lives.
+    pub fn had_name(&self, worker: WorkerId, path: &SocketPath) -> bool {
+        let its = self.bound().filter(|bound| bound.borrowers.contains_key(&worker));
+        its.filter_map(Bound::temporary).any(|ours| ours.as_os_str() == path.0.as_os_str())
     }
 
     /// Removes a path for a worker, and forgets its socket, unless other workers have bound it too.
@@ -248,8 +252,9 @@ impl UnixSockets {
         if sockets.is_some_and(|sockets| sockets.values().any(is_others)) {
             return Removal::Kept;
         }
-        // The worker may have asked the socket for its name.
-        if sockets.is_none() && self.is_temporary(path) {
+        // A socket that hasn't replaced the older one yet has a temporary name, which the worker may have asked for.
+        let is_its_name = |bound: &Bound| bound.temporary().is_some_and(|ours| ours == path.path());
+        if sockets.is_none() && self.bound().any(|bound| bound.is_aside && is_its_name(bound)) {
             return Removal::Kept;
         }
         if sockets.is_some_and(|sockets| sockets.values().any(|bound| bound.file.is_none())) {
@@ -788,7 +793,8 @@ mod tests {
         }
         switch(&mut sockets, 2);
         assert!(!temporary.path().exists() && sockets.may_have(temporary.path()));
-        assert_eq!(remove(&mut sockets, &temporary, 2), None, "the socket's name for getsockname");
+        assert_eq!([1, 2].map(|worker| sockets.had_name(WorkerId(worker), &temporary)), [false, true]);
+        assert_eq!(remove(&mut sockets, &temporary, 2), Some(nothing), "not ours any more");
         keep(&mut sockets, |generation| generation == 2);
         assert_eq!(remove(&mut sockets, &socket_path, 2), Some(removed), "the others are gone");
     }
