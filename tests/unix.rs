@@ -363,7 +363,9 @@ fn workers_that_remove_and_bind_the_same_paths_at_the_same_time_all_have_them() 
 fn a_worker_may_remove_its_path_by_the_name_that_getsockname_shows() {
     let _turn = turn();
     let folder = Folder::new();
-    let path = folder.path("socket");
+    // Here the name of the next generation's socket is longer than an address.
+    let long = folder.path(&"d".repeat(98 - folder.path("").len()));
+    fs::create_dir(&long).expect("make a folder");
     let program = "import os, signal, socket, sys\n\
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n\
         server = socket.socket(socket.AF_UNIX)\n\
@@ -373,13 +375,17 @@ fn a_worker_may_remove_its_path_by_the_name_that_getsockname_shows() {
         signal.sigwait({signal.SIGINT})\n\
         os.unlink(server.getsockname())\n\
         os.write(1, b'removed\\n')";
-    let mut service = Service::run_ready("-n 2 --ready notify", &inline(program, &[&path]));
-    for _ in 0..2 {
-        service.reload();
-        assert!(Path::new(&path).exists(), "the next generation has it");
+    for (path, removed) in [(folder.path("socket"), 6), (format!("{long}/socket"), 2)] {
+        let mut service = Service::run_ready("-n 2 --ready notify", &inline(program, &[&path]));
+        for _ in 0..2 {
+            service.reload();
+            assert!(Path::new(&path).exists(), "the next generation has it");
+        }
+        service.stop();
+        assert_eq!(service.out.count_of("removed"), removed, "{}", service.log.text());
+        assert!(!Path::new(&path).exists());
     }
-    service.stop();
-    assert_eq!(service.out.count_of("removed"), 6, "{}", service.log.text());
+    fs::remove_dir(long).expect("an empty folder");
     assert_eq!(names(&folder), [""; 0]);
 }
 

@@ -128,9 +128,10 @@ impl Bound {
         Some(self.socket.local_addr().ok()?.as_pathname()?.to_string_lossy().into_owned())
     }
 
-    /// See [`OwnFile::temporary`].
-    fn temporary(&self) -> Option<&Path> {
-        self.file.as_ref()?.temporary()
+    /// Whether this is its temporary name. Resolved paths are equal if their bytes are, which are compared much faster.
+    fn had_name(&self, path: &SocketPath) -> bool {
+        let name = self.file.as_ref().and_then(OwnFile::temporary);
+        name.is_some_and(|name| name.as_os_str() == path.0.as_os_str())
     }
 
     fn removal(&self) -> Option<Job> {
@@ -233,15 +234,14 @@ impl UnixSockets {
 
     /// All paths, and the names of the sockets that were bound while an older one had the path.
     fn names(&self) -> impl Iterator<Item = &Path> {
-        let temporaries = self.bound().filter_map(Bound::temporary);
+        let temporaries = self.bound().filter_map(|bound| bound.file.as_ref()?.temporary());
         self.paths.keys().map(SocketPath::path).chain(temporaries)
     }
 
     /// Whether a worker has bound a socket that had this name until it replaced an older one. getsockname(2) shows it as long
     /// as the socket lives.
     pub fn had_name(&self, worker: WorkerId, path: &SocketPath) -> bool {
-        let its = self.bound().filter(|bound| bound.borrowers.contains_key(&worker));
-        its.filter_map(Bound::temporary).any(|ours| ours.as_os_str() == path.0.as_os_str())
+        self.bound().any(|bound| bound.borrowers.contains_key(&worker) && bound.had_name(path))
     }
 
     /// Removes a path for a worker, and forgets its socket, unless other workers have bound it too.
@@ -253,8 +253,7 @@ impl UnixSockets {
             return Removal::Kept;
         }
         // A socket that hasn't replaced the older one yet has a temporary name, which the worker may have asked for.
-        let is_its_name = |bound: &Bound| bound.temporary().is_some_and(|ours| ours == path.path());
-        if sockets.is_none() && self.bound().any(|bound| bound.is_aside && is_its_name(bound)) {
+        if sockets.is_none() && self.bound().any(|bound| bound.is_aside && bound.had_name(path)) {
             return Removal::Kept;
         }
         if sockets.is_some_and(|sockets| sockets.values().any(|bound| bound.file.is_none())) {
