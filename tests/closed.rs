@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use common::load::{Kind, Load, LoadOptions};
 use common::{
-    DEADLINE, Service, Waiting, answered_more, free_address, get, holds_for, python, send, wait_until,
+    DEADLINE, Service, Waiting, answered_more, behind, free_address, get, holds_for, inline,
+    needs_other_users, python, send, wait_until,
 };
 use nix::sys::signal::Signal;
 
@@ -137,4 +138,34 @@ fn a_listener_on_its_way_to_another_process_stays_open() {
 #[test]
 fn a_listener_that_has_another_number_stays_open() {
     assert_stays_open("moves");
+}
+
+#[test]
+fn a_listener_of_a_worker_whose_sockets_may_be_listed_but_not_seen_stays_open() {
+    needs_other_users!();
+    let addr = free_address();
+    let program = "import os, socket\n\
+        os.setgroups([])\n\
+        os.setuid(65534)\n\
+        listener = socket.socket(fileno=3)\n\
+        os.write(int(os.environ['READY_FD']), b'\\n')\n\
+        while True:\n\
+        \x20   connection, _ = listener.accept()\n\
+        \x20   connection.recv(65536)\n\
+        \x20   body = b'pid=%d\\n' % os.getpid()\n\
+        \x20   connection.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n' % len(body) + body)\n\
+        \x20   connection.close()";
+    // As root of a container, which has CAP_DAC_OVERRIDE.
+    let setpriv = ["setpriv", "--inh-caps=-sys_ptrace", "--bounding-set=-sys_ptrace", "--"];
+    for workers in [1, 2] {
+        let options = format!("-n {workers} --ready notify -l {addr}");
+        let mut service = Service::spawn_ready(behind(&setpriv, &options, &inline(program, &[])));
+        service.workers().iter().for_each(|worker| send(*worker, Signal::SIGSTOP));
+        let waiting: Vec<Waiting> = (0..8).map(|_| Waiting::new(addr)).collect();
+        service.wait_for_line("has taken no connection on");
+        service.workers().iter().for_each(|worker| send(*worker, Signal::SIGCONT));
+        waiting.into_iter().for_each(|client| assert!(client.outcome().expect("an answer").pid.is_some()));
+        assert!(!service.log.text().contains("has stopped listening"), "{}", service.log.text());
+        service.stop();
+    }
 }

@@ -324,7 +324,7 @@ pub fn first_holders(root: Pid, is_wanted: &impl Fn(u64) -> bool) -> Vec<Pid> {
     let mut next = 0;
     while let Some(pid) = searched.get(next).copied().filter(|_| next < MAX_PROCESSES) {
         next += 1;
-        if each_socket(pid).map_or(true, |mut open| open.any(|(_, inode)| is_wanted(inode))) {
+        if sockets(pid).map_or(true, |open| open.iter().any(|(_, inode)| is_wanted(*inode))) {
             holders.push(pid);
         } else {
             searched.extend(
@@ -417,30 +417,29 @@ pub fn socket_inodes(pid: Pid) -> io::Result<Vec<u64>> {
 /// # Errors
 /// As for [`socket_inodes`].
 pub fn sockets(pid: Pid) -> io::Result<Vec<(u32, u64)>> {
-    Ok(each_socket(pid)?.collect())
+    each_descriptor(pid)?.filter_map(Result::transpose).collect()
 }
 
-/// As [`sockets`], one after the other.
+/// As [`sockets`], one after the other, with `None` for each descriptor that is no socket.
+///
+/// Root may list them without ptrace access, by CAP_DAC_OVERRIDE (`proc_fd_permission`, fs/proc/fd.c), but not see what
+/// they are: then each of them is an error.
 ///
 /// # Errors
 /// As for [`socket_inodes`].
-pub fn each_socket(pid: Pid) -> io::Result<impl Iterator<Item = (u32, u64)>> {
-    Ok(each_descriptor(pid)?.flatten())
-}
-
-/// As [`each_socket`], with `None` for each descriptor that is no socket.
-///
-/// # Errors
-/// As for [`socket_inodes`].
-pub fn each_descriptor(pid: Pid) -> io::Result<impl Iterator<Item = Option<(u32, u64)>>> {
+pub fn each_descriptor(pid: Pid) -> io::Result<impl Iterator<Item = io::Result<Option<(u32, u64)>>>> {
     let fds = match fs::read_dir(path(pid, "fd")) {
         Ok(fds) => Some(fds),
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => None,
         Err(error) => return Err(error),
     };
-    let socket = |fd: fs::DirEntry| {
-        let inode = parse_socket_link(fs::read_link(fd.path()).ok()?.as_os_str())?;
-        Some((fd.file_name().to_str()?.parse().ok()?, inode))
+    let socket = |fd: fs::DirEntry| match fs::read_link(fd.path()) {
+        Ok(link) => {
+            let fd = fd.file_name().to_str().and_then(|fd| fd.parse().ok());
+            Ok(fd.zip(parse_socket_link(link.as_os_str())))
+        }
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(error),
+        Err(_) => Ok(None), // it is closed by now, or a file whose path is too long
     };
     Ok(fds.into_iter().flatten().flatten().map(socket))
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::io;
 use std::time::Instant;
 
 use nix::unistd::Pid;
@@ -71,7 +72,7 @@ struct Current {
     /// Whether a worker has started it, or it is one.
     is_workers: bool,
     /// `None` for a descriptor that is no socket.
-    descriptors: Box<dyn Iterator<Item = Option<(u32, u64)>>>,
+    descriptors: Box<dyn Iterator<Item = io::Result<Option<(u32, u64)>>>>,
 }
 
 impl fmt::Debug for Current {
@@ -100,7 +101,8 @@ impl Search {
             let mut count = 0;
             for descriptor in current.descriptors.by_ref().take(AT_ONCE) {
                 count += 1;
-                let Some((fd, inode)) = descriptor else { continue };
+                self.is_unsure |= current.is_workers && descriptor.is_err();
+                let Ok(Some((fd, inode))) = descriptor else { continue };
                 if let Some(found) = self.wanted.get_mut(&inode) {
                     *found = Some(Place { pid: current.pid, fd });
                 }
@@ -121,7 +123,7 @@ impl Search {
         let is_over = is_workers && procfs::life(pid) == Life::Ended;
         let thread = is_over.then(|| procfs::threads(pid).into_iter().find(|tid| *tid != pid)).flatten();
         let pid = thread.unwrap_or(pid);
-        let descriptors: Box<dyn Iterator<Item = Option<(u32, u64)>>> = match procfs::each_descriptor(pid) {
+        let descriptors: Box<dyn Iterator<Item = _>> = match procfs::each_descriptor(pid) {
             Ok(descriptors) => Box::new(descriptors),
             Err(_) => {
                 // What has ended and wasn't reaped has nothing. Only root may see that.
