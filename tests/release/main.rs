@@ -7,6 +7,7 @@ mod manuals;
 #[path = "../container/oci.rs"]
 mod oci;
 mod packages;
+mod systemd;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -61,7 +61,7 @@ fn packages() -> &'static Path {
 
 /// The only package whose name ends so.
 #[track_caller]
-fn package(end: &str) -> String {
+pub fn package(end: &str) -> String {
     let files = fs::read_dir(packages()).expect("packages").map(|entry| entry.expect("a file").path());
     let files = files.map(|path| path.into_os_string().into_string().expect("UTF-8"));
     let files: Vec<String> = files.filter(|path| path.ends_with(end)).collect();
