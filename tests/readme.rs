@@ -145,7 +145,8 @@ fn buildkit_accepts_the_dockerfile_whose_entrypoint_starts_and_whose_healthcheck
     let instructions = parse("dockerfile", CONTAINERS, "Dockerfile");
     let all: Vec<&Value> = instructions.as_array().expect("a list").iter().collect();
     let last = |name: &str| *all.iter().rfind(|instruction| instruction["cmd"] == name).expect(name);
-    let known = ["FROM", "COPY", "RUN", "WORKDIR", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT", "CMD"];
+    let known =
+        ["FROM", "COPY", "ENV", "RUN", "WORKDIR", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT", "CMD"];
     assert!(all.iter().all(|instruction| known.iter().any(|known| instruction["cmd"] == *known)));
     for in_exec_form in ["ENTRYPOINT", "CMD", "HEALTHCHECK"] {
         assert_eq!(last(in_exec_form)["json"], true, "{in_exec_form}");

@@ -14,7 +14,7 @@ use crate::packages::package;
 use crate::{here, run};
 
 /// A script that becomes the server, and one that fails.
-const WORKS: &str = "#!/bin/sh\nexec /srv/app --listen 0.0.0.0:8080\n";
+const WORKS: &str = "#!/bin/sh\necho \"given: $1\"\nexec /srv/app --listen 0.0.0.0:8080\n";
 const FAILS: &str = "#!/bin/sh\nexit 3\n";
 
 /// A container whose PID 1 is this machine's systemd, with the Debian package and a service that runs the script /srv/run.
@@ -38,7 +38,10 @@ impl Machine {
         for (file, text) in machines.iter().chain(files) {
             let path = bundle.root("etc").join(file);
             fs::create_dir_all(path.parent().expect("its folder")).expect("make a folder");
-            fs::write(path, text).expect("write a file");
+            fs::write(&path, text).expect("write a file");
+            if file.ends_with(".env") {
+                fs::set_permissions(path, Permissions::from_mode(0o600)).expect("close it");
+            }
         }
         fs::create_dir(bundle.root("srv")).expect("make a folder");
         let config = &mut bundle.config;
@@ -108,13 +111,15 @@ impl Machine {
 
 /// What one does with a service, and what may happen to it.
 #[track_caller]
-fn assert_works(machine: Machine) {
+fn assert_works(machine: &Machine) {
     let serves = |generation: u32| {
         let status = format!("2 workers of generation {generation} serve");
         assert_eq!(machine.property("StatusText"), status, "{}", machine.journal());
     };
     machine.assert("start", true);
     serves(1);
+    let (status, text) = machine.container.exec(&["reuse-run", "status", &machine.property("MainPID")]);
+    assert!(status == Some(0) && text.contains("2 of 2 slots ready"), "{text}");
     let load = Load::start(LoadOptions::new(ADDRESS, 4));
     for generation in 2..=4 {
         answered_more(&load);
@@ -142,28 +147,31 @@ const WATCHDOG: &str = "[Service]\nWatchdogSec=5s\n";
 
 #[test]
 fn the_unit_of_the_debian_package_starts_reloads_and_stops_a_service() {
-    let variables = "COMMAND=/srv/run\nREUSE_RUN_WORKERS=2\nREUSE_RUN_STOP_WITHIN=30s\n";
-    assert_works(Machine::start(
+    let variables = "COMMAND=/srv/run \"two words\"\nREUSE_RUN_WORKERS=2\nREUSE_RUN_STOP_WITHIN=30s\n";
+    let machine = Machine::start(
         "reuse-run@app.service",
         &[
             ("reuse-run/app.env", variables),
             ("systemd/system/reuse-run@app.service.d/override.conf", WATCHDOG),
         ],
-    ));
+    );
+    assert_works(&machine);
+    assert!(machine.journal().contains("given: two words\n"), "{}", machine.journal());
 }
 
 #[test]
 fn a_unit_of_ones_own_starts_reloads_and_stops_a_service() {
     let docs = fs::read_to_string(here("docs/systemd.md")).expect("the page");
+    assert!(docs.contains(r#"reuse-run status "$(systemctl show --value --property MainPID app)""#));
     let (_, unit) = docs.split_once("# app.service\n").expect("a unit");
     let (unit, rest) = unit.split_once("```").expect("its end");
-    let (older, reload) = ("Type=notify\n", "ExecReload=/usr/local/bin/reuse-run reload $MAINPID");
-    assert!(rest.contains(&format!("`{}` and `{reload}`", older.trim())), "{rest}");
-    // A reload that fails is seen by this way only.
-    let unit = unit.replace("Type=notify-reload\n", &format!("{older}{reload}\n"));
+    let (older, reload) = ("Type=notify", "ExecReload=/usr/local/bin/reuse-run reload $MAINPID");
+    assert!(rest.contains(&format!("`{older}` and `{reload}`")), "{rest}");
+    // systemctl learns by this way only that a reload has failed.
+    let unit = unit.replace("Type=notify-reload", &format!("{older}\n{reload}"));
     let unit = unit.replace("/usr/local/bin", "/usr/bin").replace("WorkingDirectory=/srv/app\n", "");
     let unit = unit.replace("-n 4", "-n 2").replace("node app.js", "/srv/run");
-    assert_works(Machine::start(
+    assert_works(&Machine::start(
         "app.service",
         &[("systemd/system/app.service", &unit), ("systemd/system/app.service.d/override.conf", WATCHDOG)],
     ));
