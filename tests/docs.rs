@@ -167,6 +167,8 @@ fn every_row_about_moving_over_is_held_by_tests_that_exist() {
     let text = read(&here("tests/moving/held.toml"));
     let held: BTreeMap<String, BTreeMap<String, Vec<String>>> =
         toml::from_str(&text).expect("pages, rows and tests");
+    let pages = ["docs/gunicorn.md", "docs/node-cluster.md", "docs/pm2.md", "docs/puma.md"];
+    assert_eq!(held.keys().collect::<Vec<_>>(), pages);
     for (page, held) in held {
         let text = read(&here(&page));
         // The line after the names of the columns has dashes alone.

@@ -40,7 +40,8 @@ pub fn read(
         if !variable.starts_with(PREFIX) || OTHERS.contains(&variable) || value.is_empty() {
             continue;
         }
-        let Some(flag) = flags.iter().find(|flag| name(flag) == variable) else {
+        let is_its = |flag: &&FlagInfo| name(flag) == variable && flag.long != "--help";
+        let Some(flag) = flags.iter().find(is_its) else {
             said.unknown.push(variable.to_owned());
             continue;
         };
@@ -81,11 +82,11 @@ mod tests {
     #[test]
     fn variables_become_options_unless_the_command_line_has_them() {
         let variables = "REUSE_RUN_WORKERS=4;REUSE_RUN_LABEL=1;REUSE_RUN_NO_INTERCEPT=0;REUSE_RUN_LISTEN=3000 [::1]:4000;\
-                         REUSE_RUN_DRAIN=;REUSE_RUN_LOG=warn;REUSE_RUN_VERSION=2;REUSE_RUN_WORKER=4;HOME=/root";
+                         REUSE_RUN_DRAIN=;REUSE_RUN_LOG=warn;REUSE_RUN_VERSION=2;REUSE_RUN_WORKER=4;REUSE_RUN_HELP=1;HOME=/root";
         let said = read_line(variables, "").unwrap();
         let words: Vec<String> = said.options.into_iter().flat_map(|(_, words)| words).collect();
         assert_eq!(words.join(" "), "--workers 4 --label --listen 3000 --listen [::1]:4000");
-        assert_eq!(said.unknown, ["REUSE_RUN_WORKER"]);
+        assert_eq!(said.unknown, ["REUSE_RUN_WORKER", "REUSE_RUN_HELP"]);
         let words = "-n 2 --listen 5000 --label";
         assert_eq!(read_line(variables, words).unwrap().options, []);
     }

@@ -12,8 +12,8 @@ use crate::common::{
     wait_until,
 };
 use crate::{
-    app, assert_ready_when_loaded, every_command_loses_no_request, here, light, line, local,
-    reload_loses_nothing, row, spans, start,
+    app, assert_long_request_is_answered_at_a_stop, assert_ready_when_loaded, every_command_loses_no_request,
+    here, light, line, local, reload_loses_nothing, row, spans, start,
 };
 
 const PAGE: &str = "docs/gunicorn.md";
@@ -263,4 +263,9 @@ fn sigwinch_does_nothing_and_sigusr1_ends_uvicorn_and_waitress() {
         assert!(service.log.text().contains("SIGUSR1"), "{}", service.log.text());
         service.stop();
     });
+}
+
+#[test]
+fn at_a_stop_a_request_may_take_as_long_as_the_page_says() {
+    assert_long_request_is_answered_at_a_stop(PAGE, "`--graceful-timeout 20`");
 }

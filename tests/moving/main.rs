@@ -14,10 +14,10 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::load::{Load, LoadOptions};
+use common::load::{self, Load, LoadOptions};
 use common::{
-    DEADLINE, Folder, Outcome, Service, answered_more, begin_words, get, own_network, reload_under_load,
-    reuse_run,
+    DEADLINE, Folder, Outcome, Service, answered_more, begin_words, free_address, get, own_network,
+    reload_under_load, reuse_run, server,
 };
 use socket2::SockAddr;
 
@@ -100,6 +100,19 @@ fn local(port: u16) -> SocketAddr {
 /// A load that leaves CPU time for starts.
 fn light(addr: impl Into<SockAddr>) -> LoadOptions {
     LoadOptions::new(addr, 4).rate(100.0).timeout(DEADLINE)
+}
+
+/// At a stop, a request may take as long as this row says. With the default options it would be cut after 9 s.
+#[track_caller]
+fn assert_long_request_is_answered_at_a_stop(page: &str, begin: &str) {
+    let options = spans(&row(page, begin)[1]).next().expect("options").to_owned();
+    let addr = free_address();
+    let listen = addr.to_string();
+    let mut service = Service::run_ready(&format!("-n 1 {options}"), &[&server(), "--listen", &listen]);
+    let client = std::thread::spawn(move || load::get(addr, "/sleep/12000?id=long", DEADLINE));
+    service.wait_for_output("begun long");
+    service.stop();
+    assert_eq!(client.join().expect("a client").expect("an answer").origin.generation, Some(1));
 }
 
 /// Reloads once, with clients at this address.

@@ -6,8 +6,8 @@ use nix::sys::signal::Signal;
 
 use crate::common::{DEADLINE, Folder, Service, at_once, own_network, wait_until};
 use crate::{
-    app, assert_ready_when_loaded, every_command_loses_no_request, line, local, reload_loses_nothing, row,
-    spans, start,
+    app, assert_long_request_is_answered_at_a_stop, assert_ready_when_loaded, every_command_loses_no_request,
+    line, local, reload_loses_nothing, row, spans, start,
 };
 
 const PAGE: &str = "docs/puma.md";
@@ -96,4 +96,9 @@ fn a_second_puma_does_not_start_on_a_unix_socket() {
     let log = service.failing_reload();
     assert!(log.contains("There is already a server bound"), "{log}");
     service.stop();
+}
+
+#[test]
+fn at_a_stop_a_request_may_take_as_long_as_the_page_says() {
+    assert_long_request_is_answered_at_a_stop(PAGE, "`worker_shutdown_timeout 30`");
 }

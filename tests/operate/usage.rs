@@ -29,6 +29,7 @@ fn wrong_options_of_a_command_exit_with_2_and_one_line() {
         "stop --now",
         "-n 2 status",
         "-n 2 reload",
+        "-n 2 recycle",
     ] {
         let outcome = run_words(words);
         assert_eq!(outcome.code, Some(2), "{words}: {outcome:?}");
@@ -39,7 +40,7 @@ fn wrong_options_of_a_command_exit_with_2_and_one_line() {
 #[test]
 fn two_dashes_come_before_a_program_with_the_name_of_a_command() {
     let folder = Folder::new();
-    for name in ["reload", "status", "scale", "stop"] {
+    for name in ["reload", "status", "scale", "recycle", "stop"] {
         symlink("/bin/echo", folder.path(name)).expect("make a link");
         let mut command = reuse_run();
         command.args(["--", name, "was run"]).env("PATH", folder.path(""));
@@ -50,9 +51,13 @@ fn two_dashes_come_before_a_program_with_the_name_of_a_command() {
 
 #[test]
 fn every_command_has_help() {
-    for (name, part) in
-        [("reload", "--canary"), ("status", "--watch"), ("scale", "+1"), ("stop", "--no-wait")]
-    {
+    for (name, part) in [
+        ("reload", "--canary"),
+        ("status", "--watch"),
+        ("scale", "+1"),
+        ("recycle", "--pid"),
+        ("stop", "--no-wait"),
+    ] {
         let outcome = run_words(&format!("{name} --help"));
         assert_eq!((outcome.code, outcome.err.as_str()), (Some(0), ""), "{outcome:?}");
         assert!(outcome.out.contains(part) && outcome.out.contains(name), "{outcome:?}");
