@@ -135,14 +135,14 @@ fn the_last_output_of_a_worker_even_half_a_line_comes_before_the_log_line_about_
 
 #[test]
 fn output_during_the_stop_is_not_lost() {
-    let text = "import os, signal, sys
+    let text = "import os, signal, sys, time
 def stop(*_):
     sys.stdout.write(''.join(f'line {n}\\n' for n in range(50000)) + 'the last')
     sys.stdout.flush()
     os._exit(0)
 signal.signal(signal.SIGINT, stop)
 os.write(int(os.environ['READY_FD']), b'\\n')
-while True: signal.pause()";
+while True: time.sleep(0.1)";
     let mut service = start("-n 2", &["python3", "-c", text]);
     service.stop();
     let out = service.out.all();

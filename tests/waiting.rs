@@ -255,11 +255,11 @@ fn a_pidfile_that_became_a_fifo_or_a_link_to_one_does_not_hold_up_the_end() {
 fn a_unix_path_with_control_characters_is_shown_without_them() {
     let folder = Folder::new();
     let path = folder.path("a\nreuse-run[1]: error: \x1b[2J\u{202e}b");
-    let program = "import socket, sys, signal\n\
+    let program = "import socket, sys, time\n\
         listener = socket.socket(socket.AF_UNIX)\n\
         listener.bind(sys.argv[1])\n\
         listener.listen()\n\
-        signal.pause()";
+        while True: time.sleep(0.1)";
     let systemd = UnixDatagram::bind(folder.path("systemd")).expect("a socket");
     systemd.set_read_timeout(Some(DEADLINE)).expect("a time-out");
     let mut command = reuse_run_with("-n 1", &inline(program, &[&path]));

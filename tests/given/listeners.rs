@@ -212,7 +212,7 @@ fn the_queue_of_a_given_listener_is_served_after_the_command_was_missing_for_a_w
 #[test]
 fn a_given_listener_has_a_long_accept_queue_even_after_a_worker_shut_it_down() {
     let addr = free_address();
-    let program = "import os, signal, socket, struct, sys\n\
+    let program = "import os, signal, socket, struct, sys, time\n\
         server = socket.socket(fileno=3)\n\
         info = server.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)\n\
         os.write(1, b'queue of %d\\n' % struct.unpack_from('I', info, 28)[0])\n\
@@ -221,7 +221,7 @@ fn a_given_listener_has_a_long_accept_queue_even_after_a_worker_shut_it_down() {
         \x20   sys.exit(0)\n\
         signal.signal(signal.SIGINT, stop)\n\
         os.write(int(os.environ['READY_FD']), b'\\n')\n\
-        while True: signal.pause()";
+        while True: time.sleep(0.1)";
     let mut service = Service::run_ready(&format!("-n 2 --ready notify -l {addr}"), &inline(program, &[]));
     for _ in 0..3 {
         service.reload();

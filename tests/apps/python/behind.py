@@ -65,7 +65,7 @@ if what == 'prefork':
         os._exit(0)
     signal.signal(signal.SIGINT, lambda *_: (server.socket.close(), time.sleep(2), os.close(stops), os.waitpid(child, 0), os._exit(0)))
     while True:
-        signal.pause()
+        time.sleep(0.1)
 if what in ('helper', 'recycled') and not os.fork():
     os.setsid()
     if what == 'recycled':

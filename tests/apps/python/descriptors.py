@@ -15,7 +15,6 @@ the time in ms that it takes to unlink a path, and has a process that sends.
 """
 import ctypes
 import os
-import signal
 import socket
 import struct
 import sys
@@ -135,7 +134,8 @@ def attack(kind, channel, folder, count='1'):
     if again is not None:
         os.write(again, b'x')
     print('sent', flush=True)
-    signal.pause()
+    while True:
+        time.sleep(0.1)
 
 
 def worker(port, *what):

@@ -140,7 +140,8 @@ def hands():
     socket.send_fds(ours, [b'x'], [listener.fileno()])
     listener.close()
     say('recycled')
-    signal.pause()
+    while True:
+        time.sleep(0.1)
 
 
 def keeps():
@@ -152,7 +153,8 @@ def keeps():
     say('recycled')
     os.read(own, 1)
     answer(connection)
-    signal.pause()
+    while True:
+        time.sleep(0.1)
 
 
 def moves():

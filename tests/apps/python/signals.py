@@ -2,6 +2,7 @@
 import os
 import signal
 import sys
+import time
 
 ends = sys.argv[1:] != ['stays']
 
@@ -21,4 +22,4 @@ for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.S
 say('ready')
 os.write(int(os.environ['READY_FD']), b'\n')
 while True:
-    signal.pause()
+    time.sleep(0.1)

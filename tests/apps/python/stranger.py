@@ -14,9 +14,9 @@ In a NAME {pid} is the PID of this process.
 """
 import ctypes
 import os
-import signal
 import socket
 import sys
+import time
 import threading
 
 
@@ -107,7 +107,8 @@ def listen(*names):
     for listener in listeners:
         threading.Thread(target=serve, args=[listener], daemon=True).start()
     print('listens', flush=True)
-    signal.pause()
+    while True:
+        time.sleep(0.1)
 
 
 def be_silent(*names):
@@ -116,7 +117,8 @@ def be_silent(*names):
         listener.bind('\0' + name)
         listener.listen()
     print('listens', flush=True)
-    signal.pause()
+    while True:
+        time.sleep(0.1)
 
 
 def fill(*names):
@@ -135,7 +137,8 @@ def fill(*names):
                 break
             kept.append(connection)
     print('listens', flush=True)
-    signal.pause()
+    while True:
+        time.sleep(0.1)
 
 
 arguments = [word.replace('{pid}', str(os.getpid())) for word in sys.argv[1:]]

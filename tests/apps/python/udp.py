@@ -188,7 +188,7 @@ if arguments.child:
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, end)
         while True:
-            signal.pause()
+            time.sleep(0.1)
 
 if arguments.count:
     signal.signal(signal.SIGTERM, report)
