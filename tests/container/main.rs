@@ -11,7 +11,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
 
-use common::{DEADLINE, FlowLoad, Folder, children, join_network, own_socket, wait_until};
+use common::{DEADLINE, FlowLoad, Folder, children, join_network, needs_other_users, own_socket, wait_until};
 use oci::{ADDRESS, Bundle, Container, Identity, Runtime, profile};
 use serde_json::{Value, json};
 
@@ -53,31 +53,37 @@ fn assert_works_with(runtime: Runtime, name: &str) {
 
 #[test]
 fn runc_with_dockers_profile_runs_it_as_root_as_user_and_without_capabilities() {
+    needs_other_users!();
     assert_works_with(Runtime::Runc, "docker.json");
 }
 
 #[test]
 fn crun_with_dockers_profile_runs_it_as_root_as_user_and_without_capabilities() {
+    needs_other_users!();
     assert_works_with(Runtime::Crun, "docker.json");
 }
 
 #[test]
 fn runc_with_containerds_profile_runs_it_as_root_as_user_and_without_capabilities() {
+    needs_other_users!();
     assert_works_with(Runtime::Runc, "containerd.json");
 }
 
 #[test]
 fn crun_with_containerds_profile_runs_it_as_root_as_user_and_without_capabilities() {
+    needs_other_users!();
     assert_works_with(Runtime::Crun, "containerd.json");
 }
 
 #[test]
 fn runc_with_podmans_profile_runs_it_as_root_as_user_and_without_capabilities() {
+    needs_other_users!();
     assert_works_with(Runtime::Runc, "podman.json");
 }
 
 #[test]
 fn crun_with_podmans_profile_runs_it_as_root_as_user_and_without_capabilities() {
+    needs_other_users!();
     assert_works_with(Runtime::Crun, "podman.json");
 }
 
@@ -98,16 +104,19 @@ fn assert_own_socket_stays(name: &str) {
 
 #[test]
 fn under_dockers_profile_a_workers_socket_stays_what_it_was() {
+    needs_other_users!();
     assert_own_socket_stays("docker.json");
 }
 
 #[test]
 fn under_containerds_profile_a_workers_socket_stays_what_it_was() {
+    needs_other_users!();
     assert_own_socket_stays("containerd.json");
 }
 
 #[test]
 fn under_podmans_profile_a_workers_socket_stays_what_it_was() {
+    needs_other_users!();
     assert_own_socket_stays("podman.json");
 }
 
@@ -133,16 +142,19 @@ fn assert_shares_udp(name: &str) {
 
 #[test]
 fn under_dockers_profile_a_udp_port_is_shared() {
+    needs_other_users!();
     assert_shares_udp("docker.json");
 }
 
 #[test]
 fn under_containerds_profile_a_udp_port_is_shared() {
+    needs_other_users!();
     assert_shares_udp("containerd.json");
 }
 
 #[test]
 fn under_podmans_profile_a_udp_port_is_shared() {
+    needs_other_users!();
     assert_shares_udp("podman.json");
 }
 
@@ -158,6 +170,7 @@ fn assert_works_on(bundle: Bundle, command: &[&str]) {
 
 #[test]
 fn the_static_binary_needs_no_file_in_its_root_and_works_when_that_is_read_only() {
+    needs_other_users!();
     let command = ["/server", "--listen", "0.0.0.0:8080"];
     assert_works_on(Bundle::empty(Identity::User), &command);
     assert_works_on(Bundle::empty(Identity::User).read_only(), &command);
@@ -165,6 +178,7 @@ fn the_static_binary_needs_no_file_in_its_root_and_works_when_that_is_read_only(
 
 #[test]
 fn the_static_binary_works_in_alpines_layout_with_a_server_that_needs_musl() {
+    needs_other_users!();
     assert_works_on(Bundle::alpine(Identity::User), &["/srv/app"]);
     // And with Alpine's shell.
     assert_works_on(Bundle::alpine(Identity::User).read_only(), &["sh", "-c", "cd /srv; ./app"]);
@@ -172,6 +186,7 @@ fn the_static_binary_works_in_alpines_layout_with_a_server_that_needs_musl() {
 
 #[test]
 fn the_static_binary_works_in_debian_with_a_server_that_needs_its_glibc() {
+    needs_other_users!();
     assert_works_on(Bundle::debian(Identity::User), &["/srv/app", "--listen", "0.0.0.0:8080"]);
 }
 
@@ -179,6 +194,7 @@ fn the_static_binary_works_in_debian_with_a_server_that_needs_its_glibc() {
 
 #[test]
 fn a_containers_exit_status_is_that_of_reuse_run() {
+    needs_other_users!();
     let cases: [(&[&str], i32); 5] = [
         (&["--", "/busybox", "sh", "-c", "exit 42"], 42),
         (&["--", "/busybox", "sh", "-c", "kill -KILL $$"], 128 + 9),
@@ -197,6 +213,7 @@ fn a_containers_exit_status_is_that_of_reuse_run() {
 
 #[test]
 fn a_container_whose_worker_had_to_be_killed_exits_with_1() {
+    needs_other_users!();
     let command = ["--stop-timeout", "500ms", "--", "/server", "--listen", "0.0.0.0:8080", "--ignore-int"];
     let (mut container, _) = Bundle::empty(Identity::Bare).start_ready(Runtime::Runc, &command);
     container.runtime(&["kill", &container.name, "TERM"]);
@@ -220,6 +237,7 @@ fn without_filters(name: &str, arguments: &[&str], sysctl: Value) -> (Container,
 
 #[test]
 fn when_a_profile_forbids_filters_given_listeners_lose_no_request() {
+    needs_other_users!();
     let options = ["-n", "2", "--ready", "notify", "-l", "0.0.0.0:8080", "--"];
     let command = ["/server", "--given", "--ready-after", "0"];
     for name in ["docker.json", "podman.json"] {
@@ -231,6 +249,7 @@ fn when_a_profile_forbids_filters_given_listeners_lose_no_request() {
 
 #[test]
 fn when_a_profile_forbids_filters_servers_with_so_reuseport_and_a_sysctl_lose_no_request() {
+    needs_other_users!();
     let command = ["-n", "2", "--", "/server", "--share", "--shutdown-on-int", "--listen", "0.0.0.0:8080"];
     let sysctl = json!({"net.ipv4.tcp_migrate_req": "1"});
     let (container, addr) = without_filters("docker.json", &command, sysctl);
@@ -241,6 +260,7 @@ fn when_a_profile_forbids_filters_servers_with_so_reuseport_and_a_sysctl_lose_no
 
 #[test]
 fn when_a_worker_changes_its_user_given_listeners_lose_no_request() {
+    needs_other_users!();
     let bundle = Bundle::with_shell(Identity::Root).seccomp(profile("docker.json", Identity::Root, &[]));
     fs::create_dir(bundle.root("etc")).expect("make a folder");
     fs::write(bundle.root("etc/passwd"), "app:x:65532:65532::/:/sh").expect("write a file");

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use crate::common::get;
+use crate::common::{get, needs_other_users};
 use crate::oci::{ADDRESS, Bundle, Container, Identity, Runtime};
 
 const SERVER: [&str; 3] = ["/server", "--listen", "0.0.0.0:8080"];
@@ -38,6 +38,7 @@ fn stop(mut container: Container, signal: &str) -> (Option<i32>, Duration) {
 
 #[test]
 fn a_container_with_a_long_request_stops_in_time_for_docker() {
+    needs_other_users!();
     let (container, _client) = container(&[], true);
     let (status, took) = stop(container, "TERM");
     assert_eq!(status, Some(0), "after {took:?}");
@@ -46,6 +47,7 @@ fn a_container_with_a_long_request_stops_in_time_for_docker() {
 
 #[test]
 fn a_container_whose_worker_ignores_the_stop_signal_stops_in_time_for_docker() {
+    needs_other_users!();
     for asked in [false, true] {
         let (container, _client) = container(&["--ignore-int"], asked);
         let (status, took) = stop(container, "TERM");
@@ -61,6 +63,7 @@ fn fastest(stop: impl FnMut(i32) -> Duration) -> Duration {
 
 #[test]
 fn an_idle_container_stops_hardly_later_than_its_worker_alone() {
+    needs_other_users!();
     let alone = fastest(|_| {
         let mut bundle = Bundle::empty(Identity::Bare);
         bundle.config["process"]["args"] = [&SERVER[..], &["--exit-on-int"]].concat().into();

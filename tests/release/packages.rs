@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
-use crate::common::Folder;
+use crate::common::{Folder, needs_other_users};
 use crate::oci::{Bundle, Container, Identity, Runtime, static_binary};
 use crate::{here, run};
 
@@ -161,6 +161,7 @@ fn the_archive_holds_the_binary_its_licences_man_pages_and_completions() {
 
 #[test]
 fn the_debian_package_is_installed_used_and_removed() {
+    needs_other_users!();
     let bundle = Bundle::empty(Identity::Root);
     fs::remove_file(bundle.root("reuse-run")).expect("leave only the package's");
     fs::create_dir_all(bundle.root("var/lib/dpkg/updates")).expect("make a folder");
@@ -246,6 +247,7 @@ fn the_wheel_is_installed_by_pip_and_removed() {
 
 #[test]
 fn the_oci_image_runs_in_runc() {
+    needs_other_users!();
     let folder = Folder::new();
     run(Command::new("tar").args(["-xf", &package("-oci.tar"), "-C", &folder.path("")]));
     let parsed = |path: String| -> Value {

@@ -8,7 +8,7 @@ use std::process::Command;
 use serde_json::json;
 
 use crate::common::load::{Load, LoadOptions};
-use crate::common::{DEADLINE, answered_more, get, join_network, wait_until};
+use crate::common::{DEADLINE, answered_more, get, join_network, needs_other_users, wait_until};
 use crate::oci::{ADDRESS, Bundle, Container, Identity, Runtime};
 use crate::packages::package;
 use crate::{here, run};
@@ -147,6 +147,7 @@ const WATCHDOG: &str = "[Service]\nWatchdogSec=5s\n";
 
 #[test]
 fn the_unit_of_the_debian_package_starts_reloads_and_stops_a_service() {
+    needs_other_users!();
     let variables = "COMMAND=/srv/run \"two words\"\nREUSE_RUN_WORKERS=2\nREUSE_RUN_STOP_WITHIN=30s\n";
     let machine = Machine::start(
         "reuse-run@app.service",
@@ -161,6 +162,7 @@ fn the_unit_of_the_debian_package_starts_reloads_and_stops_a_service() {
 
 #[test]
 fn a_unit_of_ones_own_starts_reloads_and_stops_a_service() {
+    needs_other_users!();
     let docs = fs::read_to_string(here("docs/systemd.md")).expect("the page");
     assert!(docs.contains(r#"reuse-run status "$(systemctl show --value --property MainPID app)""#));
     let (_, unit) = docs.split_once("# app.service\n").expect("a unit");
