@@ -64,7 +64,7 @@
 //! | connections that wait for no worker | `pool/unserved` |
 //! | when a listener counts as closed although its worker lives; looking for it, and closing it | `pool/closed`; `pool/closing` |
 //! | other programs on our addresses; workers that can't be intercepted | `pool/foreign`; `pool/unintercepted` |
-//! | Unix sockets: sharing a path, and its hand-over to the next generation; what is done to its file | `pool/paths`; `pool/files` |
+//! | Unix sockets: sharing a path, and its hand-over to the next generation; what is done to its file; who has clients | `pool/paths`; `pool/files`; `pool/path_clients` |
 //! | which system calls are stopped | `intercept/filter` |
 //! | what answers for processes that outlive the wrapper | `intercept/keeper` |
 //! | the answer to a bind of a port; to a bind or unlink of a Unix socket's path | `intercept/port`; `intercept/unix` |

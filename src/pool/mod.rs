@@ -20,6 +20,7 @@ mod group;
 mod lend;
 mod looks;
 mod member;
+mod path_clients;
 pub mod paths;
 mod reach;
 mod steer;

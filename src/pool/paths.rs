@@ -8,7 +8,7 @@
 //! Here it is decided what happens, at once. [`super::files`] does it, in the same order for each path, and a call of a
 //! worker that needs it done is answered then.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
@@ -25,7 +25,6 @@ use socket2::{Domain, Socket, Type};
 
 use crate::ids::{Borrower, WorkerId};
 use crate::kernel::jobs::{Done, Jobs};
-use crate::kernel::sockdiag::{SockDiag, SocketFile, UnixSocket};
 use crate::kernel::{inbox, procfs, ready, sys};
 use crate::pool::files::{self, FileId, Job, OwnFile};
 use crate::pool::lend::max_for_each_worker;
@@ -98,9 +97,9 @@ pub type CallId = (WorkerId, u64);
 
 /// A socket with a path.
 #[derive(Debug)]
-struct Bound {
+pub(super) struct Bound {
     socket: ManuallyDrop<Socket>,
-    inode: u64,
+    pub(super) inode: u64,
     /// `None` until it is bound.
     file: Option<OwnFile>,
     /// Whether it has a temporary name, since an older generation has the path.
@@ -118,13 +117,13 @@ impl Bound {
     }
 
     /// Whether a connection waits to be accepted.
-    fn has_waiting(&self) -> bool {
+    pub(super) fn has_waiting(&self) -> bool {
         let is_listening = self.socket.is_listener().unwrap_or(false);
         is_listening && !ready::now(self.socket.as_fd(), PollFlags::POLLIN).is_empty()
     }
 
     /// The name that it was bound to. The kernel keeps it for the socket and the connections that it accepts.
-    fn name(&self) -> Option<String> {
+    pub(super) fn name(&self) -> Option<String> {
         Some(self.socket.local_addr().ok()?.as_pathname()?.to_string_lossy().into_owned())
     }
 
@@ -494,101 +493,20 @@ impl UnixSockets {
         self.jobs.finish();
     }
 
-    /// The inode numbers of the connections that came by any of the sockets. A connection whose client is in another
-    /// network namespace is missing.
-    pub fn connections(&self) -> Vec<u64> {
-        if self.is_empty() {
-            return Vec::new();
-        }
-        self.all().into_iter().filter_map(|(inode, came)| came.map(|_| inode)).collect()
+    /// All sockets with their generations.
+    pub(super) fn sockets(&self) -> impl Iterator<Item = (u32, &Bound)> {
+        self.paths.values().flatten().map(|(generation, bound)| (*generation, bound))
     }
 
-    /// All Unix sockets of this network namespace by inode number; with what is known of it, if it is a connection that
-    /// came by one of ours.
-    fn all(&self) -> HashMap<u64, Option<Came>> {
-        self.all_by_file().unwrap_or_else(|_| self.all_by_name())
-    }
-
-    fn all_by_file(&self) -> io::Result<HashMap<u64, Option<Came>>> {
-        let generations: HashMap<u64, u32> =
-            self.paths.values().flatten().map(|(generation, bound)| (bound.inode, *generation)).collect();
-        let all = SockDiag::new()?.unix_sockets()?;
-        let files: Vec<(&SocketFile, u32)> =
-            all.iter().filter_map(|it| Some((it.file.as_ref()?, *generations.get(&it.inode)?))).collect();
-        let of_file = |file: &SocketFile| files.iter().find(|(ours, _)| *ours == file).map(|(_, it)| *it);
-        let came = |it: &UnixSocket| {
-            let generation = it.file.as_ref().filter(|_| it.is_connected).and_then(of_file)?;
-            Some(Came { generation, client: it.peer })
-        };
-        Ok(all.iter().map(|it| (it.inode, came(it))).collect())
-    }
-
-    /// Where the kernel can't list their files. Any user can bind a socket whose name looks like a line of the table, or like
-    /// ours in other mounts.
-    fn all_by_name(&self) -> HashMap<u64, Option<Came>> {
-        let all = self.paths.values().flatten();
-        let generations: HashMap<String, u32> =
-            all.filter_map(|(generation, bound)| Some((bound.name()?, *generation))).collect();
-        let came = |row: &procfs::UnixSocket| {
-            let generation = generations.get(&row.name).copied();
-            let generation = generation.filter(|_| row.is_connected && row.inode != 0)?;
-            Some(Came { generation, client: None })
-        };
-        procfs::unix_sockets().iter().map(|row| (row.inode, came(row))).collect()
-    }
-
-    /// Which of some workers, given with their generations, have a connection that came by a path, or one that waits
-    /// for any worker of their generation. What a worker's processes say to each other doesn't count.
-    pub fn busy(&self, workers: &[(WorkerId, Pid, u32)]) -> BTreeSet<WorkerId> {
-        if self.is_empty() || workers.is_empty() {
-            return BTreeSet::new();
-        }
-        // Until a path is handed over or removed, clients come by the old socket.
+    /// The generations of the paths that are being handed over or removed. Until then clients come by the old sockets.
+    pub(super) fn changing(&self) -> impl Iterator<Item = u32> {
         let is_change =
             |purpose: &Purpose| matches!(purpose, Purpose::HandOver { .. } | Purpose::Remove { .. });
-        let changing = self.jobs.pending().filter(|(_, purpose)| is_change(purpose));
-        let generations =
-            |path| self.paths.get(path).into_iter().flatten().map(|(generation, _)| *generation);
-        let waiting = self.paths.values().flatten().filter(|(_, bound)| bound.has_waiting());
-        let mut busy_generations: BTreeSet<u32> = waiting.map(|(generation, _)| *generation).collect();
-        busy_generations.extend(changing.flat_map(|(path, _)| generations(path)));
-        let known = self.all();
-        let processes = procfs::tree(Pid::this()).into_iter().skip(1);
-        let held: Held = processes.map(|process| (process, procfs::sockets(process).ok())).collect();
-        let inodes: HashSet<u64> = held.values().flatten().flatten().map(|(_, inode)| *inode).collect();
-        // A thread has accepted what no process has, and hasn't got its fd yet.
-        let unheld = known.iter().filter(|(inode, _)| !inodes.contains(inode));
-        busy_generations.extend(unheld.filter_map(|(_, came)| Some(came.as_ref()?.generation)));
-        let is_busy = |(_, pid, generation): &&(WorkerId, Pid, u32)| {
-            busy_generations.contains(generation) || has_client(&procfs::tree(*pid), &held, &known)
-        };
-        workers.iter().filter(is_busy).map(|(worker, ..)| *worker).collect()
+        let changing = self.jobs.pending().filter(move |(_, purpose)| is_change(purpose));
+        changing
+            .flat_map(|(path, _)| self.paths.get(path).into_iter().flatten())
+            .map(|(generation, _)| *generation)
     }
-}
-
-/// A connection that came by one of our sockets.
-struct Came {
-    generation: u32,
-    /// The inode number of its other end, if it is known.
-    client: Option<u64>,
-}
-
-/// The sockets of processes, each its fd and inode number; `None` where they can't be seen.
-type Held = HashMap<Pid, Option<Vec<(u32, u64)>>>;
-
-/// Whether one of a worker's processes has a connection whose client is none of them.
-fn has_client(processes: &[Pid], held: &Held, known: &HashMap<u64, Option<Came>>) -> bool {
-    let sockets = || processes.iter().filter_map(|process| Some((*process, held.get(process)?.as_ref()?)));
-    let own: HashSet<u64> = sockets().flat_map(|(_, its)| its).map(|(_, inode)| *inode).collect();
-    let is_of_client = |process, fd, inode| match known.get(&inode) {
-        Some(Some(came)) => came.client.is_none_or(|client| !own.contains(&client)),
-        Some(None) => false,
-        // In no list of this network namespace: a connection is in its client's (`unix_create1`).
-        None => procfs::socket_protocol(process, fd).is_ok_and(|name| name.starts_with("UNIX")),
-    };
-    let may_have_one = |process: &Pid| matches!(held.get(process), Some(None));
-    processes.iter().any(may_have_one)
-        || sockets().any(|(process, its)| its.iter().any(|(fd, inode)| is_of_client(process, *fd, *inode)))
 }
 
 impl AsFd for UnixSockets {
@@ -599,6 +517,7 @@ impl AsFd for UnixSockets {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::{UnixListener, UnixStream};
