@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use common::{DEADLINE, Folder, Service, free_address, wait_until};
+use common::{DEADLINE, Folder, Service, free_address, needs_other_users, wait_until};
 
 const RELOADS: usize = 20;
 /// A query without an answer after this time is lost.
@@ -127,6 +127,7 @@ fn assert_nothing_is_lost(options: &str, address: SocketAddr, command: &[&str]) 
 
 #[test]
 fn dnsmasq_loses_no_query_in_twenty_reloads() {
+    needs_other_users!();
     let (address, folder) = (free_address(), Folder::new());
     let path = folder.path("dnsmasq.conf");
     let config = format!(

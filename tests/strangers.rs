@@ -165,6 +165,21 @@ fn a_name_that_another_user_has_taken_keeps_no_reuse_run_from_being_commanded() 
     service.stop();
 }
 
+#[test]
+fn a_claim_that_another_user_has_made_keeps_no_reuse_run_from_having_a_name() {
+    needs_other_users!();
+    own_network();
+    let claim = control_name(0).replace("/0", &format!("/name/{}/web", nix::unistd::geteuid()));
+    let stranger = stranger(&["listen", &claim]);
+    stranger.wait_for_output("listens");
+    let mut service = Service::run_ready("-n 1 --name web", &naive(free_address()));
+    run_words("reload web").assert_done("1 worker of generation 2 serve");
+    let mut again = Service::run("-n 1 --name web", &naive(free_address()));
+    assert_eq!(again.wait_end().code(), Some(1));
+    again.wait_for_line(&format!("process {} is a reuse-run with the name web already", service.pid()));
+    service.stop();
+}
+
 // What a command believes.
 
 /// Starts a stranger that has taken names which may belong to a reuse-run of this user, and asserts that no command takes it

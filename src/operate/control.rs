@@ -59,6 +59,8 @@ enum State {
 #[derive(Debug)]
 pub struct Control {
     name: Option<Name>,
+    /// What keeps others of this user from starting with the name.
+    _claim: Option<UnixListener>,
     listener: UnixListener,
     /// A file descriptor in reserve. When no other is free it is closed for a moment, so that a client can be accepted and
     /// refused.
@@ -73,7 +75,7 @@ impl Control {
     ///
     /// # Errors
     /// Without /proc, or when sockets can't be made.
-    pub fn new(name: Option<Name>) -> io::Result<Self> {
+    pub fn new(name: Option<Name>, claim: Option<UnixListener>) -> io::Result<Self> {
         let socket = protocol::socket_name(std::process::id(), name.as_ref())?;
         let listen = |name: &str| UnixListener::bind_addr(&SocketAddr::from_abstract_name(name)?);
         let listener = match listen(&socket) {
@@ -85,7 +87,8 @@ impl Control {
         listener.set_nonblocking(true)?;
         // Any user can send descriptors here. Connections inherit the option; older kernels than 6.16 don't know it.
         let _ = sys::refuse_descriptors(listener.as_fd());
-        Ok(Self { name, listener, spare: File::open("/dev/null").ok(), clients: BTreeMap::new(), next: 0 })
+        let spare = File::open("/dev/null").ok();
+        Ok(Self { name, _claim: claim, listener, spare, clients: BTreeMap::new(), next: 0 })
     }
 
     pub fn name(&self) -> Option<&Name> {
@@ -305,7 +308,7 @@ mod tests {
 
         /// A control socket with one client, which writes a stream in pieces. Returns what it has requested.
         fn requests_of(stream: &[u8], piece: usize) -> Result<Vec<Request>, TestCaseError> {
-            let mut control = Control::new(None).unwrap();
+            let mut control = Control::new(None, None).unwrap();
             let (ours, its) = UnixStream::pair().unwrap();
             ours.set_nonblocking(true).unwrap();
             let id = ClientId(0);

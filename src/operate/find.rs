@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,8 @@ use crate::operate::protocol::{self, Name};
 
 /// How long to wait for room in the queue of a control socket.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long to wait until who has a name listens.
+const CLAIM_TIMEOUT: Duration = Duration::from_secs(1);
 /// The pause between two attempts while there is no room.
 const RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -135,6 +138,36 @@ fn names_of(pid: u32) -> io::Result<BTreeSet<String>> {
 /// All abstract names in this network namespace.
 fn listed_names() -> impl Iterator<Item = String> {
     procfs::unix_sockets().into_iter().filter_map(|socket| Some(socket.name.strip_prefix('@')?.to_owned()))
+}
+
+/// Takes a name for this user, for as long as what is returned lives: of several that start at once, one gets it. `None` if
+/// nobody can have it: another user listens there, or there is no /proc.
+///
+/// # Errors
+/// When another reuse-run of this user has it.
+pub fn claim(name: &Name) -> io::Result<Option<UnixListener>> {
+    let user = geteuid().as_raw();
+    let Ok(socket) = protocol::claim_name(user, name) else { return Ok(None) };
+    let deadline = Instant::now() + CLAIM_TIMEOUT;
+    loop {
+        let claim = SocketAddr::from_abstract_name(&socket).and_then(|name| UnixListener::bind_addr(&name));
+        if !claim.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
+            return Ok(claim.ok());
+        }
+        match connect_now(&socket).map(|stream| Peer::of(&stream)) {
+            Ok(Ok(peer)) if peer.uid == user && peer.shares_namespaces() => {
+                return Err(has_name(peer.pid, name));
+            }
+            // Between its bind and its listen; or it has just ended.
+            Err(Errno::ECONNREFUSED) if Instant::now() < deadline => thread::sleep(RETRY_INTERVAL),
+            _ => return Ok(None),
+        }
+    }
+}
+
+/// That this process has the name.
+pub fn has_name(pid: u32, name: &Name) -> io::Error {
+    io::Error::other(format!("process {pid} is a reuse-run with the name {name} already"))
 }
 
 /// Connects without waiting: EAGAIN if the queue is full.

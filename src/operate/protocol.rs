@@ -132,6 +132,14 @@ pub fn socket_name(pid: u32, name: Option<&Name>) -> io::Result<String> {
     Ok(format!("{}{pid}{name}", prefix()?))
 }
 
+/// What only one reuse-run of a user listens at, in this PID namespace: the one that has the name.
+///
+/// # Errors
+/// Without /proc.
+pub fn claim_name(uid: u32, name: &Name) -> io::Result<String> {
+    Ok(format!("{}name/{uid}/{name}", prefix()?))
+}
+
 /// The PID and the name in a socket's name, if it is that of a reuse-run in this PID namespace. Any process may have taken it.
 pub fn parse_socket_name(socket: &str) -> Option<(u32, Option<Name>)> {
     let rest = socket.strip_prefix(&prefix().ok()?)?;
@@ -213,7 +221,9 @@ mod tests {
             let ours = socket_name(42, name.as_ref()).unwrap();
             assert_eq!(parse_socket_name(&ours), Some((42, name.clone())));
             assert_eq!(parse_socket_name(&format!("{ours}/0123456789")), Some((42, name)));
-            for other in ["reuse-run/1/42", &format!("@{ours}"), &ours.replace("42", "42x"), "reuse-run", ""]
+            let claim = claim_name(42, &Name::new("web").unwrap()).unwrap();
+            for other in
+                [&claim, "reuse-run/1/42", &format!("@{ours}"), &ours.replace("42", "42x"), "reuse-run", ""]
             {
                 assert_eq!(parse_socket_name(other), None, "{other}");
             }

@@ -164,18 +164,17 @@ fn listener_watch(options: &Options) -> io::Result<ListenerWatch> {
 /// The control socket, if there can be one.
 ///
 /// # Errors
-/// When another reuse-run of this user has the name: commands couldn't tell them apart. Of two that start at once, one at
-/// least sees the other.
+/// When another reuse-run of this user has the name: commands couldn't tell them apart.
 fn control(name: Option<Name>) -> io::Result<Option<Control>> {
     let warning =
         |error| warn!("no control socket, so reload, status, scale, recycle and stop can't work: {error}");
-    let control = Control::new(name.clone()).map_err(warning).ok();
-    let Some(name) = name else { return Ok(control) };
+    let Some(name) = name else { return Ok(Control::new(None, None).map_err(warning).ok()) };
+    let claim = find::claim(&name)?;
+    let control = Control::new(Some(name.clone()), claim).map_err(warning).ok();
+    // Where another user has kept it from making its claim.
     let found = find::find(Some(&Which::Name(name.clone()))).unwrap_or_default();
     match found.iter().map(|other| other.pid).find(|pid| *pid != std::process::id()) {
-        Some(pid) => {
-            Err(io::Error::other(format!("process {pid} is a reuse-run with the name {name} already")))
-        }
+        Some(pid) => Err(find::has_name(pid, &name)),
         None => Ok(control),
     }
 }

@@ -9,8 +9,8 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::common::{
-    Outcome, Service, User, arguments, behind, free_address, get, naive, needs_other_users, own_network,
-    reuse_run, run, run_words, status,
+    DEADLINE, Outcome, Service, User, arguments, behind, free_address, get, naive, needs_other_users,
+    own_network, reuse_run, run, run_words, status, wait_until,
 };
 
 /// Runs `reuse-run WORDS` as another user.
@@ -84,6 +84,23 @@ fn a_command_finds_a_reuse_run_by_its_name_and_status_shows_all() {
     assert_eq!(again.wait_end().code(), Some(0));
     api.stop();
     other.stop();
+}
+
+#[test]
+fn of_two_that_start_at_once_with_one_name_one_serves() {
+    own_network();
+    for _ in 0..20 {
+        let start = || Service::run("--name web --ready 0s --stop-signal TERM", &["sleep", "1000"]);
+        let mut services = [start(), start()];
+        let said = |service: &Service, what: &str| service.log.count_of(what) == 1;
+        let is_settled = |service: &Service| said(service, "is ready") || said(service, "already");
+        wait_until("each has started or given up", DEADLINE, || services.iter().all(is_settled));
+        services.sort_by_key(|service| said(service, "already"));
+        let [one, other] = &mut services;
+        assert!(said(one, "is ready"), "{}{}", one.log.text(), other.log.text());
+        assert_eq!(other.wait_end().code(), Some(1), "{}", other.log.text());
+        one.stop();
+    }
 }
 
 #[test]
