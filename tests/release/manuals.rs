@@ -8,10 +8,16 @@ use crate::common::{Folder, reuse_run};
 use crate::{here, run};
 
 /// What is typed before Tab, and what its last word becomes. `[folder]` is a folder that holds `app.env`.
-const COMPLETED: [(&str, &str); 15] = [
+const COMPLETED: [(&str, &str); 21] = [
     ("reuse-run --bal", "--balance"),
     ("reuse-run --balance q", "queue"),
     ("reuse-run -n 4 --ready n", "notify"),
+    ("reuse-run --balance=q", "--balance=queue"),
+    ("reuse-run --workers=2 --bal", "--balance"),
+    ("reuse-run -l 127.0.0.1:3000 --bal", "--balance"),
+    ("reuse-run --ready :3000/x --bal", "--balance"),
+    ("reuse-run --secret A=[folder]/app.env --bal", "--balance"),
+    ("reuse-run --secret A=[folder]/ap", "A=[folder]/app.env"),
     ("reuse-run -n m", "max"),
     ("reuse-run --env-file [folder]/ap", "[folder]/app.env"),
     ("reuse-run -C [folder]/fo", "[folder]/folder"),
@@ -43,8 +49,8 @@ fn assert_completes(folder: &Folder, complete: impl Fn(&str) -> String) {
         let [typed, completed] = [typed, completed].map(|it| it.replace("[folder]", &folder.path("files")));
         let (before, _) = typed.rsplit_once(' ').expect("several words");
         let line = complete(&typed);
-        // Shells end a word, and a folder, each in its own way.
-        assert_eq!(line.trim_end_matches(['/', ' ']), format!("{before} {completed}"), "{typed}");
+        // Shells end a word, an option and a folder, each in its own way.
+        assert_eq!(line.trim_end_matches(['/', ' ', '=']), format!("{before} {completed}"), "{typed}");
     }
 }
 
