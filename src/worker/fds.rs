@@ -6,9 +6,11 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::unistd::Pid;
 use socket2::{SockRef, Type};
 
 use crate::address::{Address, Endpoint, Transport};
@@ -58,8 +60,12 @@ impl Listener {
     }
 }
 
-/// Keeps every fd that this process was started with from its workers, apart from stdin, stdout and stderr.
-pub fn close_inherited_on_exec() -> io::Result<()> {
+/// The listeners that this process was started with (sd_listen_fds(3)). They move to other numbers: the workers' have
+/// theirs. It keeps every other fd that it was started with from its workers, apart from stdin, stdout and stderr.
+///
+/// # Errors
+/// Without /proc of this PID namespace; or which listener is missing.
+pub fn take_inherited() -> io::Result<Vec<Listener>> {
     let missing = |error: io::Error| io::Error::new(error.kind(), format!("/proc is needed: {error}"));
     if !procfs::has_own_numbers().map_err(missing)? {
         return Err(io::Error::other(
@@ -68,17 +74,23 @@ pub fn close_inherited_on_exec() -> io::Result<()> {
     }
     let open = fs::read_dir("/proc/self/fd").map_err(missing)?;
     let numbers: Vec<RawFd> = open.flatten().filter_map(|fd| fd.file_name().to_str()?.parse().ok()).collect();
-    numbers.into_iter().filter(|fd| *fd > 2).for_each(sys::set_close_on_exec);
-    Ok(())
-}
-
-/// The listeners that this process was started with (sd_listen_fds(3)). They move to other numbers: the
-/// workers' have theirs.
-pub fn inherited_listeners() -> io::Result<Vec<Listener>> {
-    const FIRST_NEW_NUMBER: RawFd = 64;
     let for_us = std::env::var("LISTEN_PID").is_ok_and(|pid| pid == std::process::id().to_string());
     let count = std::env::var("LISTEN_FDS").ok().and_then(|count| count.parse::<u16>().ok());
-    let count = count.filter(|_| for_us).unwrap_or(0);
+    let given = FIRST_FD..FIRST_FD + RawFd::from(count.filter(|_| for_us).unwrap_or(0));
+    // What this process was started with is not close-on-exec, unlike all that it has opened itself.
+    let is_given = |fd: &RawFd| {
+        procfs::fd_flags(Pid::this(), *fd as u32).is_ok_and(|flags| flags & libc::O_CLOEXEC == 0)
+    };
+    if let Some(fd) = given.clone().find(|fd| !is_given(fd)) {
+        let what = format!("LISTEN_FDS is {}, but file descriptor {fd} is not open", given.len());
+        return Err(io::Error::other(what));
+    }
+    numbers.into_iter().filter(|fd| *fd > 2).for_each(sys::set_close_on_exec);
+    take(given)
+}
+
+fn take(given: Range<RawFd>) -> io::Result<Vec<Listener>> {
+    const FIRST_NEW_NUMBER: RawFd = 64;
     let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
     let mut names = names.split(':').filter(|name| !name.is_empty());
     let take = |number| {
@@ -87,7 +99,7 @@ pub fn inherited_listeners() -> io::Result<Vec<Listener>> {
         let name = names.next().unwrap_or("unknown").to_owned();
         Ok(Listener { name, socket: sys::owned_fd(copy) })
     };
-    (FIRST_FD..FIRST_FD + RawFd::from(count)).map(take).collect()
+    given.map(take).collect()
 }
 
 /// Opens /dev/null under each free number that a worker with so many listeners needs, so that no fd that this
@@ -114,6 +126,7 @@ mod tests {
     fn a_worker_finds_its_listeners_then_its_pipe_then_its_channel() {
         assert_eq!((ready_fd(0), node_channel_fd(0)), (3, 4));
         assert_eq!((ready_fd(2), node_channel_fd(2)), (5, 6));
+        assert_eq!(ready_fd(6), 9, "docs/reference.md");
     }
 
     #[test]

@@ -142,8 +142,7 @@ impl Starter {
     /// was started with. This process keeps its own fds to itself, and may open as many as the hard limit
     /// allows. Call it before anything is opened that lives on.
     pub fn new(settings: Settings, listeners: usize) -> io::Result<Self> {
-        fds::close_inherited_on_exec()?;
-        let inherited = fds::inherited_listeners()?;
+        let inherited = fds::take_inherited()?;
         // Orphans of the workers become children of this process, which reaps them, also if it isn't PID 1.
         nix::sys::prctl::set_child_subreaper(true)?;
         let open_files = getrlimit(Resource::RLIMIT_NOFILE)?;

@@ -2,7 +2,8 @@
 
 use crate::common::load::{Load, LoadOptions};
 use crate::common::{
-    DEADLINE, MARK, Service, Waiting, behind, free_address, get, reload_under_load, turn, wait_until,
+    DEADLINE, MARK, Service, Waiting, behind, behind_shell, free_address, get, reload_under_load, turn,
+    wait_until,
 };
 use crate::{lines_with, listeners, python, word};
 
@@ -40,6 +41,19 @@ fn listeners_from_systemd_socket_activate_are_shared_by_all_workers() {
     assert_eq!(report.counts.generations.keys().next_back(), Some(&6), "{report}");
     assert_eq!(get(own).generation, Some(6));
     service.stop();
+}
+
+#[test]
+fn a_socket_from_systemd_that_is_not_there_is_named() {
+    for text in [
+        "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" \"$@\" 3<&-",
+        "LISTEN_PID=$$ LISTEN_FDS=2 exec \"$0\" \"$@\" 3</dev/null 4<&-",
+    ] {
+        let mut service = Service::spawn(behind_shell(text, "-n 1", &["sleep", "1000"]));
+        assert_eq!(service.wait_end().code(), Some(1));
+        let log = service.log.text();
+        assert!(log.contains("but file descriptor ") && log.contains(" is not open"), "{log}");
+    }
 }
 
 #[test]
