@@ -155,7 +155,7 @@ mod supervisor;
 mod words;
 mod worker;
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 use cli::Invocation;
@@ -168,12 +168,21 @@ const FAILURE: u8 = 1;
 const MISUSE: u8 = 2;
 
 fn main() -> ExitCode {
-    let invocation = output::log::start(std::env::var_os("REUSE_RUN_LOG"))
-        .and_then(|()| cli::parse(std::env::args_os().skip(1), std::env::vars_os()));
+    let level = output::log::start(std::env::var_os("REUSE_RUN_LOG"));
+    let mut invocation = cli::parse(std::env::args_os().skip(1), std::env::vars_os());
+    if !matches!(invocation, Ok(Invocation::Print(_))) {
+        invocation = level.and(invocation);
+    }
     match invocation {
         Ok(Invocation::Print(text)) => {
-            let _ = std::io::stdout().write_all(text.as_bytes()); // the reader may have seen enough
-            ExitCode::SUCCESS
+            let mut stdout = std::io::stdout();
+            match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+                Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+                    error!("can't write to stdout: {error}");
+                    FAILURE.into()
+                }
+                _ => ExitCode::SUCCESS, // the reader may have seen enough
+            }
         }
         Ok(Invocation::Control(command)) => operate::client::run(command).into(),
         Ok(Invocation::Run(options)) => {

@@ -104,7 +104,7 @@ pub struct RunArgs {
 
     /// exit after this many failed starts in a row while no worker is ready, with the exit status of the last one;
     /// 0: never (default 10)
-    #[argh(option, default = "10", arg_name = "COUNT")]
+    #[argh(option, default = "10", arg_name = "COUNT", from_str_fn(times))]
     pub max_failures: u32,
 
     /// which worker gets a new connection. load: a random one, but not a worker that is stuck (connections wait and
@@ -150,7 +150,7 @@ pub struct RunArgs {
     pub no_intercept: bool,
 
     /// at SIGUSR2, replace at most this many workers at a time (default: all at once)
-    #[argh(option, arg_name = "COUNT")]
+    #[argh(option, arg_name = "COUNT", from_str_fn(at_a_time))]
     pub batch: Option<NonZero<u32>>,
 
     /// name by which commands find this reuse-run: reuse-run reload web
@@ -168,6 +168,19 @@ pub struct RunArgs {
     /// print the version
     #[argh(switch, short = 'V')]
     pub version: bool,
+}
+
+fn slot(text: &str) -> Result<u32, String> {
+    text.parse()
+        .map_err(|_| format!("{text:?} is not the number of a slot; a PID or a name comes after --pid"))
+}
+
+fn at_a_time(text: &str) -> Result<NonZero<u32>, String> {
+    text.parse().map_err(|_| format!("{text:?} is not a number of workers from 1 on"))
+}
+
+fn times(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| format!("{text:?} is not a number from 0 on"))
 }
 
 /// A command to a running reuse-run.
@@ -200,7 +213,7 @@ pub enum CommandArgs {
 )]
 pub struct ReloadArgs {
     /// replace at most this many workers at a time (default: as reuse-run was started)
-    #[argh(option, arg_name = "COUNT")]
+    #[argh(option, arg_name = "COUNT", from_str_fn(at_a_time))]
     pub batch: Option<NonZero<u32>>,
 
     /// give the new workers this share of the new connections at first, in percent; needs --for
@@ -328,7 +341,7 @@ pub struct RecycleArgs {
     pub which: Option<Which>,
 
     /// slots, as status shows them
-    #[argh(positional, arg_name = "slot")]
+    #[argh(positional, arg_name = "slot", from_str_fn(slot))]
     pub slots: Vec<u32>,
 }
 

@@ -78,8 +78,6 @@ pub fn parse(
         return parse_command(name, &rest, program);
     }
     let Split { mut options, command, is_marked } = split::split(words, RunArgs::get_args_info().flags)?;
-    options.extend(options_of_variables(&options, variables)?);
-    let options: Vec<&str> = options.iter().map(String::as_str).collect();
     let Some(args) = parse_options::<RunArgs>(&["reuse-run"], &options)? else {
         let commands = CommandArgs::get_args_info().commands;
         let info = CommandInfoWithArgs { commands, ..RunArgs::get_args_info() };
@@ -88,6 +86,8 @@ pub fn parse(
     if args.version {
         return Ok(Invocation::Print(concat!("reuse-run ", env!("CARGO_PKG_VERSION"), "\n").to_owned()));
     }
+    options.extend(options_of_variables(&options, variables)?);
+    let args = parse_options::<RunArgs>(&["reuse-run"], &options)?.unwrap_or(args);
     if args.batch.is_some() && args.balance == Balancing::Queue {
         let why = "a generation with one queue is replaced as a whole";
         return Err(format!("--batch can't be combined with --balance queue: {why}"));
@@ -117,8 +117,7 @@ fn options_of_variables(
     }
     let mut all = Vec::new();
     for (variable, words) in said.options {
-        let refs: Vec<&str> = words.iter().map(String::as_str).collect();
-        parse_options::<RunArgs>(&["reuse-run"], &refs).map_err(|why| {
+        parse_options::<RunArgs>(&["reuse-run"], &words).map_err(|why| {
             let why = why.strip_prefix(&format!("{}: ", words[0])).unwrap_or(&why);
             format!("{variable}: {why}")
         })?;
@@ -213,8 +212,9 @@ fn options_of(args: RunArgs, command: OsString, arguments: Vec<OsString>) -> Opt
 ///
 /// # Errors
 /// One line that says what is wrong.
-fn parse_options<T: FromArgs>(name: &[&str], words: &[&str]) -> Result<Option<T>, String> {
-    match T::from_args(name, words) {
+fn parse_options<T: FromArgs>(name: &[&str], words: &[String]) -> Result<Option<T>, String> {
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match T::from_args(name, &words) {
         Ok(args) => Ok(Some(args)),
         Err(EarlyExit { status: Ok(()), .. }) => Ok(None),
         Err(EarlyExit { output, status: Err(()) }) => Err(one_line(&output)),
@@ -244,7 +244,6 @@ fn parse_command(name: &str, words: &[String], program: Option<Vec<String>>) -> 
     };
     let words: Vec<String> =
         words.iter().map(|word| if is_negative(word) { format!(" {word}") } else { word.clone() }).collect();
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let Some(args) = parse_options::<CommandArgs>(&["reuse-run", name], &words)? else {
         let info = CommandArgs::get_args_info().commands.into_iter().find(|it| it.name == name);
         let info = info.map(|it| it.command).unwrap_or_default();

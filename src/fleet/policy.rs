@@ -154,15 +154,12 @@ impl Target {
     /// When there can't be so many.
     pub fn workers(self, now: u32) -> Result<u32, String> {
         let workers = match self {
-            Self::Exactly(number) => number,
-            Self::More(number) => now.saturating_add(number),
-            Self::Fewer(number) => now.saturating_sub(number),
+            Self::Exactly(number) => number.into(),
+            Self::More(number) => i64::from(now) + i64::from(number),
+            Self::Fewer(number) => i64::from(now) - i64::from(number),
         };
-        if (1..=MAX_WORKERS).contains(&workers) {
-            Ok(workers)
-        } else {
-            Err(format!("there can be 1 to {MAX_WORKERS} workers, not {workers}"))
-        }
+        let possible = u32::try_from(workers).ok().filter(|workers| (1..=MAX_WORKERS).contains(workers));
+        possible.ok_or_else(|| format!("there can be 1 to {MAX_WORKERS} workers, not {workers}"))
     }
 }
 

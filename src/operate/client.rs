@@ -124,10 +124,13 @@ fn show(
         // Clear to the end of each line, and everything below.
         let text = if redraws { format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")) } else { text };
         let shown = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());
-        if !watch || shown.is_err() {
-            return Ok(exit_status);
+        match shown {
+            Ok(()) if watch => thread::sleep(WATCH_INTERVAL),
+            Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+                return Err(format!("can't write the status: {error}").into());
+            }
+            _ => return Ok(exit_status), // it is enough for the reader
         }
-        thread::sleep(WATCH_INTERVAL);
     }
 }
 
@@ -147,9 +150,16 @@ fn change(target: Target, request: Request, timeout: Option<Duration>) -> Result
                 let now = Instant::now();
                 if let Some(timeout) = timeout.filter(|timeout| now >= begun + *timeout) {
                     let timeout = humantime::format_duration(timeout);
-                    return Err(format!(
-                        "not finished after {timeout} (see --timeout); it continues in the background"
-                    )
+                    return Err(match first_reply {
+                        None => {
+                            format!(
+                                "not finished after {timeout} (see --timeout); it continues in the background"
+                            )
+                        }
+                        Some(_) => {
+                            format!("process {} has not answered after {timeout} (see --timeout)", target.pid)
+                        }
+                    }
                     .into());
                 }
                 if first_reply.is_some_and(|at| now >= at) {

@@ -5,9 +5,10 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use log::warn;
-use nix::unistd::{AccessFlags, access};
+use nix::unistd::{AccessFlags, Pid, access};
 
 use crate::kernel::file::open_regular;
+use crate::kernel::procfs;
 
 #[derive(Debug)]
 pub struct PidFile {
@@ -37,6 +38,9 @@ impl PidFile {
         if self.is_written {
             return;
         }
+        if let Some(other) = self.other() {
+            warn!("--pidfile {}: it was that of process {other}, which still runs", self.path.display());
+        }
         let mut name = self.path.as_os_str().to_owned();
         name.push(format!(".{}", std::process::id()));
         let write = || -> io::Result<()> {
@@ -54,20 +58,31 @@ impl PidFile {
             }
         }
     }
+
+    /// The PID in the file.
+    fn read(&self) -> Option<u32> {
+        const MAX_LENGTH: u64 = 16;
+        let mut text = String::new();
+        // The folder may be another user's.
+        let file = open_regular(&self.path, libc::O_NOFOLLOW).ok()?;
+        file.take(MAX_LENGTH).read_to_string(&mut text).ok()?;
+        text.strip_suffix('\n')?.parse().ok()
+    }
+
+    /// The other reuse-run whose file it is, if that runs.
+    fn other(&self) -> Option<u32> {
+        let is_other = |pid: &u32| {
+            let name = procfs::name(Pid::from_raw(*pid as i32));
+            *pid != std::process::id() && name.is_some() && name == procfs::name(Pid::this())
+        };
+        self.read().filter(is_other)
+    }
 }
 
 impl Drop for PidFile {
     /// Removes the file, unless it holds another PID: then another process has replaced it.
     fn drop(&mut self) {
-        let ours = format!("{}\n", std::process::id());
-        let is_ours = || -> io::Result<bool> {
-            let mut text = String::new();
-            // The folder may be another user's.
-            let file = open_regular(&self.path, libc::O_NOFOLLOW)?;
-            file.take(ours.len() as u64 + 1).read_to_string(&mut text)?;
-            Ok(text == ours)
-        };
-        if self.is_written && is_ours().unwrap_or(false) {
+        if self.is_written && self.read() == Some(std::process::id()) {
             let _ = fs::remove_file(&self.path);
         }
     }

@@ -121,6 +121,17 @@ fn timeout_ends_the_wait_and_not_the_reload() {
 }
 
 #[test]
+fn timeout_promises_nothing_of_a_reuse_run_that_has_not_answered() {
+    let (_, _, mut service) = Service::with_flags("-n 1", &[]);
+    service.signal(Signal::SIGSTOP);
+    let outcome = run(&service, "reload --timeout 200ms");
+    service.signal(Signal::SIGCONT);
+    let why = format!("process {} has not answered after 200ms (see --timeout)", service.pid());
+    outcome.assert_failed(&[&why]);
+    service.stop();
+}
+
+#[test]
 fn an_interrupt_ends_the_wait_and_not_the_reload() {
     let (addr, folder, mut service) = Service::with_flags("-n 1", &[]);
     let reload = begin_held(&service, &folder);

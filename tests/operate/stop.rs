@@ -126,6 +126,20 @@ fn a_pid_file_that_another_process_has_written_is_left_alone() {
 }
 
 #[test]
+fn a_pid_file_of_another_one_that_runs_is_taken_over_with_a_warning() {
+    let folder = Folder::new();
+    let options = format!("-n 1 --pidfile {}", folder.path("pid"));
+    let mut one = Service::run_ready(&options, &naive(free_address()));
+    let mut other = Service::run_ready(&options, &naive(free_address()));
+    other.wait_for_line(&format!("it was that of process {}, which still runs", one.pid()));
+    one.stop();
+    let pid = fs::read_to_string(folder.path("pid")).expect("the other's");
+    assert_eq!(pid, format!("{}\n", other.pid()));
+    other.stop();
+    assert!(!one.log.text().contains("warn"), "{}", one.log.text());
+}
+
+#[test]
 fn when_the_pid_file_cannot_be_written_no_worker_is_started() {
     needs_other_users!();
     let user = User::new();

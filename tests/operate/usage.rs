@@ -1,8 +1,11 @@
 //! Wrong options, help, and programs with the name of a command.
 
 use std::os::unix::fs::symlink;
+use std::process::Command;
 
-use crate::common::{Folder, Outcome, Service, free_address, naive, reuse_run, reuse_run_with, run_words};
+use crate::common::{
+    Folder, Outcome, Service, free_address, naive, own_network, reuse_run, reuse_run_with, run_words,
+};
 
 #[test]
 fn wrong_options_of_a_command_exit_with_2_and_one_line() {
@@ -77,6 +80,53 @@ fn a_variable_with_a_wrong_value_is_named() {
         command.args(["--", "true"]).env(name, value);
         let outcome = Outcome::of(Service::spawn(command));
         assert!(outcome.code == Some(2) && outcome.err.contains(part), "{outcome:?}");
+    }
+}
+
+#[test]
+fn help_and_version_are_printed_whatever_the_variables_are() {
+    for (name, value) in [("REUSE_RUN_WORKERS", "many"), ("REUSE_RUN_LOG", "loud")] {
+        for (option, part) in [("--help", "Usage: reuse-run"), ("--version", "reuse-run ")] {
+            let mut command = reuse_run();
+            command.arg(option).env(name, value);
+            let outcome = Outcome::of(Service::spawn(command));
+            assert!(outcome.code == Some(0) && outcome.out.starts_with(part), "{outcome:?}");
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_written_is_an_error_and_a_closed_pipe_is_none() {
+    own_network();
+    let mut service = Service::run_ready("-n 1", &naive(free_address()));
+    for words in ["--help", "--version", "reload --help", "status", "status --json"] {
+        let shell = |rest: &str| {
+            let mut shell = Command::new("bash");
+            shell.args(["-c", &format!("{} {words} {rest}", reuse_run().get_program().display())]);
+            Outcome::of(Service::spawn(shell))
+        };
+        let outcome = shell(">/dev/full");
+        assert_eq!(outcome.code, Some(1), "{words}: {outcome:?}");
+        assert!(outcome.err.contains("No space left on device"), "{words}: {outcome:?}");
+        let outcome = shell("| true; exit ${PIPESTATUS[0]}");
+        assert_eq!((outcome.code, outcome.err.as_str()), (Some(0), ""), "{words}: {outcome:?}");
+    }
+    service.stop();
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    for (words, part) in [
+        ("-n 1 -n 2 -- true", "-n: duplicate values provided"),
+        ("--batch 0 -- true", "--batch: \"0\" is not a number of workers from 1 on"),
+        ("--max-failures -1 -- true", "--max-failures: \"-1\" is not a number from 0 on"),
+        ("reload --batch 0", "--batch: \"0\" is not a number of workers from 1 on"),
+        ("recycle web", "slots: \"web\" is not the number of a slot; a PID or a name comes after --pid"),
+        ("--name 1a -- true", "\"1a\" is not a name: a letter"),
+        ("stop a/b", "\"a/b\" is neither a PID nor a name"),
+    ] {
+        let outcome = run_words(words);
+        assert!(outcome.code == Some(2) && outcome.err.contains(part), "{words}: {outcome:?}");
     }
 }
 
