@@ -19,7 +19,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::load::{self, Failure, Kind, Load, LoadOptions, Mode, Protocol, Report};
-use common::{DEADLINE, Folder, Service, arguments, free_port, reuse_run, wait_until};
+use common::{DEADLINE, Folder, Service, arguments, free_port, is_left_out, reuse_run, wait_until};
 use libtest_mimic::{Arguments, Trial};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -50,6 +50,9 @@ struct Manifest {
     _needs: String,
     /// Why it isn't tested by every run: its test is ignored unless asked for by `--ignored` or `--include-ignored`.
     by_hand: Option<String>,
+    /// Whether it changes its user. It is left out where there is none but root.
+    #[serde(default)]
+    changes_user: bool,
     /// A command that prints the version. The first word with a digit and a dot counts.
     version: String,
     /// A command that prepares the server, for example compiles it.
@@ -118,8 +121,13 @@ fn main() {
         .cloned()
         .map(|name| {
             let rows = Arc::clone(&rows);
-            let by_hand = manifest(&name).is_ok_and(|manifest| manifest.by_hand.is_some());
-            Trial::test(name.clone(), move || Ok(test(&name, &rows)?)).with_ignored_flag(by_hand)
+            let manifest = manifest(&name);
+            let by_hand = manifest.as_ref().is_ok_and(|manifest| manifest.by_hand.is_some());
+            let changes_user = manifest.is_ok_and(|manifest| manifest.changes_user);
+            let title = name.clone();
+            let test =
+                move || if changes_user && is_left_out(&name) { Ok(()) } else { Ok(test(&name, &rows)?) };
+            Trial::test(title, test).with_ignored_flag(by_hand)
         })
         .collect();
     if !update {

@@ -142,7 +142,7 @@ impl Nginx {
     fn start(folder: &Folder, port: u16, upstream: &str) -> Nginx {
         let root = folder.path("");
         let config = format!(
-            "daemon off; master_process off; pid {root}nginx.pid; error_log stderr; worker_processes 1;
+            "user root; daemon off; master_process off; pid {root}nginx.pid; error_log stderr; worker_processes 1;
              events {{ }}
              http {{
                access_log off;
