@@ -84,6 +84,7 @@ fn closers(service: &Service) -> usize {
 
 #[test]
 fn what_a_worker_sends_to_its_notify_socket_makes_nobody_wait() {
+    needs_other_users!();
     for kind in KINDS {
         let (addr, folder) = (free_address(), open_folder());
         let service = Service::run_ready("-n 1", &worker(addr, &[kind, "notify", &folder.path("")]));
@@ -96,6 +97,7 @@ fn what_a_worker_sends_to_its_notify_socket_makes_nobody_wait() {
 
 #[test]
 fn what_a_worker_sends_by_nodes_channel_makes_nobody_wait() {
+    needs_other_users!();
     for kind in KINDS {
         let (addr, folder) = (free_address(), open_folder());
         let service = Service::run_ready("-n 1", &worker(addr, &[kind, "node", &folder.path("")]));
@@ -136,6 +138,7 @@ fn what_another_user_sends_to_the_control_socket_makes_nobody_wait() {
 
 #[test]
 fn a_flood_of_files_that_cannot_be_closed_takes_a_few_processes() {
+    needs_other_users!();
     const FLOOD: usize = 150;
     own_network();
     let (addr, folder) = (free_address(), open_folder());
@@ -153,6 +156,7 @@ fn a_flood_of_files_that_cannot_be_closed_takes_a_few_processes() {
 
 #[test]
 fn a_worker_that_floods_its_notify_socket_with_them_makes_only_itself_wait() {
+    needs_other_users!();
     let (addr, folder) = (free_address(), open_folder());
     let service = Service::run_ready("-n 1", &worker(addr, &["flush", "notify", &folder.path(""), "10"]));
     send(&service, &service, &folder);
@@ -165,6 +169,7 @@ fn a_worker_that_floods_its_notify_socket_with_them_makes_only_itself_wait() {
 
 #[test]
 fn what_nobody_has_read_at_the_end_does_not_hold_it_up() {
+    needs_other_users!();
     own_network();
     for kind in KINDS {
         let (addr, folder) = (free_address(), open_folder());
@@ -182,6 +187,7 @@ fn what_nobody_has_read_at_the_end_does_not_hold_it_up() {
 
 #[test]
 fn the_control_socket_refuses_descriptors_where_the_kernel_can() {
+    needs_other_users!();
     own_network();
     let (addr, folder) = (free_address(), open_folder());
     let mut service = Service::run_ready("-n 1", &worker(addr, &[]));
