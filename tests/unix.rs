@@ -550,6 +550,7 @@ fn a_worker_with_another_user_whose_fds_cannot_be_read_has_the_whole_drain() {
     service.assert_keeps(old);
     folder.raise("socket.go");
     assert_eq!(client.join().expect("an answer").generation, Some(1));
+    service.assert_keeps(old);
     service.stop();
 }
 

@@ -324,12 +324,14 @@ pub fn first_holders(root: Pid, is_wanted: &impl Fn(u64) -> bool) -> Vec<Pid> {
     let mut next = 0;
     while let Some(pid) = searched.get(next).copied().filter(|_| next < MAX_PROCESSES) {
         next += 1;
-        if sockets(pid).map_or(true, |open| open.iter().any(|(_, inode)| is_wanted(*inode))) {
+        let may_have = |it: io::Result<Option<(u32, u64)>>| {
+            it.map_or(true, |it| it.is_some_and(|(_, inode)| is_wanted(inode)))
+        };
+        if each_descriptor(pid).map_or(true, |mut open| open.any(may_have)) {
             holders.push(pid);
         } else {
-            searched.extend(
-                children(pid).into_iter().filter(|child| !searched.contains(child)).collect::<Vec<_>>(),
-            );
+            let more = children(pid).into_iter().filter(|child| !searched.contains(child));
+            searched.extend(more.collect::<Vec<_>>());
         }
     }
     holders

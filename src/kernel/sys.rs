@@ -424,10 +424,11 @@ pub fn epoll_add_as(
     added.map(|_| ())
 }
 
-/// fcntl(2), F_SETFD: sets FD_CLOEXEC on an fd number. A number that isn't open is no error.
-pub fn set_close_on_exec(fd: c_int) {
-    // SAFETY: F_SETFD changes one flag and takes no pointer. It fails with EBADF on a number that isn't open.
-    unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+/// fcntl(2), F_SETFD: sets FD_CLOEXEC on an fd number. A number that isn't open is no error. Returns whether it was open
+/// without that flag, as what this process was started with is.
+pub fn set_close_on_exec(fd: c_int) -> bool {
+    // SAFETY: neither takes a pointer. Both fail with EBADF on a number that isn't open.
+    unsafe { libc::fcntl(fd, libc::F_GETFD) == 0 && libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) == 0 }
 }
 
 /// Whether this process has file descriptors in reserve, for what it has to read, accept and answer whatever workers do.

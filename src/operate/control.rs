@@ -15,6 +15,7 @@ use log::debug;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
+use socket2::Socket;
 
 use crate::fleet::Ticket;
 use crate::kernel::inbox::{self, Inbox};
@@ -60,7 +61,7 @@ enum State {
 pub struct Control {
     name: Option<Name>,
     /// What keeps others of this user from starting with the name.
-    _claim: Option<UnixListener>,
+    _claim: Option<Socket>,
     listener: UnixListener,
     /// A file descriptor in reserve. When no other is free it is closed for a moment, so that a client can be accepted and
     /// refused.
@@ -75,7 +76,7 @@ impl Control {
     ///
     /// # Errors
     /// Without /proc, or when sockets can't be made.
-    pub fn new(name: Option<Name>, claim: Option<UnixListener>) -> io::Result<Self> {
+    pub fn new(name: Option<Name>, claim: Option<Socket>) -> io::Result<Self> {
         let socket = protocol::socket_name(std::process::id(), name.as_ref())?;
         let listen = |name: &str| UnixListener::bind_addr(&SocketAddr::from_abstract_name(name)?);
         let listener = match listen(&socket) {

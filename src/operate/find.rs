@@ -5,14 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use nix::unistd::{Pid, geteuid};
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::kernel::procfs;
 use crate::operate::peer::Peer;
@@ -20,7 +20,7 @@ use crate::operate::protocol::{self, Name};
 
 /// How long to wait for room in the queue of a control socket.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait until who has a name listens.
+/// How long to wait until it is known who has a name.
 const CLAIM_TIMEOUT: Duration = Duration::from_secs(1);
 /// The pause between two attempts while there is no room.
 const RETRY_INTERVAL: Duration = Duration::from_millis(10);
@@ -140,27 +140,30 @@ fn listed_names() -> impl Iterator<Item = String> {
     procfs::unix_sockets().into_iter().filter_map(|socket| Some(socket.name.strip_prefix('@')?.to_owned()))
 }
 
-/// Takes a name for this user, for as long as what is returned lives: of several that start at once, one gets it. `None` if
-/// nobody can have it: another user listens there, or there is no /proc.
+/// Takes a name for this user, for as long as what is returned lives: of several that start at once, one gets it. Nobody can
+/// connect to it. `None` if another user has taken it, for a second at least, or if there is no /proc.
 ///
 /// # Errors
 /// When another reuse-run of this user has it.
-pub fn claim(name: &Name) -> io::Result<Option<UnixListener>> {
-    let user = geteuid().as_raw();
-    let Ok(socket) = protocol::claim_name(user, name) else { return Ok(None) };
+pub fn claim(name: &Name) -> io::Result<Option<Socket>> {
+    let claim = || -> io::Result<Socket> {
+        let address = SockAddr::unix(format!("\0{}", protocol::claim_name(geteuid().as_raw(), name)?))?;
+        let claim = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        claim.bind(&address)?;
+        Ok(claim)
+    };
     let deadline = Instant::now() + CLAIM_TIMEOUT;
     loop {
-        let claim = SocketAddr::from_abstract_name(&socket).and_then(|name| UnixListener::bind_addr(&name));
-        if !claim.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
-            return Ok(claim.ok());
+        match claim() {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            result => return Ok(result.ok()),
         }
-        match connect_now(&socket).map(|stream| Peer::of(&stream)) {
-            Ok(Ok(peer)) if peer.uid == user && peer.shares_namespaces() => {
-                return Err(has_name(peer.pid, name));
-            }
-            // Between its bind and its listen; or it has just ended.
-            Err(Errno::ECONNREFUSED) if Instant::now() < deadline => thread::sleep(RETRY_INTERVAL),
-            _ => return Ok(None),
+        // Who has it has a control socket, or will.
+        let found = find(Some(&Which::Name(name.clone()))).unwrap_or_default();
+        match found.first() {
+            Some(other) => return Err(has_name(other.pid, name)),
+            None if Instant::now() >= deadline => return Ok(None),
+            None => thread::sleep(RETRY_INTERVAL),
         }
     }
 }

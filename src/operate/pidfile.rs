@@ -8,7 +8,7 @@ use log::warn;
 use nix::unistd::{AccessFlags, Pid, access};
 
 use crate::kernel::file::open_regular;
-use crate::kernel::procfs;
+use crate::kernel::procfs::{self, Life};
 
 #[derive(Debug)]
 pub struct PidFile {
@@ -73,7 +73,8 @@ impl PidFile {
     fn other(&self) -> Option<u32> {
         let is_other = |pid: &u32| {
             let name = procfs::name(Pid::from_raw(*pid as i32));
-            *pid != std::process::id() && name.is_some() && name == procfs::name(Pid::this())
+            let runs = procfs::life(Pid::from_raw(*pid as i32)) == Life::Lives;
+            *pid != std::process::id() && runs && name.is_some() && name == procfs::name(Pid::this())
         };
         self.read().filter(is_other)
     }

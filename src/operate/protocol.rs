@@ -132,7 +132,7 @@ pub fn socket_name(pid: u32, name: Option<&Name>) -> io::Result<String> {
     Ok(format!("{}{pid}{name}", prefix()?))
 }
 
-/// What only one reuse-run of a user listens at, in this PID namespace: the one that has the name.
+/// The name of a socket that only one reuse-run of a user has, in this PID namespace: the one that is called so.
 ///
 /// # Errors
 /// Without /proc.

@@ -171,7 +171,7 @@ fn control(name: Option<Name>) -> io::Result<Option<Control>> {
     let Some(name) = name else { return Ok(Control::new(None, None).map_err(warning).ok()) };
     let claim = find::claim(&name)?;
     let control = Control::new(Some(name.clone()), claim).map_err(warning).ok();
-    // Where another user has kept it from making its claim.
+    // Where another user has kept it from making its claim; or an older reuse-run, which makes none.
     let found = find::find(Some(&Which::Name(name.clone()))).unwrap_or_default();
     match found.iter().map(|other| other.pid).find(|pid| *pid != std::process::id()) {
         Some(pid) => Err(find::has_name(pid, &name)),

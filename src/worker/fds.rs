@@ -10,7 +10,6 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::unistd::Pid;
 use socket2::{SockRef, Type};
 
 use crate::address::{Address, Endpoint, Transport};
@@ -61,7 +60,7 @@ impl Listener {
 }
 
 /// The listeners that this process was started with (sd_listen_fds(3)). They move to other numbers: the workers' have
-/// theirs. It keeps every other fd that it was started with from its workers, apart from stdin, stdout and stderr.
+/// theirs. Every other fd that this process was started with is kept from its workers, apart from stdin, stdout and stderr.
 ///
 /// # Errors
 /// Without /proc of this PID namespace; or which listener is missing.
@@ -77,15 +76,12 @@ pub fn take_inherited() -> io::Result<Vec<Listener>> {
     let for_us = std::env::var("LISTEN_PID").is_ok_and(|pid| pid == std::process::id().to_string());
     let count = std::env::var("LISTEN_FDS").ok().and_then(|count| count.parse::<u16>().ok());
     let given = FIRST_FD..FIRST_FD + RawFd::from(count.filter(|_| for_us).unwrap_or(0));
-    // What this process was started with is not close-on-exec, unlike all that it has opened itself.
-    let is_given = |fd: &RawFd| {
-        procfs::fd_flags(Pid::this(), *fd as u32).is_ok_and(|flags| flags & libc::O_CLOEXEC == 0)
-    };
-    if let Some(fd) = given.clone().find(|fd| !is_given(fd)) {
+    let started_with: Vec<RawFd> =
+        numbers.into_iter().filter(|fd| *fd > 2 && sys::set_close_on_exec(*fd)).collect();
+    if let Some(fd) = given.clone().find(|fd| !started_with.contains(fd)) {
         let what = format!("LISTEN_FDS is {}, but file descriptor {fd} is not open", given.len());
         return Err(io::Error::other(what));
     }
-    numbers.into_iter().filter(|fd| *fd > 2).for_each(sys::set_close_on_exec);
     take(given)
 }
 

@@ -1,6 +1,8 @@
 //! `reload`, and how reloads and scalings wait for each other.
 
-use crate::common::{DEADLINE, Folder, Outcome, Service, begin, free_address, get, naive, run, wait_until};
+use crate::common::{
+    DEADLINE, Folder, Outcome, Service, begin, free_address, get, naive, run, status, wait_until,
+};
 use nix::sys::signal::Signal;
 
 /// Begins a reload to generation 2 whose worker 0 waits until `hold-2-0` is lowered.
@@ -128,6 +130,7 @@ fn timeout_promises_nothing_of_a_reuse_run_that_has_not_answered() {
     service.signal(Signal::SIGCONT);
     let why = format!("process {} has not answered after 200ms (see --timeout)", service.pid());
     outcome.assert_failed(&[&why]);
+    assert_eq!(status(&service)["generation"], 1, "it was not read");
     service.stop();
 }
 

@@ -107,6 +107,17 @@ fn a_release_needs_a_clean_checkout_of_the_tag() {
     refused("holds something else than packages: mine");
     output.lower("mine");
     output.raise("image.iso");
+    git(&checkout, &format!("tag v{VERSION}"));
+    let rustc = Folder::new();
+    // It has no other target.
+    let text =
+        "#!/bin/sh\nPATH=${PATH#*:}\n[ \"$*\" = '--print sysroot' ] && echo /nowhere || exec rustc \"$@\"\n";
+    rustc.write_with("rustc", text, 0o755);
+    let path = format!("{}:{}", rustc.0.display(), std::env::var("PATH").expect("PATH"));
+    let incomplete = Command::new(checkout.0.join("scripts/release")).env("PATH", path).output();
+    let incomplete = incomplete.expect("run scripts/release");
+    let text = String::from_utf8_lossy(&incomplete.stderr).into_owned();
+    assert!(!incomplete.status.success() && text.contains("missing `rustup target add "), "{text}");
     run(release(&checkout, &output.0).arg("--untagged"));
     assert!(!output.0.join("image.iso").exists(), "what the sums name is replaced");
     let notes = |path: String| fs::read_to_string(path).expect("the notes");

@@ -118,8 +118,9 @@ fn assert_works(machine: &Machine) {
     };
     machine.assert("start", true);
     serves(1);
-    let (status, text) = machine.container.exec(&["reuse-run", "status", &machine.property("MainPID")]);
-    assert!(status == Some(0) && text.contains("2 of 2 slots ready"), "{text}");
+    let (status, text) =
+        machine.container.exec(&["reuse-run", "status", "--json", &machine.property("MainPID")]);
+    assert!(status == Some(0) && text.contains("\"ready\":2,"), "{text}");
     let load = Load::start(LoadOptions::new(ADDRESS, 4));
     for generation in 2..=4 {
         answered_more(&load);
@@ -164,7 +165,10 @@ fn the_unit_of_the_debian_package_starts_reloads_and_stops_a_service() {
 fn a_unit_of_ones_own_starts_reloads_and_stops_a_service() {
     needs_other_users!();
     let docs = fs::read_to_string(here("docs/systemd.md")).expect("the page");
-    assert!(docs.contains(r#"reuse-run status "$(systemctl show --value --property MainPID app)""#));
+    let monitoring = fs::read_to_string(here("docs/monitoring.md")).expect("the page");
+    let with_pid = r#""$(systemctl show --value --property MainPID app)"`"#;
+    assert!(docs.contains(&format!("`reuse-run status {with_pid}")));
+    assert!(monitoring.contains(&format!("`reuse-run status --json {with_pid}")));
     let (_, unit) = docs.split_once("# app.service\n").expect("a unit");
     let (unit, rest) = unit.split_once("```").expect("its end");
     let (older, reload) = ("Type=notify", "ExecReload=/usr/local/bin/reuse-run reload $MAINPID");
