@@ -233,16 +233,16 @@ mod tests {
     #[test]
     fn a_process_that_the_signal_kills_is_told_from_one_that_lives_on_and_one_that_exits() {
         let watch = |pid| {
-            let mut watch = EndWatch::hold(1, &[(pid, Vec::new())], Signal::SIGINT);
+            let mut watch = EndWatch::hold(1, &[(pid, Vec::new())], Signal::SIGTERM);
             watch.begin();
             watch
         };
         let mut lives = watch(Pid::this());
         assert_eq!(lives.verdict(Instant::now()), None);
         assert_eq!(lives.verdict(Instant::now() + WATCH_TIMEOUT), Some(false), "it lives");
-        lives.reaped(Pid::from_raw(1), End::Killed(libc::SIGINT));
+        lives.reaped(Pid::from_raw(1), End::Killed(libc::SIGTERM));
         assert_eq!(lives.verdict(Instant::now()), None, "another one was reaped");
-        lives.reaped(Pid::this(), End::Killed(libc::SIGINT));
+        lives.reaped(Pid::this(), End::Killed(libc::SIGTERM));
         assert_eq!(lives.verdict(Instant::now()), Some(true));
         let is_killed_by = |command: &mut Command, signal| {
             let mut child = command.spawn().unwrap();
@@ -253,8 +253,8 @@ mod tests {
             child.wait().unwrap();
             verdict.unwrap()
         };
-        assert!(is_killed_by(Command::new("sleep").arg("1000"), Signal::SIGINT));
-        assert!(!is_killed_by(Command::new("sleep").arg("1000"), Signal::SIGTERM), "by another signal");
+        assert!(is_killed_by(Command::new("sleep").arg("1000"), Signal::SIGTERM));
+        assert!(!is_killed_by(Command::new("sleep").arg("1000"), Signal::SIGUSR1), "by another signal");
         assert!(!is_killed_by(Command::new("sleep").arg("0"), Signal::SIGCONT), "it exits");
     }
 
@@ -274,8 +274,8 @@ mod tests {
         for asks in [false, true] {
             let (mut killed, mut client, open) = process_with_a_connection();
             let pid = Pid::from_raw(killed.id() as i32);
-            let mut watch = EndWatch::hold(1, &[(pid, vec![open])], Signal::SIGINT);
-            kill(pid, Signal::SIGINT).unwrap();
+            let mut watch = EndWatch::hold(1, &[(pid, vec![open])], Signal::SIGTERM);
+            kill(pid, Signal::SIGTERM).unwrap();
             waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
             assert!(is_open(&mut client), "it is held over the end of its process");
             if asks {
@@ -294,7 +294,7 @@ mod tests {
     #[test]
     fn a_connection_that_its_process_closes_itself_is_not_held() {
         let (mut client, server, open) = connection();
-        let mut watch = EndWatch::hold(1, &[(Pid::this(), vec![open])], Signal::SIGINT);
+        let mut watch = EndWatch::hold(1, &[(Pid::this(), vec![open])], Signal::SIGTERM);
         watch.look();
         assert!(is_open(&mut client));
         drop(server);
