@@ -172,7 +172,9 @@ fn a_claim_that_another_user_has_made_keeps_no_reuse_run_from_having_a_name() {
     let claim = control_name(0).replace("/0", &format!("/name/{}/web", nix::unistd::geteuid()));
     let stranger = stranger(&["listen", &claim]);
     stranger.wait_for_output("listens");
+    let begun = Instant::now();
     let mut service = Service::run_ready("-n 1 --name web", &naive(free_address()));
+    assert!(begun.elapsed() >= Duration::from_secs(1), "it has waited for the claim");
     run_words("reload web").assert_done("1 worker of generation 2 serve");
     let mut again = Service::run("-n 1 --name web", &naive(free_address()));
     assert_eq!(again.wait_end().code(), Some(1));
