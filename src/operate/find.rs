@@ -219,8 +219,7 @@ pub fn find(which: Option<&Which>) -> Result<Vec<Target>, CommandError> {
     let found = |pid: &u32| match try_connect(Target::own(*pid), deadline) {
         Ok(_) => true,
         // It may be a reuse-run all the same. Otherwise others could choose which one is commanded, by their connections.
-        Err(Failure::Full) if name.is_none() => procfs::name(Pid::from_raw(*pid as i32))
-            .is_some_and(|name| procfs::name(Pid::this()) == Some(name)),
+        Err(Failure::Full) if name.is_none() => is_called_as_this(*pid),
         Err(_) => false,
     };
     let found: Vec<Target> = own.into_iter().filter(found).map(Target::own).collect();
@@ -242,6 +241,11 @@ pub fn find(which: Option<&Which>) -> Result<Vec<Target>, CommandError> {
     let list = list(&others);
     let why = format!("no reuse-run of root is running here; add the PID of another user's:{list}");
     Err(CommandError { why, exit_status: 2 })
+}
+
+/// Whether a process has this one's name in /proc, as each reuse-run has; but any process may choose it.
+pub fn is_called_as_this(pid: u32) -> bool {
+    procfs::name(Pid::from_raw(pid as i32)).is_some_and(|name| procfs::name(Pid::this()) == Some(name))
 }
 
 /// # Errors

@@ -9,6 +9,7 @@ use nix::unistd::{AccessFlags, Pid, access};
 
 use crate::kernel::file::open_regular;
 use crate::kernel::procfs::{self, Life};
+use crate::operate::find;
 
 #[derive(Debug)]
 pub struct PidFile {
@@ -72,9 +73,8 @@ impl PidFile {
     /// The other reuse-run whose file it is, if that runs.
     fn other(&self) -> Option<u32> {
         let is_other = |pid: &u32| {
-            let name = procfs::name(Pid::from_raw(*pid as i32));
-            let runs = procfs::life(Pid::from_raw(*pid as i32)) == Life::Lives;
-            *pid != std::process::id() && runs && name.is_some() && name == procfs::name(Pid::this())
+            let lives = procfs::life(Pid::from_raw(*pid as i32)) == Life::Lives;
+            *pid != std::process::id() && lives && find::is_called_as_this(*pid)
         };
         self.read().filter(is_other)
     }

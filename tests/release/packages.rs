@@ -162,9 +162,14 @@ fn the_archive_holds_the_binary_its_licences_man_pages_and_completions() {
     run(Command::new("tar").args(["-xzf", &package(".tar.gz"), "-C", &folder.path("")]));
     let inside = |path: &str| folder.path(&format!("reuse-run-{VERSION}/{path}"));
     assert_is_the_version(&inside("reuse-run"));
-    for file in
-        ["README.md", "LICENSE-MIT", "LICENSE-APACHE", "docs/limits.md", "man/man1/reuse-run-reload.1"]
-    {
+    for file in [
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE-MIT",
+        "LICENSE-APACHE",
+        "docs/limits.md",
+        "man/man1/reuse-run-reload.1",
+    ] {
         assert!(Path::new(&inside(file)).exists(), "no {file}");
     }
     assert_eq!(fs::read_dir(inside("completions")).expect("completions").count(), 3);
