@@ -89,7 +89,7 @@
 //! | a system call (with `kernel/tracee` and `kernel/notice` the only unsafe code); a file of /proc; a query to sock_diag | `kernel/sys`; `kernel/procfs`; `kernel/sockdiag` |
 //! | how long threads have waited for a CPU; whether files are ready; that one was readable for a moment | `kernel/scheduling`; `kernel/ready`; `kernel/notice` |
 //! | whether datagrams wait in a socket | `kernel/datagrams` |
-//! | which process has a socket open; duplicates of workers' sockets | `kernel/search`; `kernel/duplicate` |
+//! | which process has a socket open; a search for one; duplicates of workers' sockets | `kernel/open_sockets`; `kernel/search`; `kernel/duplicate` |
 //! | processes that do what may wait; their queues, and what becomes of one that is late | `kernel/helper`; `kernel/jobs` |
 //! | what hangs on a worker's socket in its table of descriptors; tracing a thread | `kernel/fdtable`; `kernel/tracee` |
 //! | sockets by which others may send descriptors; files that others may have replaced | `kernel/inbox`; `kernel/file` |

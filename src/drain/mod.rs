@@ -20,8 +20,8 @@ use crate::address::Address;
 use crate::drain::idle::{Idle, OpenConnection};
 use crate::drain::rule::{IdleRule, Seen};
 use crate::ids::WorkerId;
-use crate::kernel::procfs;
 use crate::kernel::sockdiag::{Connection, SockDiag};
+use crate::kernel::{open_sockets, procfs};
 use crate::pool::Pool;
 use crate::pool::paths::UnixSockets;
 
@@ -248,7 +248,7 @@ impl Owned {
         let mut owned = Self::default();
         for pid in procfs::tree(Pid::this()) {
             // A process that this one may not inspect owns nothing here, so its connections have no owner.
-            let all = procfs::sockets(pid).unwrap_or_default().into_iter();
+            let all = open_sockets::sockets(pid).unwrap_or_default().into_iter();
             let open: Vec<OpenConnection> = all
                 .filter_map(|(fd, inode)| {
                     Some(OpenConnection { fd, inode, received: *connections.get(&inode)? })

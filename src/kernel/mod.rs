@@ -9,6 +9,7 @@ pub mod helper;
 pub mod inbox;
 pub mod jobs;
 pub mod notice;
+pub mod open_sockets;
 pub mod procfs;
 pub mod ready;
 pub mod scheduling;

@@ -3,7 +3,7 @@
 //! If a thread is gone, permission is lacking or a text isn't as proc(5) describes it, a function returns an
 //! error or nothing. A worker can change much of this at any time, so callers must not trust it further.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -20,12 +20,12 @@ use nix::unistd::Pid;
 use crate::kernel::{helper, sys};
 use crate::words::printable;
 
-fn path(pid: Pid, rest: &str) -> PathBuf {
+pub(super) fn path(pid: Pid, rest: &str) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/{rest}"))
 }
 
 /// What a file of /proc says, read at once: `fs::read_to_string` asks for its size, which is 0, and begins with 32 bytes.
-fn read(path: &Path) -> io::Result<String> {
+pub(super) fn read(path: &Path) -> io::Result<String> {
     let mut text = String::with_capacity(PAGE);
     File::open(path)?.take(u64::MAX).read_to_string(&mut text)?;
     Ok(text)
@@ -34,7 +34,7 @@ fn read(path: &Path) -> io::Result<String> {
 const PAGE: usize = 4096;
 
 /// The value of a line such as "Tgid:\t42" in a table such as /proc/PID/status. `name` includes the colon.
-fn field<'a>(table: &'a str, name: &str) -> Option<&'a str> {
+pub(super) fn field<'a>(table: &'a str, name: &str) -> Option<&'a str> {
     table.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
 }
 
@@ -62,7 +62,7 @@ pub fn socket_inode(tid: Pid, fd: u32) -> io::Result<Option<u64>> {
     Ok(parse_socket_link(link.as_os_str()))
 }
 
-fn parse_socket_link(link: &OsStr) -> Option<u64> {
+pub(super) fn parse_socket_link(link: &OsStr) -> Option<u64> {
     link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
@@ -316,27 +316,6 @@ pub fn filters(pid: Pid) -> Option<u32> {
     field(&fs::read_to_string(path(pid, "status")).ok()?, "Seccomp_filters:")?.parse().ok()
 }
 
-/// Of a process and its descendants those that have such a socket open, without what is below them. One that can't be read
-/// may have one.
-pub fn first_holders(root: Pid, is_wanted: &impl Fn(u64) -> bool) -> Vec<Pid> {
-    const MAX_PROCESSES: usize = 10_000;
-    let (mut searched, mut holders) = (vec![root], Vec::new());
-    let mut next = 0;
-    while let Some(pid) = searched.get(next).copied().filter(|_| next < MAX_PROCESSES) {
-        next += 1;
-        let may_have = |it: io::Result<Option<(u32, u64)>>| {
-            it.map_or(true, |it| it.is_some_and(|(_, inode)| is_wanted(inode)))
-        };
-        if each_descriptor(pid).map_or(true, |mut open| open.any(may_have)) {
-            holders.push(pid);
-        } else {
-            let more = children(pid).into_iter().filter(|child| !searched.contains(child));
-            searched.extend(more.collect::<Vec<_>>());
-        }
-    }
-    holders
-}
-
 /// The children of each shell among a process and its descendants. A shell that gets SIGINT doesn't pass it
 /// on, and acts on it only when its child has ended.
 pub fn children_of_shells(root: Pid) -> Vec<Pid> {
@@ -406,53 +385,6 @@ fn stat_field(stat: &str, number: usize) -> Option<u64> {
     stat.get(stat.rfind(')')? + 1..)?.split_whitespace().nth(number - FIRST)?.parse().ok()
 }
 
-/// The inode numbers of all sockets that a process has open; none if it has ended.
-///
-/// # Errors
-/// When this process has no ptrace access (ptrace(2), "Ptrace access mode checking").
-pub fn socket_inodes(pid: Pid) -> io::Result<Vec<u64>> {
-    Ok(sockets(pid)?.into_iter().map(|(_, inode)| inode).collect())
-}
-
-/// The fd number and the inode number of each socket that a process has open; none if it has ended.
-///
-/// # Errors
-/// As for [`socket_inodes`].
-pub fn sockets(pid: Pid) -> io::Result<Vec<(u32, u64)>> {
-    each_descriptor(pid)?.filter_map(Result::transpose).collect()
-}
-
-/// As [`sockets`], one after the other, with `None` for each descriptor that is no socket.
-///
-/// Root may list them without ptrace access, by CAP_DAC_OVERRIDE (`proc_fd_permission`, fs/proc/fd.c), but not see what
-/// they are: then each of them is an error.
-///
-/// # Errors
-/// As for [`socket_inodes`].
-pub fn each_descriptor(pid: Pid) -> io::Result<impl Iterator<Item = io::Result<Option<(u32, u64)>>>> {
-    let fds = match fs::read_dir(path(pid, "fd")) {
-        Ok(fds) => Some(fds),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => None,
-        Err(error) => return Err(error),
-    };
-    let socket = |fd: fs::DirEntry| match fs::read_link(fd.path()) {
-        Ok(link) => {
-            let fd = fd.file_name().to_str().and_then(|fd| fd.parse().ok());
-            Ok(fd.zip(parse_socket_link(link.as_os_str())))
-        }
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(error),
-        Err(_) => Ok(None), // it is closed by now, or a file whose path is too long
-    };
-    Ok(fds.into_iter().flatten().flatten().map(socket))
-}
-
-/// Whether descriptors wait in the queue of a Unix socket for the process that will receive them (`unix_show_fdinfo`,
-/// net/unix/af_unix.c). Meanwhile no process has them.
-pub fn has_descriptors_waiting(pid: Pid, fd: u32) -> bool {
-    let waiting = read(&path(pid, &format!("fdinfo/{fd}")));
-    waiting.is_ok_and(|text| field(&text, "scm_fds:").is_some_and(|count| count != "0"))
-}
-
 /// All processes except this one and its own.
 pub fn others() -> impl Iterator<Item = Pid> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -460,55 +392,11 @@ pub fn others() -> impl Iterator<Item = Pid> {
     pids.filter(|pid| *pid != Pid::this() && !helper::is_helper(*pid))
 }
 
-/// The inode numbers of the sockets that a process and its descendants have open, as far as these can be read.
-pub fn sockets_of_tree(root: Pid) -> impl Iterator<Item = u64> {
-    tree(root).into_iter().flat_map(|pid| socket_inodes(pid).unwrap_or_default())
-}
-
-/// Which of these sockets, given by inode number, other processes may have open. These are all of them if
-/// `suspect` or one of its descendants can't be read.
-pub fn open_elsewhere(suspect: Pid, inodes: &HashSet<u64>) -> HashSet<u64> {
-    if tree(suspect).into_iter().any(|pid| socket_inodes(pid).is_err()) {
-        return inodes.clone();
-    }
-    let open = others().flat_map(|pid| socket_inodes(pid).unwrap_or_default());
-    open.filter(|inode| inodes.contains(inode)).collect()
-}
-
-/// Whether another process may have the socket open. It may if `suspect` or one of its descendants can't be
-/// read. These are searched first.
-pub fn is_open_elsewhere(suspect: Pid, inode: u64) -> bool {
-    let may_have = |pid: Pid| socket_inodes(pid).map_or(true, |open| open.contains(&inode));
-    let has = |pid: Pid| socket_inodes(pid).is_ok_and(|open| open.contains(&inode));
-    tree(suspect).into_iter().any(may_have) || others().any(has)
-}
-
-/// Which of these sockets, given by inode number, living processes have open, and one process for each of them. Processes
-/// that this one may not read are left out.
-pub fn holders(inodes: &HashSet<u64>) -> HashMap<u64, Pid> {
-    let mut holders = HashMap::new();
-    for pid in others() {
-        let mut open = socket_inodes(pid).unwrap_or_default();
-        open.retain(|inode| inodes.contains(inode));
-        if !open.is_empty() && !is_ending(pid) {
-            holders.extend(open.into_iter().map(|inode| (inode, pid)));
-        }
-    }
-    holders
-}
-
 /// Whether a process has ended or was sent SIGKILL. It may have files open for a moment.
 pub fn is_ending(pid: Pid) -> bool {
     let status = fs::read_to_string(path(pid, "status")).unwrap_or_default();
     let is_killed = |name| has_signal(&status, name, Signal::SIGKILL as u32);
     life(pid) != Life::Lives || is_killed("SigPnd:") || is_killed("ShdPnd:")
-}
-
-/// A process that has the socket open, and its command line. `None` if none of those that this process may
-/// read has it.
-pub fn socket_owner(inode: u64) -> Option<(Pid, String)> {
-    let pid = others().find(|pid| socket_inodes(*pid).is_ok_and(|open| open.contains(&inode)))?;
-    Some((pid, command_line(pid.as_raw() as u32)))
 }
 
 /// The name of a process, which it can change (proc_pid_comm(5)).
@@ -667,7 +555,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let fd = std::os::fd::AsRawFd::as_raw_fd(&listener) as u32;
         let inode = socket_inode(me, fd).unwrap().unwrap();
-        assert!(socket_inodes(me).unwrap().contains(&inode));
+        assert!(crate::kernel::open_sockets::socket_inodes(me).unwrap().contains(&inode));
         assert_eq!(socket_protocol(me, fd).unwrap(), "TCP");
         assert_ne!(fd_flags(me, fd).unwrap() & libc::O_CLOEXEC, 0);
         assert_eq!(credentials(me).unwrap().uids[1], nix::unistd::geteuid().as_raw());

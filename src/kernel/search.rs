@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use nix::unistd::Pid;
 
+use crate::kernel::open_sockets;
 use crate::kernel::procfs::{self, Life};
 
 /// A descriptor of a process. A program may have another one for the same socket, in this process or in another one.
@@ -106,7 +107,8 @@ impl Search {
                 if let Some(found) = self.wanted.get_mut(&inode) {
                     *found = Some(Place { pid: current.pid, fd });
                 }
-                self.is_unsure |= current.is_workers && procfs::has_descriptors_waiting(current.pid, fd);
+                self.is_unsure |=
+                    current.is_workers && open_sockets::has_descriptors_waiting(current.pid, fd);
             }
             self.current = (count == AT_ONCE).then_some(current);
             if Instant::now() >= until {
@@ -123,7 +125,7 @@ impl Search {
         let is_over = is_workers && procfs::life(pid) == Life::Ended;
         let thread = is_over.then(|| procfs::threads(pid).into_iter().find(|tid| *tid != pid)).flatten();
         let pid = thread.unwrap_or(pid);
-        let descriptors: Box<dyn Iterator<Item = _>> = match procfs::each_descriptor(pid) {
+        let descriptors: Box<dyn Iterator<Item = _>> = match open_sockets::each_descriptor(pid) {
             Ok(descriptors) => Box::new(descriptors),
             Err(_) => {
                 // What has ended and wasn't reaped has nothing. Only root may see that.
@@ -203,13 +205,13 @@ mod tests {
 
         use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
         let (ours, its) = std::os::unix::net::UnixStream::pair().unwrap();
-        let waits = || procfs::has_descriptors_waiting(Pid::this(), its.as_raw_fd() as u32);
+        let waits = || open_sockets::has_descriptors_waiting(Pid::this(), its.as_raw_fd() as u32);
         assert!(!waits());
         let fds = [ours.as_raw_fd()];
         let message = [ControlMessage::ScmRights(&fds)];
         sendmsg::<()>(ours.as_raw_fd(), &[IoSlice::new(b"x")], &message, MsgFlags::empty(), None).unwrap();
         assert!(waits());
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        assert!(!procfs::has_descriptors_waiting(Pid::this(), listener.as_raw_fd() as u32));
+        assert!(!open_sockets::has_descriptors_waiting(Pid::this(), listener.as_raw_fd() as u32));
     }
 }

@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 
 use super::Pool;
 use crate::ids::{Borrower, MemberId, WorkerId};
-use crate::kernel::procfs;
+use crate::kernel::open_sockets;
 use crate::kernel::search::{Found, Place, Search, Seen};
 use crate::pool::closed::{Patience, Standing};
 use crate::pool::group::Group;
@@ -143,7 +143,7 @@ impl Pool {
                     .place
                     .is_some_and(|place| place.look(member.inode) == Seen::Gone && place.has_ended())
                 && !member.is_limited()
-                && procfs::first_holders(borrower.pid, &|inode| inode == member.inode).is_empty()
+                && open_sockets::first_holders(borrower.pid, &|inode| inode == member.inode).is_empty()
         };
         self.members.lent_to(borrower.worker).find(|(_, member)| is_left(member)).map(|(id, _)| id)
     }

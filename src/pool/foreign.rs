@@ -13,7 +13,7 @@ use log::debug;
 use super::Pool;
 use crate::address::Address;
 use crate::ids::MemberId;
-use crate::kernel::procfs;
+use crate::kernel::open_sockets;
 use crate::kernel::sockdiag::{Listener, SockDiag};
 
 /// How long a check is good for while workers begin to listen: when a thousand workers start at once, one check for
@@ -33,12 +33,12 @@ pub fn find(address: Address, ours: impl Fn(u64) -> bool) -> io::Result<Vec<List
 /// Whether only processes that are about to end have it, such as the workers of a reuse-run that was killed a moment ago.
 pub fn is_dying(listener: &Listener) -> bool {
     let inode = listener.inode.into();
-    procfs::socket_owner(inode).is_some() && procfs::holders(&HashSet::from([inode])).is_empty()
+    open_sockets::socket_owner(inode).is_some() && open_sockets::holders(&HashSet::from([inode])).is_empty()
 }
 
 /// Who listens where, for the log.
 pub fn describe(listener: &Listener) -> String {
-    match procfs::socket_owner(listener.inode.into()) {
+    match open_sockets::socket_owner(listener.inode.into()) {
         Some((pid, command)) => format!("{command} (pid {pid}) listens on {}", listener.address),
         None => format!("a process of user {} listens on {}", listener.uid, listener.address),
     }

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use super::{Group, Pool, foreign};
 use crate::address::{Address, Transport};
 use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
-use crate::kernel::procfs;
+use crate::kernel::{open_sockets, procfs};
 use crate::pool::member::{BindRequest, Heir, Loan, Member, MinTtl, Overlap, Owner, Reserved};
 use crate::steering::Role;
 
@@ -126,7 +126,7 @@ impl Pool {
     fn take_back_closed(&mut self, borrower: Borrower) {
         let lent = self.members.lent_to(borrower.worker);
         let inodes: HashSet<u64> = lent.map(|(_, member)| member.inode).collect();
-        let open = procfs::open_elsewhere(borrower.pid, &inodes);
+        let open = open_sockets::open_elsewhere(borrower.pid, &inodes);
         inodes.difference(&open).for_each(|inode| self.take_back(borrower.worker, *inode));
     }
 
@@ -216,7 +216,7 @@ impl Pool {
         }
         let now = Instant::now();
         if self.left_open.as_ref().is_none_or(|(until, _)| *until < now) {
-            let open = procfs::holders(&self.members.left_behind());
+            let open = open_sockets::holders(&self.members.left_behind());
             self.left_open = Some((Instant::now() + LEFT_OPEN_SHARE * now.elapsed(), open));
         }
         let holder = self.left_open.as_ref().and_then(|(_, open)| open.get(&self.members[id].inode).copied());

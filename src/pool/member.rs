@@ -14,7 +14,7 @@ use crate::address::{Address, Transport};
 use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
 use crate::kernel::search::{Place, Seen};
 use crate::kernel::sockdiag::{self, ListenInfo};
-use crate::kernel::{datagrams, procfs, sys};
+use crate::kernel::{datagrams, open_sockets, procfs, sys};
 use crate::steering::{Plan, Role};
 
 /// What a worker asks for by bind(2), with what its own socket was like.
@@ -545,8 +545,8 @@ impl Members {
                 return Ok(Some(id));
             }
             let is_open = match member.loans.len() > 1 {
-                true => !procfs::first_holders(borrower.pid, &|inode| inode == member.inode).is_empty(),
-                false => procfs::is_open_elsewhere(borrower.pid, member.inode),
+                true => !open_sockets::first_holders(borrower.pid, &|inode| inode == member.inode).is_empty(),
+                false => open_sockets::is_open_elsewhere(borrower.pid, member.inode),
             };
             if is_open {
                 return Err(Overlap(id));

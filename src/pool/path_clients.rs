@@ -6,8 +6,8 @@ use std::io;
 use nix::unistd::Pid;
 
 use crate::ids::WorkerId;
-use crate::kernel::procfs;
 use crate::kernel::sockdiag::{SockDiag, SocketFile, UnixSocket};
+use crate::kernel::{open_sockets, procfs};
 use crate::pool::paths::UnixSockets;
 
 impl UnixSockets {
@@ -64,7 +64,7 @@ impl UnixSockets {
         let mut busy_generations: BTreeSet<u32> = waiting.chain(self.changing()).collect();
         let known = self.all();
         let processes = procfs::tree(Pid::this()).into_iter().skip(1);
-        let held: Held = processes.map(|process| (process, procfs::sockets(process).ok())).collect();
+        let held: Held = processes.map(|process| (process, open_sockets::sockets(process).ok())).collect();
         let inodes: HashSet<u64> = held.values().flatten().flatten().map(|(_, inode)| *inode).collect();
         // A thread has accepted what no process has, and hasn't got its fd yet.
         let unheld = known.iter().filter(|(inode, _)| !inodes.contains(inode));

@@ -25,7 +25,7 @@ use socket2::{Domain, Socket, Type};
 
 use crate::ids::{Borrower, WorkerId};
 use crate::kernel::jobs::{Done, Jobs};
-use crate::kernel::{inbox, procfs, ready, sys};
+use crate::kernel::{inbox, open_sockets, procfs, ready, sys};
 use crate::pool::files::{self, FileId, Job, OwnFile};
 use crate::pool::lend::max_for_each_worker;
 
@@ -316,7 +316,7 @@ impl UnixSockets {
             let may_be =
                 |bound: &&Bound| bound.file.is_some() && of_worker(bound) && bound.borrowers.len() == 1;
             let own: HashSet<u64> = self.bound().filter(may_be).map(|bound| bound.inode).collect();
-            let open = procfs::open_elsewhere(borrower.pid, &own);
+            let open = open_sockets::open_elsewhere(borrower.pid, &own);
             let is_closed = |bound: &Bound| own.contains(&bound.inode) && !open.contains(&bound.inode);
             self.retain(|sockets| sockets.len() > 1 || !sockets.values().all(is_closed), |_| true);
         }

@@ -19,7 +19,7 @@ use super::{Group, Pool};
 use crate::address::Address;
 use crate::ids::{MemberId, WorkerId};
 use crate::kernel::search::Seen;
-use crate::kernel::{datagrams, procfs};
+use crate::kernel::{datagrams, open_sockets};
 use crate::pool::member::{Member, Owner};
 use crate::pool::watcher::Interest;
 
@@ -181,7 +181,7 @@ impl Pool {
 
 /// Whether a process or one of its descendants has a socket open; also if that can't be known.
 fn is_open_below(pid: Pid, inode: u64) -> bool {
-    pid.as_raw() == 0 || !procfs::first_holders(pid, &|other| other == inode).is_empty()
+    pid.as_raw() == 0 || !open_sockets::first_holders(pid, &|other| other == inode).is_empty()
 }
 
 #[cfg(test)]

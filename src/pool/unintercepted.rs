@@ -10,8 +10,8 @@ use nix::unistd::Pid;
 use crate::address::{Address, Transport};
 use crate::fleet::Readiness;
 use crate::ids::WorkerId;
-use crate::kernel::procfs;
 use crate::kernel::sockdiag::SockDiag;
+use crate::kernel::{open_sockets, procfs};
 
 /// The time between two scans while workers start.
 const INTERVAL: Duration = Duration::from_millis(50);
@@ -86,8 +86,9 @@ impl Unintercepted {
         };
         let mut found = Vec::new();
         for (worker, pid) in starting {
-            let sockets =
-                procfs::tree(*pid).into_iter().flat_map(|pid| procfs::socket_inodes(pid).unwrap_or_default());
+            let sockets = procfs::tree(*pid)
+                .into_iter()
+                .flat_map(|pid| open_sockets::socket_inodes(pid).unwrap_or_default());
             let sockets: HashSet<u64> = sockets.collect();
             let its = listeners.iter().filter(|listener| sockets.contains(&listener.inode.into()));
             let known = self.known.entry(*worker).or_default();

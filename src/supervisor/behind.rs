@@ -9,7 +9,7 @@ use super::{Process, Supervisor};
 use crate::fleet::policy::{AT_ONCE, PROVEN_AFTER};
 use crate::fleet::{End, Event, State};
 use crate::ids::WorkerId;
-use crate::kernel::{helper, procfs};
+use crate::kernel::{helper, open_sockets, procfs};
 use crate::worker::{self, Reaped};
 
 /// A process that goes on in the place of a worker's main process.
@@ -55,7 +55,7 @@ impl Supervisor {
         };
         let holds = |pid: Pid| {
             let is_its = |inode| self.pool.lent(worker, inode).is_some() || self.unix.socket(inode).is_some();
-            let open = |pid| procfs::socket_inodes(pid).unwrap_or_default();
+            let open = |pid| open_sockets::socket_inodes(pid).unwrap_or_default();
             procfs::tree(pid).into_iter().flat_map(open).any(is_its)
         };
         let is_heir = |pid: &Pid| {
@@ -123,6 +123,6 @@ impl Supervisor {
     /// Of a worker's processes those that have a listener which it has bound, without what is below them.
     fn first_holders(&self, worker: WorkerId) -> Vec<Pid> {
         let is_its = |inode| self.pool.is_bound_by(worker, inode) || self.unix.socket(inode).is_some();
-        self.pid(worker).map(|main| procfs::first_holders(main, &is_its)).unwrap_or_default()
+        self.pid(worker).map(|main| open_sockets::first_holders(main, &is_its)).unwrap_or_default()
     }
 }

@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 use super::{Source, Supervisor};
 use crate::fleet::{Accepted, Activity, Command, ReloadOptions, Rollout, State, Target, Ticket, View};
 use crate::ids::{SlotId, WorkerId};
+use crate::kernel::open_sockets;
 use crate::kernel::procfs::{self, Usage};
 use crate::kernel::sockdiag::SockDiag;
 use crate::operate::control::{ClientId, Control};
@@ -224,7 +225,7 @@ impl Supervisor {
             .collect();
         let mut owners: HashMap<u64, Pid> = HashMap::new();
         for (_, worker) in workers() {
-            owners.extend(procfs::sockets_of_tree(worker).map(|inode| (inode, worker)));
+            owners.extend(open_sockets::sockets_of_tree(worker).map(|inode| (inode, worker)));
         }
         let mut inodes: Vec<u64> = self.unix.connections();
         if let Ok(mut diag) = SockDiag::new() {

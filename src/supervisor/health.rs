@@ -8,9 +8,9 @@ use nix::unistd::Pid;
 use super::Supervisor;
 use crate::fleet::{Event, Sickness, State};
 use crate::ids::WorkerId;
-use crate::kernel::procfs;
 use crate::kernel::scheduling::{self, Turns};
 use crate::kernel::sockdiag::SockDiag;
+use crate::kernel::{open_sockets, procfs};
 
 /// A worker that takes no connections for so long hangs, if the command line names no time.
 const HANGS_AFTER: Duration = Duration::from_secs(10);
@@ -173,7 +173,7 @@ impl Supervisor {
     fn work(&self, worker: WorkerId) -> Work {
         let (Some(pid), Ok(mut diag)) = (self.pid(worker), SockDiag::new()) else { return Work::default() };
         let mut work = Work { turns: scheduling::of_tree(pid), ..Work::default() };
-        let open: HashSet<u64> = procfs::sockets_of_tree(pid).collect();
+        let open: HashSet<u64> = open_sockets::sockets_of_tree(pid).collect();
         for address in self.fleet.crew().addresses(worker) {
             for connection in diag.connections(address.socket).unwrap_or_default() {
                 let inode = u64::from(connection.inode);

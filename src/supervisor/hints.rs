@@ -11,8 +11,8 @@ use super::{Process, Supervisor};
 use crate::address::{Address, Endpoint, Transport};
 use crate::fleet::{End, Readiness};
 use crate::ids::WorkerId;
-use crate::kernel::procfs;
 use crate::kernel::sockdiag::SockDiag;
+use crate::kernel::{open_sockets, procfs};
 use crate::worker::Program;
 use crate::worker::environment::Environment;
 
@@ -101,7 +101,7 @@ impl Supervisor {
         self.interceptions.get(&worker).filter(|interception| !interception.has_seen_listen())?;
         let pid = self.processes.get(&worker)?.pid;
         // Listeners of -l and of systemd listen already.
-        let given: HashSet<u64> = procfs::socket_inodes(Pid::this()).ok()?.into_iter().collect();
+        let given: HashSet<u64> = open_sockets::socket_inodes(Pid::this()).ok()?.into_iter().collect();
         let its = sockets_below(pid);
         let mut listeners =
             SockDiag::new().and_then(|mut diag| diag.listeners(Transport::Tcp, 0)).ok()?.into_iter();
@@ -212,7 +212,10 @@ fn is_connecting(pid: Pid, port: u16) -> bool {
 
 /// The inode numbers of the sockets of a process and of those that it has started.
 fn sockets_below(pid: Pid) -> HashSet<u64> {
-    procfs::tree(pid).into_iter().flat_map(|pid| procfs::socket_inodes(pid).unwrap_or_default()).collect()
+    procfs::tree(pid)
+        .into_iter()
+        .flat_map(|pid| open_sockets::socket_inodes(pid).unwrap_or_default())
+        .collect()
 }
 
 #[cfg(test)]
