@@ -163,8 +163,7 @@ impl Group {
         let sinks = all(Decision::Sink);
         sinks.iter().try_for_each(|id| members.get_mut(*id).map_or(Ok(()), Member::hold))?;
         // There are no targets then. The other sinks are its spares.
-        let known = sinks.into_iter().filter(|id| self.order.index(*id).is_some());
-        primary.extend(known.min_by_key(|id| self.order.index(*id)));
+        primary.extend(self.order.first_of(&sinks));
         let (primary_indices, canary_indices) = (self.order.indices(&primary), self.order.indices(&canary));
         let kept = if self.is_exact { self.order.indices(&kept(&decisions)) } else { Vec::new() };
         let lasts = [&primary_indices, &canary_indices, &kept].into_iter().filter_map(|all| all.last());

@@ -99,6 +99,12 @@ impl Order {
         place.first().copied()
     }
 
+    /// Which of `members` has the lowest index that is known.
+    pub fn first_of(&self, members: &BTreeSet<MemberId>) -> Option<MemberId> {
+        let known = self.candidates.iter().filter(|place| place.len() == 1);
+        known.filter_map(|place| place.first().copied()).find(|member| members.contains(member))
+    }
+
     /// The indices at which a member may stand, each with all members that may stand there.
     pub fn places(&self, member: MemberId) -> Vec<(u32, BTreeSet<MemberId>)> {
         let places = (0..).zip(&self.candidates).filter(|(_, place)| place.contains(&member));
@@ -180,9 +186,11 @@ mod tests {
         let mut order = order(&[0, 1, 2, 3, 4]);
         order.leave(&ids(&[0, 1]));
         assert_eq!([2, 3, 4].map(|n| order.index(MemberId(n))), [Some(2), None, None]);
+        assert_eq!((order.first_of(&ids(&[2, 3, 4])), order.first_of(&ids(&[3]))), (Some(MemberId(2)), None));
         assert_eq!(order.places(MemberId(3)), [(0, ids(&[3, 4])), (1, ids(&[3, 4]))]);
         order.found(0, MemberId(4));
         assert_eq!([2, 3, 4].map(|n| order.index(MemberId(n))), [Some(2), Some(1), Some(0)]);
+        assert_eq!(order.first_of(&ids(&[2, 3])), Some(MemberId(3)));
     }
 
     #[test]

@@ -50,6 +50,8 @@ struct Scale {
     switch_ms: f64,
     /// From SIGUSR2 to the end of the old workers.
     reload_ms: f64,
+    /// From SIGINT to the end of reuse-run.
+    stop_ms: f64,
     rss_kib: f64,
     rss_after_reload_kib: f64,
 }
@@ -99,6 +101,14 @@ impl Wrapper {
         process::signal(self.pid, Signal::SIGUSR2);
         let switch = wait_for(&self.lines, " serves; ", 1)? - begun;
         Ok((switch, wait_for(&self.lines, "reload done", 1)? - begun))
+    }
+
+    /// From SIGINT to the end of reuse-run, and with it of all workers.
+    fn stop(self) -> Result<Duration> {
+        let begun = Instant::now();
+        process::signal(self.pid, Signal::SIGINT);
+        process::wait_for("reuse-run to end", LIMIT, || (!process::lives(self.pid)).then_some(()))?;
+        Ok(begun.elapsed())
     }
 
     /// A number from /proc/PID/status.
@@ -168,6 +178,7 @@ pub fn run(options: &Options) -> Result<()> {
             ("start, ms a worker", slope(|scale| scale.start_ms)),
             ("switch, ms a worker", slope(|scale| scale.switch_ms)),
             ("reload, ms a worker", slope(|scale| scale.reload_ms)),
+            ("stop, ms a worker", slope(|scale| scale.stop_ms)),
             ("RSS, KiB a worker", slope(|scale| scale.rss_kib)),
         ]),
         scale,
@@ -179,6 +190,7 @@ pub fn run(options: &Options) -> Result<()> {
         ("start", line(|scale| scale.start_ms)),
         ("reload, to the switch", line(|scale| scale.switch_ms)),
         ("reload, to its end", line(|scale| scale.reload_ms)),
+        ("stop", line(|scale| scale.stop_ms)),
     ];
     plots::lines(&options.out.join("scale.svg"), "time in ms by number of workers", "workers", &lines)?;
     report::write(options, "wrapper", &data, &markdown(&data))
@@ -212,14 +224,16 @@ fn of_size(workers: u32, options: &Options) -> Result<Scale> {
     let wrapper = Wrapper::start(workers, options)?;
     let rss_kib = wrapper.status("VmRSS")?;
     let (switch, reload) = wrapper.reload()?;
+    let rss_after_reload_kib = wrapper.status("VmRSS")?;
     Ok(Scale {
         workers,
         bare_start_ms,
         start_ms: ms(wrapper.start),
         switch_ms: ms(switch),
         reload_ms: ms(reload),
+        stop_ms: ms(wrapper.stop()?),
         rss_kib,
-        rss_after_reload_kib: wrapper.status("VmRSS")?,
+        rss_after_reload_kib,
     })
 }
 
@@ -231,6 +245,7 @@ fn middle(workers: u32, measured: &[Scale]) -> Scale {
         start_ms: of(|scale| scale.start_ms),
         switch_ms: of(|scale| scale.switch_ms),
         reload_ms: of(|scale| scale.reload_ms),
+        stop_ms: of(|scale| scale.stop_ms),
         rss_kib: of(|scale| scale.rss_kib),
         rss_after_reload_kib: of(|scale| scale.rss_after_reload_kib),
     }
@@ -268,6 +283,7 @@ fn markdown(data: &Data) -> String {
             scale.start_ms,
             scale.switch_ms,
             scale.reload_ms,
+            scale.stop_ms,
             scale.rss_kib,
             scale.rss_after_reload_kib,
         ];
@@ -281,6 +297,7 @@ fn markdown(data: &Data) -> String {
         "start, ms",
         "to the switch, ms",
         "reload, ms",
+        "stop, ms",
         "RSS, KiB",
         "after a reload, KiB",
     ];
