@@ -265,17 +265,22 @@ impl Fleet {
 
     fn ready(&mut self, id: WorkerId, now: Instant) {
         let is_first_start = self.phase == Phase::Starting;
+        let is_first_ready = !self.crew.has_ready();
         let Some((generation, serves)) = self.crew.ready(id, now) else { return };
+        let slots = self.crew.slots();
         if serves {
             self.failures.clear();
-            self.steer();
+            if is_first_start && !is_first_ready && !self.crew.roster.are_ready(0..slots, generation) {
+                self.crew.timers.set_if_unset(Timer::Steer, now + policy::STEER_WITHIN);
+            } else {
+                self.steer();
+            }
             if !is_first_start {
                 self.crew.log_ready(id, now);
                 self.crew.unreserve(id);
                 self.crew.require_too(id);
             }
         }
-        let slots = self.crew.slots();
         match self.phase {
             Phase::Starting if self.crew.roster.are_ready(0..slots, generation) => {
                 self.crew.require_endpoints(0..slots);
@@ -299,6 +304,7 @@ impl Fleet {
 
     /// While the kernel is asked to switch, that holds: [`Event::Switched`] steers.
     fn steer(&mut self) {
+        self.crew.timers.cancel(Timer::Steer);
         if self.phase.is_switching() {
             return;
         }
@@ -496,6 +502,7 @@ impl Fleet {
     /// A timer is due.
     fn fire(&mut self, timer: Timer, now: Instant) {
         match timer {
+            Timer::Steer => self.steer(),
             Timer::CanaryPeriod => {
                 if let Phase::Canary { .. } = self.phase {
                     self.switch(0);

@@ -311,6 +311,23 @@ fn story(actions: &[Action]) -> Vec<String> {
 }
 
 #[test]
+fn a_worker_of_the_first_start_waits_a_moment_for_others_unless_it_is_the_first_or_the_last() {
+    let mut world = World::new(Policy { workers: 4, ..policy(Readiness::Notify) });
+    let ready = |world: &mut World, slot: usize| {
+        let worker = world.ids()[slot];
+        world.event(Event::SaysReady { worker });
+        world.steered_to()
+    };
+    assert_eq!(ready(&mut world, 0), [(0, 1)]);
+    assert_eq!(ready(&mut world, 1), [(0, 1)]);
+    world.pass(policy::STEER_WITHIN / 2);
+    assert_eq!(ready(&mut world, 2), [(0, 1)]);
+    world.pass(policy::STEER_WITHIN / 2);
+    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+    assert_eq!(ready(&mut world, 3), [(0, 1), (1, 1), (2, 1), (3, 1)]);
+}
+
+#[test]
 fn the_actions_of_a_reload_are_a_story() {
     let now = Instant::now();
     let policy = Policy { workers: 1, ..policy(Readiness::Listen) };
@@ -1771,7 +1788,11 @@ proptest! {
             let plan = world.plan();
             let ready = world.places.iter().filter(|(id, _)| plan.role(**id) == Role::Ready);
             let ready: BTreeSet<_> = ready.map(|(_, place)| *place).collect();
-            prop_assert_eq!(&world.steered_to.iter().copied().collect::<BTreeSet<_>>(), &ready);
+            let steered_to = world.steered_to.iter().copied().collect::<BTreeSet<_>>();
+            match world.fleet.crew.timers.is_set(Timer::Steer) {
+                true => prop_assert!((shares_queue || !steered_to.is_empty()) && steered_to.is_subset(&ready)),
+                false => prop_assert_eq!(&steered_to, &ready),
+            }
         }
         // Nobody does anything any more but end when killed: the longest way through two rolling reloads.
         for _ in 0..1000 {

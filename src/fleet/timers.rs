@@ -8,6 +8,8 @@ use crate::ids::{SlotId, WorkerId};
 /// Of two timers that are due at the same time the lesser one comes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Timer {
+    /// Workers that have become ready at the first start get connections.
+    Steer,
     /// The canary has had its share for long enough.
     CanaryPeriod,
     /// At a stop, the workers have had their time to finish their requests.
