@@ -32,6 +32,8 @@ struct Group {
     traffic: &'static [(&'static str, Traffic)],
     workers: u32,
     clients: usize,
+    /// Whether all of them run behind a filter of system calls, as in a container.
+    is_filtered: bool,
     peers: Vec<Peer>,
 }
 
@@ -46,7 +48,7 @@ impl Group {
     }
 }
 
-fn groups() -> [Group; 5] {
+fn groups() -> [Group; 7] {
     let ours = Peer::ReuseRun(Vec::new());
     let three = || vec![Peer::Bare, Peer::Bare, ours.clone()];
     let ours_for_udp = || Peer::ReuseRun(vec!["--udp"]);
@@ -58,6 +60,7 @@ fn groups() -> [Group; 5] {
             traffic: HTTP,
             workers: 1,
             clients: 4,
+            is_filtered: false,
             peers: three(),
         },
         Group {
@@ -66,6 +69,7 @@ fn groups() -> [Group; 5] {
             traffic: HTTP,
             workers: 1,
             clients: 8,
+            is_filtered: false,
             peers: three(),
         },
         Group {
@@ -74,6 +78,7 @@ fn groups() -> [Group; 5] {
             traffic: HTTP,
             workers: 4,
             clients: 16,
+            is_filtered: false,
             peers: vec![
                 reuseport(),
                 reuseport(),
@@ -89,6 +94,7 @@ fn groups() -> [Group; 5] {
             traffic: DATAGRAMS,
             workers: 1,
             clients: 4,
+            is_filtered: false,
             peers: vec![Peer::Bare, Peer::Bare, ours_for_udp()],
         },
         Group {
@@ -97,6 +103,25 @@ fn groups() -> [Group; 5] {
             traffic: DATAGRAMS,
             workers: 4,
             clients: 16,
+            is_filtered: false,
+            peers: vec![reuseport(), reuseport(), ours_for_udp()],
+        },
+        Group {
+            name: "one server of UDP in a container",
+            program: Program::Datagrams,
+            traffic: DATAGRAMS,
+            workers: 1,
+            clients: 4,
+            is_filtered: true,
+            peers: vec![Peer::Bare, Peer::Bare, ours_for_udp()],
+        },
+        Group {
+            name: "four servers of UDP in a container",
+            program: Program::Datagrams,
+            traffic: DATAGRAMS,
+            workers: 4,
+            clients: 16,
+            is_filtered: true,
             peers: vec![reuseport(), reuseport(), ours_for_udp()],
         },
     ]
@@ -141,7 +166,7 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn measure(group: &Group, run: u32, options: &Options) -> Result<Vec<Figure>> {
-    let app = App::new(group.program, group.workers);
+    let app = App { is_filtered: group.is_filtered, ..App::new(group.program, group.workers) };
     let servers = Server::start_side_by_side(&group.peers, &app, options)?;
     let mut figures = Vec::new();
     for &(clients, traffic) in group.traffic {
@@ -223,7 +248,8 @@ fn markdown(figures: &[Figure]) -> String {
     let mut text = "Servers run side by side on one machine and are loaded in turns of 250 ms. Ratios are to the first line \
                     of each table, a program without reuse-run: the median over all runs and the quartiles. Each run \
                     starts the servers again. \"Once more\" shows how much two equal servers differ. CPU is user \
-                    and system time of all processes of the server.\n\n"
+                    and system time of all processes of the server. \"In a container\" means: behind a filter of system calls \
+                    that allows all of them, as a container's program runs behind one.\n\n"
         .to_owned();
     let first_runs = figures.iter().filter(|figure| figure.run == 0);
     let mut tables: Vec<(&str, &str)> = first_runs.map(|figure| (figure.group, figure.clients)).collect();

@@ -1,7 +1,7 @@
 //! The peers that are compared: how each is started, reloaded and ended.
 
 use std::fs::{self, File};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -119,12 +119,14 @@ pub struct App {
     pub environment: Vec<(&'static str, String)>,
     /// How long replaced workers may take to finish.
     pub patience: Duration,
+    /// Whether all of it runs behind a filter of system calls, as in a container.
+    pub is_filtered: bool,
 }
 
 impl App {
     pub fn new(program: Program, workers: u32) -> App {
         let patience = Duration::from_secs(10); // the default of reuse-run's --drain
-        App { program, workers, port: PORT, environment: Vec::new(), patience }
+        App { program, workers, port: PORT, environment: Vec::new(), patience, is_filtered: false }
     }
 
     /// The file to which workers write when they listen.
@@ -259,6 +261,9 @@ impl Server<'_> {
         command.env("PYTHONPATH", Path::new(env!("CARGO_MANIFEST_DIR")).join("target/python"));
         command.env("PM2_HOME", self.options.work.join("pm2"));
         command.envs(self.app.environment.iter().map(|(name, value)| (*name, value)));
+        if self.app.is_filtered {
+            process::filter(&mut command);
+        }
         command
     }
 
@@ -314,10 +319,10 @@ impl Server<'_> {
                 (0..app.workers).map(|_| self.spawn(&one)).collect::<Result<_>>()?
             }
             Peer::Reuseport { .. } => {
-                let listeners = (0..app.workers).map(|_| listener(app.port)).collect::<Result<Vec<_>>>()?;
+                let listeners = (0..app.workers).map(|_| listener(app)).collect::<Result<Vec<_>>>()?;
                 self.spawn_each(&listeners)?
             }
-            Peer::SharedQueue => self.spawn_each(&[listener(app.port)?])?,
+            Peer::SharedQueue => self.spawn_each(&[listener(app)?])?,
             Peer::Cluster => {
                 let script: Vec<String> =
                     [&["node", &format!("{APPS}/cluster.js"), &workers].map(str::to_owned), &one[1..]]
@@ -429,13 +434,20 @@ impl Server<'_> {
     }
 }
 
-/// A listener with SO_REUSEPORT.
-fn listener(port: u16) -> Result<OwnedFd> {
+/// A listener with SO_REUSEPORT, otherwise as the program opens its own.
+fn listener(app: &App) -> Result<OwnedFd> {
+    let is_node = matches!(app.program, Program::Express | Program::Naive | Program::Polite);
+    let any: IpAddr = if is_node { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    let address = SocketAddr::from((any, app.port));
     let listen = || -> std::io::Result<Socket> {
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        if is_node {
+            socket.set_only_v6(false)?;
+        }
         socket.set_reuse_address(true)?;
         socket.set_reuse_port(true)?;
-        socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)).into())?;
+        socket.set_nonblocking(app.program == Program::NonBlocking)?;
+        socket.bind(&address.into())?;
         socket.listen(511)?; // As Node does.
         Ok(socket)
     };
