@@ -174,7 +174,7 @@ impl Crew {
     pub(super) fn plan_of_switch(&self, slots: &Range<usize>, newest: u32) -> Plan {
         let role = |worker: &Worker| match worker.state {
             State::Ready if !slots.contains(&worker.slot.index()) => self.role(worker),
-            State::Ready if self.roster.serves(worker) => Some(Role::Draining),
+            State::Ready if self.roster.serves(worker) => Some(Role::Leaving),
             State::Ready => Some(Role::Ready),
             _ => self.role(worker),
         };
@@ -187,8 +187,7 @@ impl Crew {
         match worker.state {
             State::Ready => self.roster.serves(worker).then_some(Role::Ready),
             State::Starting => None,
-            State::Draining => Some(Role::Draining),
-            State::Stopping | State::Killed => Some(Role::Leaving),
+            State::Draining | State::Stopping | State::Killed => Some(Role::Leaving),
         }
     }
 

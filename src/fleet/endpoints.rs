@@ -94,6 +94,11 @@ impl Endpoints {
         self.of_workers.get(&id).is_some_and(|endpoints| endpoints.contains_key(endpoint))
     }
 
+    /// Whether one of the others listens wherever this worker does.
+    pub fn are_shared(&self, id: WorkerId, others: &[WorkerId]) -> bool {
+        self.of(id).all(|endpoint| others.iter().any(|other| self.has(*other, endpoint)))
+    }
+
     /// Where to send a worker requests: on this port if one is named, and only where clients are known to come, unless there
     /// is only this worker. What it is given counts although it has not called listen(2).
     pub fn probed_at(&self, id: WorkerId, port: Option<u16>, is_alone: bool) -> Option<&Endpoint> {

@@ -208,7 +208,7 @@ impl Fleet {
         let may_be_ready = self.crew.listens(id, endpoint.clone(), now);
         self.crew.add_later(id, endpoint, now);
         if self.crew.roster.state(id) == Some(State::Ready) {
-            self.steer();
+            self.steer_to(id, now);
         }
         self.check(&may_be_ready, now);
     }
@@ -265,16 +265,11 @@ impl Fleet {
 
     fn ready(&mut self, id: WorkerId, now: Instant) {
         let is_first_start = self.phase == Phase::Starting;
-        let is_first_ready = !self.crew.has_ready();
         let Some((generation, serves)) = self.crew.ready(id, now) else { return };
         let slots = self.crew.slots();
         if serves {
             self.failures.clear();
-            if is_first_start && !is_first_ready && !self.crew.roster.are_ready(0..slots, generation) {
-                self.crew.timers.set_if_unset(Timer::Steer, now + policy::STEER_WITHIN);
-            } else {
-                self.steer();
-            }
+            self.steer_to(id, now);
             if !is_first_start {
                 self.crew.log_ready(id, now);
                 self.crew.unreserve(id);
@@ -312,6 +307,21 @@ impl Fleet {
         self.crew.actions.push(Action::Steer(plan));
     }
 
+    /// Steers to a ready worker: at once, unless it is one of many of the first start.
+    fn steer_to(&mut self, id: WorkerId, now: Instant) {
+        let slots = self.crew.slots();
+        let others = self.crew.roster.ids(|worker| worker.state == State::Ready && worker.id != id);
+        let may_wait = self.phase == Phase::Starting
+            && !others.is_empty()
+            && self.crew.endpoints.are_shared(id, &others)
+            && !self.crew.roster.are_ready(0..slots, self.crew.generation());
+        if may_wait {
+            self.crew.timers.set_if_unset(Timer::Steer, now + policy::STEER_WITHIN);
+        } else {
+            self.steer();
+        }
+    }
+
     /// Has retired workers end when they have finished their work, after the kernel was told.
     fn end_retired(&mut self, workers: &[WorkerId], now: Instant) {
         let in_state = |crew: &Crew, state| -> Vec<WorkerId> {
@@ -338,11 +348,13 @@ impl Fleet {
 
     /// Sends workers the stop signal, each once.
     fn stop(&mut self, workers: &[WorkerId], now: Instant) {
+        let drains = |id: &WorkerId| self.crew.roster.state(*id) == Some(State::Draining);
+        let are_retired = workers.iter().all(drains);
         let stopped = self.crew.stop(workers, now);
-        if !stopped.is_empty() {
+        if !stopped.is_empty() && !are_retired {
             self.steer(); // before the signal: they may shut their listeners down
-            self.crew.actions.extend(stopped.into_iter().map(|worker| Action::Signal { worker }));
         }
+        self.crew.actions.extend(stopped.into_iter().map(|worker| Action::Signal { worker }));
     }
 
     fn kill(&mut self, id: WorkerId, now: Instant) {

@@ -20,8 +20,8 @@ const FORWARD_GRACE: Duration = Duration::from_secs(1);
 pub const PROOF: Duration = Duration::from_millis(100);
 /// A worker that has been ready for less goes into the background at once, as its whole generation does.
 pub const AT_ONCE: Duration = Duration::from_secs(3);
-/// How long a worker of the first start waits for connections while others get some. Each steering looks at all workers, and
-/// a thousand of them become ready one after the other.
+/// How long a worker of the first start waits for connections, if others get some wherever it listens. Each steering looks at
+/// all workers: with a thousand of them, one for each that becomes ready takes a quarter of this process's CPU time.
 pub const STEER_WITHIN: Duration = Duration::from_millis(20);
 /// A process that hasn't ended so long after SIGKILL is stuck in the kernel.
 pub const KILL_GRACE: Duration = Duration::from_secs(10);

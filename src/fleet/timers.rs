@@ -8,7 +8,7 @@ use crate::ids::{SlotId, WorkerId};
 /// Of two timers that are due at the same time the lesser one comes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Timer {
-    /// Workers that have become ready at the first start get connections.
+    /// At the first start: steer to the workers that have become ready since the last steering.
     Steer,
     /// The canary has had its share for long enough.
     CanaryPeriod,

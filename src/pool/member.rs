@@ -224,7 +224,7 @@ impl Member {
     /// The role of its most important borrower.
     pub fn role(&self, plan: &Plan) -> Role {
         const BEFORE_RESERVED: [Role; 2] = [Role::Ready, Role::Canary];
-        const OTHERS: [Role; 3] = [Role::Draining, Role::Leaving, Role::Starting];
+        const OTHERS: [Role; 2] = [Role::Leaving, Role::Starting];
         let is_there = |role: &Role| self.loans.iter().any(|loan| loan.role(plan) == *role);
         let reserved = self.reserved.map(|_| Role::Reserved);
         let first = BEFORE_RESERVED.into_iter().find(is_there);
@@ -438,8 +438,7 @@ impl Loan {
 
     /// An heir has none until that worker gets no more connections.
     fn role(&self, plan: &Plan) -> Role {
-        let waits =
-            |heir: Heir| !matches!(plan.role(heir.of), Role::Draining | Role::Leaving | Role::Starting);
+        let waits = |heir: Heir| !matches!(plan.role(heir.of), Role::Leaving | Role::Starting);
         match self.listens && !self.heir.is_some_and(waits) {
             true => plan.role(self.borrower.worker),
             false => Role::Starting,
@@ -627,7 +626,7 @@ mod tests {
 
     #[test]
     fn a_socket_of_several_workers_serves_as_long_as_one_of_them_does() {
-        use Role::{Canary, Draining, Free, Leaving, Ready, Starting};
+        use Role::{Canary, Free, Leaving, Ready, Starting};
         let mut member = member([listening(1), listening(2), Loan::new(worker(3, 1))]);
         let role = |member: &Member, first, second, third| {
             let plan = plan([(1, first), (2, second), (3, third)]);
@@ -636,7 +635,6 @@ mod tests {
         assert_eq!(role(&member, Ready, Ready, Ready), (Ready, 2), "the third doesn't listen");
         assert_eq!(role(&member, Ready, Leaving, Leaving), (Ready, 1));
         assert_eq!(role(&member, Canary, Canary, Canary), (Canary, 2));
-        assert_eq!(role(&member, Draining, Leaving, Ready), (Draining, 0));
         assert_eq!(role(&member, Leaving, Leaving, Starting), (Leaving, 0));
         assert_eq!(role(&member, Starting, Starting, Ready), (Starting, 0));
         [1, 2, 3].into_iter().for_each(|id| member.end_loan(WorkerId(id)));
@@ -648,13 +646,13 @@ mod tests {
 
     #[test]
     fn an_heir_counts_when_its_predecessor_gets_no_more_connections_and_then_the_socket_is_its_own() {
-        use Role::{Draining, Ready, Starting};
+        use Role::{Leaving, Ready, Starting};
         let mut member = member([listening(1), heir(2, 1)]);
         let before = plan([(1, Ready), (2, Starting)]);
         assert_eq!((member.role(&before), member.serving(&before)), (Ready, 1));
         assert!(!member.succeed(&before) && member.loans.len() == 2);
-        assert_eq!(member.role(&plan([(1, Draining), (2, Starting)])), Draining);
-        let after = plan([(1, Draining), (2, Ready)]);
+        assert_eq!(member.role(&plan([(1, Leaving), (2, Starting)])), Leaving);
+        let after = plan([(1, Leaving), (2, Ready)]);
         assert_eq!((member.role(&after), member.serving(&after)), (Ready, 1));
         assert!(member.succeed(&after));
         assert!(member.loan(WorkerId(1)).is_none() && member.left_by.contains(&WorkerId(1)));

@@ -37,7 +37,7 @@ impl Pool {
     /// # Errors
     /// Why the kernel has refused it for some address. The last plan holds.
     pub fn switch(&mut self, plan: Plan) -> Result<(), String> {
-        let refused = |role: &Role| if *role == Role::Ready { Role::Draining } else { *role };
+        let refused = |role: &Role| if *role == Role::Ready { Role::Leaving } else { *role };
         let tried: Vec<(WorkerId, Role)> = plan.roles.iter().map(|(id, role)| (*id, refused(role))).collect();
         let last = mem::replace(&mut self.plan, plan);
         let switched = self.steer_all();

@@ -25,9 +25,8 @@ pub enum Role {
     Ready,
     /// Borrowed by a ready worker of a generation that is tried with a share of the connections.
     Canary,
-    /// Borrowed by a worker that was just replaced. Clients' packets that were sent to it before may still arrive.
-    Draining,
-    /// Borrowed by a worker that gets no more connections and may leave the group at any time.
+    /// Borrowed by a worker that gets no more connections. Clients' packets that were sent to it before may still arrive, and it
+    /// may leave the group at any time.
     Leaving,
     /// Its worker died. The worker's successor inherits the connections that are queued here.
     Reserved,
@@ -43,7 +42,7 @@ impl Role {
 
     /// Whether its worker gets no more connections.
     pub fn is_leaving(self) -> bool {
-        matches!(self, Self::Draining | Self::Leaving)
+        self == Self::Leaving
     }
 }
 
@@ -95,7 +94,7 @@ pub fn decide(roles: &[Role]) -> Vec<Decision> {
         Role::Canary if any(Role::Ready) => Decision::Canary,
         Role::Ready | Role::Canary => Decision::Target,
         Role::Reserved if !is_served => Decision::Target,
-        Role::Reserved | Role::Draining | Role::Leaving => Decision::Leave,
+        Role::Reserved | Role::Leaving => Decision::Leave,
         // If those who leave still got connections, they would never finish.
         Role::Free if !is_served && !is_awaited && is_left => Decision::Sink,
         Role::Starting | Role::Free => Decision::Hold,
@@ -137,17 +136,17 @@ mod tests {
         use Decision::{Hold, Leave, Target};
         use Role::*;
         assert_eq!(
-            decide(&[Ready, Reserved, Draining, Starting, Leaving]),
+            decide(&[Ready, Reserved, Leaving, Starting, Leaving]),
             [Target, Leave, Leave, Hold, Leave]
         );
         assert_eq!(decide(&[Ready, Canary, Reserved]), [Target, Decision::Canary, Leave]);
         assert_eq!(
-            decide(&[Canary, Reserved, Draining]),
+            decide(&[Canary, Reserved, Leaving]),
             [Target, Leave, Leave],
             "only the canary listens on this address"
         );
-        assert_eq!(decide(&[Ready, Draining]), [Target, Leave]);
-        assert_eq!(decide(&[Starting, Reserved, Draining, Free]), [Hold, Target, Leave, Hold]);
+        assert_eq!(decide(&[Ready, Leaving]), [Target, Leave]);
+        assert_eq!(decide(&[Starting, Reserved, Leaving, Free]), [Hold, Target, Leave, Hold]);
         assert_eq!(decide(&[Starting, Free]), [Hold, Hold]);
     }
 
@@ -155,14 +154,14 @@ mod tests {
     fn connections_to_those_who_leave_end_in_a_free_member_if_nobody_else_takes_them() {
         use Decision::{Hold, Leave, Sink};
         use Role::*;
-        assert_eq!(decide(&[Draining, Free, Starting, Free]), [Leave, Sink, Hold, Sink]);
+        assert_eq!(decide(&[Leaving, Free, Starting, Free]), [Leave, Sink, Hold, Sink]);
         assert_eq!(decide(&[Leaving, Free]), [Leave, Sink]);
     }
 
     #[test]
     fn a_worker_that_is_not_in_the_plan_is_starting() {
-        let plan = Plan { roles: BTreeMap::from([(WorkerId(1), Role::Draining)]), ..Plan::default() };
-        assert_eq!([plan.role(WorkerId(1)), plan.role(WorkerId(2))], [Role::Draining, Role::Starting]);
+        let plan = Plan { roles: BTreeMap::from([(WorkerId(1), Role::Leaving)]), ..Plan::default() };
+        assert_eq!([plan.role(WorkerId(1)), plan.role(WorkerId(2))], [Role::Leaving, Role::Starting]);
     }
 
     #[test]

@@ -50,7 +50,7 @@ struct Scale {
     switch_ms: f64,
     /// From SIGUSR2 to the end of the old workers.
     reload_ms: f64,
-    /// From SIGINT to the end of reuse-run.
+    /// From SIGINT to the end of reuse-run, after the reload.
     stop_ms: f64,
     rss_kib: f64,
     rss_after_reload_kib: f64,

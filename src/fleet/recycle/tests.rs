@@ -18,7 +18,7 @@ fn a_recycled_worker_serves_until_its_successor_is_ready_and_then_drains() {
     assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
     assert_eq!(world.plan().role(successor), Role::Starting);
     world.event(Event::SaysReady { worker: successor });
-    assert_eq!([WorkerId(1), successor].map(|id| world.plan().role(id)), [Role::Draining, Role::Ready]);
+    assert_eq!([WorkerId(1), successor].map(|id| world.plan().role(id)), [Role::Leaving, Role::Ready]);
     assert_eq!(world.fleet.activity(), Activity::Recycling);
     world.command(reload());
     assert_eq!(world.alive.len(), 4, "the reload waits");
