@@ -522,7 +522,8 @@ impl Crew {
 
     /// The workers that serve in these slots.
     pub(super) fn serving_in(&self, slots: Range<usize>) -> Vec<WorkerId> {
-        self.roster.ids(|worker| slots.contains(&worker.slot.index()) && self.roster.serves(worker))
+        let serving = self.roster.slots.get(slots).into_iter().flatten().filter_map(|slot| slot.serving);
+        serving.filter(|id| self.roster.get(*id).is_some()).collect()
     }
 
     /// Has the ready workers that wait for their turn serve in these slots.
