@@ -102,7 +102,7 @@ impl Supervisor {
         let pid = self.processes.get(&worker)?.pid;
         // Listeners of -l and of systemd listen already.
         let given: HashSet<u64> = open_sockets::socket_inodes(Pid::this()).ok()?.into_iter().collect();
-        let its = sockets_below(pid);
+        let its = open_sockets::sockets_of_tree(pid).collect::<HashSet<u64>>();
         let mut listeners =
             SockDiag::new().and_then(|mut diag| diag.listeners(Transport::Tcp, 0)).ok()?.into_iter();
         let unseen =
@@ -206,16 +206,8 @@ fn hides_channel(program: &Program, readiness: Readiness) -> bool {
 /// Whether a process or one that it has started waits for a connection to this port of the same address.
 fn is_connecting(pid: Pid, port: u16) -> bool {
     let Ok(waiting) = SockDiag::new().and_then(|mut diag| diag.connecting(port)) else { return false };
-    let sockets = sockets_below(pid);
+    let sockets: HashSet<u64> = open_sockets::sockets_of_tree(pid).collect();
     waiting.into_iter().any(|inode| sockets.contains(&inode))
-}
-
-/// The inode numbers of the sockets of a process and of those that it has started.
-fn sockets_below(pid: Pid) -> HashSet<u64> {
-    procfs::tree(pid)
-        .into_iter()
-        .flat_map(|pid| open_sockets::socket_inodes(pid).unwrap_or_default())
-        .collect()
 }
 
 #[cfg(test)]
