@@ -266,7 +266,6 @@ impl Fleet {
     fn ready(&mut self, id: WorkerId, now: Instant) {
         let is_first_start = self.phase == Phase::Starting;
         let Some((generation, serves)) = self.crew.ready(id, now) else { return };
-        let slots = self.crew.slots();
         if serves {
             self.failures.clear();
             self.steer_to(id, now);
@@ -276,6 +275,7 @@ impl Fleet {
                 self.crew.require_too(id);
             }
         }
+        let slots = self.crew.slots();
         match self.phase {
             Phase::Starting if self.crew.roster.are_ready(0..slots, generation) => {
                 self.crew.require_endpoints(0..slots);
@@ -309,17 +309,19 @@ impl Fleet {
 
     /// Steers to a ready worker: at once, unless it is one of many of the first start.
     fn steer_to(&mut self, id: WorkerId, now: Instant) {
-        let slots = self.crew.slots();
-        let others = self.crew.roster.ids(|worker| worker.state == State::Ready && worker.id != id);
-        let may_wait = self.phase == Phase::Starting
-            && !others.is_empty()
-            && self.crew.endpoints.are_shared(id, &others)
-            && !self.crew.roster.are_ready(0..slots, self.crew.generation());
-        if may_wait {
+        if self.phase == Phase::Starting && self.may_wait(id) {
             self.crew.timers.set_if_unset(Timer::Steer, now + policy::STEER_WITHIN);
         } else {
             self.steer();
         }
+    }
+
+    /// Whether others get connections wherever this worker listens, and some worker has yet to be ready.
+    fn may_wait(&self, id: WorkerId) -> bool {
+        let others = self.crew.roster.ids(|worker| worker.state == State::Ready && worker.id != id);
+        !others.is_empty()
+            && self.crew.endpoints.are_shared(id, &others)
+            && !self.crew.roster.are_ready(0..self.crew.slots(), self.crew.generation())
     }
 
     /// Has retired workers end when they have finished their work, after the kernel was told.
@@ -346,7 +348,7 @@ impl Fleet {
         }
     }
 
-    /// Sends workers the stop signal, each once.
+    /// Sends workers the stop signal, each once. To steering, those that drain have left already.
     fn stop(&mut self, workers: &[WorkerId], now: Instant) {
         let drains = |id: &WorkerId| self.crew.roster.state(*id) == Some(State::Draining);
         let are_retired = workers.iter().all(drains);

@@ -1810,7 +1810,11 @@ proptest! {
             let ready: BTreeSet<_> = ready.map(|(_, place)| *place).collect();
             let steered_to = world.steered_to.iter().copied().collect::<BTreeSet<_>>();
             match world.fleet.crew.timers.is_set(Timer::Steer) {
-                true => prop_assert!(world.fleet.phase == Phase::Starting && (shares_queue || !steered_to.is_empty()) && steered_to.is_subset(&ready)),
+                true => {
+                    prop_assert_eq!(world.fleet.phase, Phase::Starting);
+                    prop_assert!(shares_queue || !steered_to.is_empty());
+                    prop_assert!(steered_to.is_subset(&ready));
+                }
                 false => prop_assert_eq!(&steered_to, &ready),
             }
         }
