@@ -51,8 +51,19 @@ impl Group {
 fn groups() -> [Group; 7] {
     let ours = Peer::ReuseRun(Vec::new());
     let three = || vec![Peer::Bare, Peer::Bare, ours.clone()];
-    let ours_for_udp = || Peer::ReuseRun(vec!["--udp"]);
     let reuseport = || Peer::Reuseport { migrate: false };
+    let udp = |name, workers, is_filtered| {
+        let peer = || if workers == 1 { Peer::Bare } else { reuseport() };
+        Group {
+            name,
+            program: Program::Datagrams,
+            traffic: DATAGRAMS,
+            workers,
+            clients: 4 * workers as usize,
+            is_filtered,
+            peers: vec![peer(), peer(), Peer::ReuseRun(vec!["--udp"])],
+        }
+    };
     [
         Group {
             name: "one trivial server",
@@ -88,42 +99,10 @@ fn groups() -> [Group; 7] {
                 Peer::Pm2 { wait_ready: false },
             ],
         },
-        Group {
-            name: "one server of UDP",
-            program: Program::Datagrams,
-            traffic: DATAGRAMS,
-            workers: 1,
-            clients: 4,
-            is_filtered: false,
-            peers: vec![Peer::Bare, Peer::Bare, ours_for_udp()],
-        },
-        Group {
-            name: "four servers of UDP",
-            program: Program::Datagrams,
-            traffic: DATAGRAMS,
-            workers: 4,
-            clients: 16,
-            is_filtered: false,
-            peers: vec![reuseport(), reuseport(), ours_for_udp()],
-        },
-        Group {
-            name: "one server of UDP in a container",
-            program: Program::Datagrams,
-            traffic: DATAGRAMS,
-            workers: 1,
-            clients: 4,
-            is_filtered: true,
-            peers: vec![Peer::Bare, Peer::Bare, ours_for_udp()],
-        },
-        Group {
-            name: "four servers of UDP in a container",
-            program: Program::Datagrams,
-            traffic: DATAGRAMS,
-            workers: 4,
-            clients: 16,
-            is_filtered: true,
-            peers: vec![reuseport(), reuseport(), ours_for_udp()],
-        },
+        udp("one server of UDP", 1, false),
+        udp("four servers of UDP", 4, false),
+        udp("one server of UDP in a container", 1, true),
+        udp("four servers of UDP in a container", 4, true),
     ]
 }
 

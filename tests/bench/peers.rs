@@ -104,6 +104,10 @@ impl Program {
         }
     }
 
+    fn is_node(self) -> bool {
+        matches!(self, Program::Express | Program::Naive | Program::Polite)
+    }
+
     /// Whether its workers write a line to the file BENCH_READY when they listen.
     fn writes_ready(self) -> bool {
         matches!(self, Program::Naive | Program::Polite)
@@ -436,7 +440,7 @@ impl Server<'_> {
 
 /// A listener with SO_REUSEPORT, otherwise as the program opens its own.
 fn listener(app: &App) -> Result<OwnedFd> {
-    let is_node = matches!(app.program, Program::Express | Program::Naive | Program::Polite);
+    let is_node = app.program.is_node();
     let any: IpAddr = if is_node { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
     let address = SocketAddr::from((any, app.port));
     let listen = || -> std::io::Result<Socket> {
