@@ -99,13 +99,27 @@ fn each_slot_is_recycled_with_given_sockets_without_interception() {
     recycle_each(&format!("-l {addr} --no-intercept --ready /"), &python("sick.py", &["fd:3"]), addr);
 }
 
+/// At the stop signal Node's `server.close()` closes a connection that it has accepted a moment before, so none may come then.
 #[test]
-fn each_slot_is_recycled_with_a_unix_socket() {
+fn workers_that_share_a_unix_socket_are_replaced_together() {
     let folder = Folder::new();
     let path = folder.path("s");
-    // All workers take from one queue, so one of them may take a connection in the moment of its stop signal.
-    let node = ["node", &app("node/unix.js"), &path, "polite"].map(str::to_owned);
-    recycle_each("", &node, SockAddr::unix(&path).expect("a path that fits"));
+    let node = ["node", &app("node/unix.js"), &path].map(str::to_owned);
+    let mut service = Service::run_ready("-n 3", &node);
+    let load = load(SockAddr::unix(&path).expect("a path that fits"));
+    for generation in 2..=4 {
+        let before: BTreeSet<u32> = pids(&service).into_iter().collect();
+        recycle(&service, "1").assert_done(&format!("3 workers of generation {generation} serve"));
+        assert!(before.is_disjoint(&pids(&service).into_iter().collect()));
+        answered_more(&load);
+    }
+    for words in ["scale 1", "scale 4", "scale 3", "scale 2"] {
+        run(&service, words).assert_done("of generation");
+        answered_more(&load);
+    }
+    recycle(&service, "--all").assert_done("2 workers of generation 8 serve");
+    load.stop().assert_nothing_failed();
+    service.stop();
 }
 
 #[test]

@@ -138,6 +138,12 @@ impl Endpoints {
         self.of(id).any(|endpoint| self.is_public(endpoint) && !endpoint.is_udp())
     }
 
+    /// Whether a worker listens on a Unix socket that others of so many slots may have too.
+    pub fn has_path(&self, id: WorkerId, slots: usize) -> bool {
+        let is_path = |endpoint: &Endpoint| matches!(endpoint, Endpoint::Unix(_));
+        self.of(id).any(|endpoint| is_path(endpoint) && (slots == 1 || self.is_public(endpoint)))
+    }
+
     /// How many other workers listen there, or in how many slots the last one did.
     fn count_of_others(&self, id: WorkerId, endpoint: &Endpoint) -> usize {
         let others = self.of_workers.keys().filter(|other| **other != id);

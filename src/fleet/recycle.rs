@@ -11,7 +11,7 @@ use super::phase::{Phase, Recycling, Step};
 use super::slot::{MAX_REST, SOON, Slot};
 use super::timers::{SlotTimer, Timer};
 use super::worker::{State, Worker};
-use super::{Fleet, ReloadOptions, Rollout, Sickness};
+use super::{Fleet, ReloadOptions, Sickness};
 use crate::ids::{SlotId, WorkerId};
 use crate::words::millis;
 
@@ -25,8 +25,8 @@ impl Fleet {
         if slots.is_empty() {
             slots = (0..there).map(SlotId::of_index).collect();
         }
-        match self.crew.policy.shares_queue {
-            true => self.queue.push_reload(ReloadOptions::default(), Rollout::AllAtOnce),
+        match self.shares_queue() {
+            true => self.queue.push_reload(ReloadOptions::default(), self.crew.policy.rollout),
             false => Ok(self.queue.push_recycling(slots)),
         }
     }
@@ -95,7 +95,7 @@ impl Fleet {
         let replaces_hung = self.crew.policy.hung_timeout.is_some();
         let hung = self.hung.iter().filter(|_| replaces_hung);
         match hung.chain(self.sick.keys()).copied().find(may_try) {
-            Some(id) if self.crew.policy.shares_queue && !self.hung.contains(&id) => {
+            Some(id) if self.shares_queue() && !self.hung.contains(&id) => {
                 self.replace_all(id, now);
             }
             Some(id) => self.recycle(id, None, now),
@@ -103,12 +103,21 @@ impl Fleet {
         }
     }
 
+    /// Whether workers take connections from one queue, from which none of them can be kept alone: by --balance queue, or since
+    /// they serve on a Unix socket. What a single worker does with a path is its own, but so is its replacement.
+    pub(super) fn shares_queue(&self) -> bool {
+        let slots = self.crew.slots();
+        let serving = self.crew.serving_in(0..slots);
+        let has_path = |id: &WorkerId| self.crew.endpoints.has_path(*id, slots);
+        self.crew.policy.shares_queue || serving.iter().any(has_path)
+    }
+
     /// The worker can't be replaced alone.
     fn replace_all(&mut self, id: WorkerId, now: Instant) {
         let Some(slot) = self.crew.slot_served_by(id) else { return };
         let delay = self.crew.roster.slots[slot.index()].put_off(); // for the case that this reload fails
         self.crew.timers.set(Timer::Slot(slot, SlotTimer::Recycle), now + delay);
-        if self.queue.push_reload(ReloadOptions::default(), Rollout::AllAtOnce).is_ok() {
+        if self.queue.push_reload(ReloadOptions::default(), self.crew.policy.rollout).is_ok() {
             self.crew.roster.slots.iter_mut().for_each(|slot| slot.is_renewed = true);
             self.begin_next(now);
         }

@@ -28,7 +28,7 @@ impl Fleet {
     pub(super) fn scale(&mut self, workers: usize, ticket: Ticket, now: Instant) {
         let before = self.crew.slots();
         self.crew.info(format!("scaling from {before} to {}", count(workers, "worker")));
-        if workers < before && self.crew.policy.shares_queue {
+        if workers < before && self.shares_queue() {
             let (rollout, shrinks_to) = (Rollout::AllAtOnce, Some(workers));
             self.reload(
                 Reload { rollout, since: now, ticket, ports_may_change: false, shrinks_to },

@@ -49,6 +49,8 @@ pub(super) struct World {
     probed: BTreeMap<WorkerId, Endpoint>,
     /// What the kernel says to the next switch.
     pub(super) next_switch: Result<(), String>,
+    /// Whether workers have ever taken connections from one queue.
+    has_shared_queue: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,6 +86,7 @@ impl World {
             recyclings: Vec::new(),
             probed: BTreeMap::new(),
             next_switch: Ok(()),
+            has_shared_queue: false,
         };
         world.carry_out(actions);
         world
@@ -91,6 +94,7 @@ impl World {
 
     fn carry_out(&mut self, actions: Vec<Action>) {
         let mut actions = VecDeque::from(actions);
+        self.has_shared_queue |= self.fleet.shares_queue();
         while let Some(action) = actions.pop_front() {
             assert_eq!(self.exit, None, "{action:?} after the exit");
             match action {
@@ -150,7 +154,7 @@ impl World {
                         Some(Command::Reload(_)) => self.reloads.push(outcome.is_ok()),
                         Some(Command::Scale(_)) => self.scalings.push(outcome.is_ok()),
                         Some(Command::Recycle(_)) => self.recyclings.push(outcome.is_ok()),
-                        None if self.fleet.crew.policy.shares_queue => {} // a reload that nobody asked for
+                        None if self.has_shared_queue => {} // a reload that nobody asked for
                         other => panic!("{ticket:?} of {other:?} has ended"),
                     }
                 }
@@ -1703,6 +1707,15 @@ fn sharing() -> World {
     world
 }
 
+/// The same, by a Unix socket.
+fn sharing_a_path() -> World {
+    let mut world = serving();
+    for worker in world.ids() {
+        world.event(Event::Listens { worker, endpoint: endpoint(3) });
+    }
+    world
+}
+
 #[test]
 fn with_one_queue_nobody_gets_connections_until_the_whole_first_generation_is_ready() {
     let mut world = World::new(Policy { shares_queue: true, ..policy(Readiness::Notify) });
@@ -1715,16 +1728,37 @@ fn with_one_queue_nobody_gets_connections_until_the_whole_first_generation_is_re
 
 #[test]
 fn with_one_queue_a_scaling_to_fewer_workers_replaces_all_of_them() {
-    let mut world = sharing();
-    world.command(Command::Scale(Target::Exactly(2)));
-    assert_eq!(world.alive.len(), 5, "two more");
-    assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
-    world.ready_all();
-    assert_eq!(world.steered_to(), [(0, 2), (1, 2)]);
+    for (mut world, endpoint) in [(sharing(), endpoint(1)), (sharing_a_path(), endpoint(3))] {
+        world.command(Command::Scale(Target::Exactly(2)));
+        assert_eq!(world.alive.len(), 5, "two more");
+        assert_eq!(world.steered_to(), [(0, 1), (1, 1), (2, 1)]);
+        for worker in world.ids() {
+            world.event(Event::Listens { worker, endpoint: endpoint.clone() });
+        }
+        world.ready_all();
+        assert_eq!(world.steered_to(), [(0, 2), (1, 2)]);
+        world.drain_all();
+        world.obey();
+        assert_eq!((world.alive.len(), world.scalings.clone()), (2, vec![true]));
+        assert_eq!(world.fleet.crew.slots(), 2);
+    }
+}
+
+#[test]
+fn by_a_path_that_a_single_worker_has_it_alone_is_replaced() {
+    let mut world = serving();
+    let (first, endpoint) = (world.ids()[0], endpoint(3));
+    world.event(Event::Listens { worker: first, endpoint: endpoint.clone() });
+    assert!(!world.fleet.shares_queue(), "it may be its own");
+    world.command(Command::Scale(Target::Exactly(1)));
     world.drain_all();
     world.obey();
-    assert_eq!((world.alive.len(), world.scalings.clone()), (2, vec![true]));
-    assert_eq!(world.fleet.crew.slots(), 2);
+    assert!(world.fleet.shares_queue(), "its successor would have it as well");
+    world.command(recycle([0]));
+    let new = *world.ids().last().unwrap();
+    world.event(Event::Listens { worker: new, endpoint });
+    world.ready_all();
+    assert_eq!(world.steered_to(), [(0, 2)]);
 }
 
 #[test]
@@ -1830,7 +1864,7 @@ proptest! {
         // The successor of a sick worker is tried again for as long as that is sick.
         let is_sick = !world.fleet.sick.is_empty() || !world.fleet.hung.is_empty();
         let tries = matches!(phase, Phase::Recycling(Recycling { ticket: None, .. }) | Phase::Abandoning)
-            || shares_queue && phase.reload().is_some();
+            || world.has_shared_queue && phase.reload().is_some();
         let rests = matches!(phase, Phase::Starting | Phase::Serving) || is_sick && tries;
         prop_assert!(world.exit.is_some() || rests, "{phase:?}");
         world.event(Event::StopSignal { signal: "SIGTERM" });
@@ -1864,7 +1898,7 @@ proptest! {
         let mut world = World::new(policy(readiness));
         for step in steps {
             match step {
-                Step::Scale(_) => {}
+                Step::Scale(_) | Step::Listens(_, 3) => {}
                 Step::Reload(_) => world.take(Step::Reload(Rollout::Batches(most)), false),
                 step => world.take(step, false),
             }
@@ -1888,7 +1922,7 @@ proptest! {
         let all = [(0, 1), (1, 1), (2, 1)];
         prop_assert_eq!(world.steered_to(), all);
         for step in steps {
-            if !matches!(step, Step::Scale(_) | Step::Reload(_) | Step::Stop) {
+            if !matches!(step, Step::Scale(_) | Step::Reload(_) | Step::Listens(_, 3) | Step::Stop) {
                 world.take(step, true);
                 prop_assert_eq!(world.steered_to(), all);
                 prop_assert!(world.alive.len() <= WORKERS as usize + 1, "{} alive", world.alive.len());
@@ -1899,16 +1933,22 @@ proptest! {
     /// One that does goes on to accept from the queue of the others. (One that hangs doesn't.)
     #[test]
     fn with_one_queue_no_worker_drains_while_another_of_its_generation_gets_connections(
-        readiness in readiness(), steps in vec(step(), 0..60)
+        readiness in readiness(), by_path: bool, steps in vec(step(), 0..60)
     ) {
-        let mut world = World::new(Policy { shares_queue: true, ..policy(readiness) });
+        let mut world = World::new(Policy { shares_queue: !by_path, ..policy(readiness) });
+        for worker in world.ids() {
+            world.event(Event::Listens { worker, endpoint: endpoint(3) });
+        }
         for step in steps {
-            if matches!(step, Step::Hangs(_)) {
+            let has_own_path = by_path && matches!(step, Step::Unlistens(..) | Step::Reload(Rollout::Batches(_)));
+            if matches!(step, Step::Hangs(_)) || has_own_path {
                 continue;
             }
             world.take(step, false);
             let plan = world.plan();
-            let workers = || world.fleet.crew.roster.workers();
+            let crew = &world.fleet.crew;
+            let shares = |id| !by_path || crew.endpoints.has_path(id, crew.slots());
+            let workers = || crew.roster.workers().filter(|(id, _)| shares(*id));
             let get_connections = workers().filter(|(id, _)| plan.role(*id) == Role::Ready);
             let get_connections: BTreeSet<u32> = get_connections.map(|(_, worker)| worker.generation).collect();
             let mut drain = workers().filter(|(_, worker)| worker.state == State::Draining);

@@ -1,12 +1,10 @@
-// Listens on a path: node unix.js PATH [polite]. At the stop signal it closes the server, and Node unlinks the path. That also
-// closes a connection that was accepted a moment before, and whose request it hasn't read. A polite one answers that.
+// Listens on a path: node unix.js PATH. At the stop signal it closes the server, and Node unlinks the path. That also closes a
+// connection that was accepted a moment before, and whose request it hasn't read.
 const http = require('node:http');
-const net = require('node:net');
 const { REUSE_RUN_GENERATION: generation, REUSE_RUN_SLOT: slot } = process.env;
 
 const server = http.createServer((req, res) => {
   res.end(`pid=${process.pid} generation=${generation} slot=${slot}\n`);
 });
 server.listen(process.argv[2]);
-const { close } = process.argv[3] === 'polite' ? net.Server.prototype : http.Server.prototype;
-process.on('SIGINT', () => close.call(server));
+process.on('SIGINT', () => server.close());
