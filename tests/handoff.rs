@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use common::load::{self, Kind, Load, LoadOptions, Mode};
 use common::{
     DEADLINE, Deployment, Service, answered_more, app, free_address, get, get_path, inline, naive,
-    naive_with, node_app, own_network, python, reload_under_load, run, send, server, turn, wait_until,
+    naive_with, node_app, own_network, python, reload_under_load, run, run_words, send, server, turn,
+    wait_until,
 };
 use nix::sys::signal::Signal;
 
@@ -136,6 +137,24 @@ fn a_worker_that_shuts_its_own_listener_down_loses_no_request() {
     let service = Service::run_ready("-n 2", &naive_with(addr, &["--shutdown-on-int"]));
     let report = reload_and_stop(service, LoadOptions::new(addr, 16).record(), 20);
     report.assert_switched_atomically(21);
+}
+
+/// Workers that leave together shut their listeners down in an unknown order, and free sockets take their places in the kernel's
+/// array. The next workers get these sockets, of which only some get connections later.
+#[test]
+fn the_places_of_those_who_stay_are_known_although_many_shut_their_listeners_down_at_once() {
+    let _turn = turn();
+    let addr = free_address();
+    let mut service = Service::run_ready("-n 8", &naive_with(addr, &["--shutdown-on-int"]));
+    let load = Load::start(LoadOptions::new(addr, 16).record());
+    for _ in 0..2 {
+        for words in ["reload", "reload", "scale +3", "scale 2", "scale 8"] {
+            run(&service, words).assert_done("");
+        }
+        run_words(&format!("recycle --pid {} --all", service.pid())).assert_done("");
+    }
+    load.stop().assert_nothing_failed();
+    service.stop();
 }
 
 #[test]

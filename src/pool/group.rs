@@ -38,8 +38,6 @@ pub struct Group {
     /// Whether the attached program may know connections of our own.
     has_aims: bool,
     balancing: Balancing,
-    /// Whether the indices of all members that are lent or reserved have to be known, so that none of these may move.
-    is_exact: bool,
 }
 
 /// Where a connection of our own goes.
@@ -50,7 +48,7 @@ enum AimedAt {
 }
 
 impl Group {
-    pub fn new(address: Address, owner: Owner, balancing: Balancing, is_exact: bool) -> Self {
+    pub fn new(address: Address, owner: Owner, balancing: Balancing) -> Self {
         Self {
             address,
             owner,
@@ -61,7 +59,6 @@ impl Group {
             aims: BTreeMap::new(),
             has_aims: false,
             balancing,
-            is_exact: is_exact || address.is_udp(),
         }
     }
 
@@ -94,30 +91,20 @@ impl Group {
 
     /// `members` have left the kernel's array, in an unknown order.
     pub fn left(&mut self, members: &BTreeSet<MemberId>) {
-        self.forget_program(members);
+        if !members.is_empty() {
+            self.targets = None; // one may have been the last member, with which the kernel drops the program
+        }
         self.order.leave(members);
     }
 
-    /// `member` began to listen, and `others` left before or after that.
-    pub fn joined(&mut self, member: MemberId, others: &BTreeSet<MemberId>) {
-        self.forget_program(others);
-        self.order.push_while_leaving(member, others);
-    }
-
-    /// One of these may have been the last member, with which the kernel drops the program: it is attached again.
-    fn forget_program(&mut self, members: &BTreeSet<MemberId>) {
-        if !members.is_empty() {
-            self.targets = None;
-        }
+    /// `member` began to listen.
+    pub fn joined(&mut self, member: MemberId) {
+        self.order.push(member);
     }
 
     /// Whether a member may be in the kernel's array.
     pub fn has_place(&self, member: MemberId) -> bool {
         !self.order.places(member).is_empty()
-    }
-
-    pub fn is_exact(&self) -> bool {
-        self.is_exact
     }
 
     /// Whether to find out which foreign listeners are in the group before a member begins to listen: their order in
@@ -165,9 +152,8 @@ impl Group {
         // There are no targets then. The other sinks are its spares.
         primary.extend(self.order.first_of(&sinks));
         let (primary_indices, canary_indices) = (self.order.indices(&primary), self.order.indices(&canary));
-        let kept = if self.is_exact { self.order.indices(&kept(&decisions)) } else { Vec::new() };
-        let lasts = [&primary_indices, &canary_indices, &kept].into_iter().filter_map(|all| all.last());
-        let last = lasts.max().copied();
+        let kept_indices = self.order.indices(&kept(&decisions));
+        let last = [&primary_indices, &kept_indices].into_iter().filter_map(|all| all.last()).max().copied();
         let weighted = |indices: &[u32]| self.weighted(indices, |id| members[id].serving(plan));
         let all_indices = Targets {
             primary: weighted(&primary_indices),

@@ -3,7 +3,6 @@
 use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::mem;
-use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
@@ -186,9 +185,8 @@ impl Pool {
                 self.shut_down(id);
                 continue;
             }
-            let is_free = self.members[id].is_free();
-            let is_exact = self.groups.get(&address).is_some_and(Group::is_exact);
-            if !is_exact || !is_free || !self.members[id].listening || self.locate(address, id) {
+            let member = &self.members[id];
+            if !member.is_free() || !member.listening || self.locate(address, id) {
                 return Ok(id);
             }
             if !address.is_udp() {
@@ -273,11 +271,10 @@ impl Pool {
         let Some(member) = self.members.get_mut(id) else { return };
         (member.loans, member.reserved) = (Vec::new(), None);
         let address = member.address;
-        let left = !address.is_udp() && member.socket.shutdown(Shutdown::Both).is_ok();
-        self.watch(id);
-        self.handle_events(None); // removes it, if epoll has reported that it has left its group
-        if let Some(group) = self.groups.get_mut(&address).filter(|group| left && group.ids().contains(&id)) {
-            group.left(&BTreeSet::from([id]));
+        if !address.is_udp() && member.leave().is_ok() {
+            let mut departed = self.departed();
+            departed.entry(address).or_default().insert(id);
+            self.have_departed(departed);
         }
         self.remove(id);
         self.close_if_free(address);
@@ -321,7 +318,7 @@ impl Pool {
     /// A worker has died. If it will have a `successor`, the next worker of its slot and generation, its sockets are
     /// kept for that. Otherwise they become free, and what is queued on them is reset.
     pub fn release(&mut self, worker: WorkerId, successor: bool) {
-        self.handle_events(None);
+        self.handle_events();
         self.left_open = None;
         self.heirs.remove(&worker);
         self.sharing.remove(&worker);

@@ -2,13 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
-use std::net::SocketAddr;
+use std::net::Shutdown;
 use std::ops::Index;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Duration;
 
 use nix::unistd::{Pid, getegid, geteuid};
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::address::{Address, Transport};
 use crate::ids::{Borrower, MemberId, SlotId, WorkerId};
@@ -299,6 +298,15 @@ impl Member {
         Ok(())
     }
 
+    /// Leaves the array of its group, with all connections that wait. It may listen again.
+    ///
+    /// # Errors
+    /// Those of shutdown(2).
+    pub fn leave(&mut self) -> io::Result<()> {
+        self.listening = false;
+        self.socket.shutdown(Shutdown::Both)
+    }
+
     /// Whether connections or datagrams wait for a borrower.
     pub fn is_awaited(&self) -> bool {
         match self.address.transport {
@@ -392,42 +400,6 @@ impl Member {
             && sys::has_filter(socket).is_ok_and(|has| !has);
         let is_of_one = self.address.is_udp() && (self.is_connected() || datagrams::is_shut_down(socket));
         self.is_limited || !is_as_new || is_of_one
-    }
-
-    /// Accepts the connections that wait and closes them with a reset. Returns how many there were, and the error that
-    /// left some in the queue. Datagrams are read, without a word to anybody.
-    pub fn reset_queue(&self) -> (usize, io::Result<()>) {
-        match self.address.transport {
-            Transport::Tcp => self.reset_all(|_| {}),
-            Transport::Udp => (0, datagrams::discard(&self.socket)),
-        }
-    }
-
-    /// As [`Member::reset_queue`]. Returns whether a connection from `source` was among them.
-    pub fn reset_queue_with(&self, source: SocketAddr) -> bool {
-        let mut is_found = false;
-        let _ = self.reset_all(|client| is_found |= client.as_socket() == Some(source));
-        is_found
-    }
-
-    fn reset_all(&self, mut note: impl FnMut(&SockAddr)) -> (usize, io::Result<()>) {
-        if let Err(error) = self.socket.set_nonblocking(true) {
-            return (0, Err(error));
-        }
-        let mut connections = 0;
-        loop {
-            match self.socket.accept() {
-                Ok((connection, client)) => {
-                    note(&client);
-                    // A linger time of zero makes close(2) send a reset (socket(7)).
-                    let _ = connection.set_linger(Some(Duration::ZERO));
-                    connections += 1;
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return (connections, Ok(())),
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                Err(error) => return (connections, Err(error)),
-            }
-        }
     }
 }
 

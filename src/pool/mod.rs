@@ -76,8 +76,6 @@ pub struct Pool {
     watcher: Watcher,
     looks: Looks,
     balancing: Balancing,
-    /// Whether the indices of all members have to be known: for calls of [`Pool::reach`], or for a choice by client.
-    is_exact: bool,
     /// All members are free in it if `balancing` is random.
     tracker: LoadTracker,
     spread: Spread,
@@ -105,11 +103,9 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// `is_exact` says whether there will be calls of [`Pool::reach`].
-    ///
     /// # Errors
     /// Those of epoll_create(2) and epoll_ctl(2).
-    pub fn new(balancing: Balancing, is_exact: bool) -> io::Result<Self> {
+    pub fn new(balancing: Balancing) -> io::Result<Self> {
         let sample_interval = match balancing {
             Balancing::Load | Balancing::Queue => accept_queues::SOON,
             // Samples then show only closed listeners, and those that may have been stuck for long.
@@ -125,7 +121,6 @@ impl Pool {
             watcher,
             looks: Looks::default(),
             balancing,
-            is_exact: is_exact || balancing == Balancing::Client,
             tracker: LoadTracker::new(balancing),
             spread: Spread::new(),
             must_steer: false,
@@ -170,10 +165,7 @@ impl Pool {
             Transport::Tcp => self.members.bind(address, owner)?,
             Transport::Udp => self.bind_datagrams(address, owner)?,
         };
-        self.groups
-            .entry(address)
-            .or_insert_with(|| Group::new(address, owner, self.balancing, self.is_exact))
-            .add(id);
+        self.groups.entry(address).or_insert_with(|| Group::new(address, owner, self.balancing)).add(id);
         if address.is_udp() {
             self.begin_to_listen(id, 0)?;
         }
@@ -189,7 +181,7 @@ impl Pool {
         if self.members[id].address.is_udp() {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
-        self.handle_events(None);
+        self.handle_events();
         self.listen_on(id, backlog)?;
         self.serve(worker, id)
     }
@@ -221,19 +213,45 @@ impl Pool {
         if !address.is_udp() {
             self.update_foreign_if_due(address);
         }
-        let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
-        member.hold()?;
-        // The order of the kernel's array is that of the calls of listen(2), or of bind(2) for UDP. Members that were known to
-        // have left did so before this call. Those that are found to have left after it may have done so before or after.
-        member.listen(backlog)?;
-        self.handle_events(Some(id));
+        self.members.get_mut(id).map_or(Ok(()), Member::hold)?;
+        let mut left = BTreeSet::new();
+        let joined = self.join(id, backlog, &mut left);
+        if !left.is_empty() {
+            self.groups.entry(address).and_modify(|group| group.joined(id));
+            left.insert(id); // it has left as often as others have
+            self.have_departed(BTreeMap::from([(address, left)]));
+        }
+        joined?;
+        self.groups.entry(address).and_modify(|group| group.joined(id));
         self.watch(id);
         Ok(())
     }
 
-    /// Handles what epoll reports, and takes what has left a group's array from its order. `newcomer` began to listen
-    /// since the last call.
-    fn handle_events(&mut self, newcomer: Option<MemberId>) {
+    /// Does listen(2), and again if others of the group have left meanwhile, before or after it. In the end the member is the
+    /// last one in the kernel's array, which has the order of the calls of listen(2), or of bind(2) for UDP. Adds those that
+    /// have left to `left`.
+    fn join(&mut self, id: MemberId, backlog: i32, left: &mut BTreeSet<MemberId>) -> io::Result<()> {
+        loop {
+            let member = self.members.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
+            let address = member.address;
+            member.listen(backlog)?;
+            let mut departed = self.departed();
+            let others = departed.remove(&address);
+            self.have_departed(departed);
+            let Some(others) = others else { return Ok(()) };
+            left.extend(others);
+            self.members.get_mut(id).map_or(Ok(()), Member::leave)?;
+        }
+    }
+
+    /// Handles what epoll reports.
+    fn handle_events(&mut self) {
+        let departed = self.departed();
+        self.have_departed(departed);
+    }
+
+    /// Handles what epoll reports, but for the members that have left the array of their group, which are returned.
+    fn departed(&mut self) -> BTreeMap<Address, BTreeSet<MemberId>> {
         let mut departed: BTreeMap<Address, BTreeSet<MemberId>> = BTreeMap::new();
         loop {
             let batch = self.watcher.next_batch();
@@ -267,33 +285,24 @@ impl Pool {
                 break;
             }
         }
-        if let Some((id, member)) = newcomer.and_then(|id| Some((id, self.members.get(id)?))) {
-            let address = member.address;
-            let others = departed.remove(&address).unwrap_or_default();
-            if let Some(group) = self.groups.get_mut(&address) {
-                group.joined(id, &others);
-            }
-            self.forget_departed(&others);
-        }
-        for (address, ids) in departed {
-            if let Some(group) = self.groups.get_mut(&address) {
-                group.left(&ids);
-            }
-            self.forget_departed(&ids);
-        }
+        departed
     }
 
-    /// Notes which workers shut their listeners down, and drops such sockets that nobody borrows.
-    fn forget_departed(&mut self, ids: &BTreeSet<MemberId>) {
-        for id in ids {
-            let Some(member) = self.members.get(*id) else { continue };
+    /// Takes what has left a group's array from its order. Notes which workers shut their listeners down, and drops such sockets
+    /// that nobody borrows.
+    fn have_departed(&mut self, departed: BTreeMap<Address, BTreeSet<MemberId>>) {
+        for (address, ids) in &departed {
+            self.groups.entry(*address).and_modify(|group| group.left(ids));
+        }
+        for id in departed.into_values().flatten() {
+            let Some(member) = self.members.get(id).filter(|member| !member.listening) else { continue };
             let borrowers: Vec<WorkerId> = member.workers().collect();
             match borrowers[..] {
-                [] => self.remove(*id),
-                [worker] => self.note_stopped(*id, worker),
+                [] => self.remove(id),
+                [worker] => self.note_stopped(id, worker),
                 // One of several has shut it down for all. The others go on to accept from it.
-                [..] if !member.role(&self.plan).is_leaving() => self.shut.push(*id),
-                [..] => borrowers.iter().for_each(|worker| self.note_stopped(*id, *worker)),
+                [..] if !member.role(&self.plan).is_leaving() => self.shut.push(id),
+                [..] => borrowers.iter().for_each(|worker| self.note_stopped(id, *worker)),
             }
         }
     }
@@ -495,7 +504,7 @@ impl Pool {
     /// readable.
     pub fn stopped_listening(&mut self, is_reported: bool) -> Vec<StoppedListening> {
         if is_reported {
-            self.handle_events(None);
+            self.handle_events();
         }
         self.listen_again();
         if self.must_steer

@@ -38,7 +38,7 @@ impl Pool {
     /// # Errors
     /// NotFound if it borrows none there, WouldBlock if too many connections are being opened, and what the kernel says.
     pub fn reach(&mut self, worker: WorkerId, address: Address) -> io::Result<(Socket, Reach)> {
-        self.handle_events(None);
+        self.handle_events();
         let mut lent =
             self.members.lent_to(worker).filter(|(_, member)| member.is_listener_on(worker, address));
         let member = lent.next().map(|(id, _)| id).ok_or(io::ErrorKind::NotFound)?;

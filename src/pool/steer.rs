@@ -53,7 +53,7 @@ impl Pool {
     }
 
     pub(super) fn steer_all(&mut self) -> Result<(), String> {
-        self.handle_events(None);
+        self.handle_events();
         let addresses: Vec<Address> = self.groups.keys().copied().collect();
         let steer = |address| {
             let steered = self.steer_address(address);

@@ -196,7 +196,7 @@ mod tests {
     fn pool() -> (Pool, Address, Vec<MemberId>) {
         let port = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let address = Address::new((Ipv4Addr::UNSPECIFIED, port).into(), false, 0).over(Transport::Udp);
-        let mut pool = Pool::new(Balancing::Load, false).unwrap();
+        let mut pool = Pool::new(Balancing::Load).unwrap();
         let ids = (0..5).map(|_| pool.add(address, Owner::this_process()).unwrap()).collect();
         (pool, address, ids)
     }

@@ -2,10 +2,17 @@
 //! learn at once that they have to try again.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::mem;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use socket2::SockAddr;
+
+use crate::address::Transport;
 use crate::ids::MemberId;
+use crate::kernel::datagrams;
+use crate::pool::member::Member;
 
 /// When to try again after connections couldn't be reset.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -56,6 +63,44 @@ impl Unserved {
     pub fn forget(&mut self, id: MemberId) {
         self.pending.remove(&id);
         self.retries.remove(&id);
+    }
+}
+
+impl Member {
+    /// Accepts the connections that wait and closes them with a reset. Returns how many there were, and the error that
+    /// left some in the queue. Datagrams are read, without a word to anybody.
+    pub fn reset_queue(&self) -> (usize, io::Result<()>) {
+        match self.address.transport {
+            Transport::Tcp => self.reset_all(|_| {}),
+            Transport::Udp => (0, datagrams::discard(&self.socket)),
+        }
+    }
+
+    /// As [`Member::reset_queue`]. Returns whether a connection from `source` was among them.
+    pub fn reset_queue_with(&self, source: SocketAddr) -> bool {
+        let mut is_found = false;
+        let _ = self.reset_all(|client| is_found |= client.as_socket() == Some(source));
+        is_found
+    }
+
+    fn reset_all(&self, mut note: impl FnMut(&SockAddr)) -> (usize, io::Result<()>) {
+        if let Err(error) = self.socket.set_nonblocking(true) {
+            return (0, Err(error));
+        }
+        let mut connections = 0;
+        loop {
+            match self.socket.accept() {
+                Ok((connection, client)) => {
+                    note(&client);
+                    // A linger time of zero makes close(2) send a reset (socket(7)).
+                    let _ = connection.set_linger(Some(Duration::ZERO));
+                    connections += 1;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return (connections, Ok(())),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => return (connections, Err(error)),
+            }
+        }
     }
 }
 

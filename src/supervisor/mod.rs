@@ -202,7 +202,7 @@ impl Supervisor {
         let (stop_signal, hung_timeout) = (settings.stop_signal, policy.hung_timeout);
         let starter = Starter::new(settings, listen.len())?;
         let inherited: Rc<[(u64, Endpoint)]> = starter.inherited().into();
-        let mut pool = Pool::new(balance, options.probe_path.is_some())?;
+        let mut pool = Pool::new(balance)?;
         listen.iter().try_for_each(|address| pool.take(*address))?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let (reader, unix) = (reader::start()?, UnixSockets::new()?);
