@@ -74,6 +74,24 @@ fn workers_share_a_port_of_one_interface() {
     }
 }
 
+/// Nothing on this machine reaches such a listener, so nobody finds out the places of those that nobody borrows.
+#[test]
+fn listeners_of_one_interface_that_are_shut_down_at_each_reload_get_no_more_with_each() {
+    own_network();
+    ip("link add v2 type veth peer name v3");
+    ip("link set v2 up");
+    let (_, command) = limited("device v2 shutdown");
+    let mut service = Service::run_ready("-n 4", &command);
+    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", service.pid())).expect("its fds").count();
+    let before = descriptors();
+    for _ in 0..12 {
+        service.reload();
+    }
+    let more = descriptors() - before;
+    assert!((4..24).contains(&more), "{more} more");
+    service.stop();
+}
+
 #[test]
 fn a_device_that_is_set_after_bind_is_refused() {
     let (addr, command) = limited("then device lo");

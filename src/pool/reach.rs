@@ -85,8 +85,11 @@ impl Pool {
                         break;
                     }
                 }
-                Ok(None) => debug!("{address}: it is unknown which listener has index {index}"),
-                Err(error) => debug!("{address}: can't find out which listener has index {index}: {error}"),
+                not_found => {
+                    let why = not_found.err().map(|error| format!(": {error}")).unwrap_or_default();
+                    debug!("{address}: can't find out which listener has index {index}{why}");
+                    break; // it would take as long at the next one
+                }
             }
         }
         self.groups.get(&address).is_some_and(|group| group.places(member).is_empty())

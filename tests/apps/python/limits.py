@@ -1,9 +1,10 @@
 """Serves the port of the last argument, on a socket with the options of the arguments before it: `device NAME`, `index N`,
 `filter`, `key`, `min-ttl N`, `mark N`, before bind; `then` stands for bind, `after` for listen. `user N` becomes that user,
-`namespace` enters a user namespace, `unlink PATH` and `path PATH` remove and bind a Unix socket."""
+`shutdown` shuts the listener down at the stop signal, `namespace` enters a user namespace, `unlink PATH` and `path PATH` remove and bind a Unix socket."""
 import ctypes
 import errno
 import os
+import signal
 import socket
 import struct
 import sys
@@ -52,6 +53,8 @@ for word in words:
             s.setsockopt(socket.IPPROTO_IP, IP_MINTTL, int(next(words)))
         elif word == 'mark':
             s.setsockopt(socket.SOL_SOCKET, SO_MARK, int(next(words)))
+        elif word == 'shutdown':
+            signal.signal(signal.SIGINT, lambda *_: (s.shutdown(socket.SHUT_RDWR), os._exit(0)))
         elif word == 'user':
             user = int(next(words))
             os.setgroups([])
