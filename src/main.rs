@@ -121,7 +121,8 @@
 //!   ready workers, or, where none is ready, to the socket that the successor of a dead one inherits. (Datagrams reach a UDP
 //!   socket from its bind on. While no worker is ready they wait for those that start.)
 //! - Invariant: a member that the BPF program chooses keeps its index in the kernel's array, whichever others leave
-//!   (`steering::order::Order::spares_lacking`).
+//!   (`steering::order::Order::spares_lacking`). So does one that is lent, which may be chosen later; where a free one stands
+//!   is found out before it is lent (`pool::reach`).
 //! - Invariant: a replacement that fails never gets a connection, and the old workers are not touched.
 //! - Invariant: the wrapper does nothing for a worker that the kernel would not allow the worker to do itself
 //!   (`intercept::caller`).
@@ -129,7 +130,7 @@
 //! - Invariant: a room imports only rooms that stand below it in the table of rooms (`tests/house.rs`).
 //! - Invariant: the request path is the kernel's, and without traffic nothing wakes the loop.
 //! - Invariant: the loop waits for events in epoll alone. (`drain::idle::EndWatch` spins, for 3 ms at most, once a
-//!   generation.)
+//!   generation; `pool::reach` waits, for 10 ms at most, for a connection of its own.)
 //! - Invariant: before the loop an error ends the program. Inside the loop it is logged, and the program goes on.
 #![cfg_attr(clippy, deny(warnings))]
 // A panic ends the wrapper, and with it the workers.

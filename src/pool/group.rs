@@ -104,7 +104,7 @@ impl Group {
 
     /// Whether a member may be in the kernel's array.
     pub fn has_place(&self, member: MemberId) -> bool {
-        !self.order.places(member).is_empty()
+        self.order.places(member).next().is_some()
     }
 
     /// Whether to find out which foreign listeners are in the group before a member begins to listen: their order in
@@ -245,12 +245,14 @@ impl Group {
         self.aims.remove(&source);
     }
 
-    /// The indices at which a member may stand, with all members that may; none if its index is known.
-    pub fn places(&self, member: MemberId) -> Vec<(u32, BTreeSet<MemberId>)> {
-        match self.order.index(member) {
-            Some(_) => Vec::new(),
-            None => self.order.places(member),
-        }
+    /// Whether it is known where a member stands in the kernel's array.
+    pub fn knows_place(&self, member: MemberId) -> bool {
+        self.order.index(member).is_some()
+    }
+
+    /// The indices at which a member may stand, each with all members that may stand there.
+    pub fn places(&self, member: MemberId) -> impl Iterator<Item = (u32, &BTreeSet<MemberId>)> {
+        self.order.places(member)
     }
 
     /// It was found out which member has this index.

@@ -186,12 +186,14 @@ impl Pool {
                 continue;
             }
             let member = &self.members[id];
-            let is_somewhere = member.is_free() && member.listening;
-            if !is_somewhere || self.locate(address, id) || self.has_many_free(address) {
+            if !member.is_free() || !member.listening {
                 return Ok(id);
             }
-            if !address.is_udp() {
-                break;
+            match self.locate(address, id) {
+                Some(found) => return Ok(found),
+                None if self.has_many_free(address) => return Ok(id),
+                None if address.is_udp() => {}
+                None => break,
             }
         }
         let is_alone = self.look_for_foreign(address).map_err(|listener| {
@@ -207,8 +209,8 @@ impl Pool {
         Ok(id)
     }
 
-    /// Whether most listeners of an address are free. There may be no way to find out where they stand: nothing on this machine
-    /// reaches a listener of one network interface. Then they would get more and more.
+    /// Whether more than twice as many listeners of an address are free as are not. There may be no way to find out where they
+    /// stand: nothing on this machine reaches a listener of one network interface. Then they would get more and more.
     fn has_many_free(&self, address: Address) -> bool {
         let Some(ids) = self.groups.get(&address).map(Group::ids).filter(|_| !address.is_udp()) else {
             return false;
@@ -282,7 +284,8 @@ impl Pool {
         let Some(member) = self.members.get_mut(id) else { return };
         (member.loans, member.reserved) = (Vec::new(), None);
         let address = member.address;
-        if !address.is_udp() && member.leave().is_ok() {
+        if member.listening && !address.is_udp() {
+            let _ = member.leave(); // or that process has shut it down already
             let mut departed = self.departed();
             departed.entry(address).or_default().insert(id);
             self.have_departed(departed);

@@ -216,10 +216,10 @@ impl Pool {
         self.members.get_mut(id).map_or(Ok(()), Member::hold)?;
         let mut left = BTreeSet::new();
         let joined = self.join(id, backlog, &mut left);
-        if !left.is_empty() {
-            self.groups.entry(address).and_modify(|group| group.joined(id));
-            left.insert(id); // it has left as often as others have
-            self.have_departed(BTreeMap::from([(address, left)]));
+        if let Some(group) = self.groups.get_mut(&address).filter(|_| !left.is_empty()) {
+            group.joined(id);
+            group.left(&left.iter().copied().chain([id]).collect()); // it has left between its calls of listen(2)
+            self.note_departed(left);
         }
         joined?;
         self.groups.entry(address).and_modify(|group| group.joined(id));
@@ -288,14 +288,18 @@ impl Pool {
         departed
     }
 
-    /// Takes what has left a group's array from its order. Notes which workers shut their listeners down, and drops such sockets
-    /// that nobody borrows.
+    /// Takes what has left a group's array from its order.
     fn have_departed(&mut self, departed: BTreeMap<Address, BTreeSet<MemberId>>) {
-        for (address, ids) in &departed {
-            self.groups.entry(*address).and_modify(|group| group.left(ids));
+        for (address, ids) in departed {
+            self.groups.entry(address).and_modify(|group| group.left(&ids));
+            self.note_departed(ids);
         }
-        for id in departed.into_values().flatten() {
-            let Some(member) = self.members.get(id).filter(|member| !member.listening) else { continue };
+    }
+
+    /// Notes which workers shut their listeners down, and drops such sockets that nobody borrows.
+    fn note_departed(&mut self, ids: BTreeSet<MemberId>) {
+        for id in ids {
+            let Some(member) = self.members.get(id) else { continue };
             let borrowers: Vec<WorkerId> = member.workers().collect();
             match borrowers[..] {
                 [] => self.remove(id),

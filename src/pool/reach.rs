@@ -15,7 +15,6 @@ use nix::poll::PollFlags;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::Pool;
-use super::member::Member;
 use crate::address::Address;
 use crate::ids::{MemberId, WorkerId};
 use crate::kernel::{ready, sys};
@@ -65,37 +64,30 @@ impl Pool {
         }
     }
 
-    /// Whether it is known where a member stands in the kernel's array of its group. If it is not, and nobody borrows the
-    /// members that may stand there, a connection of our own shows it.
-    pub(super) fn locate(&mut self, address: Address, member: MemberId) -> bool {
-        let Some(group) = self.groups.get(&address) else { return false };
-        if address.is_udp() {
-            return group.places(member).is_empty(); // nothing of ours could be told from a client's datagram
+    /// A free member whose place in the kernel's array of its group is known: this one if it is, and else whichever a
+    /// connection of our own finds at an index where this one may stand.
+    pub(super) fn locate(&mut self, address: Address, member: MemberId) -> Option<MemberId> {
+        self.handle_events();
+        let group = self.groups.get(&address)?;
+        if group.knows_place(member) {
+            return Some(member);
         }
-        for (index, candidates) in group.places(member) {
-            let is_free = |id: &MemberId| self.members.get(*id).is_some_and(Member::is_free);
-            if !candidates.iter().all(is_free) {
-                continue;
-            }
-            match self.find_at(address, index, &candidates) {
-                Ok(Some(found)) => {
-                    debug!("{address}: index {index} is that of listener {}", found.0);
-                    self.groups.entry(address).and_modify(|group| group.found(index, found));
-                    if found == member {
-                        break;
-                    }
-                }
-                not_found => {
-                    let why = not_found.err().map(|error| format!(": {error}")).unwrap_or_default();
-                    debug!("{address}: can't find out which listener has index {index}{why}");
-                    break; // it would take as long at the next one
-                }
+        // Nothing of ours could be told from a client's datagram, and somebody may accept what comes to the members of others.
+        let is_ours =
+            |id: &MemberId| self.members.get(*id).is_some_and(|it| it.is_free() && it.left_by.is_empty());
+        let is_such = |(_, candidates): &(u32, &BTreeSet<MemberId>)| candidates.iter().all(is_ours);
+        let place = group.places(member).find(is_such).filter(|_| !address.is_udp());
+        let (index, candidates) = place.map(|(index, candidates)| (index, candidates.clone()))?;
+        match self.find_at(address, index, &candidates) {
+            Ok(found) => found,
+            Err(error) => {
+                debug!("{address}: can't find out which listener has index {index}: {error}");
+                None
             }
         }
-        self.groups.get(&address).is_some_and(|group| group.places(member).is_empty())
     }
 
-    /// Which of these members, that nobody borrows, has an index.
+    /// Finds out which of these members, that nobody borrows, has an index.
     fn find_at(
         &mut self,
         address: Address,
@@ -107,6 +99,14 @@ impl Pool {
         let begun = self.steer_address(address).and_then(|()| connect(&socket, address));
         let found = begun.map(|()| self.find_queued(source, candidates));
         drop(socket);
+        let departed = self.departed();
+        // If some have left meanwhile, there may have been another one before that.
+        let found = found.map(|found| found.filter(|_| !departed.contains_key(&address)));
+        self.have_departed(departed);
+        if let (Ok(Some(found)), Some(group)) = (&found, self.groups.get_mut(&address)) {
+            debug!("{address}: index {index} is that of listener {}", found.0);
+            group.found(index, *found);
+        }
         self.has_reached(Reach { address, source });
         found
     }

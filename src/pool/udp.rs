@@ -207,8 +207,7 @@ mod tests {
     }
 
     fn is_known(pool: &Pool, address: Address, id: MemberId) -> bool {
-        let group = &pool.groups[&address];
-        group.has_place(id) && group.places(id).is_empty()
+        pool.groups[&address].knows_place(id)
     }
 
     #[test]
