@@ -308,7 +308,8 @@ pub struct ScaleArgs {
     pub which: Option<Which>,
 }
 
-/// Replace the worker of one slot after the other by a new one of the same generation, and wait until this is done.
+/// Replace the worker of one slot after the other by a new one of the same generation, and wait until this is done. Workers
+/// that share a queue (--balance queue, a Unix socket) are all replaced.
 #[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(
     subcommand,

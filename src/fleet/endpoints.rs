@@ -138,10 +138,16 @@ impl Endpoints {
         self.of(id).any(|endpoint| self.is_public(endpoint) && !endpoint.is_udp())
     }
 
-    /// Whether a worker listens on a Unix socket that others of so many slots may have too.
-    pub fn has_path(&self, id: WorkerId, slots: usize) -> bool {
+    /// Whether a worker serves on a Unix socket that another of those that `serve` has as well, or, if it serves alone, its
+    /// successor would. One with a TCP port may have the socket for something else, as gunicorn has one for its commands.
+    pub fn shares_path(&self, id: WorkerId, serve: &[WorkerId]) -> bool {
+        let is_own = |endpoint: &Endpoint| {
+            let mut others = serve.iter().filter(|other| **other != id);
+            serve.len() > 1 && !others.any(|other| self.has(*other, endpoint))
+        };
         let is_path = |endpoint: &Endpoint| matches!(endpoint, Endpoint::Unix(_));
-        self.of(id).any(|endpoint| is_path(endpoint) && (slots == 1 || self.is_public(endpoint)))
+        let mut paths = self.of(id).filter(|it| is_path(it) && !self.inherited.contains(*it));
+        self.addresses(id).is_empty() && paths.any(|path| !is_own(path))
     }
 
     /// How many other workers listen there, or in how many slots the last one did.

@@ -7,11 +7,11 @@ use std::time::Instant;
 use humantime::format_duration;
 
 use super::events::{Action, Refusal, Ticket};
-use super::phase::{Phase, Recycling, Step};
+use super::phase::{Phase, Recycling, Reload, Step};
 use super::slot::{MAX_REST, SOON, Slot};
 use super::timers::{SlotTimer, Timer};
 use super::worker::{State, Worker};
-use super::{Fleet, ReloadOptions, Sickness};
+use super::{Fleet, ReloadOptions, Rollout, Sickness};
 use crate::ids::{SlotId, WorkerId};
 use crate::words::millis;
 
@@ -25,10 +25,7 @@ impl Fleet {
         if slots.is_empty() {
             slots = (0..there).map(SlotId::of_index).collect();
         }
-        match self.shares_queue() {
-            true => self.queue.push_reload(ReloadOptions::default(), self.crew.policy.rollout),
-            false => Ok(self.queue.push_recycling(slots)),
-        }
+        Ok(self.queue.push_recycling(slots))
     }
 
     /// A worker should be replaced.
@@ -77,6 +74,10 @@ impl Fleet {
     /// Begins to replace the worker that is next, if there is one.
     pub(super) fn recycle_next(&mut self, now: Instant) {
         while let Some((slot, ticket)) = self.queue.take_recycling() {
+            if self.must_replace_all() {
+                self.queue.forget_recycling(ticket);
+                return self.replace_together(self.crew.policy.rollout, None, ticket, now);
+            }
             match self.crew.ready_in(slot) {
                 Some(id) => return self.recycle(id, Some(ticket), now),
                 None => {
@@ -95,7 +96,7 @@ impl Fleet {
         let replaces_hung = self.crew.policy.hung_timeout.is_some();
         let hung = self.hung.iter().filter(|_| replaces_hung);
         match hung.chain(self.sick.keys()).copied().find(may_try) {
-            Some(id) if self.shares_queue() && !self.hung.contains(&id) => {
+            Some(id) if self.must_replace_all() && !self.hung.contains(&id) => {
                 self.replace_all(id, now);
             }
             Some(id) => self.recycle(id, None, now),
@@ -103,20 +104,34 @@ impl Fleet {
         }
     }
 
-    /// Whether workers take connections from one queue, from which none of them can be kept alone: by --balance queue, or since
-    /// they serve on a Unix socket. What a single worker does with a path is its own, but so is its replacement.
-    pub(super) fn shares_queue(&self) -> bool {
-        let slots = self.crew.slots();
-        let serving = self.crew.serving_in(0..slots);
-        let has_path = |id: &WorkerId| self.crew.endpoints.has_path(*id, slots);
-        self.crew.policy.shares_queue || serving.iter().any(has_path)
+    /// Whether no worker can be replaced alone, since none can be kept from a queue that it shares: by --balance queue, or on a
+    /// Unix socket.
+    pub(super) fn must_replace_all(&self) -> bool {
+        let serve = self.crew.serving_in(0..self.crew.slots());
+        let shares_path = |id: &WorkerId| self.crew.endpoints.shares_path(*id, &serve);
+        self.crew.policy.shares_queue || serve.iter().any(shares_path)
+    }
+
+    /// All workers are replaced at the command of a recycling or a scaling to fewer.
+    pub(super) fn replace_together(
+        &mut self,
+        rollout: Rollout,
+        shrinks_to: Option<usize>,
+        ticket: Ticket,
+        now: Instant,
+    ) {
+        self.crew.info("all workers are replaced: none can be kept from the queue that it shares".to_owned());
+        let reload = Reload { rollout, since: now, ticket, ports_may_change: false, shrinks_to };
+        self.reload(reload, None, now);
     }
 
     /// The worker can't be replaced alone.
     fn replace_all(&mut self, id: WorkerId, now: Instant) {
         let Some(slot) = self.crew.slot_served_by(id) else { return };
         let delay = self.crew.roster.slots[slot.index()].put_off(); // for the case that this reload fails
-        self.crew.timers.set(Timer::Slot(slot, SlotTimer::Recycle), now + delay);
+        for slot in (0..self.crew.slots()).map(SlotId::of_index) {
+            self.crew.timers.set(Timer::Slot(slot, SlotTimer::Recycle), now + delay);
+        }
         if self.queue.push_reload(ReloadOptions::default(), self.crew.policy.rollout).is_ok() {
             self.crew.roster.slots.iter_mut().for_each(|slot| slot.is_renewed = true);
             self.begin_next(now);

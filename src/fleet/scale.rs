@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::Fleet;
 use super::events::{Action, Refusal, Ticket};
-use super::phase::{Phase, Reload};
+use super::phase::Phase;
 use super::policy::{Rollout, Target};
 use super::slot::Slot;
 use crate::ids::SlotId;
@@ -28,14 +28,8 @@ impl Fleet {
     pub(super) fn scale(&mut self, workers: usize, ticket: Ticket, now: Instant) {
         let before = self.crew.slots();
         self.crew.info(format!("scaling from {before} to {}", count(workers, "worker")));
-        if workers < before && self.shares_queue() {
-            let (rollout, shrinks_to) = (Rollout::AllAtOnce, Some(workers));
-            self.reload(
-                Reload { rollout, since: now, ticket, ports_may_change: false, shrinks_to },
-                None,
-                now,
-            );
-            return;
+        if workers < before && self.must_replace_all() {
+            return self.replace_together(Rollout::AllAtOnce, Some(workers), ticket, now);
         }
         self.phase = Phase::Scaling { from: before.min(workers), ticket };
         if workers < before {

@@ -94,7 +94,7 @@ impl World {
 
     fn carry_out(&mut self, actions: Vec<Action>) {
         let mut actions = VecDeque::from(actions);
-        self.has_shared_queue |= self.fleet.shares_queue();
+        self.has_shared_queue |= self.fleet.must_replace_all();
         while let Some(action) = actions.pop_front() {
             assert_eq!(self.exit, None, "{action:?} after the exit");
             match action {
@@ -1745,20 +1745,41 @@ fn with_one_queue_a_scaling_to_fewer_workers_replaces_all_of_them() {
 }
 
 #[test]
-fn by_a_path_that_a_single_worker_has_it_alone_is_replaced() {
+fn a_path_of_one_of_several_workers_is_its_own_and_of_a_single_one_it_would_be_its_successors_too() {
     let mut world = serving();
-    let (first, endpoint) = (world.ids()[0], endpoint(3));
-    world.event(Event::Listens { worker: first, endpoint: endpoint.clone() });
-    assert!(!world.fleet.shares_queue(), "it may be its own");
+    let (first, path) = (world.ids()[0], endpoint(3));
+    world.event(Event::Listens { worker: first, endpoint: path.clone() });
+    assert!(!world.fleet.must_replace_all(), "it may be its own");
     world.command(Command::Scale(Target::Exactly(1)));
     world.drain_all();
     world.obey();
-    assert!(world.fleet.shares_queue(), "its successor would have it as well");
+    assert!(world.fleet.must_replace_all(), "its successor would have it as well");
     world.command(recycle([0]));
     let new = *world.ids().last().unwrap();
-    world.event(Event::Listens { worker: new, endpoint });
+    world.event(Event::Listens { worker: new, endpoint: path });
     world.ready_all();
     assert_eq!(world.steered_to(), [(0, 2)]);
+    world.event(Event::Listens { worker: new, endpoint: endpoint(1) });
+    assert!(!world.fleet.must_replace_all(), "it serves on a port, so the path may be for something else");
+}
+
+#[test]
+fn a_recycling_that_is_queued_at_the_start_replaces_all_that_then_share_a_path() {
+    let mut world = World::new(policy(Readiness::Notify));
+    world.command(recycle([0, 1]));
+    for worker in world.ids() {
+        world.event(Event::Listens { worker, endpoint: endpoint(3) });
+    }
+    world.ready_all();
+    assert_eq!(world.alive.len(), 6);
+    for worker in world.ids() {
+        world.event(Event::Listens { worker, endpoint: endpoint(3) });
+    }
+    world.ready_all();
+    assert_eq!(world.steered_to(), [(0, 2), (1, 2), (2, 2)]);
+    world.drain_all();
+    world.obey();
+    assert_eq!((world.recyclings.clone(), world.alive.len()), (vec![true], 3));
 }
 
 #[test]
@@ -1787,8 +1808,9 @@ fn with_one_queue_a_recycling_is_a_reload_and_a_reload_in_batches_is_refused() {
 #[test]
 fn with_one_queue_a_sick_worker_has_all_replaced_and_the_next_try_waits_if_that_fails() {
     let mut world = sharing();
-    let sick = world.ids()[1];
-    world.event(Event::Sick { worker: sick, sickness: Sickness::Memory(500) });
+    for sick in [world.ids()[1], world.ids()[2]] {
+        world.event(Event::Sick { worker: sick, sickness: Sickness::Memory(500) });
+    }
     assert_eq!(world.alive.len(), 6);
     let new = world.ids()[3];
     world.end(new, End::Exited(1));
@@ -1940,14 +1962,18 @@ proptest! {
             world.event(Event::Listens { worker, endpoint: endpoint(3) });
         }
         for step in steps {
-            let has_own_path = by_path && matches!(step, Step::Unlistens(..) | Step::Reload(Rollout::Batches(_)));
-            if matches!(step, Step::Hangs(_)) || has_own_path {
+            let has_other_rules = match step {
+                Step::Listens(_, port) => by_path && port != 3,
+                Step::Unlistens(..) | Step::Reload(Rollout::Batches(_)) => by_path,
+                _ => false,
+            };
+            if matches!(step, Step::Hangs(_)) || has_other_rules {
                 continue;
             }
             world.take(step, false);
             let plan = world.plan();
             let crew = &world.fleet.crew;
-            let shares = |id| !by_path || crew.endpoints.has_path(id, crew.slots());
+            let shares = |id| !by_path || crew.endpoints.of(id).any(|its| *its == endpoint(3));
             let workers = || crew.roster.workers().filter(|(id, _)| shares(*id));
             let get_connections = workers().filter(|(id, _)| plan.role(*id) == Role::Ready);
             let get_connections: BTreeSet<u32> = get_connections.map(|(_, worker)| worker.generation).collect();
