@@ -473,13 +473,13 @@ fn with_balance_queue_a_worker_that_shuts_its_listener_down_leaves_it_to_the_oth
 import os, select, signal, socket, sys, time
 listener = socket.socket()
 listener.setblocking(False)
-listener.bind(('127.0.0.1', int(sys.argv[1])))
-listener.listen(64)
 def leave(number, frame):
     listener.shutdown(socket.SHUT_RDWR)
     listener.close()
     os.write(1, b'shut down\n')
 signal.signal(signal.SIGUSR1, leave)
+listener.bind(('127.0.0.1', int(sys.argv[1])))
+listener.listen(64)
 body = 'pid={} generation={} slot={}\n'.format(
     os.getpid(), os.environ['REUSE_RUN_GENERATION'], os.environ['REUSE_RUN_SLOT'])
 head = 'HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n'.format(len(body))
