@@ -138,8 +138,8 @@ impl Endpoints {
         self.of(id).any(|endpoint| self.is_public(endpoint) && !endpoint.is_udp())
     }
 
-    /// Whether a worker serves on a Unix socket that another of those that `serve` has as well, or, if it serves alone, its
-    /// successor would. One with a TCP port may have the socket for something else, as gunicorn has one for its commands.
+    /// Whether a worker has a Unix socket that another of those that `serve` has as well, or, if it serves alone, its successor
+    /// would.
     pub fn shares_path(&self, id: WorkerId, serve: &[WorkerId]) -> bool {
         let is_own = |endpoint: &Endpoint| {
             let mut others = serve.iter().filter(|other| **other != id);
@@ -147,7 +147,7 @@ impl Endpoints {
         };
         let is_path = |endpoint: &Endpoint| matches!(endpoint, Endpoint::Unix(_));
         let mut paths = self.of(id).filter(|it| is_path(it) && !self.inherited.contains(*it));
-        self.addresses(id).is_empty() && paths.any(|path| !is_own(path))
+        paths.any(|path| !is_own(path))
     }
 
     /// How many other workers listen there, or in how many slots the last one did.

@@ -1760,7 +1760,7 @@ fn a_path_of_one_of_several_workers_is_its_own_and_of_a_single_one_it_would_be_i
     world.ready_all();
     assert_eq!(world.steered_to(), [(0, 2)]);
     world.event(Event::Listens { worker: new, endpoint: endpoint(1) });
-    assert!(!world.fleet.must_replace_all(), "it serves on a port, so the path may be for something else");
+    assert!(world.fleet.must_replace_all(), "also if it serves on a port");
 }
 
 #[test]
