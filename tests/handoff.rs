@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -145,9 +145,16 @@ fn a_worker_that_shuts_its_own_listener_down_loses_no_request() {
 fn the_places_of_those_who_stay_are_known_although_many_shut_their_listeners_down_at_once() {
     let _turn = turn();
     let addr = free_address();
-    let mut service = Service::run_ready("-n 8", &naive_with(addr, &["--shutdown-on-int"]));
-    let load = Load::start(LoadOptions::new(addr, 16).record());
-    for _ in 0..2 {
+    let both_families = SocketAddr::from((Ipv6Addr::UNSPECIFIED, free_address().port()));
+    assert_places_are_known(addr, addr, 2);
+    assert_places_are_known(both_families, SocketAddr::from((Ipv6Addr::LOCALHOST, both_families.port())), 1);
+}
+
+#[track_caller]
+fn assert_places_are_known(listener: SocketAddr, clients_target: SocketAddr, times: u32) {
+    let mut service = Service::run_ready("-n 8", &naive_with(listener, &["--shutdown-on-int"]));
+    let load = Load::start(LoadOptions::new(clients_target, 16).record());
+    for _ in 0..times {
         for words in ["reload", "reload", "scale +3", "scale 2", "scale 8"] {
             run(&service, words).assert_done("");
         }

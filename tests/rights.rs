@@ -74,11 +74,12 @@ fn workers_share_a_port_of_one_interface() {
     }
 }
 
-/// Nothing on this machine reaches such a listener, so nobody finds out the places of those that nobody borrows.
+/// The places of those that nobody borrows are found out, so they are lent again.
 #[test]
 fn listeners_of_one_interface_that_are_shut_down_at_each_reload_get_no_more_with_each() {
     own_network();
     ip("link add v2 type veth peer name v3");
+    ip("address add 10.0.0.1/24 dev v2");
     ip("link set v2 up");
     let (_, command) = limited("device v2 shutdown");
     let mut service = Service::run_ready("-n 4", &command);
@@ -88,7 +89,7 @@ fn listeners_of_one_interface_that_are_shut_down_at_each_reload_get_no_more_with
         service.reload();
     }
     let more = descriptors() - before;
-    assert!((4..24).contains(&more), "{more} more");
+    assert!(more <= 8, "{more} more");
     service.stop();
 }
 

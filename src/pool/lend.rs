@@ -191,7 +191,6 @@ impl Pool {
             }
             match self.locate(address, id) {
                 Some(found) => return Ok(found),
-                None if self.has_many_free(address) => return Ok(id),
                 None if address.is_udp() => {}
                 None => break,
             }
@@ -207,16 +206,6 @@ impl Pool {
             group.update_foreign(Vec::new(), || self.members.new_id()); // the next look isn't due at once
         }
         Ok(id)
-    }
-
-    /// Whether more than twice as many listeners of an address are free as are not. There may be no way to find out where they
-    /// stand: nothing on this machine reaches a listener of one network interface. Then they would get more and more.
-    fn has_many_free(&self, address: Address) -> bool {
-        let Some(ids) = self.groups.get(&address).map(Group::ids).filter(|_| !address.is_udp()) else {
-            return false;
-        };
-        let free = ids.iter().filter(|id| self.members[**id].is_free()).count();
-        free > 2 * (ids.len() - free)
     }
 
     /// Whether a process that an ended worker left behind has the socket open, or a worker whose bind has failed since. It

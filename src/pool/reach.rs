@@ -11,6 +11,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
+use nix::ifaddrs::getifaddrs;
+use nix::net::if_::if_nametoindex;
 use nix::poll::PollFlags;
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -153,13 +155,36 @@ fn connect(socket: &Socket, address: Address) -> io::Result<()> {
     }
 }
 
-/// An address of this machine by which a listener can be reached from itself.
+/// An address of this machine by which a listener can be reached from itself. One of a single interface only takes what comes
+/// to an address of that, by a socket of that (`rt_iif` in `__mkroute_output`, net/ipv4/route.c).
 fn own_ip(listener: Address) -> IpAddr {
-    match listener.socket.ip().to_canonical() {
+    let own = listener.socket.ip().to_canonical();
+    if own.is_unspecified()
+        && let Some(ip) = ip_of_interface(listener.device, !listener.socket.is_ipv6(), listener.v6only)
+    {
+        return ip;
+    }
+    match own {
         IpAddr::V6(ip) if ip.is_unspecified() && listener.v6only => Ipv6Addr::LOCALHOST.into(),
         ip if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
         ip => ip,
     }
+}
+
+/// An address of this interface, if there is one, and of IPv4 rather than IPv6 if both will do.
+fn ip_of_interface(index: u32, only_ipv4: bool, only_ipv6: bool) -> Option<IpAddr> {
+    if index == 0 {
+        return None;
+    }
+    let is_of_it = |name: &str| if_nametoindex(name).is_ok_and(|its| its == index);
+    let addresses = getifaddrs().ok()?.filter(|it| is_of_it(&it.interface_name));
+    let ips = addresses.filter_map(|it| {
+        let address = it.address?;
+        let ipv4 = address.as_sockaddr_in().map(|it| it.ip().into());
+        ipv4.or_else(|| address.as_sockaddr_in6().map(|it| it.ip().into()))
+    });
+    let fits = |ip: &IpAddr| if ip.is_ipv4() { !only_ipv6 } else { !only_ipv4 };
+    ips.filter(fits).min_by_key(IpAddr::is_ipv6)
 }
 
 /// With the listener's scope, which a link-local address needs.
@@ -173,7 +198,36 @@ fn with_port(listener: Address, ip: IpAddr, port: u16) -> SocketAddr {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use super::*;
+    use crate::pool::Owner;
+    use crate::steering::load::Balancing;
+
+    #[test]
+    fn where_free_members_stand_is_found_out_for_each_family() {
+        for listener in ["127.0.0.1", "0.0.0.0", "[::]", "[::1]"] {
+            let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+            let address = Address::new(format!("{listener}:{port}").parse().unwrap(), false, 0);
+            let mut pool = Pool::new(Balancing::Load).unwrap();
+            let ids: Vec<MemberId> = (0..5)
+                .map(|_| {
+                    let id = pool.add(address, Owner::this_process()).unwrap();
+                    pool.begin_to_listen(id, 1).unwrap();
+                    id
+                })
+                .collect();
+            for id in &ids[..2] {
+                pool.members[*id].socket.shutdown(std::net::Shutdown::Both).unwrap();
+            }
+            assert_eq!(pool.locate(address, ids[2]), Some(ids[2]), "it has never moved");
+            let knows = |pool: &Pool| ids.iter().filter(|id| pool.groups[&address].knows_place(**id)).count();
+            assert_eq!(knows(&pool), 1, "{listener}");
+            let found = pool.locate(address, ids[3]);
+            assert!(found == Some(ids[3]) || found == Some(ids[4]), "{listener}: {found:?}");
+            assert_eq!(knows(&pool), 3, "{listener}: by one of two, both are known");
+        }
+    }
 
     #[test]
     fn a_listener_is_reached_by_an_address_at_which_it_takes_connections() {

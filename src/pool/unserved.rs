@@ -79,7 +79,9 @@ impl Member {
     /// As [`Member::reset_queue`]. Returns whether a connection from `source` was among them.
     pub fn reset_queue_with(&self, source: SocketAddr) -> bool {
         let mut is_found = false;
-        let _ = self.reset_all(|client| is_found |= client.as_socket() == Some(source));
+        // A socket for IPv4 and IPv6 has IPv4's clients with an IPv6 address.
+        let plain = |address: SocketAddr| (address.ip().to_canonical(), address.port());
+        let _ = self.reset_all(|client| is_found |= client.as_socket().map(plain) == Some(plain(source)));
         is_found
     }
 
