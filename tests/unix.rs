@@ -572,6 +572,25 @@ fn a_path_that_is_bound_without_listen_does_not_hold_up_a_reload() {
     service.stop();
 }
 
+#[test]
+fn a_path_that_one_worker_shuts_down_does_not_hold_up_the_others() {
+    let folder = Folder::new();
+    let program = "import os, signal, socket, sys, time\n\
+        listener = socket.socket(socket.AF_UNIX)\n\
+        def leave(*_):\n\
+        \tlistener.shutdown(socket.SHUT_RDWR)\n\
+        \tos._exit(0)\n\
+        signal.signal(signal.SIGINT, leave)\n\
+        listener.bind(sys.argv[1])\n\
+        listener.listen(64)\n\
+        time.sleep(1000)";
+    let command = inline(program, &[&folder.path("socket")]);
+    let mut service = Service::run_ready("-n 2 --batch 1 --drain 100s", &command);
+    let took = service.reload();
+    assert!(took.as_secs() < 60, "{took:?}");
+    service.stop();
+}
+
 // Permissions, and paths of one worker.
 
 #[test]

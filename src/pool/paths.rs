@@ -116,10 +116,11 @@ impl Bound {
         Ok(Self { socket, inode, file: None, is_aside, borrowers: BTreeMap::new() })
     }
 
-    /// Whether a connection waits to be accepted.
+    /// Whether a connection waits to be accepted. A listener that was shut down is always readable, and has POLLHUP
+    /// (`unix_poll`, net/unix/af_unix.c).
     pub(super) fn has_waiting(&self) -> bool {
         let is_listening = self.socket.is_listener().unwrap_or(false);
-        is_listening && !ready::now(self.socket.as_fd(), PollFlags::POLLIN).is_empty()
+        is_listening && ready::now(self.socket.as_fd(), PollFlags::POLLIN) == PollFlags::POLLIN
     }
 
     /// The name that it was bound to. The kernel keeps it for the socket and the connections that it accepts.
