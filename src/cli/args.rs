@@ -308,8 +308,8 @@ pub struct ScaleArgs {
     pub which: Option<Which>,
 }
 
-/// Replace the worker of one slot after the other by a new one of the same generation, and wait until this is done. Workers
-/// that share a queue (--balance queue, a Unix socket) are all replaced.
+/// Replace the worker of one slot after the other by a new one of the same generation, and wait until this is done. If workers
+/// share a queue (--balance queue, a Unix socket), all of them are replaced.
 #[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(
     subcommand,

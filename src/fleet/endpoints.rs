@@ -138,16 +138,12 @@ impl Endpoints {
         self.of(id).any(|endpoint| self.is_public(endpoint) && !endpoint.is_udp())
     }
 
-    /// Whether a worker has a Unix socket that another of those that `serve` has as well, or, if it serves alone, its successor
-    /// would.
-    pub fn shares_path(&self, id: WorkerId, serve: &[WorkerId]) -> bool {
-        let is_own = |endpoint: &Endpoint| {
-            let mut others = serve.iter().filter(|other| **other != id);
-            serve.len() > 1 && !others.any(|other| self.has(*other, endpoint))
-        };
-        let is_path = |endpoint: &Endpoint| matches!(endpoint, Endpoint::Unix(_));
-        let mut paths = self.of(id).filter(|it| is_path(it) && !self.inherited.contains(*it));
-        paths.any(|path| !is_own(path))
+    /// Whether workers of several slots have the same Unix socket, or, if there is one slot, the successor of its worker would.
+    pub fn shares_path(&self, slots: usize) -> bool {
+        let open = self.of_slots.values().flatten().filter(|(_, need)| **need != Need::Closed);
+        let is_path = |path: &&Endpoint| matches!(path, Endpoint::Unix(_)) && !self.inherited.contains(*path);
+        let mut seen = BTreeSet::new();
+        open.map(|(endpoint, _)| endpoint).filter(is_path).any(|path| slots == 1 || !seen.insert(path))
     }
 
     /// How many other workers listen there, or in how many slots the last one did.

@@ -95,7 +95,10 @@ impl Fleet {
         };
         let replaces_hung = self.crew.policy.hung_timeout.is_some();
         let hung = self.hung.iter().filter(|_| replaces_hung);
-        match hung.chain(self.sick.keys()).copied().find(may_try) {
+        // What failed for one that can't be replaced alone isn't tried at once for another one.
+        let waits = self.must_replace_all() && !self.sick.keys().all(may_try);
+        let sick = self.sick.keys().filter(|_| !waits);
+        match hung.chain(sick).copied().find(may_try) {
             Some(id) if self.must_replace_all() && !self.hung.contains(&id) => {
                 self.replace_all(id, now);
             }
@@ -107,9 +110,7 @@ impl Fleet {
     /// Whether no worker can be replaced alone, since none can be kept from a queue that it shares: by --balance queue, or on a
     /// Unix socket.
     pub(super) fn must_replace_all(&self) -> bool {
-        let serve = self.crew.serving_in(0..self.crew.slots());
-        let shares_path = |id: &WorkerId| self.crew.endpoints.shares_path(*id, &serve);
-        self.crew.policy.shares_queue || serve.iter().any(shares_path)
+        self.crew.policy.shares_queue || self.crew.endpoints.shares_path(self.crew.slots())
     }
 
     /// All workers are replaced at the command of a recycling or a scaling to fewer.
@@ -129,9 +130,7 @@ impl Fleet {
     fn replace_all(&mut self, id: WorkerId, now: Instant) {
         let Some(slot) = self.crew.slot_served_by(id) else { return };
         let delay = self.crew.roster.slots[slot.index()].put_off(); // for the case that this reload fails
-        for slot in (0..self.crew.slots()).map(SlotId::of_index) {
-            self.crew.timers.set(Timer::Slot(slot, SlotTimer::Recycle), now + delay);
-        }
+        self.crew.timers.set(Timer::Slot(slot, SlotTimer::Recycle), now + delay);
         if self.queue.push_reload(ReloadOptions::default(), self.crew.policy.rollout).is_ok() {
             self.crew.roster.slots.iter_mut().for_each(|slot| slot.is_renewed = true);
             self.begin_next(now);

@@ -1764,6 +1764,16 @@ fn a_path_of_one_of_several_workers_is_its_own_and_of_a_single_one_it_would_be_i
 }
 
 #[test]
+fn by_a_shared_path_all_are_replaced_also_while_the_other_is_restarted() {
+    let mut world = sharing_a_path();
+    for worker in world.ids().into_iter().skip(1) {
+        world.end(worker, End::Exited(1));
+    }
+    world.command(recycle([0]));
+    assert_eq!(world.fleet.phase.reload().map(|reload| reload.shrinks_to), Some(None), "{:?}", world.log);
+}
+
+#[test]
 fn a_recycling_that_is_queued_at_the_start_replaces_all_that_then_share_a_path() {
     let mut world = World::new(policy(Readiness::Notify));
     world.command(recycle([0, 1]));
