@@ -122,7 +122,7 @@
 //!   socket from its bind on. While no worker is ready they wait for those that start.)
 //! - Invariant: a member that the BPF program chooses keeps its index in the kernel's array, whichever others leave
 //!   (`steering::order::Order::spares_lacking`). So does one that is lent, which may be chosen later; where a free one stands
-//!   is found out before it is lent (`pool::reach`).
+//!   is found out before it is lent, or it isn't lent (`pool::reach`).
 //! - Invariant: a replacement that fails never gets a connection, and the old workers are not touched.
 //! - Invariant: the wrapper does nothing for a worker that the kernel would not allow the worker to do itself
 //!   (`intercept::caller`).

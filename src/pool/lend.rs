@@ -190,9 +190,13 @@ impl Pool {
                 return Ok(id);
             }
             match self.locate(address, id) {
-                Some(found) => return Ok(found),
-                None if address.is_udp() => {}
-                None => break,
+                Ok(Some(found)) if self.members[found].is_limited() => self.shut_down(found),
+                Ok(Some(found)) => return Ok(found),
+                Ok(None) => {}
+                Err(error) => {
+                    debug!("{address}: can't find out where a free listener stands: {error}");
+                    break;
+                }
             }
         }
         let is_alone = self.look_for_foreign(address).map_err(|listener| {

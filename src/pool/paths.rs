@@ -116,11 +116,17 @@ impl Bound {
         Ok(Self { socket, inode, file: None, is_aside, borrowers: BTreeMap::new() })
     }
 
-    /// Whether a connection waits to be accepted. A listener that was shut down is always readable, and has POLLHUP
-    /// (`unix_poll`, net/unix/af_unix.c).
+    /// Whether a connection waits to be accepted. One that a worker has shut down (SHUT_RDWR) is always readable, and has
+    /// POLLHUP (`unix_poll`, net/unix/af_unix.c): nothing more comes.
     pub(super) fn has_waiting(&self) -> bool {
-        let is_listening = self.socket.is_listener().unwrap_or(false);
-        is_listening && ready::now(self.socket.as_fd(), PollFlags::POLLIN) == PollFlags::POLLIN
+        self.readiness() == PollFlags::POLLIN
+    }
+
+    fn readiness(&self) -> PollFlags {
+        match self.socket.is_listener() {
+            Ok(true) => ready::now(self.socket.as_fd(), PollFlags::POLLIN),
+            _ => PollFlags::empty(),
+        }
     }
 
     /// The name that it was bound to. The kernel keeps it for the socket and the connections that it accepts.
@@ -141,7 +147,7 @@ impl Bound {
 
 impl Drop for Bound {
     fn drop(&mut self) {
-        let waiting = self.has_waiting();
+        let waiting = !self.readiness().is_empty();
         let socket = sys::take_in_drop(&mut self.socket);
         if waiting {
             inbox::close_elsewhere(socket.into()); // anyone may have sent anything on these connections

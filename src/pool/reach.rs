@@ -48,7 +48,7 @@ impl Pool {
         let group = self.groups.get_mut(&address).ok_or(io::ErrorKind::NotFound)?;
         group.aim(source, member)?;
         let reach = Reach { address, source };
-        let begun = self.steer_address(address).and_then(|()| connect(&socket, address));
+        let begun = self.steer_address(address).and_then(|()| connect(&socket, address, source.ip()));
         if let Err(error) = begun {
             self.has_reached(reach);
             return Err(error);
@@ -67,62 +67,57 @@ impl Pool {
     }
 
     /// A free member whose place in the kernel's array of its group is known: this one if it is, and else whichever a
-    /// connection of our own finds at an index where this one may stand.
-    pub(super) fn locate(&mut self, address: Address, member: MemberId) -> Option<MemberId> {
+    /// connection of our own finds at an index where this one may stand. `None` if there is nothing to find out: a datagram of
+    /// ours couldn't be told from a client's, and a connection to a member that is lent or left open may be accepted by somebody
+    /// else.
+    ///
+    /// # Errors
+    /// Why no connection of our own has come to a member, or none that is certain.
+    pub(super) fn locate(&mut self, address: Address, member: MemberId) -> io::Result<Option<MemberId>> {
         self.handle_events();
-        let group = self.groups.get(&address)?;
+        let Some(group) = self.groups.get(&address) else { return Ok(None) };
         if group.knows_place(member) {
-            return Some(member);
+            return Ok(Some(member));
         }
-        // Nothing of ours could be told from a client's datagram, and somebody may accept what comes to the members of others.
         let is_ours =
             |id: &MemberId| self.members.get(*id).is_some_and(|it| it.is_free() && it.left_by.is_empty());
         let is_such = |(_, candidates): &(u32, &BTreeSet<MemberId>)| candidates.iter().all(is_ours);
         let place = group.places(member).find(is_such).filter(|_| !address.is_udp());
-        let (index, candidates) = place.map(|(index, candidates)| (index, candidates.clone()))?;
-        match self.find_at(address, index, &candidates) {
-            Ok(found) => found,
-            Err(error) => {
-                debug!("{address}: can't find out which listener has index {index}: {error}");
-                None
-            }
-        }
-    }
-
-    /// Finds out which of these members, that nobody borrows, has an index.
-    fn find_at(
-        &mut self,
-        address: Address,
-        index: u32,
-        candidates: &BTreeSet<MemberId>,
-    ) -> io::Result<Option<MemberId>> {
+        let Some((index, candidates)) = place.map(|(index, candidates)| (index, candidates.clone())) else {
+            return Ok(None);
+        };
         let (socket, source) = client(address)?;
         self.groups.entry(address).and_modify(|group| group.aim_at_index(source, index));
-        let begun = self.steer_address(address).and_then(|()| connect(&socket, address));
-        let found = begun.map(|()| self.find_queued(source, candidates));
+        let begun = self.steer_address(address).and_then(|()| connect(&socket, address, source.ip()));
+        let found = begun.and_then(|()| self.find_queued(source, &candidates));
         drop(socket);
-        let departed = self.departed();
-        // If some have left meanwhile, there may have been another one before that.
-        let found = found.map(|found| found.filter(|_| !departed.contains_key(&address)));
-        self.have_departed(departed);
-        if let (Ok(Some(found)), Some(group)) = (&found, self.groups.get_mut(&address)) {
-            debug!("{address}: index {index} is that of listener {}", found.0);
-            group.found(index, *found);
-        }
+        self.handle_events();
+        // If some have left meanwhile, another one may have stood there before.
+        let is_as_before = |place: (u32, &BTreeSet<MemberId>)| place == (index, &candidates);
+        let found = match (found, self.groups.get_mut(&address)) {
+            (Ok(found), Some(group)) if group.places(found).any(is_as_before) => {
+                debug!("{address}: index {index} is that of listener {}", found.0);
+                group.found(index, found);
+                Ok(Some(found))
+            }
+            (found, _) => found.and(Err(io::ErrorKind::Interrupted.into())),
+        };
         self.has_reached(Reach { address, source });
         found
     }
 
     /// The member at which the connection from `source` waits.
-    fn find_queued(&self, source: SocketAddr, candidates: &BTreeSet<MemberId>) -> Option<MemberId> {
+    fn find_queued(&self, source: SocketAddr, candidates: &BTreeSet<MemberId>) -> io::Result<MemberId> {
         let members = || candidates.iter().filter_map(|id| Some((*id, self.members.get(*id)?)));
         let end = Instant::now() + ARRIVES_WITHIN;
         loop {
             let queues: Vec<BorrowedFd> = members().map(|(_, member)| member.socket.as_fd()).collect();
             let waits = ready::wait(&queues, PollFlags::POLLIN, end);
             let found = members().find(|(_, member)| member.reset_queue_with(source));
-            if found.is_some() || waits.is_err() || Instant::now() >= end {
-                return found.map(|(id, _)| id);
+            match found {
+                Some((id, _)) => return Ok(id),
+                None if Instant::now() >= end => return Err(io::ErrorKind::TimedOut.into()),
+                None => drop(waits?),
             }
         }
     }
@@ -147,16 +142,18 @@ fn client(address: Address) -> io::Result<(Socket, SocketAddr)> {
     Ok((socket, source))
 }
 
-fn connect(socket: &Socket, address: Address) -> io::Result<()> {
-    let target = with_port(address, own_ip(address), address.socket.port());
+/// Begins to connect to an address by this IP address.
+fn connect(socket: &Socket, address: Address, ip: IpAddr) -> io::Result<()> {
+    let target = with_port(address, ip, address.socket.port());
     match socket.connect(&target.into()) {
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(()),
         result => result,
     }
 }
 
-/// An address of this machine by which a listener can be reached from itself. One of a single interface only takes what comes
-/// to an address of that, by a socket of that (`rt_iif` in `__mkroute_output`, net/ipv4/route.c).
+/// An address of this machine by which a listener can be reached from itself. One that is bound to an interface takes only
+/// connections to an address of that interface, from a socket that is bound to it (`rt_iif` in `__mkroute_output`,
+/// net/ipv4/route.c).
 fn own_ip(listener: Address) -> IpAddr {
     let own = listener.socket.ip().to_canonical();
     if own.is_unspecified()
@@ -220,10 +217,10 @@ mod tests {
             for id in &ids[..2] {
                 pool.members[*id].socket.shutdown(std::net::Shutdown::Both).unwrap();
             }
-            assert_eq!(pool.locate(address, ids[2]), Some(ids[2]), "it has never moved");
+            assert_eq!(pool.locate(address, ids[2]).unwrap(), Some(ids[2]), "it has never moved");
             let knows = |pool: &Pool| ids.iter().filter(|id| pool.groups[&address].knows_place(**id)).count();
             assert_eq!(knows(&pool), 1, "{listener}");
-            let found = pool.locate(address, ids[3]);
+            let found = pool.locate(address, ids[3]).unwrap();
             assert!(found == Some(ids[3]) || found == Some(ids[4]), "{listener}: {found:?}");
             assert_eq!(knows(&pool), 3, "{listener}: by one of two, both are known");
         }
