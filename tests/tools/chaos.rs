@@ -716,6 +716,8 @@ fn take(service: &mut Service, done: &mut Done, what: What) -> Result<(), String
             service.wait_until("it only serves", Service::only_serves)?;
             let serving = service.serving();
             let Some(pid) = serving.get(nth % serving.len().max(1)).copied() else { return Ok(()) };
+            let continued = done.to_continue.remove(&pid).map(JoinHandle::join);
+            continued.transpose().map_err(|_| "the thread that continues it has panicked")?;
             if service.send(pid, Signal::SIGSTOP) {
                 done.killed.insert(pid);
                 service.wait_until("a worker that hangs is replaced", |service| {
