@@ -220,7 +220,10 @@ mod tests {
             assert_eq!(pool.locate(address, ids[2]).unwrap(), Some(ids[2]), "it has never moved");
             let knows = |pool: &Pool| ids.iter().filter(|id| pool.groups[&address].knows_place(**id)).count();
             assert_eq!(knows(&pool), 1, "{listener}");
-            let found = pool.locate(address, ids[3]).unwrap();
+            // On a busy machine a connection may take longer than the loop waits for it.
+            let deadline = Instant::now() + Duration::from_secs(20);
+            let tries = std::iter::repeat_with(|| pool.locate(address, ids[3]));
+            let found = tries.take_while(|_| Instant::now() < deadline).find_map(Result::ok).flatten();
             assert!(found == Some(ids[3]) || found == Some(ids[4]), "{listener}: {found:?}");
             assert_eq!(knows(&pool), 3, "{listener}: by one of two, both are known");
         }
