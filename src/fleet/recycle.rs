@@ -96,10 +96,10 @@ impl Fleet {
         let replaces_hung = self.crew.policy.hung_timeout.is_some();
         let hung = self.hung.iter().filter(|_| replaces_hung);
         // What failed for one that can't be replaced alone isn't tried at once for another one.
-        let waits = self.must_replace_all() && !self.sick.keys().all(may_try);
+        let waits = !self.sick.keys().all(may_try) && self.must_replace_all();
         let sick = self.sick.keys().filter(|_| !waits);
         match hung.chain(sick).copied().find(may_try) {
-            Some(id) if self.must_replace_all() && !self.hung.contains(&id) => {
+            Some(id) if !self.hung.contains(&id) && self.must_replace_all() => {
                 self.replace_all(id, now);
             }
             Some(id) => self.recycle(id, None, now),

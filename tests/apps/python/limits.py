@@ -1,6 +1,7 @@
 """Serves the port of the last argument, on a socket with the options of the arguments before it: `device NAME`, `index N`,
 `filter`, `key`, `min-ttl N`, `mark N`, before bind; `then` stands for bind, `after` for listen. `user N` becomes that user,
-`shutdown` shuts the listener down at the stop signal, `namespace` enters a user namespace, `unlink PATH` and `path PATH` remove and bind a Unix socket."""
+`shutdown` shuts the listener down at the stop signal, `namespace` enters a user namespace, `unlink PATH` and `path PATH`
+remove and bind a Unix socket."""
 import ctypes
 import errno
 import os
